@@ -1,0 +1,27 @@
+"""PaDiM on a small category that the program draws itself: needs no download at all.
+
+Command:
+    python -m padim_jax.main --config=configs/demo.py
+
+A textured part with varying pose and lighting and four kinds of defects is written
+to data/synthetic as PNG files in MVTec AD's layout. The weights are random, not
+ImageNet's: for trying the program out.
+
+Every setting is explained in padim_jax/defaults.py.
+"""
+
+import ml_collections
+
+from padim_jax import defaults
+
+
+def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
+    config = defaults.get_config(preset)
+    config.dataset.name = "synthetic"
+    # Where the images are written on first use.
+    config.dataset.root = "data/synthetic"
+    # The one category of the synthetic dataset.
+    config.category = "part"
+    # Not ImageNet's: no weights need be downloaded.
+    config.model.weights = "random"
+    return config

@@ -1,0 +1,294 @@
+"""The configuration: a ConfigDict goes in, frozen dataclasses that hold come out.
+
+Everything that can be wrong with a setting alone is found here, before anything
+slow: this module imports neither JAX nor TensorFlow Datasets.
+"""
+
+import dataclasses
+import difflib
+import math
+import pathlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from padim_jax import models
+from padim_jax.datasets import LAYOUTS
+from padim_jax.errors import UserError
+
+SOURCES = ("folder", "tfds")
+METHODS = ("nearest", "bilinear", "bicubic", "lanczos")
+PRECISIONS = ("float32", "tf32", "bfloat16")
+UPSAMPLINGS = ("bilinear", "bicubic")
+FIGURES = ("none", "some", "all")
+MAPS = ("none", "npy", "tiff")
+
+Size = tuple[int, int]
+
+# The stride of the deepest stage: below it a feature map is one cell, mostly padding.
+_MIN_SIZE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """Where the images come from; see configs/*.py for each field's meaning."""
+
+    name: str
+    root: pathlib.Path
+    source: str
+    tfds_dir: pathlib.Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """From an image file to the pixels that the backbone sees; sizes are (h, w)."""
+
+    resize: Size
+    method: str
+    crop: Size | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def size(self) -> Size:
+        """Height and width of the backbone's input and of the anomaly maps."""
+        return self.crop or self.resize
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Backbone, embedding and covariance."""
+
+    backbone: str
+    layers: tuple[str, ...]
+    weights: str
+    channels: int
+    seed: int
+    precision: str
+    regularization: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MapConfig:
+    """From patch distances to the anomaly map."""
+
+    upsample: str
+    sigma: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputsConfig:
+    """What is written besides metrics and scores."""
+
+    figures: str
+    maps: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole, valid configuration."""
+
+    category: str
+    dataset: DatasetConfig
+    image: ImageConfig
+    model: ModelConfig
+    map: MapConfig
+    batch_size: int
+    outputs: OutputsConfig
+
+    @property
+    def title(self) -> str:
+        """Dataset and category in one word, as in the default workdir's name."""
+        return "_".join(filter(None, (self.dataset.name, self.category)))
+
+
+def validate(values: Mapping[str, Any]) -> Config:
+    """Checks a configuration whole.
+
+    Args:
+      values: a ConfigDict, or the nested mapping that `to_dict` returned.
+
+    Returns:
+      The same settings as frozen dataclasses.
+
+    Raises:
+      UserError: one line that names the field, its value and what is allowed.
+    """
+    _fields("config", values, Config)
+    dataset, image = values["dataset"], values["image"]
+    model, map_, outputs = values["model"], values["map"], values["outputs"]
+    _fields("config.dataset", dataset, DatasetConfig)
+    _fields("config.image", image, ImageConfig)
+    _fields("config.model", model, ModelConfig)
+    _fields("config.map", map_, MapConfig)
+    _fields("config.outputs", outputs, OutputsConfig)
+    config = Config(
+        category=_category(values["category"]),
+        dataset=DatasetConfig(
+            name=_one_of("config.dataset.name", dataset["name"], LAYOUTS),
+            root=_path("config.dataset.root", dataset["root"]),
+            source=_one_of("config.dataset.source", dataset["source"], SOURCES),
+            tfds_dir=None
+            if dataset["tfds_dir"] in (None, "")
+            else _path("config.dataset.tfds_dir", dataset["tfds_dir"]),
+        ),
+        image=ImageConfig(
+            resize=_size("config.image.resize", image["resize"]),
+            method=_one_of("config.image.method", image["method"], METHODS),
+            crop=_crop(image["crop"]),
+            mean=_rgb("config.image.mean", image["mean"], positive=False),
+            std=_rgb("config.image.std", image["std"], positive=True),
+        ),
+        model=ModelConfig(
+            backbone=_one_of("config.model.backbone", model["backbone"], models.BACKBONES),
+            layers=_layers(model["layers"]),
+            weights=_text("config.model.weights", model["weights"]),
+            channels=_integer("config.model.channels", model["channels"], minimum=1),
+            seed=_integer("config.model.seed", model["seed"], minimum=0),
+            precision=_one_of("config.model.precision", model["precision"], PRECISIONS),
+            regularization=_number(
+                "config.model.regularization", model["regularization"], positive=True
+            ),
+        ),
+        map=MapConfig(
+            upsample=_one_of("config.map.upsample", map_["upsample"], UPSAMPLINGS),
+            sigma=_number("config.map.sigma", map_["sigma"], positive=False),
+        ),
+        batch_size=_integer("config.batch_size", values["batch_size"], minimum=1),
+        outputs=OutputsConfig(
+            figures=_one_of("config.outputs.figures", outputs["figures"], FIGURES),
+            maps=_one_of("config.outputs.maps", outputs["maps"], MAPS),
+        ),
+    )
+    _check_together(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested JSON values; `validate` takes it back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, pathlib.Path):
+            return str(value)
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return value
+
+    return plain(dataclasses.asdict(config))
+
+
+def _check_together(config: Config) -> None:
+    resize, crop = config.image.resize, config.image.crop
+    if crop and (crop[0] > resize[0] or crop[1] > resize[1]):
+        raise UserError(
+            f"config.image.crop={crop}: larger than config.image.resize={resize}; expected "
+            "(height, width), each at most the resized one, or None for no crop"
+        )
+    spec = models.BACKBONES[config.model.backbone]
+    total = sum(models.stage_channels(spec, layer) for layer in config.model.layers)
+    if config.model.channels > total:
+        raise UserError(
+            f"config.model.channels={config.model.channels}: {config.model.backbone} has "
+            f"{total} channels in {', '.join(config.model.layers)}; expected 1 to {total}"
+        )
+
+
+def _fields(name: str, value: Any, schema: type) -> None:
+    if not isinstance(value, Mapping) and not hasattr(value, "keys"):
+        raise UserError(f"{name}={value!r}: expected a group of settings")
+    expected = {field.name for field in dataclasses.fields(schema)}
+    found = set(value.keys())
+    if unknown := sorted(map(str, found - expected)):
+        close = difflib.get_close_matches(unknown[0], expected, n=1)
+        raise UserError(
+            f"{name}.{unknown[0]}: no such setting"
+            + (f"; did you mean {name}.{close[0]}?" if close else "")
+            + f" Allowed: {', '.join(sorted(expected))}"
+        )
+    if missing := sorted(expected - found):
+        raise UserError(f"{name}.{missing[0]}: missing; expected {', '.join(sorted(expected))}")
+
+
+def _one_of(name: str, value: Any, allowed: Collection[str]) -> str:
+    if isinstance(value, str) and value in allowed:
+        return value
+    close = difflib.get_close_matches(str(value), allowed, n=1)
+    raise UserError(
+        f"{name}={value!r}: expected one of {', '.join(allowed)}"
+        + (f"; did you mean {close[0]!r}?" if close else "")
+    )
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{name}={value!r}: expected a non-empty text")
+    return value
+
+
+def _path(name: str, value: Any) -> pathlib.Path:
+    if not isinstance(value, str | pathlib.Path) or not str(value):
+        raise UserError(f"{name}={value!r}: expected a folder")
+    return pathlib.Path(value).expanduser()
+
+
+def _category(value: Any) -> str:
+    # A category becomes part of paths; it must not lead out of the dataset's root.
+    if not isinstance(value, str) or value in (".", "..") or set(value) & set("/\\\0"):
+        raise UserError(
+            f"config.category={value!r}: expected the name of one folder below "
+            "config.dataset.root, without path separators"
+        )
+    return value
+
+
+def _integer(name: str, value: Any, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise UserError(f"{name}={value!r}: expected a whole number of at least {minimum}")
+    return value
+
+
+def _number(name: str, value: Any, *, positive: bool) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0 or (positive and value == 0):
+        wanted = "above 0" if positive else "of at least 0"
+        raise UserError(f"{name}={value!r}: expected a number {wanted}")
+    return float(value)
+
+
+def _size(name: str, value: Any) -> Size:
+    if isinstance(value, tuple | list) and len(value) == 2:
+        height, width = (
+            n if isinstance(n, int) and not isinstance(n, bool) else 0 for n in value
+        )
+        if min(height, width) >= _MIN_SIZE:
+            return height, width
+    raise UserError(
+        f"{name}={value!r}: expected (height, width) in pixels, each at least {_MIN_SIZE}, "
+        "as in '(256, 256)'"
+    )
+
+
+def _crop(value: Any) -> Size | None:
+    # On the command line `None` arrives as a tuple of one None.
+    if value is None or (isinstance(value, tuple | list) and tuple(value) in {(None,), ()}):
+        return None
+    return _size("config.image.crop", value)
+
+
+def _rgb(name: str, value: Any, *, positive: bool) -> tuple[float, float, float]:
+    if isinstance(value, tuple | list) and len(value) == 3:
+        red, green, blue = (_number(name, item, positive=positive) for item in value)
+        return red, green, blue
+    raise UserError(f"{name}={value!r}: expected three numbers (red, green, blue)")
+
+
+def _layers(value: Any) -> tuple[str, ...]:
+    if isinstance(value, tuple | list) and value:
+        layers = tuple(_one_of("config.model.layers", item, models.STAGES) for item in value)
+        if list(layers) == sorted(set(layers)):
+            return layers
+    raise UserError(
+        f"config.model.layers={value!r}: expected one or more of {', '.join(models.STAGES)}, "
+        "shallowest first, each once"
+    )

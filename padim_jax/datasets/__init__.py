@@ -1,0 +1,19 @@
+"""Datasets: a folder layout is a pure function from a root folder to records.
+
+`LAYOUTS[name](root, category)` lists a dataset's images; `tfds_builder` packs the
+same records into files of another format. Nothing here imports JAX.
+"""
+
+import pathlib
+from collections.abc import Callable
+
+from padim_jax.datasets.folder import folder
+from padim_jax.datasets.mvtec_ad import mvtec_ad
+from padim_jax.datasets.records import Record
+
+
+LAYOUTS: dict[str, Callable[[pathlib.Path, str], list[Record]]] = {
+    "mvtec_ad": mvtec_ad,
+    "folder": folder,
+
+}

@@ -1,0 +1,178 @@
+"""One TensorFlow Datasets builder for every layout: the records' files, packed.
+
+The original bytes of images and masks go into array_record files, for sharing and
+for cloud storage; TensorFlow is needed neither to write nor to read them. A packed
+set remembers a fingerprint of the files that it was made from.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from padim_jax.datasets.records import Record
+from padim_jax.errors import UserError
+
+_DEFAULT_DIR = pathlib.Path.home() / "tensorflow_datasets"
+
+
+class PadimDataset(tfds.core.GeneratorBasedBuilder):
+    """Packs the records of one category, or reads what was packed."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, data_dir: pathlib.Path, records: Sequence[Record] = ()):
+        self._records = records
+        super().__init__(data_dir=os.fspath(data_dir), file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Normal images to fit, normal and anomalous ones to test.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, None)),
+                    # Bytes and not an Image: empty where there is no mask.
+                    "mask": tfds.features.Text(),
+                    "label": tfds.features.Scalar(np.int64),
+                    "defect_type": tfds.features.Text(),
+                    "relative_path": tfds.features.Text(),
+                }
+            ),
+            # Records are read in the layout's order.
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
+        del dl_manager
+        splits: dict[str, list[Record]] = {}
+        for record in self._records:
+            splits.setdefault(record.split, []).append(record)
+        assert isinstance(self.info.metadata, dict)
+        self.info.metadata["fingerprint"] = fingerprint(self._records)
+        self.info.metadata["records"] = [
+            {
+                **dataclasses.asdict(record),
+                "image": str(record.image),
+                "mask": record.mask and str(record.mask),
+            }
+            for records in splits.values()
+            for record in records
+        ]
+        return {split: self._generate_examples(records) for split, records in splits.items()}
+
+    def _generate_examples(self, records: Sequence[Record]) -> Iterator[tuple[int, dict]]:
+        for number, record in enumerate(records):
+            yield (
+                number,
+                {
+                    "image": io.BytesIO(record.image.read_bytes()),
+                    "mask": record.mask.read_bytes() if record.mask else b"",
+                    "label": record.label,
+                    "defect_type": record.defect_type,
+                    "relative_path": record.relative_path,
+                },
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSource:
+    """Reads a packed split; see `input_pipeline.Source`."""
+
+    records: Sequence[Record]
+    examples: Sequence[Any]
+
+    def read(self, index: int) -> tuple[bytes, bytes | None]:
+        """The encoded image of `records[index]` and its mask's, if it has one."""
+        example = self.examples[index]
+        return example["image"], example["mask"] or None
+
+
+def packed_dir(tfds_dir: pathlib.Path | None, title: str) -> pathlib.Path:
+    """Where the set called `title` is packed; None is TFDS's default folder."""
+    if tfds_dir is None:
+        tfds_dir = pathlib.Path(os.environ.get("TFDS_DATA_DIR", _DEFAULT_DIR))
+    return tfds_dir.expanduser() / title
+
+
+def prepare(data_dir: pathlib.Path, records: Sequence[Record] | None) -> PadimDataset:
+    """Packs records unless that is done already.
+
+    Args:
+      data_dir: from `packed_dir`.
+      records: what the source folder holds now, or None if there is no source folder
+        here: a set that was packed elsewhere is then used as it is.
+
+    Returns:
+      The builder of the packed set.
+
+    Raises:
+      UserError: the packed set was made from other files than the source folder holds
+        now, or there is neither.
+    """
+    builder = PadimDataset(data_dir=data_dir, records=records or ())
+    if not builder.is_prepared():
+        if records is None:
+            raise UserError(
+                f"config.dataset.source=tfds: no packed set in {data_dir} and no source folder "
+                "to make one from; check config.dataset.root and config.dataset.tfds_dir"
+            )
+        if not sys.stderr.isatty():
+            tfds.disable_progress_bar()
+        builder.download_and_prepare()
+    elif records is not None and _metadata(builder)["fingerprint"] != fingerprint(records):
+        raise UserError(
+            f"{data_dir}: packed from {len(_metadata(builder)['records'])} images that differ "
+            f"from the {len(records)} in the source folder now. Delete {data_dir} to pack "
+            "again, or use --config.dataset.source=folder"
+        )
+    return builder
+
+
+def open_split(builder: PadimDataset, split: str) -> TfdsSource:
+    """The packed images of one split ("train" or "test"), in the layout's order."""
+    records = [
+        Record(
+            **{
+                **fields,
+                "image": pathlib.Path(fields["image"]),
+                "mask": fields["mask"] and pathlib.Path(fields["mask"]),
+            }
+        )
+        for fields in _metadata(builder)["records"]
+        if fields["split"] == split
+    ]
+    if not records:
+        return TfdsSource((), ())
+    examples = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    return TfdsSource(records, examples)
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    """SHA-256 of the records and of the contents of all their files."""
+    digest = hashlib.sha256()
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        for record, contents in zip(records, threads.map(_contents, records), strict=True):
+            fields = (record.split, record.label, record.defect_type, record.relative_path)
+            digest.update(repr((*fields, contents)).encode())
+    return digest.hexdigest()
+
+
+def _contents(record: Record) -> list[str]:
+    paths = filter(None, (record.image, record.mask))
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
+
+def _metadata(builder: PadimDataset) -> dict[str, Any]:
+    metadata = builder.info.metadata
+    assert isinstance(metadata, dict)
+    return metadata

@@ -1,0 +1,108 @@
+"""Every setting with its default and its meaning; configs/*.py start from here.
+
+It lies in the package so that a config file works from any folder and installation:
+
+    from padim_jax import defaults
+
+    def get_config(preset="anomalib"):
+        config = defaults.get_config(preset)
+        config.dataset.root = "/path/to/parts"
+        return config
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from padim_jax.errors import UserError
+
+PRESETS = ("anomalib", "seed", "paper")
+
+
+def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
+    """The default configuration in one of three published variants.
+
+    Args:
+      preset: "anomalib" (bilinear 256, no crop), "seed" (nearest 256, crop 224: the
+        PyTorch project Lornatang/PaDiM) or "paper" (bicubic 256, crop 224, bicubic
+        map upsampling).
+
+    Raises:
+      UserError: another preset.
+    """
+    if preset not in PRESETS:
+        raise UserError(
+            f"--config=...:{preset}: expected one of {', '.join(PRESETS)} behind the colon"
+        )
+    config = ml_collections.ConfigDict()
+
+    # The folder below dataset.root: one of MVTec AD's fifteen, or your own.
+    config.category = "bottle"
+
+    config.dataset = ml_collections.ConfigDict()
+    # Folder layout: mvtec_ad, folder or synthetic (see padim_jax/datasets).
+    config.dataset.name = "mvtec_ad"
+    # The folder that holds the category folders.
+    config.dataset.root = "data/mvtec_ad"
+    # folder: read the files in place. tfds: pack them once into array_record files
+    # below tfds_dir and read those; results are identical.
+    config.dataset.source = "folder"
+    # Where packed datasets lie; "" is TensorFlow Datasets' default,
+    # $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    config.dataset.tfds_dir = ""
+
+    config.image = ml_collections.ConfigDict()
+    # Height and width that every image is resized to, whatever its aspect.
+    config.image.resize = (256, 256)
+    # Pillow's filter: nearest, bilinear, bicubic or lanczos.
+    config.image.method = "bilinear"
+    # Height and width of the centre crop after resizing, or None.
+    config.image.crop = config_dict.placeholder(tuple)
+    # Per-channel mean and standard deviation (RGB, of values in 0..1) that the
+    # backbone was trained with: ImageNet's.
+    config.image.mean = (0.485, 0.456, 0.406)
+    config.image.std = (0.229, 0.224, 0.225)
+
+    config.model = ml_collections.ConfigDict()
+    # resnet18/34/50/101/152, wide_resnet50_2 or wide_resnet101_2.
+    config.model.backbone = "resnet18"
+    # The stages whose feature maps make up the embedding, shallowest first.
+    config.model.layers = ("layer1", "layer2", "layer3")
+    # A name (<backbone>.tv_in1k or <backbone>.tv2_in1k: torchvision's first and second
+    # ImageNet weights, downloaded once from the Hugging Face hub), a .safetensors, .npz
+    # or .pth file, or random. The default follows the backbone.
+    config.model.weights = config.model.get_ref("backbone") + ".tv_in1k"
+    # How many of the stages' channels are kept, drawn at random: the paper takes
+    # 100 for resnet18 and 550 for wide_resnet50_2. All of them: 448, 1792.
+    config.model.channels = 100
+    # Seed of that draw: random.Random(seed).sample, as in the PyTorch projects.
+    config.model.seed = 42
+    # Arithmetic of the backbone: float32, tf32 (float32 on CPUs; PyTorch's default
+    # on NVIDIA GPUs) or bfloat16. Statistics and distances are always float32.
+    config.model.precision = "tf32"
+    # Added to the covariance's diagonal (the paper's epsilon).
+    config.model.regularization = 0.01
+
+    config.map = ml_collections.ConfigDict()
+    # Interpolation from patch distances to the input's size: bilinear or bicubic.
+    config.map.upsample = "bilinear"
+    # Standard deviation of the Gaussian blur, in pixels of the input; 0 for none.
+    config.map.sigma = 4.0
+
+    # Images per step; bounds memory, does not change results.
+    config.batch_size = 32
+
+    config.outputs = ml_collections.ConfigDict()
+    # Five-panel pictures of test images: none, some (the best and worst scored of
+    # each defect type) or all.
+    config.outputs.figures = "some"
+    # Raw anomaly maps, one file an image, float32: none, npy or tiff.
+    config.outputs.maps = "none"
+
+    if preset == "seed":
+        config.image.method = "nearest"
+        config.image.crop = (224, 224)
+    elif preset == "paper":
+        config.image.method = "bicubic"
+        config.image.crop = (224, 224)
+        config.map.upsample = "bicubic"
+    return config

@@ -1,0 +1,288 @@
+"""Train, evaluate, predict: where the stages meet, and where all side effects start."""
+
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from padim_jax import (
+    checkpoint,
+    figures,
+    gaussian,
+    input_pipeline,
+    predictions,
+    results,
+)
+from padim_jax import config as config_lib
+from padim_jax import detector as detector_lib
+from padim_jax.config import Config
+from padim_jax.datasets import LAYOUTS
+from padim_jax.detector import Detector
+from padim_jax.errors import UserError
+from padim_jax.input_pipeline import FolderSource, Source
+from padim_jax.models import pretrained
+
+
+def run(
+    mode: str,
+    config: Config | None,
+    workdir: pathlib.Path,
+    checkpoint_path: pathlib.Path,
+    pattern: str | None = None,
+) -> None:
+    """Does what the command line asks for.
+
+    Args:
+      mode: "train_and_eval", "train", "eval" or "predict".
+      config: None, for eval and predict, takes the checkpoint's.
+      workdir: folder of the results.
+      checkpoint_path: where the fitted model is or goes.
+      pattern: for predict: an image file, a folder or a glob.
+
+    Raises:
+      UserError: something to mend in the settings or the files.
+    """
+    if mode in ("train", "train_and_eval"):
+        assert config is not None
+        dataset = open_dataset(config)
+        if mode == "train_and_eval":
+            _require_test_images(config, dataset["test"])
+        detector = train(config, dataset["train"], checkpoint_path)
+        if mode == "train_and_eval":
+            evaluate(config, detector, dataset["test"], workdir)
+    elif mode == "eval":
+        detector = load(checkpoint_path, config)
+        dataset = open_dataset(detector.config)
+        evaluate(detector.config, detector, dataset["test"], workdir)
+    else:
+        assert mode == "predict"
+        assert pattern is not None
+        predict(load(checkpoint_path, config), pattern, workdir)
+
+
+def open_dataset(config: Config) -> dict[str, Source]:
+    """Finds the images of a configuration; no pixel is read.
+
+    Returns:
+      The splits "train" and "test"; the latter may be empty.
+
+    Raises:
+      UserError: folders or files are missing.
+    """
+    dataset = config.dataset
+    layout = LAYOUTS[dataset.name]
+    if dataset.source == "folder":
+        records = layout(dataset.root, config.category)
+        return {
+            split: FolderSource([record for record in records if record.split == split])
+            for split in ("train", "test")
+        }
+    # Imported here: TensorFlow Datasets takes its time, and few need it.
+    from padim_jax.datasets import tfds_builder
+
+    records = layout(dataset.root, config.category) if dataset.root.is_dir() else None
+    packed = tfds_builder.packed_dir(dataset.tfds_dir, config.title)
+    builder = tfds_builder.prepare(packed, records)
+    return {split: tfds_builder.open_split(builder, split) for split in ("train", "test")}
+
+
+def train(config: Config, source: Source, checkpoint_path: pathlib.Path) -> Detector:
+    """Fits a detector to normal images and saves it.
+
+    Args:
+      config: what to fit.
+      source: the normal images.
+      checkpoint_path: the folder to save it in.
+
+    Returns:
+      The fitted detector.
+
+    Raises:
+      UserError: too few images, an unreadable one, or weights that cannot be had.
+    """
+    if len(source.records) < 2:
+        raise UserError(
+            f"config.dataset.root={config.dataset.root}: {len(source.records)} normal image(s) "
+            "to fit; a covariance needs at least 2 (MVTec AD's categories have 60 to 391)"
+        )
+    index = detector_lib.channel_index(config.model)
+    variables, weights = pretrained.load(
+        config.model.weights, config.model.backbone, config.model.layers
+    )
+    print(f"weights: {weights.origin}")
+    variables = jax.device_put(variables)
+    height, width = detector_lib.patch_grid(config.image, config.model.layers)
+    moments = gaussian.init(height * width, len(index))
+    for batch in _progress(source, config, "fit"):
+        moments = detector_lib.fit_batch(
+            moments,
+            variables,
+            jnp.asarray(batch.images),
+            jnp.asarray(batch.valid),
+            image=config.image,
+            model=config.model,
+            index=tuple(index.tolist()),
+        )
+    fitted = checkpoint.Fitted(config, index, moments, weights)
+    detector = _detector(fitted, config, variables)
+    checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(checkpoint_path, fitted)
+    print(
+        f"fitted {int(moments.count)} images, {height}x{width} patches of {len(index)} "
+        f"channels -> {checkpoint_path}"
+    )
+    return detector
+
+
+def load(path: str | pathlib.Path, config: Config | None = None) -> Detector:
+    """Loads a fitted detector.
+
+    Args:
+      path: the checkpoint's folder.
+      config: None takes the checkpoint's configuration. Otherwise dataset, batch size,
+        map, outputs, precision and the place of the weights come from here; what the
+        statistics depend on must be as in the checkpoint.
+
+    Raises:
+      UserError: no checkpoint, or one fitted with another backbone, weights file,
+        preprocessing or channel choice than the configuration asks for.
+    """
+    fitted = checkpoint.load(path)
+    if config is None:
+        config = fitted.config
+    _require_same(path, fitted.config, config)
+    variables, weights = pretrained.load(
+        config.model.weights, config.model.backbone, config.model.layers
+    )
+    if weights.sha256 != fitted.weights.sha256:
+        raise UserError(
+            f"config.model.weights={config.model.weights}: other weights ({weights.origin}, "
+            f"sha256 {weights.sha256[:12]}...) than the checkpoint {path} was fitted with "
+            f"({fitted.weights.origin}, sha256 {fitted.weights.sha256[:12]}...). Name that "
+            "file, or fit again"
+        )
+    return _detector(fitted, config, jax.device_put(variables))
+
+
+def evaluate(config: Config, detector: Detector, source: Source, workdir: pathlib.Path) -> dict:
+    """Scores a test set and writes metrics, scores, maps and pictures.
+
+    Args:
+      config: dataset and outputs.
+      detector: fitted.
+      source: normal and anomalous images.
+      workdir: where the results go; files of an earlier evaluation are replaced.
+
+    Returns:
+      What metrics.json holds.
+
+    Raises:
+      UserError: no test images, or an unreadable one.
+    """
+    records = source.records
+    _require_test_images(config, source)
+    maps, scores, masks = [], [], []
+    for batch in _progress(source, config, "evaluate"):
+        found = detector_lib.score_pixels(detector, batch.images)
+        maps.append(found.maps[batch.valid])
+        scores.append(found.scores[batch.valid])
+        masks += batch.masks
+    scored = results.Scored(records, masks, np.concatenate(maps), np.concatenate(scores))
+    measured = results.measure(scored)
+    scale = figures.color_scale(scored.maps, scored.labels.astype(int))
+    measured["color_scale"] = [scale.low, scale.high]
+    workdir.mkdir(parents=True, exist_ok=True)
+    results.write_json(workdir / "config.json", config_lib.to_dict(config))
+    results.write(
+        workdir,
+        config,
+        scored,
+        measured,
+        lambda index: input_pipeline.load_image(source, config.image, index),
+    )
+    print(f"\n{results.table(config, measured)}\n\nresults: {workdir}")
+    return measured
+
+
+def predict(detector: Detector, pattern: str, workdir: pathlib.Path) -> None:
+    """Scores images of which nothing is known; see `predictions.Writer` for the output.
+
+    Thresholds and colours are those of the evaluation in `workdir/metrics.json`; without
+    one, nothing is called anomalous and the colours follow the first batch.
+
+    Args:
+      detector: fitted.
+      pattern: an image file, a folder or a glob.
+      workdir: results go to `predictions` below it; earlier ones are replaced.
+
+    Raises:
+      UserError: nothing found, or an unreadable image.
+    """
+    source = FolderSource(predictions.find(pattern))
+    config = detector.config
+    calibration = predictions.read_calibration(workdir / "metrics.json")
+    if calibration.image_threshold is None:
+        print(f"no threshold in {workdir / 'metrics.json'}: scores only, no predicted class")
+    else:
+        print(
+            f"threshold {calibration.image_threshold:.4g}: the best F1 on the test set of "
+            f"{workdir / 'metrics.json'}"
+        )
+    folder = workdir / "predictions"
+    shutil.rmtree(folder, ignore_errors=True)
+    suffix = "npy" if config.outputs.maps == "npy" else "tiff"
+    with predictions.Writer(folder, config.image, suffix, calibration) as writer:
+        for batch in _progress(source, config, "predict"):
+            found = detector_lib.score_pixels(detector, batch.images)
+            valid = batch.valid
+            writer.add(batch.records, batch.sizes, found.maps[valid], found.scores[valid])
+    print(f"scored {len(source.records)} images\nresults: {folder}")
+
+
+# What the statistics depend on; the weights are compared by their content.
+_FITTED = (
+    ("image", ("resize", "method", "crop", "mean", "std")),
+    ("model", ("backbone", "layers", "channels", "seed", "regularization")),
+)
+
+
+def _require_same(path: str | pathlib.Path, fitted: Config, wanted: Config) -> None:
+    for group, fields in _FITTED:
+        for field in fields:
+            ours = getattr(getattr(wanted, group), field)
+            theirs = getattr(getattr(fitted, group), field)
+            if ours != theirs:
+                raise UserError(
+                    f"config.{group}.{field}={ours}: the checkpoint {path} was fitted with "
+                    f"{theirs}. Ask for that, fit again, or leave out --config to take the "
+                    "checkpoint's configuration"
+                )
+
+
+def _detector(fitted: checkpoint.Fitted, config: Config, variables: dict) -> Detector:
+    try:
+        ready = gaussian.finalize(fitted.moments, fitted.config.model.regularization)
+    except ValueError as error:
+        raise UserError(f"config.model.regularization: {error}") from error
+    return Detector(config, fitted.index, variables, fitted.weights, ready)
+
+
+def _require_test_images(config: Config, source: Source) -> None:
+    if not source.records:
+        raise UserError(
+            f"config.dataset.root={config.dataset.root}: no test images; expected normal and "
+            "anomalous ones to evaluate on (folder layout: val/good and val/bad). To fit only, "
+            "use --mode=train"
+        )
+
+
+def _progress(source: Source, config: Config, what: str) -> Iterator[input_pipeline.Batch]:
+    """The batches of a source with a progress bar, which is quiet in logs."""
+    with tqdm.tqdm(total=len(source.records), desc=what, unit="img", disable=None) as bar:
+        for batch in input_pipeline.batches(source, config.image, config.batch_size):
+            yield batch
+            bar.update(len(batch.records))

@@ -1,0 +1,126 @@
+"""One multivariate Gaussian per patch position, fitted in one pass over batches.
+
+PaDiM (arXiv 2011.08785), section III-B, eq. 1. Moments are kept as (count, mean, M2)
+and combined by the pairwise formulas of Chan, Golub and LeVeque (1983), which do not
+cancel as E[x x^T] - E[x] E[x]^T does. Any split of the images into batches or models
+gives the same moments up to float rounding.
+
+Functions are written for one patch and mapped over patches with `vmap`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32
+
+from padim_jax.types import Embeddings, Gaussian, Moments, Valid
+
+# float32 products, also on GPUs, where the default would be TF32's 10-bit mantissa.
+_matmul = lambda a, b: jnp.matmul(a, b, precision=lax.Precision.HIGHEST)  # noqa: E731
+
+
+def init(patches: int, channels: int) -> Moments:
+    """Moments of no image at all: `patches` Gaussians of `channels` dimensions."""
+    return Moments(
+        count=jnp.zeros((), jnp.int32),
+        mean=jnp.zeros((patches, channels), jnp.float32),
+        m2=jnp.zeros((patches, channels, channels), jnp.float32),
+    )
+
+
+def update(moments: Moments, embeddings: Embeddings, valid: Valid) -> Moments:
+    """Adds a batch of images.
+
+    Args:
+      moments: what was seen before.
+      embeddings: (b, p, d) float32.
+      valid: (b,); False marks padding, which counts nothing.
+
+    Returns:
+      Moments of both.
+    """
+    count = jnp.sum(valid, dtype=jnp.int32)
+    mean, m2 = jax.vmap(_patch_moments, in_axes=(1, None))(embeddings, valid)
+    return merge(moments, Moments(count, mean, m2))
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Moments of two disjoint sets of images together (Chan et al., eq. 2.1)."""
+    count = a.count + b.count
+    total = jnp.maximum(count, 1).astype(jnp.float32)
+    weight = b.count / total
+    mean, m2 = jax.vmap(_merge_patch, in_axes=(0, 0, 0, 0, None, None))(
+        a.mean, a.m2, b.mean, b.m2, weight, a.count * weight
+    )
+    return Moments(count, mean, m2)
+
+
+def finalize(moments: Moments, regularization: float) -> Gaussian:
+    """The Gaussians, factorised for scoring.
+
+    The covariance is unbiased (divided by count - 1) plus `regularization` on its
+    diagonal, as in the paper and in `numpy.cov`.
+
+    Args:
+      moments: of at least two images.
+      regularization: epsilon, above 0.
+
+    Returns:
+      Means and the inverses of the covariances' Cholesky factors.
+
+    Raises:
+      ValueError: fewer than two images, or a covariance that is not positive definite
+        in float32 (the patch is named).
+    """
+    if int(moments.count) < 2:
+        raise ValueError(
+            f"a covariance needs at least 2 images, the moments hold {int(moments.count)}"
+        )
+    gaussian, definite = _factorise(moments, regularization)
+    if not np.all(definite):
+        patch = int(np.argmin(definite))
+        raise ValueError(
+            f"the covariance of patch {patch} is not positive definite in float32; "
+            f"raise the regularization ({regularization})"
+        )
+    return gaussian
+
+
+@jax.jit
+def _factorise(moments: Moments, regularization: float) -> tuple[Gaussian, Bool[Array, " p"]]:
+    whiten = jax.vmap(_patch_whitening, in_axes=(0, None, None))
+    whitening = whiten(moments.m2, moments.count, regularization)
+    definite = jnp.all(jnp.isfinite(whitening), axis=(1, 2))
+    return Gaussian(moments.mean, whitening), definite
+
+
+def _patch_moments(
+    x: Float32[Array, "b d"], valid: Valid
+) -> tuple[Float32[Array, " d"], Float32[Array, "d d"]]:
+    weight = valid.astype(jnp.float32)[:, None]
+    mean = jnp.sum(weight * x, axis=0) / jnp.maximum(jnp.sum(weight), 1)
+    centred = weight * (x - mean[None])
+    return mean, _matmul(centred.T, centred)
+
+
+def _merge_patch(
+    mean_a: Float32[Array, " d"],
+    m2_a: Float32[Array, "d d"],
+    mean_b: Float32[Array, " d"],
+    m2_b: Float32[Array, "d d"],
+    weight: Float32[Array, ""],
+    scale: Float32[Array, ""],
+) -> tuple[Float32[Array, " d"], Float32[Array, "d d"]]:
+    # weight = n_b / n, scale = n_a n_b / n.
+    delta = mean_b - mean_a
+    return mean_a + weight * delta, m2_a + m2_b + scale * jnp.outer(delta, delta)
+
+
+def _patch_whitening(
+    m2: Float32[Array, "d d"], count: Int32[Array, ""], regularization: float
+) -> Float32[Array, "d d"]:
+    identity = jnp.eye(len(m2), dtype=jnp.float32)
+    covariance = m2 / (count - 1).astype(jnp.float32) + regularization * identity
+    factor = lax.linalg.cholesky(covariance, symmetrize_input=False)
+    return lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)

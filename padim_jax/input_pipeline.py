@@ -1,0 +1,230 @@
+"""Image files -> decoded, resized, cropped uint8 batches, ahead of the device.
+
+Pixels leave this module exactly as Pillow makes them; normalisation happens on the
+device (see `inference`). Decoding runs in Grain's threads, which Pillow leaves free
+of Python's lock, in a deterministic order.
+"""
+
+import dataclasses
+import io
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import grain
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image, UnidentifiedImageError
+
+from padim_jax.config import ImageConfig
+from padim_jax.datasets.records import Record
+from padim_jax.errors import UserError
+
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+# Pillow's modes of 8 bits a channel or less. Deeper ones (I;16, I, F) would be clipped
+# by its conversion to RGB, which no one would notice.
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+
+
+class Source(Protocol):
+    """Images that can be read in any order: what a dataset gives the pipeline."""
+
+    records: Sequence[Record]
+
+    def read(self, index: int) -> tuple[bytes, bytes | None]:
+        """The encoded image of `records[index]` and its mask's, if it has one."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderSource:
+    """Reads the files that the records name."""
+
+    records: Sequence[Record]
+
+    def read(self, index: int) -> tuple[bytes, bytes | None]:
+        """The bytes of the image's and the mask's file.
+
+        Raises:
+          UserError: a file cannot be read.
+        """
+        record = self.records[index]
+        return _read(record.image), record.mask and _read(record.mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Images of equal size; the last batch of a dataset is padded with zeros.
+
+    Attributes:
+      images: RGB, as Pillow resized and cropped them.
+      valid: False marks padding.
+      records: what the valid images are, in order.
+      masks: per valid image the defect's pixels, or None where unknown.
+      sizes: per valid image the original (height, width).
+    """
+
+    images: UInt8[np.ndarray, "b h w 3"]
+    valid: Bool[np.ndarray, " b"]
+    records: tuple[Record, ...]
+    masks: tuple[Bool[np.ndarray, "h w"] | None, ...]
+    sizes: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Example:
+    record: Record
+    image: UInt8[np.ndarray, "h w 3"]
+    mask: Bool[np.ndarray, "h w"] | None
+    size: tuple[int, int]
+
+
+def batches(source: Source, config: ImageConfig, batch_size: int) -> Iterator[Batch]:
+    """Decodes a dataset in order, in batches of one static shape.
+
+    Args:
+      source: the images.
+      config: resizing and cropping.
+      batch_size: images a batch, padding included.
+
+    Yields:
+      Batches in the records' order.
+
+    Raises:
+      UserError: an image cannot be read or decoded (the file is named).
+    """
+    dataset = (
+        grain.MapDataset.range(len(source.records))
+        .map(lambda index: _load(source, config, index))
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=_threads(), prefetch_buffer_size=2 * batch_size)
+        )
+        .batch(batch_size, batch_fn=_collate(batch_size))
+    )
+    yield from dataset
+
+
+def load_image(source: Source, config: ImageConfig, index: int) -> UInt8[np.ndarray, "h w 3"]:
+    """One image as `batches` gives it."""
+    return _load(source, config, index).image
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Reads and decodes one image file to RGB; see `decode`.
+
+    Raises:
+      UserError: the file cannot be read or is no image.
+    """
+    return decode(_read(pathlib.Path(path)), os.fspath(path))
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """Decodes an image file to RGB.
+
+    Alpha is dropped, palettes and grey levels are expanded, of an animation the first
+    frame is taken; an EXIF orientation is not applied, as in the PyTorch projects.
+
+    Args:
+      data: the file's bytes.
+      name: how to call it in an error.
+
+    Raises:
+      UserError: not an image, a broken one, or one deeper than 8 bits a channel.
+    """
+    image = _open(data, name)
+    if image.mode not in _MODES:
+        raise UserError(
+            f"{name}: pixels of Pillow mode {image.mode}; expected 8 bits a channel. "
+            "Convert the image to 8-bit grey or RGB first"
+        )
+    return image.convert("RGB")
+
+
+def preprocess(image: Image.Image, config: ImageConfig) -> UInt8[np.ndarray, "h w 3"]:
+    """Resizes and centre-crops, as torchvision does on Pillow images."""
+    return np.asarray(_resize_crop(image, config, _FILTERS[config.method]))
+
+
+def _load(source: Source, config: ImageConfig, index: int) -> _Example:
+    record = source.records[index]
+    image_bytes, mask_bytes = source.read(index)
+    image = decode(image_bytes, str(record.image))
+    mask = None
+    if mask_bytes is not None:
+        mask_image = _open(mask_bytes, str(record.mask)).convert("L")
+        if mask_image.size != image.size:
+            raise UserError(
+                f"{record.mask}: a mask of {_size_text(mask_image)} pixels for the image "
+                f"{record.image} of {_size_text(image)}; expected equal sizes"
+            )
+        mask = np.asarray(_resize_crop(mask_image, config, Image.Resampling.NEAREST)) > 127
+    elif record.label == 0:
+        mask = np.zeros(config.size, bool)
+    return _Example(record, preprocess(image, config), mask, (image.height, image.width))
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name}: not an image that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow raises SyntaxError and ValueError for some broken files.
+        raise UserError(f"{name}: the image cannot be decoded: {error}") from error
+    return image
+
+
+def _resize_crop(
+    image: Image.Image, config: ImageConfig, resample: Image.Resampling
+) -> Image.Image:
+    height, width = config.resize
+    image = image.resize((width, height), resample)
+    if config.crop is None:
+        return image
+    crop_height, crop_width = config.crop
+    top, left = crop_offset(config)
+    return image.crop((left, top, left + crop_width, top + crop_height))
+
+
+def crop_offset(config: ImageConfig) -> tuple[int, int]:
+    """Top and left of the centre crop in the resized image, as torchvision rounds."""
+    (height, width), (crop_height, crop_width) = config.resize, config.size
+    return round((height - crop_height) / 2), round((width - crop_width) / 2)
+
+
+def _collate(batch_size: int) -> Callable[[Sequence[_Example]], Batch]:
+    def collate(examples: Sequence[_Example]) -> Batch:
+        images = np.zeros((batch_size, *examples[0].image.shape), np.uint8)
+        for image, example in zip(images, examples, strict=False):
+            image[:] = example.image
+        return Batch(
+            images=images,
+            valid=np.arange(batch_size) < len(examples),
+            records=tuple(example.record for example in examples),
+            masks=tuple(example.mask for example in examples),
+            sizes=tuple(example.size for example in examples),
+        )
+
+    return collate
+
+
+def _size_text(image: Image.Image) -> str:
+    return f"{image.width}x{image.height}"
+
+
+def _threads() -> int:
+    return min(32, os.cpu_count() or 1)

@@ -1,0 +1,135 @@
+"""PaDiM: fits one Gaussian per image patch to normal images and finds what deviates.
+
+Modes:
+  train_and_eval  fit, save, evaluate (the default)
+  train           fit and save
+  eval            evaluate a saved model
+  predict         score images without labels: --input=IMAGE, FOLDER or 'GLOB'
+
+Examples:
+  python -m padim_jax.main --config=configs/demo.py
+  python -m padim_jax.main --config=configs/mvtec.py --config.category=bottle
+  python -m padim_jax.main --config=configs/mvtec.py:seed --config.model.channels=448
+  python -m padim_jax.main --config=configs/folder.py --config.dataset.root=/path/to/parts
+  python -m padim_jax.main --mode=eval --workdir=results/mvtec_ad_bottle
+  python -m padim_jax.main --mode=predict --workdir=results/mvtec_ad_bottle --input=parts/
+
+`padim-jax` is the same as `python -m padim_jax.main`. Every setting of --config can be
+overridden, as in --config.batch_size=16; padim_jax/defaults.py explains them all.
+Results go to --workdir. Exit codes: 0 done, 1 a bug or a failing machine, 2 something
+to mend in the command, the settings or the files.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from padim_jax import config as config_lib
+from padim_jax.errors import UserError
+
+MODES = ("train_and_eval", "train", "eval", "predict")
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Configuration file, with a preset behind a colon. For eval and predict it may be left "
+    "out: the checkpoint knows its own.",
+    lock_config=True,
+)
+_MODE = flags.DEFINE_enum("mode", MODES[0], MODES, "What to do.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the results; default: results/<dataset>_<category>."
+)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "The fitted model's folder; default: <workdir>/checkpoint."
+)
+_INPUT = flags.DEFINE_string("input", None, "For predict: an image, a folder or a 'glob'.")
+_DOWNLOAD = flags.DEFINE_bool(
+    "download", False, "Download MVTec AD to config.dataset.root first, if it is not there."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Checks the command, then hands over to `experiment`."""
+    del argv
+    config = None if _CONFIG.value is None else config_lib.validate(_CONFIG.value)
+    mode = _MODE.value
+    _check_flags(mode, config)
+    workdir = _workdir(config)
+    checkpoint = pathlib.Path(_CHECKPOINT.value or workdir / "checkpoint")
+
+    # Only now what takes long to import: a mistake should not have to wait for it.
+    from padim_jax import experiment
+
+    if _DOWNLOAD.value:
+        from padim_jax.datasets import download
+
+        assert config is not None
+        download.mvtec_ad(config.dataset.root, config.category)
+    experiment.run(mode, config, workdir, checkpoint, _INPUT.value)
+
+
+def _check_flags(mode: str, config: config_lib.Config | None) -> None:
+    if config is None and mode in ("train_and_eval", "train"):
+        raise UserError(
+            f"--config: missing; --mode={mode} needs one, as in --config=configs/mvtec.py"
+        )
+    if config is None and _WORKDIR.value is None and _CHECKPOINT.value is None:
+        raise UserError(f"--mode={mode} needs --config, --workdir or --checkpoint")
+    if (mode == "predict") != (_INPUT.value is not None):
+        what = "missing; expected" if mode == "predict" else f"not for --mode={mode}; it names"
+        raise UserError(f"--input: {what} the image, folder or glob to predict")
+    if _DOWNLOAD.value and (config is None or config.dataset.name != "mvtec_ad"):
+        raise UserError("--download: only for --config.dataset.name=mvtec_ad")
+
+
+def _workdir(config: config_lib.Config | None) -> pathlib.Path:
+    if _WORKDIR.value is not None:
+        return pathlib.Path(_WORKDIR.value)
+    if config is not None:
+        return pathlib.Path("results") / config.title
+    return pathlib.Path(_CHECKPOINT.value or "").absolute().parent
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; a mistake ends with one line and exit code 2."""
+    if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
+        print(f"{__doc__}\nFlags:\n{flags.FLAGS.module_help(__name__)}")
+        sys.exit(0)
+    try:
+        remaining = flags.FLAGS(argv)
+        # A typo below --config shows as the error of a locked ConfigDict's look-up.
+    except (flags.Error, UserError, KeyError, AttributeError, TypeError, ValueError) as error:
+        _fail(str(error.args[0] if isinstance(error, KeyError) else error))
+    except (OSError, SyntaxError, ImportError) as error:
+        _fail(f"--config: the configuration file cannot be loaded: {error}")
+    if flags.FLAGS["verbosity"].using_default_value:
+        # The libraries' INFO lines would bury our own; --verbosity=0 brings them back.
+        logging.set_verbosity(logging.WARNING)
+    if len(remaining) > 1:
+        _fail(f"unexpected argument {remaining[1]!r}; every setting starts with --")
+    return remaining
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _main(argv: Sequence[str]) -> None:
+    try:
+        main(argv)
+    except UserError as error:
+        _fail(str(error))
+
+
+def run() -> None:
+    """The console script `padim-jax`."""
+    app.run(_main, flags_parser=_parse_flags)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,368 @@
+"""Exact detection and localisation metrics: AUROC, AP, F1-max, AUPRO and their curves.
+
+Exact means: every distinct score is a threshold, a prediction is `score >= threshold`,
+equal scores change side together, nothing is binned.
+
+All of them need three counts at each distinct score of an anomalous sample, and no more:
+anomalous samples at or above it, normal samples above it, normal samples at or above it.
+From one such score down to the next only false positives are added: the ROC and PRO
+curves run horizontally, the average precision gains nothing and F1 falls. So the normal
+pixels, nearly all there are, are only sorted, in groups of images, and counted by binary
+search. Counts of groups add up, so no pixel is sorted again for its defect type.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import ndimage
+
+AUPRO_MAX_FPR = 0.3  # the limit of Bergmann et al. and of published MVTec AD results
+
+# Regions are 8-connected within an image and never cross from one image to the next.
+_REGION_STRUCTURE = np.zeros((3, 3, 3), bool)
+_REGION_STRUCTURE[1] = True
+
+Curve = tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class BinaryMetrics:
+    """How well one score separates anomalous from normal samples.
+
+    Attributes:
+      auroc: area under the ROC curve; a tied pair counts one half.
+      ap: average precision, the sum of `(R_k - R_{k-1}) P_k` over the distinct
+        thresholds (`sklearn.metrics.average_precision_score`).
+      f1_max: the largest F1 over all distinct thresholds.
+      f1_threshold: the score t for which `score >= t` has that F1; the highest one
+        where several have.
+      undefined: why the four others are None; None where they are numbers.
+    """
+
+    auroc: float | None = None
+    ap: float | None = None
+    f1_max: float | None = None
+    f1_threshold: float | None = None
+    undefined: str | None = None
+
+
+def binary_metrics(
+    labels: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"]
+) -> BinaryMetrics:
+    """AUROC, AP and F1-max of one score per sample.
+
+    Args:
+      labels: True for anomalous samples.
+      scores: higher is more anomalous.
+
+    Returns:
+      The metrics; all None, with a reason, where either class is missing.
+
+    Raises:
+      ValueError: a score is not finite.
+    """
+    _require_finite("scores", scores)
+    return _metrics(_samples(labels, scores), "sample")[0]
+
+
+def aupro(
+    masks: Bool[np.ndarray, "n h w"],
+    maps: Float[np.ndarray, "n h w"],
+    max_fpr: float = AUPRO_MAX_FPR,
+) -> float | None:
+    """Normalised area under the per-region overlap (PRO) curve.
+
+    The overlap of a ground-truth region is the fraction of its pixels at or above the
+    threshold; PRO is the mean overlap of the 8-connected regions of all images, each
+    region weighted equally; the false positive rate is that of all normal pixels of all
+    images. PRO is integrated over rates in [0, max_fpr] by the trapezoid rule, with
+    linear interpolation at the limit, and divided by `max_fpr`. A perfect map has 1, a
+    constant one `max_fpr / 2`. Source: Bergmann et al., "The MVTec Anomaly Detection
+    Dataset", IJCV 2021.
+
+    Args:
+      masks: True for defect pixels; all False for normal images.
+      maps: anomaly maps, higher is more anomalous.
+      max_fpr: upper limit of the false positive rate, in (0, 1].
+
+    Returns:
+      The area in [0, 1]; None where there is no defect pixel or no normal pixel.
+
+    Raises:
+      ValueError: `max_fpr` is outside (0, 1], or a value of a map is not finite.
+    """
+    if not 0 < max_fpr <= 1:
+        raise ValueError(f"max_fpr is {max_fpr}, expected a number in (0, 1]")
+    _require_finite("maps", maps)
+    return _metrics(_pixels(masks, maps), "pixel", max_fpr)[1]
+
+
+def roc_curve(labels: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> Curve | None:
+    """The exact ROC curve, without the points that lie inside a straight piece of it.
+
+    Args:
+      labels: True for anomalous samples; at the pixel level, the flattened masks.
+      scores: higher is more anomalous.
+
+    Returns:
+      False and true positive rates from (0, 0) to (1, 1), float64; None where either
+      class is missing.
+
+    Raises:
+      ValueError: a score is not finite.
+    """
+    _require_finite("scores", scores)
+    return _curve(_samples(labels, scores))
+
+
+def pro_curve(
+    masks: Bool[np.ndarray, "n h w"], maps: Float[np.ndarray, "n h w"]
+) -> Curve | None:
+    """The exact curve under which `aupro` is the area, thinned like `roc_curve`.
+
+    Args:
+      masks: True for defect pixels; all False for normal images.
+      maps: anomaly maps, higher is more anomalous.
+
+    Returns:
+      False positive rates and mean overlaps from (0, 0) to (1, 1), float64; None where
+      there is no defect pixel or no normal pixel.
+
+    Raises:
+      ValueError: a value of a map is not finite.
+    """
+    _require_finite("maps", maps)
+    return _curve(_pixels(masks, maps))
+
+
+def evaluate(
+    labels: Bool[np.ndarray, " n"],
+    scores: Float[np.ndarray, " n"],
+    defect_types: Sequence[str],
+    masks: Bool[np.ndarray, "n h w"] | None,
+    maps: Float[np.ndarray, "n h w"],
+    mask_known: Bool[np.ndarray, " n"] | None = None,
+) -> dict[str, Any]:
+    """All metrics of a test set, overall and for each defect type.
+
+    Args:
+      labels: True for anomalous images.
+      scores: image scores, higher is more anomalous.
+      defect_types: one per image; not read where the image is normal.
+      masks: True for defect pixels, all False for normal images. None: the dataset has
+        no ground-truth masks.
+      maps: anomaly maps, higher is more anomalous.
+      mask_known: False for anomalous images without a mask; not read where the image is
+        normal. None: every mask is known, and an empty one means no defect pixel.
+
+    Returns:
+      A dict ready for JSON: `auroc`, `ap`, `f1_max` and `f1_threshold` (see
+      `BinaryMetrics`) prefixed with `image_` and with `pixel_`; `aupro`; `per_defect`,
+      which has for each defect type, sorted, the same of the normal images and the
+      images of that type. What cannot be computed is None, and where there is any, the
+      dict (or the defect type's) has `undefined`: the reason by key. Pixel metrics are
+      undefined as soon as one mask is unknown: its pixels belong to neither class.
+
+    Raises:
+      ValueError: a score or a value of a map is not finite, there is not one defect
+        type per image, or a normal image has defect pixels.
+    """
+    _require_finite("scores", scores)
+    _require_finite("maps", maps)
+    if len(defect_types) != labels.size:
+        raise ValueError(f"{len(defect_types)} defect types for {labels.size} images")
+    if masks is not None and (wrong := ~labels & masks.any(axis=(1, 2))).any():
+        raise ValueError(f"image {wrong.argmax()} is normal but its mask has defect pixels")
+
+    types = np.array(defect_types, dtype=str)
+    names = [str(name) for name in np.unique(types[labels])]
+    unknown = np.zeros_like(labels) if mask_known is None else labels & ~mask_known
+    groups: dict[str | None, np.ndarray] = {None: ~labels}  # None: the normal images
+    groups |= {name: labels & (types == name) for name in names}
+    pixels: dict[str | None, _Samples] = {}
+    if masks is not None:
+        pixels = {name: _pixels(masks[group], maps[group]) for name, group in groups.items()}
+
+    def subset(chosen: Iterable[str | None]) -> dict[str, Any]:
+        images = np.any([groups[name] for name in chosen], axis=0)
+        image, _ = _metrics(_samples(labels[images], scores[images]), "image")
+        if masks is None:
+            pixel, area = BinaryMetrics(undefined="no ground-truth masks"), None
+        elif unknown[images].any():
+            count = f"{unknown[images].sum()} of {labels[images].sum()} anomalous images"
+            pixel, area = BinaryMetrics(undefined=f"{count} without ground-truth mask"), None
+        else:
+            pixel, area = _metrics(_merge([pixels[name] for name in chosen]), "pixel")
+        return _flat(image, pixel, area)
+
+    return subset(groups) | {"per_defect": {name: subset([None, name]) for name in names}}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Samples:
+    """Scores split by class.
+
+    Attributes:
+      anomalous: scores of the anomalous samples, in any order.
+      weights: theirs in the curve's height, float64.
+      normal: scores of the normal samples, in arrays that are each sorted ascending.
+    """
+
+    anomalous: np.ndarray
+    weights: np.ndarray
+    normal: list[np.ndarray]
+
+
+def _samples(labels: np.ndarray, scores: np.ndarray) -> _Samples:
+    """Equal weights: the curve is the ROC curve."""
+    anomalous = scores[labels]
+    return _Samples(anomalous, np.ones(anomalous.size), [np.sort(scores[~labels])])
+
+
+def _pixels(masks: np.ndarray, maps: np.ndarray) -> _Samples:
+    """Equal weights of the regions, not of their pixels: the curve is the PRO curve."""
+    regions = np.empty(masks.shape, np.int32)
+    ndimage.label(masks, structure=_REGION_STRUCTURE, output=regions)
+    region = regions[masks]
+    return _Samples(maps[masks], 1 / np.bincount(region)[region], [np.sort(maps[~masks])])
+
+
+def _merge(parts: Sequence[_Samples]) -> _Samples:
+    return _Samples(
+        np.concatenate([part.anomalous for part in parts]),
+        np.concatenate([part.weights for part in parts]),
+        [scores for part in parts for scores in part.normal],
+    )
+
+
+def _missing(samples: _Samples) -> list[str]:
+    sizes = {"anomalous": samples.anomalous.size, "normal": sum(map(len, samples.normal))}
+    return [name for name, size in sizes.items() if size == 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counts:
+    """Who lies where of each of the k distinct anomalous scores t, highest first.
+
+    Attributes:
+      thresholds: the t, descending.
+      tp: number of anomalous samples with score >= t, int64.
+      weight: their weight, float64.
+      fp_above: number of normal samples with score > t, int64.
+      fp: number of normal samples with score >= t, int64.
+      normal: number of normal samples.
+    """
+
+    thresholds: np.ndarray
+    tp: np.ndarray
+    weight: np.ndarray
+    fp_above: np.ndarray
+    fp: np.ndarray
+    normal: int
+
+
+def _count(samples: _Samples) -> _Counts:
+    """Both classes must be there."""
+    order = np.argsort(samples.anomalous)[::-1]
+    scores = samples.anomalous[order]
+    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # of equal scores
+    thresholds = scores[last]
+    below = [np.searchsorted(normal, thresholds, "left") for normal in samples.normal]
+    up_to = [np.searchsorted(normal, thresholds, "right") for normal in samples.normal]
+    normal = sum(map(len, samples.normal))
+    return _Counts(
+        thresholds=thresholds,
+        tp=last + 1,
+        weight=np.cumsum(samples.weights[order])[last],
+        fp_above=normal - np.sum(up_to, axis=0),
+        fp=normal - np.sum(below, axis=0),
+        normal=normal,
+    )
+
+
+def _metrics(
+    samples: _Samples, unit: str, max_fpr: float = AUPRO_MAX_FPR
+) -> tuple[BinaryMetrics, float | None]:
+    """Binary metrics, and the normalised area under the curve up to max_fpr."""
+    if missing := _missing(samples):
+        return BinaryMetrics(undefined=" and ".join(f"no {c} {unit}" for c in missing)), None
+    counts = _count(samples)
+    return _summary(counts), _area(counts, max_fpr)
+
+
+def _summary(counts: _Counts) -> BinaryMetrics:
+    positives = int(counts.tp[-1])
+    gained = np.diff(counts.tp, prepend=0)
+    # In integers up to the one division, and doubled since a tied pair counts one half.
+    pairs = 2 * positives * counts.normal
+    lost = int(np.dot(gained, counts.fp_above + counts.fp))
+    precision = counts.tp / (counts.tp + counts.fp)
+    f1 = 2 * counts.tp / (counts.tp + counts.fp + positives)
+    best = f1.argmax()  # the first of equals: the highest threshold
+    return BinaryMetrics(
+        auroc=(pairs - lost) / pairs,
+        ap=float(np.dot(gained, precision) / positives),
+        f1_max=float(f1[best]),
+        f1_threshold=float(counts.thresholds[best]),
+    )
+
+
+def _vertices(counts: _Counts) -> tuple[np.ndarray, np.ndarray]:
+    """The curve of anomalous weight against number of false positives, from (0, 0)."""
+    height_above = np.append(0, counts.weight[:-1])
+    fp = np.column_stack([counts.fp_above, counts.fp]).ravel()
+    height = np.column_stack([height_above, counts.weight]).ravel()
+    return (
+        np.concatenate([[0], fp, [counts.normal]]),
+        np.concatenate([[0], height, counts.weight[-1:]]),
+    )
+
+
+def _curve(samples: _Samples) -> Curve | None:
+    if _missing(samples):
+        return None
+    x, y = _vertices(_count(samples))
+    distinct = np.append(True, (np.diff(x) != 0) | (np.diff(y) != 0))
+    x, y = x[distinct], y[distinct]
+    dx, dy = np.diff(x), np.diff(y)
+    turns = np.concatenate([[True], dx[:-1] * dy[1:] != dx[1:] * dy[:-1], [True]])
+    return x[turns] / x[-1], y[turns] / y[-1]
+
+
+def _area(counts: _Counts, max_fpr: float) -> float:
+    x, y = _vertices(counts)
+    # By the computed total, not the number of regions, so that a perfect map has exactly 1.
+    x, y = x / x[-1], y / y[-1]
+    inside = int(np.searchsorted(x, max_fpr, "right"))
+    around = slice(inside - 1, inside + 1)  # the last point within the limit and the next
+    at_limit = np.interp(max_fpr, x[around], y[around])
+    x, y = np.append(x[:inside], max_fpr), np.append(y[:inside], at_limit)
+    return float(np.trapezoid(y, x) / max_fpr)
+
+
+def _flat(image: BinaryMetrics, pixel: BinaryMetrics, area: float | None) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    undefined: dict[str, str] = {}
+    for prefix, metrics in (("image_", image), ("pixel_", pixel)):
+        values = dataclasses.asdict(metrics)
+        reason = values.pop("undefined")
+        flat |= {prefix + name: value for name, value in values.items()}
+        if reason:
+            undefined |= {prefix + name: reason for name in values}
+    flat["aupro"] = area
+    if pixel.undefined:
+        undefined["aupro"] = pixel.undefined
+    return flat | ({"undefined": undefined} if undefined else {})
+
+
+def _require_finite(name: str, values: np.ndarray) -> None:
+    finite = np.isfinite(values)
+    if not finite.all():
+        bad = np.argwhere(~finite)
+        raise ValueError(
+            f"{name}: {len(bad)} of {values.size} values are not finite, the first "
+            f"({values[tuple(bad[0])]}) at index {tuple(map(int, bad[0]))}"
+        )

@@ -1,0 +1,147 @@
+"""The ResNet family as a feature extractor: images in, the feature maps of some stages out."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from padim_jax.models import STAGES, Precision, ResNetSpec, stage_channels, stages_to_compute
+
+# Layout and formulation were measured on XLA's CPU backend (ResNet-18 to layer3, 4 cores):
+# NHWC convolutions run 20 % faster than NCHW, near the machine's peak; 1x1 convolutions
+# as matrix products, im2col, and max pooling as a maximum over strided slices gain
+# nothing. So the plain `nn.Conv` and `lax.reduce_window` it is. Batch norm is folded into the
+# convolutions when weights are loaded: each has a bias and none is followed by a norm.
+
+
+def _residual(
+    x: Float[Array, "b h w c"],
+    y: Float[Array, "b i j d"],
+    stride: int,
+    conv: Callable[..., nn.Module],
+) -> Float[Array, "b i j d"]:
+    """ReLU(shortcut(x) + y), the shortcut being a 1x1 convolution where channels change."""
+    # Where there is a stride, channels change too.
+    if x.shape[-1] != y.shape[-1]:
+        x = conv(y.shape[-1], (1, 1), strides=stride, padding=0, name="downsample")(x)
+    return nn.relu(x + y)
+
+
+class BasicBlock(nn.Module):
+    """torchvision's `BasicBlock`: 3x3 with the stride, 3x3.
+
+    Attributes:
+      channels: channels of both convolutions.
+      stride: of the first convolution and the shortcut.
+      conv: `nn.Conv` with its dtype and precision bound.
+    """
+
+    channels: int
+    stride: int
+    conv: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+        """Applies the block: `h, w` shrink by the stride, `c` becomes `channels`."""
+        y = self.conv(self.channels, (3, 3), strides=self.stride, padding=1, name="conv1")(x)
+        y = self.conv(self.channels, (3, 3), padding=1, name="conv2")(nn.relu(y))
+        return _residual(x, y, self.stride, self.conv)
+
+
+class Bottleneck(nn.Module):
+    """torchvision's `Bottleneck`: 1x1, 3x3 with the stride (v1.5), 1x1.
+
+    Attributes:
+      channels: channels of the last convolution.
+      inner_channels: channels of the first two.
+      stride: of the 3x3 convolution and the shortcut.
+      conv: `nn.Conv` with its dtype and precision bound.
+    """
+
+    channels: int
+    inner_channels: int
+    stride: int
+    conv: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+        """Applies the block: `h, w` shrink by the stride, `c` becomes `channels`."""
+        inner = self.inner_channels
+        y = self.conv(inner, (1, 1), padding=0, name="conv1")(x)
+        y = self.conv(inner, (3, 3), strides=self.stride, padding=1, name="conv2")(nn.relu(y))
+        y = self.conv(self.channels, (1, 1), padding=0, name="conv3")(nn.relu(y))
+        return _residual(x, y, self.stride, self.conv)
+
+
+class ResNet(nn.Module):
+    """A ResNet cut after the deepest stage that is asked for.
+
+    Parameters are named as torchvision names its tensors, `layer2.0.conv1.weight` being
+    `params["layer2_0"]["conv1"]["kernel"]` (HWIO) and `layer2.0.downsample.0.weight`
+    `params["layer2_0"]["downsample"]["kernel"]`; see `pretrained.load`. Stages behind
+    the cut have no parameters.
+
+    Padding is torchvision's, never 'SAME': with stride 2 that pads even sizes by one less
+    at the top and the left, which shifts every feature map.
+
+    Attributes:
+      spec: which ResNet.
+      stages: stages to return, of `padim_jax.models.STAGES`.
+      precision: of the convolutions. "float32" is full precision everywhere; "tf32" is
+        what PyTorch does by default: TF32 products on NVIDIA GPUs (float32 on CPUs);
+        "bfloat16" computes and keeps everything in bfloat16 on the way.
+
+    Example:
+      >>> model = ResNet(BACKBONES["resnet18"], ("layer1", "layer2", "layer3"), "tf32")
+      >>> variables, identity = pretrained.load("random", "resnet18", model.stages)
+      >>> [f.shape for f in model.apply(variables, jnp.zeros((1, 224, 224, 3)))]
+      [(1, 56, 56, 64), (1, 28, 28, 128), (1, 14, 14, 256)]
+    """
+
+    spec: ResNetSpec
+    stages: tuple[str, ...]
+    precision: Precision
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "b h w 3"]
+    ) -> tuple[Float32[Array, "b _ _ _"], ...]:
+        """Computes feature maps.
+
+        Args:
+          images: RGB, normalised with the mean and deviation that the weights expect.
+
+        Returns:
+          The float32 feature map of each of `stages`, in that order: (b, ceil(h / s),
+          ceil(w / s), c) with s = 4, 8, 16, 32 for layer1 to layer4.
+        """
+        conv = functools.partial(
+            nn.Conv,
+            dtype=jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32,
+            precision=(
+                lax.Precision.HIGHEST if self.precision == "float32" else lax.Precision.DEFAULT
+            ),
+        )
+        x = nn.relu(conv(64, (7, 7), strides=2, padding=3, name="conv1")(images))
+        no, one = (0, 0), (1, 1)
+        x = lax.reduce_window(
+            x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding=(no, one, one, no)
+        )
+        maps = {}
+        for stage in stages_to_compute(self.stages):
+            i = STAGES.index(stage)
+            channels = stage_channels(self.spec, stage)
+            for j in range(self.spec.depths[i]):
+                stride = 2 if i > 0 and j == 0 else 1
+                name = f"{stage}_{j}"
+                if self.spec.block == "basic":
+                    block = BasicBlock(channels, stride, conv, name=name)
+                else:
+                    inner = self.spec.width * 2**i
+                    block = Bottleneck(channels, inner, stride, conv, name=name)
+                x = block(x)
+            maps[stage] = x
+        return tuple(maps[stage].astype(jnp.float32) for stage in self.stages)

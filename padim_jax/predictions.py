@@ -1,0 +1,195 @@
+"""Images without labels: finding them, and writing what the detector says of them."""
+
+import csv
+import dataclasses
+import glob
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from jaxtyping import Float32
+
+from padim_jax import figures, input_pipeline, results
+from padim_jax.config import ImageConfig
+from padim_jax.datasets.files import is_image
+from padim_jax.datasets.records import Record
+from padim_jax.errors import UserError
+
+UNKNOWN = "unknown"  # the defect type of an image of which nothing is known
+
+
+def find(pattern: str) -> list[Record]:
+    """Lists the images to score, sorted.
+
+    Args:
+      pattern: an image file, a folder (images anywhere below it) or a glob (`**`
+        for any depth).
+
+    Returns:
+      Records whose relative paths start at the folder that all images share.
+
+    Raises:
+      UserError: there is none.
+    """
+    given = pathlib.Path(pattern).expanduser()
+    if given.is_dir():
+        base, paths = given, sorted(p for p in given.rglob("*") if is_image(p))
+    elif given.exists():
+        base, paths = given.parent, [given]
+    else:
+        # pathlib's own glob takes no absolute pattern.
+        found = sorted(glob.glob(str(given), recursive=True))  # noqa: PTH207
+        paths = [pathlib.Path(path) for path in found]
+        paths = [path for path in paths if not path.is_dir()]
+        base = pathlib.Path(os.path.commonpath([p.parent for p in paths])) if paths else given
+    if not paths:
+        raise UserError(
+            f"--input={pattern}: no image there; expected an image file, a folder of images or "
+            "a quoted glob, as in '--input=parts/**/*.png'"
+        )
+    return [
+        Record("test", path, None, 0, UNKNOWN, path.relative_to(base).as_posix())
+        for path in paths
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What an evaluation found out that predictions need; None where unknown.
+
+    Attributes:
+      image_threshold: image scores of at least this are called anomalous.
+      pixel_threshold: the same of pixels, for the outline.
+      scale: colours of the heat maps.
+    """
+
+    image_threshold: float | None = None
+    pixel_threshold: float | None = None
+    scale: figures.ColorScale | None = None
+
+
+def read_calibration(path: pathlib.Path) -> Calibration:
+    """Reads an evaluation's metrics.json; an absent file gives an empty calibration.
+
+    Raises:
+      UserError: the file is broken.
+    """
+    if not path.exists():
+        return Calibration()
+    try:
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        return Calibration(
+            measured["image_f1_threshold"],
+            measured["pixel_f1_threshold"],
+            figures.ColorScale(*measured["color_scale"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not an evaluation's results ({type(error).__name__}: {error}); evaluate "
+            "again (--mode=eval) or remove the file to predict without thresholds"
+        ) from error
+
+
+def restore_map(
+    anomaly_map: Float32[np.ndarray, "h w"], size: tuple[int, int], config: ImageConfig
+) -> Float32[np.ndarray, "height width"]:
+    """Brings a map back onto the image that it was computed from.
+
+    Undoes the resizing and cropping of `input_pipeline.preprocess`, with bilinear
+    interpolation between pixel centres.
+
+    Args:
+      anomaly_map: at the size of the detector's input.
+      size: original height and width.
+      config: the preprocessing.
+
+    Returns:
+      The map at the original size; NaN where the crop left the image unscored.
+    """
+    top, left = input_pipeline.crop_offset(config)
+    rows, rows_scored = _source_pixels(size[0], config.resize[0], top, config.size[0])
+    columns, columns_scored = _source_pixels(size[1], config.resize[1], left, config.size[1])
+    full = _interpolate(_interpolate(anomaly_map, rows).T, columns).T
+    full[~rows_scored] = np.nan
+    full[:, ~columns_scored] = np.nan
+    return np.ascontiguousarray(full)
+
+
+def _source_pixels(
+    original: int, resized: int, offset: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the original's pixel centres lie in the map, and whether they lie in it."""
+    edge = (np.arange(original) + 0.5) * resized / original - offset
+    return np.clip(edge - 0.5, 0, size - 1), (edge >= 0) & (edge <= size)
+
+
+def _interpolate(values: np.ndarray, position: np.ndarray) -> np.ndarray:
+    low = np.minimum(position.astype(int), len(values) - 2)
+    weight = (position - low).astype(np.float32)[:, None]
+    return values[low] * (1 - weight) + values[low + 1] * weight
+
+
+class Writer:
+    """Writes predictions below a folder as they come.
+
+    scores.csv gets one row an image; maps/ the raw map (float32 .npy or .tiff, NaN
+    where unscored) and overlays/ the heat map over the image, both at the image's size.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        config: ImageConfig,
+        map_suffix: str,
+        calibration: Calibration,
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._config, self._suffix = folder, config, map_suffix
+        self._calibration = calibration
+        self._file = (folder / "scores.csv").open("w", newline="", encoding="utf-8")
+        self._rows = csv.writer(self._file)
+        self._rows.writerow(("path", "score", "predicted"))
+
+    def __enter__(self) -> Self:
+        """Returns itself; the table is closed at the end of the block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the table."""
+        self._file.close()
+
+    def add(
+        self,
+        records: Sequence[Record],
+        sizes: Sequence[tuple[int, int]],
+        maps: Float32[np.ndarray, "n h w"],
+        scores: Float32[np.ndarray, " n"],
+    ) -> None:
+        """Writes a batch; without a colour scale the first batch sets it."""
+        known = self._calibration
+        if known.scale is None:
+            scale = figures.color_scale(maps, np.zeros(len(maps), int))
+            self._calibration = known = dataclasses.replace(known, scale=scale)
+        assert known.scale is not None
+        for record, size, anomaly_map, score in zip(records, sizes, maps, scores, strict=True):
+            name = record.relative_path
+            full = restore_map(anomaly_map, size, self._config)
+            results.save_map(self._folder / "maps", name, self._suffix, full)
+            image = np.asarray(input_pipeline.read_image(record.image))
+            overlay = figures.overlay(image, full, known.scale, known.pixel_threshold)
+            path = self._folder / "overlays" / f"{name}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figures.save(overlay, path)
+            threshold = known.image_threshold
+            predicted = "" if threshold is None else int(score >= threshold)
+            self._rows.writerow((name, score, predicted))
+        self._file.flush()

@@ -1,0 +1,236 @@
+"""What an evaluation leaves behind: the table, metrics.json, scores.csv, maps, pictures."""
+
+import csv
+import dataclasses
+import importlib.resources
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, UInt8
+from PIL import Image
+
+from padim_jax import figures, metrics
+from padim_jax.config import Config
+from padim_jax.datasets.records import GOOD, Record
+
+# With config.outputs.figures="some", of each defect type this many of the highest
+# scored images and as many of the lowest.
+_SOME = 2
+
+# Name in the table and keys of metrics.json and of the published numbers.
+_ROWS = (
+    ("image AUROC", "image_auroc"),
+    ("image AP", "image_ap"),
+    ("image F1-max", "image_f1_max"),
+    ("pixel AUROC", "pixel_auroc"),
+    ("pixel AP", "pixel_ap"),
+    ("pixel F1-max", "pixel_f1_max"),
+    ("AUPRO 0.3", "aupro"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A test set and what the detector said of it.
+
+    Attributes:
+      records: the n images.
+      masks: their defect pixels; None where unknown.
+      maps: anomaly maps.
+      scores: image scores.
+    """
+
+    records: Sequence[Record]
+    masks: Sequence[Bool[np.ndarray, "h w"] | None]
+    maps: Float32[np.ndarray, "n h w"]
+    scores: Float32[np.ndarray, " n"]
+
+    @property
+    def labels(self) -> Bool[np.ndarray, " n"]:
+        """True for anomalous images."""
+        return np.array([record.label == 1 for record in self.records])
+
+
+def measure(scored: Scored) -> dict[str, Any]:
+    """All metrics; the keys are those of metrics.json. See `metrics.evaluate`."""
+    known = np.array([mask is not None for mask in scored.masks])
+    blank = np.zeros(scored.maps.shape[1:], bool)
+    no_masks = not known[scored.labels].any()
+    return metrics.evaluate(
+        scored.labels,
+        scored.scores,
+        [record.defect_type for record in scored.records],
+        None
+        if no_masks
+        else np.stack([blank if mask is None else mask for mask in scored.masks]),
+        scored.maps,
+        known,
+    )
+
+
+def write(
+    workdir: pathlib.Path,
+    config: Config,
+    scored: Scored,
+    measured: dict[str, Any],
+    load_image: Callable[[int], UInt8[np.ndarray, "h w 3"]],
+) -> None:
+    """Writes everything but the table; what an earlier evaluation wrote is replaced.
+
+    Args:
+      workdir: exists.
+      config: outputs.{figures,maps} choose what is written.
+      scored: the test set.
+      measured: from `measure`.
+      load_image: the preprocessed image by its number, read again for its picture.
+    """
+    write_json(workdir / "metrics.json", measured)
+    _write_scores(workdir / "scores.csv", scored, measured["image_f1_threshold"])
+    for folder in ("maps", "figures"):
+        shutil.rmtree(workdir / folder, ignore_errors=True)
+    if config.outputs.maps != "none":
+        for record, anomaly_map in zip(scored.records, scored.maps, strict=True):
+            save_map(workdir / "maps", record.relative_path, config.outputs.maps, anomaly_map)
+    if config.outputs.figures != "none":
+        _write_figures(workdir, config, scored, measured, load_image)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON that any reader takes: no NaN, text as it is."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def save_map(
+    folder: pathlib.Path, name: str, suffix: str, anomaly_map: Float32[np.ndarray, "h w"]
+) -> None:
+    """Writes one raw map as `folder/name.npy` or `.tiff` (one float32 channel).
+
+    The image's own suffix stays in the name: a.png and a.jpg may lie side by side.
+    """
+    path = folder / f"{name}.{suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if suffix == "npy":
+        np.save(path, anomaly_map)
+    else:
+        Image.fromarray(anomaly_map).save(path)
+
+
+def table(config: Config, measured: dict[str, Any]) -> str:
+    """The metrics beside the published PyTorch numbers, as a person reads them."""
+    published = published_metrics(config) or {}
+    model = config.model
+    lines = [
+        f"{config.title}: {model.backbone} {'+'.join(model.layers)}, {model.channels} channels, "
+        f"weights {model.weights}",
+        "",
+        f"{'':14}{'this run':>10}{'published':>11}{'difference':>12}",
+    ]
+    for name, key in _ROWS:
+        ours, theirs = measured[key], published.get(key)
+        cells = [
+            "undefined" if ours is None else f"{ours:.4f}",
+            "-" if theirs is None else f"{theirs:.3f}",
+            "-" if ours is None or theirs is None else f"{ours - theirs:+.3f}",
+        ]
+        lines.append(f"{name:14}{cells[0]:>10}{cells[1]:>11}{cells[2]:>12}")
+    lines += [
+        "undefined: " + reason
+        for reason in dict.fromkeys(measured.get("undefined", {}).values())
+    ]
+    if measured["per_defect"]:
+        width = max(14, *(len(name) + 2 for name in measured["per_defect"]))
+        keys = ("image_auroc", "pixel_auroc", "aupro")
+        lines += ["", f"{'defect type':{width}}" + "".join(f"{key:>13}" for key in keys)]
+        for name, values in measured["per_defect"].items():
+            row = ["undefined" if values[k] is None else f"{values[k]:.4f}" for k in keys]
+            lines.append(f"{name:{width}}" + "".join(f"{cell:>13}" for cell in row))
+    return "\n".join(lines)
+
+
+def published_metrics(config: Config) -> dict[str, float] | None:
+    """The published PyTorch numbers for a category and backbone, or None.
+
+    From third_party/published_results.json, which names its source. They were measured
+    with ImageNet weights on MVTec AD; nothing is compared with them otherwise.
+    """
+    if config.dataset.name != "mvtec_ad" or config.model.weights == "random":
+        return None
+    file = importlib.resources.files("padim_jax") / "published_results.json"
+    tables = json.loads(file.read_text(encoding="utf-8"))["mvtec_ad"]
+    return tables.get(config.model.backbone, {}).get(config.category)
+
+
+def _write_scores(path: pathlib.Path, scored: Scored, threshold: float | None) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "label", "defect_type", "score", "predicted"))
+        for record, score in zip(scored.records, scored.scores, strict=True):
+            predicted = "" if threshold is None else int(score >= threshold)
+            writer.writerow(
+                (record.relative_path, record.label, record.defect_type, score, predicted)
+            )
+
+
+def _write_figures(
+    workdir: pathlib.Path,
+    config: Config,
+    scored: Scored,
+    measured: dict[str, Any],
+    load_image: Callable[[int], UInt8[np.ndarray, "h w 3"]],
+) -> None:
+    labels, threshold = scored.labels, measured["image_f1_threshold"]
+    scale = figures.ColorScale(*measured["color_scale"])
+    curves = []
+    if curve := metrics.roc_curve(labels, scored.scores):
+        curves.append((f"image, AUROC {measured['image_auroc']:.4f}", *curve))
+    if measured["pixel_auroc"] is not None:
+        masks = np.stack([mask for mask in scored.masks if mask is not None])
+        curve = metrics.roc_curve(masks.ravel(), scored.maps.ravel())
+        assert curve is not None
+        curves.append((f"pixel, AUROC {measured['pixel_auroc']:.4f}", *curve))
+    if curves:
+        figures.roc_figure(workdir / "roc_curve.png", curves, config.title)
+    figures.score_histogram(
+        workdir / "score_histogram.png", scored.scores, labels.astype(int), threshold
+    )
+    folder = workdir / "figures"
+    folder.mkdir()
+    pictures = []
+    for place, index in enumerate(_chosen(scored, config.outputs.figures)):
+        record, score = scored.records[index], scored.scores[index]
+        verdict = ""
+        if threshold is not None:
+            verdict = f", predicted {'anomalous' if score >= threshold else 'normal'}"
+        picture = figures.panels(
+            load_image(index),
+            scored.masks[index],
+            scored.maps[index],
+            measured["pixel_f1_threshold"],
+            scale,
+            f"{record.relative_path}   score {score:.2f}   "
+            f"{'anomalous' if record.label else 'normal'}{verdict}",
+        )
+        stem = pathlib.PurePosixPath(record.relative_path).stem
+        figures.save(picture, folder / f"{place:04d}_{record.defect_type}_{stem}.jpg")
+        pictures.append(picture)
+    if config.outputs.figures == "some":
+        figures.save(figures.contact_sheet(pictures, 1), workdir / "overview.jpg")
+
+
+def _chosen(scored: Scored, which: str) -> list[int]:
+    """Numbers of the images to draw: defects first, by type, highest score first."""
+    by_type: dict[str, list[int]] = {}
+    for index in np.argsort(-scored.scores, kind="stable"):
+        by_type.setdefault(scored.records[index].defect_type, []).append(int(index))
+    chosen = []
+    for defect in sorted(by_type, key=lambda name: (name == GOOD, name)):
+        ranked = by_type[defect]
+        if which == "some" and len(ranked) > 2 * _SOME:
+            ranked = ranked[:_SOME] + ranked[-_SOME:]
+        chosen += ranked
+    return chosen
