@@ -21,8 +21,10 @@ to mend in the command, the settings or the files.
 """
 
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -55,7 +57,7 @@ _DOWNLOAD = flags.DEFINE_bool(
 def main(argv: Sequence[str]) -> None:
     """Checks the command, then hands over to `experiment`."""
     del argv
-    config = None if _CONFIG.value is None else config_lib.validate(_CONFIG.value)
+    config = _config()
     mode = _MODE.value
     _check_flags(mode, config)
     workdir = _workdir(config)
@@ -70,6 +72,18 @@ def main(argv: Sequence[str]) -> None:
         assert config is not None
         download.mvtec_ad(config.dataset.root, config.category)
     experiment.run(mode, config, workdir, checkpoint, _INPUT.value)
+
+
+def _config() -> config_lib.Config | None:
+    if _CONFIG.value is None:
+        return None
+    try:
+        # ml_collections reports a file that it could not open on first use.
+        _CONFIG.value.keys()
+    except OSError as error:
+        reason = error.__cause__ or error
+        raise UserError(f"--config: {' '.join(str(reason).split())}") from error
+    return config_lib.validate(_CONFIG.value)
 
 
 def _check_flags(mode: str, config: config_lib.Config | None) -> None:
@@ -101,11 +115,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(0)
     try:
         remaining = flags.FLAGS(argv)
-        # A typo below --config shows as the error of a locked ConfigDict's look-up.
-    except (flags.Error, UserError, KeyError, AttributeError, TypeError, ValueError) as error:
-        _fail(str(error.args[0] if isinstance(error, KeyError) else error))
-    except (OSError, SyntaxError, ImportError) as error:
-        _fail(f"--config: the configuration file cannot be loaded: {error}")
+    except (KeyError, AttributeError) as error:
+        _fail(_unknown_setting(str(error)))
+    except (flags.Error, UserError) as error:
+        _fail(str(error))
+    except Exception as error:  # a configuration file runs code: it can raise anything
+        _fail(f"--config cannot be loaded: {type(error).__name__}: {error}")
     if flags.FLAGS["verbosity"].using_default_value:
         # The libraries' INFO lines would bury our own; --verbosity=0 brings them back.
         logging.set_verbosity(logging.WARNING)
@@ -114,7 +129,16 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return remaining
 
 
-def _fail(message: str) -> None:
+def _unknown_setting(message: str) -> str:
+    """A typo below --config, from the error of a locked ConfigDict's look-up."""
+    close = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message)
+    if close:
+        return f"--config: no such setting {close[2]!r}; did you mean {close[1]!r}?"
+    name = "".join(re.findall(r"\w", message))
+    return f"--config: no such setting {name!r}; padim_jax/defaults.py lists them"
+
+
+def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
