@@ -10,10 +10,10 @@ from collections.abc import Callable
 from padim_jax.datasets.folder import folder
 from padim_jax.datasets.mvtec_ad import mvtec_ad
 from padim_jax.datasets.records import Record
-
+from padim_jax.datasets.synthetic import synthetic
 
 LAYOUTS: dict[str, Callable[[pathlib.Path, str], list[Record]]] = {
     "mvtec_ad": mvtec_ad,
     "folder": folder,
-
+    "synthetic": synthetic,
 }
