@@ -20,6 +20,7 @@ from padim_jax.models import (
     RANDOM_WEIGHTS,
     STAGES,
     WEIGHTS,
+    ResNetSpec,
     stages_to_compute,
 )
 from padim_jax.models.resnet import ResNet
@@ -70,7 +71,7 @@ def load(
         read, or its tensors are not exactly what the backbone needs.
     """
     if name_or_path == RANDOM_WEIGHTS:
-        tensors = _random(_convolutions(backbone, stages))
+        tensors = _random(_convolutions(backbone, stages), BACKBONES[backbone])
         digest = hashlib.sha256()
         for name in sorted(tensors):
             digest.update(tensors[name].tobytes())
@@ -149,9 +150,9 @@ def _expectation(found: str, backbone: str, problem: str) -> str:
     names = (*WEIGHTS[backbone], RANDOM_WEIGHTS)
     close = difflib.get_close_matches(found, names, n=1)
     return (
-        f"config.model.weights={found!r}: {problem}; "
-        + (f"did you mean {close[0]!r}? " if close else "")
-        + f"Expected for {backbone}: {', '.join(names)}, or the path of a file that ends in "
+        f"config.model.weights={found!r}: {problem}"
+        + (f"; did you mean {close[0]!r}?" if close else ".")
+        + f" Expected for {backbone}: {', '.join(names)}, or the path of a file that ends in "
         + ", ".join(READERS)
     )
 
@@ -351,17 +352,24 @@ def _fold(convolution: str, tensors: Tensors) -> Tensors:
     }
 
 
-def _random(convolutions: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """He-normal in fan-out mode and batch norm as the identity, as torchvision starts training.
+def _random(convolutions: Mapping[str, tuple[int, ...]], spec: ResNetSpec) -> Tensors:
+    """He-normal weights (fan-in), zero biases, residual branches scaled by blocks ** -0.5.
+
+    Without that scale and without batch norm's statistics, activations would double at
+    each block: to 1e7 in a resnet152, past what a float32 covariance can hold.
 
     Each tensor has a generator of its own, seeded by its name, so that it is the same
     wherever the network is cut.
     """
+    last = "conv2" if spec.block == "basic" else "conv3"
     tensors = {}
     for name, (outputs, inputs, height, width) in convolutions.items():
         rng = np.random.default_rng(zlib.crc32(f"{name}.weight".encode()))
         weight = rng.standard_normal((outputs, inputs, height, width), np.float32)
-        tensors[f"{name}.weight"] = weight * np.float32(np.sqrt(2 / (outputs * height * width)))
+        scale = np.sqrt(2 / (inputs * height * width))
+        if name.endswith(last):
+            scale /= np.sqrt(sum(spec.depths))
+        tensors[f"{name}.weight"] = weight * np.float32(scale)
         tensors[f"{name}.bias"] = np.zeros(outputs, np.float32)
     return {name: tensor.astype("<f4") for name, tensor in tensors.items()}
 
