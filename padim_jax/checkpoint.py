@@ -58,7 +58,7 @@ def save(path: pathlib.Path, fitted: Fitted) -> None:
       UserError: `path` exists and is no checkpoint.
     """
     path = path.absolute()
-    if path.exists() and not ocp.is_orbax_checkpoint(path):
+    if path.exists() and not ocp.is_orbax_checkpoint(os.fspath(path)):
         raise UserError(f"{path}: exists and is no checkpoint; move it away first")
     new, old = (path.with_name(f"{path.name}.{suffix}") for suffix in ("new", "old"))
     state = {
@@ -74,7 +74,7 @@ def save(path: pathlib.Path, fitted: Fitted) -> None:
         "weights": dataclasses.asdict(fitted.weights),
     }
     # Orbax writes atomically, but deletes what it overwrites before it begins.
-    ocp.save(new, state, overwrite=True, custom_metadata=metadata)
+    ocp.save(os.fspath(new), state, overwrite=True, custom_metadata=metadata)
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
@@ -89,17 +89,18 @@ def load(path: str | os.PathLike[str]) -> Fitted:
       UserError: there is no checkpoint, or it is broken or of another format.
     """
     folder = pathlib.Path(path).absolute()
-    if not ocp.is_orbax_checkpoint(folder):
+    if not ocp.is_orbax_checkpoint(os.fspath(folder)):
         raise UserError(_no_checkpoint(folder))
     try:
-        info = ocp.metadata(folder)
-        metadata, state = info.custom_metadata, info.metadata
+        info = ocp.metadata(os.fspath(folder))
+        metadata: Any = info.custom_metadata
         _check_format(folder, metadata)
         config = config_lib.validate(metadata["config"])
         weights = WeightsIdentity(**metadata["weights"])
         # Read into host arrays; unpacking moves them to the device.
-        target = {key: np.empty(leaf.shape, leaf.dtype) for key, leaf in state.items()}
-        arrays = ocp.load(folder, target)
+        leaves: Any = info.metadata
+        target = {key: np.empty(leaf.shape, leaf.dtype) for key, leaf in leaves.items()}
+        arrays: Any = ocp.load(os.fspath(folder), target)
         channels = arrays["mean"].shape[1]
         moments = Moments(
             count=jnp.asarray(arrays["count"]),

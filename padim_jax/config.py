@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import ml_collections
+
 from padim_jax import models
 from padim_jax.datasets import LAYOUTS
 from padim_jax.errors import UserError
@@ -23,9 +25,6 @@ FIGURES = ("none", "some", "all")
 MAPS = ("none", "npy", "tiff")
 
 Size = tuple[int, int]
-
-# The stride of the deepest stage: below it a feature map is one cell, mostly padding.
-_MIN_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Config:
         return "_".join(filter(None, (self.dataset.name, self.category)))
 
 
-def validate(values: Mapping[str, Any]) -> Config:
+def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
     """Checks a configuration whole.
 
     Args:
@@ -127,9 +126,7 @@ def validate(values: Mapping[str, Any]) -> Config:
             name=_one_of("config.dataset.name", dataset["name"], LAYOUTS),
             root=_path("config.dataset.root", dataset["root"]),
             source=_one_of("config.dataset.source", dataset["source"], SOURCES),
-            tfds_dir=None
-            if dataset["tfds_dir"] in (None, "")
-            else _path("config.dataset.tfds_dir", dataset["tfds_dir"]),
+            tfds_dir=_tfds_dir(dataset["tfds_dir"]),
         ),
         image=ImageConfig(
             resize=_size("config.image.resize", image["resize"]),
@@ -196,7 +193,7 @@ def _check_together(config: Config) -> None:
 
 def _fields(name: str, value: Any, schema: type) -> None:
     if not isinstance(value, Mapping) and not hasattr(value, "keys"):
-        raise UserError(f"{name}={value!r}: expected a group of settings")
+        raise UserError(f"{name}={_shown(value)}: expected a group of settings")
     expected = {field.name for field in dataclasses.fields(schema)}
     found = set(value.keys())
     if unknown := sorted(map(str, found - expected)):
@@ -210,33 +207,47 @@ def _fields(name: str, value: Any, schema: type) -> None:
         raise UserError(f"{name}.{missing[0]}: missing; expected {', '.join(sorted(expected))}")
 
 
+def _shown(value: Any) -> str:
+    # A group of settings, an array: their text has several lines.
+    return " ".join(repr(value).splitlines())
+
+
 def _one_of(name: str, value: Any, allowed: Collection[str]) -> str:
     if isinstance(value, str) and value in allowed:
         return value
     close = difflib.get_close_matches(str(value), allowed, n=1)
     raise UserError(
-        f"{name}={value!r}: expected one of {', '.join(allowed)}"
+        f"{name}={_shown(value)}: expected one of {', '.join(allowed)}"
         + (f"; did you mean {close[0]!r}?" if close else "")
     )
 
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{name}={value!r}: expected a non-empty text")
+        raise UserError(f"{name}={_shown(value)}: expected a non-empty text")
     return value
 
 
 def _path(name: str, value: Any) -> pathlib.Path:
     if not isinstance(value, str | pathlib.Path) or not str(value):
-        raise UserError(f"{name}={value!r}: expected a folder")
-    return pathlib.Path(value).expanduser()
+        raise UserError(f"{name}={_shown(value)}: expected a folder")
+    try:
+        return pathlib.Path(value).expanduser()
+    except RuntimeError as error:  # no such user
+        raise UserError(f"{name}={_shown(value)}: {error} Expected a folder") from error
+
+
+def _tfds_dir(value: Any) -> pathlib.Path | None:
+    if value is None or (isinstance(value, str) and not value):
+        return None
+    return _path("config.dataset.tfds_dir", value)
 
 
 def _category(value: Any) -> str:
     # A category becomes part of paths; it must not lead out of the dataset's root.
     if not isinstance(value, str) or value in (".", "..") or set(value) & set("/\\\0"):
         raise UserError(
-            f"config.category={value!r}: expected the name of one folder below "
+            f"config.category={_shown(value)}: expected the name of one folder below "
             "config.dataset.root, without path separators"
         )
     return value
@@ -244,7 +255,9 @@ def _category(value: Any) -> str:
 
 def _integer(name: str, value: Any, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise UserError(f"{name}={value!r}: expected a whole number of at least {minimum}")
+        raise UserError(
+            f"{name}={_shown(value)}: expected a whole number of at least {minimum}"
+        )
     return value
 
 
@@ -252,7 +265,7 @@ def _number(name: str, value: Any, *, positive: bool) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0 or (positive and value == 0):
         wanted = "above 0" if positive else "of at least 0"
-        raise UserError(f"{name}={value!r}: expected a number {wanted}")
+        raise UserError(f"{name}={_shown(value)}: expected a number {wanted}")
     return float(value)
 
 
@@ -261,17 +274,17 @@ def _size(name: str, value: Any) -> Size:
         height, width = (
             n if isinstance(n, int) and not isinstance(n, bool) else 0 for n in value
         )
-        if min(height, width) >= _MIN_SIZE:
+        if min(height, width) >= models.MIN_INPUT:
             return height, width
     raise UserError(
-        f"{name}={value!r}: expected (height, width) in pixels, each at least {_MIN_SIZE}, "
-        "as in '(256, 256)'"
+        f"{name}={_shown(value)}: expected (height, width) in pixels, each at least "
+        f"{models.MIN_INPUT}, as in '(256, 256)'"
     )
 
 
 def _crop(value: Any) -> Size | None:
     # On the command line `None` arrives as a tuple of one None.
-    if value is None or (isinstance(value, tuple | list) and tuple(value) in {(None,), ()}):
+    if value is None or (isinstance(value, tuple | list) and tuple(value) in [(None,), ()]):
         return None
     return _size("config.image.crop", value)
 
@@ -280,7 +293,7 @@ def _rgb(name: str, value: Any, *, positive: bool) -> tuple[float, float, float]
     if isinstance(value, tuple | list) and len(value) == 3:
         red, green, blue = (_number(name, item, positive=positive) for item in value)
         return red, green, blue
-    raise UserError(f"{name}={value!r}: expected three numbers (red, green, blue)")
+    raise UserError(f"{name}={_shown(value)}: expected three numbers (red, green, blue)")
 
 
 def _layers(value: Any) -> tuple[str, ...]:
@@ -289,6 +302,6 @@ def _layers(value: Any) -> tuple[str, ...]:
         if list(layers) == sorted(set(layers)):
             return layers
     raise UserError(
-        f"config.model.layers={value!r}: expected one or more of {', '.join(models.STAGES)}, "
-        "shallowest first, each once"
+        f"config.model.layers={_shown(value)}: expected one or more of "
+        f"{', '.join(models.STAGES)}, shallowest first, each once"
     )

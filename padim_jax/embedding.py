@@ -65,5 +65,7 @@ def _upsample_nearest(
 ) -> Float[Array, "b height width c"]:
     for axis, size in ((1, height), (2, width)):
         if x.shape[axis] != size:
-            x = jnp.take(x, np.arange(size) * x.shape[axis] // size, axis=axis)
+            # In float32, as PyTorch: a whole number may round to the cell before it.
+            source = np.arange(size, dtype=np.float32) * np.float32(x.shape[axis] / size)
+            x = jnp.take(x, source.astype(np.int32), axis=axis)
     return x

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from padim_jax.types import Embeddings, Gaussian, Moments, Valid
 
@@ -77,7 +77,7 @@ def finalize(moments: Moments, regularization: float) -> Gaussian:
         raise ValueError(
             f"a covariance needs at least 2 images, the moments hold {int(moments.count)}"
         )
-    gaussian, definite = _factorise(moments, regularization)
+    gaussian, definite = _factorise(moments, jnp.asarray(regularization, jnp.float32))
     if not np.all(definite):
         patch = int(np.argmin(definite))
         raise ValueError(
@@ -88,10 +88,14 @@ def finalize(moments: Moments, regularization: float) -> Gaussian:
 
 
 @jax.jit
-def _factorise(moments: Moments, regularization: float) -> tuple[Gaussian, Bool[Array, " p"]]:
+def _factorise(
+    moments: Moments, regularization: Float[Array, ""]
+) -> tuple[Gaussian, Bool[Array, " p"]]:
     whiten = jax.vmap(_patch_whitening, in_axes=(0, None, None))
     whitening = whiten(moments.m2, moments.count, regularization)
-    definite = jnp.all(jnp.isfinite(whitening), axis=(1, 2))
+    # An infinite variance would give a finite factor: its channel would never count.
+    finite = jnp.isfinite(moments.m2) & jnp.isfinite(whitening)
+    definite = jnp.all(finite, axis=(1, 2))
     return Gaussian(moments.mean, whitening), definite
 
 
@@ -118,7 +122,7 @@ def _merge_patch(
 
 
 def _patch_whitening(
-    m2: Float32[Array, "d d"], count: Int32[Array, ""], regularization: float
+    m2: Float32[Array, "d d"], count: Int32[Array, ""], regularization: Float[Array, ""]
 ) -> Float32[Array, "d d"]:
     identity = jnp.eye(len(m2), dtype=jnp.float32)
     covariance = m2 / (count - 1).astype(jnp.float32) + regularization * identity

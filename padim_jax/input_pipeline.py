@@ -10,7 +10,7 @@ import io
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -18,6 +18,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from padim_jax.config import ImageConfig
+from padim_jax.datasets.files import read_file
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
 
@@ -27,15 +28,20 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-# Pillow's modes of 8 bits a channel or less. Deeper ones (I;16, I, F) would be clipped
-# by its conversion to RGB, which no one would notice.
+# Pillow's modes of 8 bits a channel or less. Deeper ones would be clipped (grey: I;16,
+# I, F) or lose their low bytes (colour, which it calls RGB all the same), and no one
+# would notice.
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 
 
+@runtime_checkable  # the tests check argument types at run time
 class Source(Protocol):
     """Images that can be read in any order: what a dataset gives the pipeline."""
 
-    records: Sequence[Record]
+    @property
+    def records(self) -> Sequence[Record]:
+        """What the images are."""
+        ...
 
     def read(self, index: int) -> tuple[bytes, bytes | None]:
         """The encoded image of `records[index]` and its mask's, if it has one."""
@@ -55,7 +61,7 @@ class FolderSource:
           UserError: a file cannot be read.
         """
         record = self.records[index]
-        return _read(record.image), record.mask and _read(record.mask)
+        return read_file(record.image), record.mask and read_file(record.mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +109,9 @@ def batches(source: Source, config: ImageConfig, batch_size: int) -> Iterator[Ba
         grain.MapDataset.range(len(source.records))
         .map(lambda index: _load(source, config, index))
         .to_iter_dataset(
-            grain.ReadOptions(num_threads=_threads(), prefetch_buffer_size=2 * batch_size)
+            grain.ReadOptions(
+                num_threads=_threads(), prefetch_buffer_size=max(2 * batch_size, _threads())
+            )
         )
         .batch(batch_size, batch_fn=_collate(batch_size))
     )
@@ -121,7 +129,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
       UserError: the file cannot be read or is no image.
     """
-    return decode(_read(pathlib.Path(path)), os.fspath(path))
+    return decode(read_file(pathlib.Path(path)), os.fspath(path))
 
 
 def decode(data: bytes, name: str) -> Image.Image:
@@ -137,13 +145,7 @@ def decode(data: bytes, name: str) -> Image.Image:
     Raises:
       UserError: not an image, a broken one, or one deeper than 8 bits a channel.
     """
-    image = _open(data, name)
-    if image.mode not in _MODES:
-        raise UserError(
-            f"{name}: pixels of Pillow mode {image.mode}; expected 8 bits a channel. "
-            "Convert the image to 8-bit grey or RGB first"
-        )
-    return image.convert("RGB")
+    return _open(data, name).convert("RGB")
 
 
 def preprocess(image: Image.Image, config: ImageConfig) -> UInt8[np.ndarray, "h w 3"]:
@@ -163,28 +165,35 @@ def _load(source: Source, config: ImageConfig, index: int) -> _Example:
                 f"{record.mask}: a mask of {_size_text(mask_image)} pixels for the image "
                 f"{record.image} of {_size_text(image)}; expected equal sizes"
             )
+        brightest = int(np.asarray(mask_image).max())
+        if 0 < brightest <= 127:
+            raise UserError(
+                f"{record.mask}: a mask of values up to {brightest}; expected defect pixels "
+                "above 127 (255, usually) and all others 0"
+            )
         mask = np.asarray(_resize_crop(mask_image, config, Image.Resampling.NEAREST)) > 127
     elif record.label == 0:
         mask = np.zeros(config.size, bool)
     return _Example(record, preprocess(image, config), mask, (image.height, image.width))
 
 
-def _read(path: pathlib.Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
 def _open(data: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
+        encoding = str(image.tile)  # names the file's own depth; gone after load()
         image.load()
     except UnidentifiedImageError as error:
         raise UserError(f"{name}: not an image that Pillow can read") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow raises SyntaxError and ValueError for some broken files.
         raise UserError(f"{name}: the image cannot be decoded: {error}") from error
+    if image.mode not in _MODES or ";16" in encoding:
+        raise UserError(
+            f"{name}: more than 8 bits a channel (Pillow mode {image.mode}); convert it to "
+            "8-bit grey or RGB first"
+        )
+    # Transparency is dropped; Pillow would warn that a palette's is.
+    image.info.pop("transparency", None)
     return image
 
 
@@ -209,8 +218,8 @@ def crop_offset(config: ImageConfig) -> tuple[int, int]:
 def _collate(batch_size: int) -> Callable[[Sequence[_Example]], Batch]:
     def collate(examples: Sequence[_Example]) -> Batch:
         images = np.zeros((batch_size, *examples[0].image.shape), np.uint8)
-        for image, example in zip(images, examples, strict=False):
-            image[:] = example.image
+        for i, example in enumerate(examples):
+            images[i] = example.image
         return Batch(
             images=images,
             valid=np.arange(batch_size) < len(examples),

@@ -8,7 +8,6 @@ import os
 import pathlib
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float32
@@ -154,7 +153,7 @@ class Writer:
         self._rows = csv.writer(self._file)
         self._rows.writerow(("path", "score", "predicted"))
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Writer":
         """Returns itself; the table is closed at the end of the block."""
         return self
 

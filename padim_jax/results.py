@@ -125,8 +125,8 @@ def table(config: Config, measured: dict[str, Any]) -> str:
     published = published_metrics(config) or {}
     model = config.model
     lines = [
-        f"{config.title}: {model.backbone} {'+'.join(model.layers)}, {model.channels} channels, "
-        f"weights {model.weights}",
+        f"{config.title}: {model.backbone} {'+'.join(model.layers)}, {model.channels} "
+        f"channels, weights {model.weights}",
         "",
         f"{'':14}{'this run':>10}{'published':>11}{'difference':>12}",
     ]

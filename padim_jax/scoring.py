@@ -58,10 +58,8 @@ def anomaly_maps(
         jnp.asarray(_blur(n, sigma) @ _interpolation(m, n, upsample), jnp.float32)
         for m, n in zip(grid, size, strict=True)
     )
-    on_grid = distances.reshape(-1, *grid)
-    return jnp.einsum(
-        "hi,bij,wj->bhw", rows, on_grid, columns, precision=lax.Precision.HIGHEST
-    )
+    on_grid = distances.reshape(len(distances), *grid)
+    return jnp.einsum("hi,bij,wj->bhw", rows, on_grid, columns, precision=lax.Precision.HIGHEST)
 
 
 def image_scores(maps: AnomalyMaps) -> Scores:

@@ -11,7 +11,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 Images = UInt8[Array, "b h w 3"]
-FeatureMap = Float[Array, "b h w c"]
+FeatureMap = Float[Array, "b _h _w _c"]  # _: differs from stage to stage
 Embeddings = Float32[Array, "b p d"]
 Distances = Float32[Array, "b p"]
 AnomalyMaps = Float32[Array, "b h w"]

@@ -1,4 +1,4 @@
-"""Listing image files: the one rule for what counts as an image in a folder."""
+"""Listing and reading image files: the one rule for what counts as an image in a folder."""
 
 import pathlib
 
@@ -33,6 +33,18 @@ def image_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if not found:
         raise UserError(f"{folder}: holds no image; expected files {', '.join(IMAGE_SUFFIXES)}")
     return found
+
+
+def read_file(path: pathlib.Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _require_folder(folder: pathlib.Path) -> None:

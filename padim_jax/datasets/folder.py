@@ -9,9 +9,10 @@ With a category, `root/category` is read instead of `root`. png, jpg, jpeg, bmp,
 tif, tiff and webp, in any case. The layout of the PyTorch project Lornatang/PaDiM.
 """
 
+import collections
 import pathlib
 
-from padim_jax.datasets.files import image_files, subfolders
+from padim_jax.datasets.files import image_files, is_image, subfolders
 from padim_jax.datasets.records import GOOD, Record
 from padim_jax.errors import UserError
 
@@ -21,7 +22,8 @@ def folder(root: pathlib.Path, category: str = "") -> list[Record]:
 
     Masks are all or nothing for a defect type: a type without a folder under
     `masks/` has none (only image-level metrics can then be computed); one with a
-    folder must have a mask for each of its images.
+    folder must have a mask for each of its images. Masks of good images are not
+    looked at: they have no defect pixel.
 
     Args:
       root: the dataset's folder.
@@ -32,7 +34,8 @@ def folder(root: pathlib.Path, category: str = "") -> list[Record]:
       a model can be fitted, and used on images of which nothing is known.
 
     Raises:
-      UserError: a folder is missing or empty, or a mask is missing or left over.
+      UserError: a folder is missing or empty, images lie beside the folders that they
+        belong in, or a mask is missing, left over or ambiguous.
     """
     base = root / category
     if not base.is_dir():
@@ -46,9 +49,23 @@ def folder(root: pathlib.Path, category: str = "") -> list[Record]:
         Record("train", path, None, 0, GOOD, path.relative_to(root).as_posix())
         for path in image_files(base / "train" / GOOD)
     ]
-    if not (base / "val").is_dir():
+    if not (base / "val").exists():
         return records
-    for defect in subfolders(base / "val"):
+    defects = _only_folders(base / "val")
+    if not defects:
+        raise UserError(
+            f"{base / 'val'}: holds no folder; expected good and bad (or one for each defect "
+            "type) in it, or no val at all to fit a model without evaluating it"
+        )
+    if (base / "masks").exists():
+        names = [defect.name for defect in defects]
+        for left_over in _only_folders(base / "masks"):
+            if left_over.name not in names:
+                raise UserError(
+                    f"{left_over}: masks for no images; expected the name of a folder in "
+                    f"{base / 'val'}: {', '.join(names)}"
+                )
+    for defect in defects:
         images = image_files(defect)
         masks = _masks(base / "masks" / defect.name, images) if defect.name != GOOD else {}
         records += [
@@ -65,23 +82,48 @@ def folder(root: pathlib.Path, category: str = "") -> list[Record]:
     return records
 
 
+def _only_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    found = subfolders(folder)
+    astray = sorted(path for path in folder.iterdir() if is_image(path) and path not in found)
+    if astray:
+        raise UserError(
+            f"{astray[0]}: lies directly in {folder.name}/; expected a folder for each defect "
+            f"type in between, as in {folder / 'bad' / astray[0].name}"
+        )
+    return found
+
+
 def _masks(
     folder: pathlib.Path, images: list[pathlib.Path]
 ) -> dict[pathlib.Path, pathlib.Path]:
     if not folder.is_dir():
         return {}
-    # `x_mask` belongs to image `x`; `x` itself is also accepted.
-    by_stem = {path.stem.removesuffix("_mask"): path for path in image_files(folder)}
-    stems = {path.stem for path in images}
-    missing = sorted(stems - by_stem.keys())
-    left_over = sorted(by_stem.keys() - stems)
-    if missing or left_over:
+    by_stem: dict[str, list[pathlib.Path]] = {}
+    for mask in image_files(folder):
+        by_stem.setdefault(mask.stem, []).append(mask)
+    matches = {
+        image: by_stem.get(image.stem, []) + by_stem.get(f"{image.stem}_mask", [])
+        for image in images
+    }
+    uses = collections.Counter(mask for found in matches.values() for mask in found)
+    problems = {
+        "no mask for": [image for image, found in matches.items() if not found],
+        "more than one mask for": [image for image, found in matches.items() if len(found) > 1],
+        "no image for": [
+            mask for found in by_stem.values() for mask in found if not uses[mask]
+        ],
+        "more than one image for": [mask for mask, count in uses.items() if count > 1],
+    }
+    if any(problems.values()):
         raise UserError(
             f"{folder}: masks and images do not match: "
-            + f"no mask for {missing[:5]}" * bool(missing)
-            + "; " * bool(missing and left_over)
-            + f"no image for {left_over[:5]}" * bool(left_over)
+            + "; ".join(_listed(what, paths) for what, paths in problems.items() if paths)
             + ". Name a mask like its image (name.png or name_mask.png), or remove the folder "
             "to do without masks"
         )
-    return {path: by_stem[path.stem] for path in images}
+    return {image: found[0] for image, found in matches.items()}
+
+
+def _listed(what: str, paths: list[pathlib.Path]) -> str:
+    names = ", ".join(path.name for path in paths[:5])
+    return f"{what} {names}" + f" and {len(paths) - 5} more" * (len(paths) > 5)

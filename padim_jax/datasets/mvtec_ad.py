@@ -43,7 +43,12 @@ def mvtec_ad(root: pathlib.Path, category: str) -> list[Record]:
         Record("train", path, None, 0, GOOD, path.relative_to(root).as_posix())
         for path in image_files(folder / "train" / GOOD)
     ]
-    for defect in subfolders(folder / "test"):
+    defects = subfolders(folder / "test")
+    if not defects:
+        raise UserError(
+            f"{folder / 'test'}: holds no folder; expected good and one for each defect type"
+        )
+    for defect in defects:
         for path in image_files(defect):
             mask = None if defect.name == GOOD else _mask(folder, defect.name, path)
             records.append(
@@ -79,7 +84,8 @@ def _no_category(root: pathlib.Path, category: str) -> str:
             "--config.dataset.root at where it is"
         )
     found = [path.name for path in subfolders(root) if (path / "train").is_dir()]
-    close = difflib.get_close_matches(category, found or CATEGORIES, n=1)
+    known = found or (() if category in CATEGORIES else CATEGORIES)
+    close = difflib.get_close_matches(category, known, n=1)
     guess = f"; did you mean {close[0]!r}?" if close else "."
     if not found:
         return (

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from padim_jax.datasets.files import read_file
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
 
@@ -75,8 +76,8 @@ class PadimDataset(tfds.core.GeneratorBasedBuilder):
             yield (
                 number,
                 {
-                    "image": io.BytesIO(record.image.read_bytes()),
-                    "mask": record.mask.read_bytes() if record.mask else b"",
+                    "image": io.BytesIO(read_file(record.image)),
+                    "mask": read_file(record.mask) if record.mask else b"",
                     "label": record.label,
                     "defect_type": record.defect_type,
                     "relative_path": record.relative_path,
@@ -94,7 +95,7 @@ class TfdsSource:
     def read(self, index: int) -> tuple[bytes, bytes | None]:
         """The encoded image of `records[index]` and its mask's, if it has one."""
         example = self.examples[index]
-        return example["image"], example["mask"] or None
+        return example["image"], example["mask"] if self.records[index].mask else None
 
 
 def packed_dir(tfds_dir: pathlib.Path | None, title: str) -> pathlib.Path:
@@ -116,11 +117,17 @@ def prepare(data_dir: pathlib.Path, records: Sequence[Record] | None) -> PadimDa
       The builder of the packed set.
 
     Raises:
-      UserError: the packed set was made from other files than the source folder holds
-        now, or there is neither.
+      UserError: the packed set is incomplete or was made from other files than the
+        source folder holds now, or there is neither, or a file cannot be read.
     """
     builder = PadimDataset(data_dir=data_dir, records=records or ())
     if not builder.is_prepared():
+        if builder.data_path.exists():
+            # As after a copy that was cut off; preparing alone writes all or nothing.
+            raise UserError(
+                f"{builder.data_path}: an incomplete packed set, its description is missing. "
+                f"Copy it again, or delete {data_dir} to pack again"
+            )
         if records is None:
             raise UserError(
                 f"config.dataset.source=tfds: no packed set in {data_dir} and no source folder "
@@ -133,7 +140,8 @@ def prepare(data_dir: pathlib.Path, records: Sequence[Record] | None) -> PadimDa
         raise UserError(
             f"{data_dir}: packed from {len(_metadata(builder)['records'])} images that differ "
             f"from the {len(records)} in the source folder now. Delete {data_dir} to pack "
-            "again, or use --config.dataset.source=folder"
+            "again, name another --config.dataset.tfds_dir, or use "
+            "--config.dataset.source=folder"
         )
     return builder
 
@@ -153,7 +161,9 @@ def open_split(builder: PadimDataset, split: str) -> TfdsSource:
     ]
     if not records:
         return TfdsSource((), ())
-    examples = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    # TFDS's decorator hides the signature from the type checker.
+    examples = builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
     return TfdsSource(records, examples)
 
 
@@ -169,7 +179,7 @@ def fingerprint(records: Sequence[Record]) -> str:
 
 def _contents(record: Record) -> list[str]:
     paths = filter(None, (record.image, record.mask))
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    return [hashlib.sha256(read_file(path)).hexdigest() for path in paths]
 
 
 def _metadata(builder: PadimDataset) -> dict[str, Any]:
