@@ -55,12 +55,10 @@ def save(path: pathlib.Path, fitted: Fitted) -> None:
       fitted: what to write.
 
     Raises:
-      UserError: `path` exists and is no checkpoint.
+      UserError: see `check_destination`.
     """
-    path = path.absolute()
-    if path.exists() and not ocp.is_orbax_checkpoint(os.fspath(path)):
-        raise UserError(f"{path}: exists and is no checkpoint; move it away first")
-    new, old = (path.with_name(f"{path.name}.{suffix}") for suffix in ("new", "old"))
+    check_destination(path)
+    path, new, old = _places(path)
     state = {
         "count": np.asarray(fitted.moments.count),
         "mean": np.asarray(fitted.moments.mean),
@@ -76,10 +74,29 @@ def save(path: pathlib.Path, fitted: Fitted) -> None:
     # Orbax writes atomically, but deletes what it overwrites before it begins.
     ocp.save(os.fspath(new), state, overwrite=True, custom_metadata=metadata)
     if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+        new.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        new.rename(path)
+
+
+def check_destination(path: pathlib.Path) -> None:
+    """Makes sure that `save` would delete nothing but a checkpoint that it replaces.
+
+    Raises:
+      UserError: `path` is something else than a checkpoint, or what `save` needs beside
+        it is taken.
+    """
+    path, new, old = _places(path)
+    for place in (path, new):
+        if place.exists() and _describe(place) is None:
+            raise UserError(f"{place}: exists and is no checkpoint; move it away first")
+    if path.exists() and old.exists():
+        raise UserError(
+            f"{old}: in the way, {path} is to be renamed to it while it is replaced. A backup, "
+            "or left by a save that was interrupted; move it away or delete it first"
+        )
 
 
 def load(path: str | os.PathLike[str]) -> Fitted:
@@ -89,17 +106,24 @@ def load(path: str | os.PathLike[str]) -> Fitted:
       UserError: there is no checkpoint, or it is broken or of another format.
     """
     folder = pathlib.Path(path).absolute()
-    if not ocp.is_orbax_checkpoint(os.fspath(folder)):
+    info = _describe(folder)
+    if info is None:
         raise UserError(_no_checkpoint(folder))
+    metadata = info.custom_metadata
+    if metadata["format"] != _FORMAT:
+        raise UserError(
+            f"{folder}: checkpoint of format {metadata['format']} written by padim_jax "
+            f"{metadata.get('version')}; this is padim_jax {padim_jax.__version__}, which "
+            f"reads format {_FORMAT}"
+        )
     try:
-        info = ocp.metadata(os.fspath(folder))
-        metadata: Any = info.custom_metadata
-        _check_format(folder, metadata)
         config = config_lib.validate(metadata["config"])
         weights = WeightsIdentity(**metadata["weights"])
+        if info.metadata is None:
+            raise ValueError("the list of its arrays cannot be read")
         # Read into host arrays; unpacking moves them to the device.
-        leaves: Any = info.metadata
-        target = {key: np.empty(leaf.shape, leaf.dtype) for key, leaf in leaves.items()}
+        leaves = info.metadata.items()
+        target = {key: np.empty(leaf.shape, leaf.dtype) for key, leaf in leaves}
         arrays: Any = ocp.load(os.fspath(folder), target)
         channels = arrays["mean"].shape[1]
         moments = Moments(
@@ -108,30 +132,42 @@ def load(path: str | os.PathLike[str]) -> Fitted:
             m2=_unpack(jnp.asarray(arrays["m2"]), channels),
         )
         return Fitted(config, arrays["index"], moments, weights)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, UserError) as error:
+        # TensorStore appends its whole specification.
+        reason = str(error).partition(" [tensorstore_spec")[0]
         raise UserError(
-            f"{folder}: the checkpoint is broken ({type(error).__name__}: {error}); fit again "
+            f"{folder}: the checkpoint is broken ({type(error).__name__}: {reason}); fit again "
             "or restore it from a copy"
         ) from error
 
 
-def _check_format(folder: pathlib.Path, metadata: dict[str, Any]) -> None:
-    if metadata["format"] != _FORMAT:
-        raise UserError(
-            f"{folder}: checkpoint of format {metadata['format']} written by padim_jax "
-            f"{metadata['version']}; this is padim_jax {padim_jax.__version__}, which reads "
-            f"format {_FORMAT}"
-        )
+def _places(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
+    """Where the checkpoint, the new one until it is complete and the old one go."""
+    # What a link leads to is replaced, and not the link.
+    path = path.resolve()
+    return path, path.with_name(f"{path.name}.new"), path.with_name(f"{path.name}.old")
+
+
+def _describe(folder: pathlib.Path) -> Any:
+    """Orbax's description of a checkpoint of this program; None of anything else.
+
+    `ocp.is_orbax_checkpoint` does not serve: it takes any folder for a checkpoint.
+    """
+    try:
+        info = ocp.metadata(os.fspath(folder))
+    except (OSError, ValueError):
+        return None
+    return info if "format" in (info.custom_metadata or {}) else None
 
 
 def _no_checkpoint(folder: pathlib.Path) -> str:
-    old = folder.with_name(f"{folder.name}.old")
+    old = _places(folder)[2]
     if old.is_dir() and not folder.exists():
         return (
             f"{folder}: not there, but {old} is: saving was interrupted while the old "
             f"checkpoint was being replaced. Rename {old} to {folder.name} to use it"
         )
-    what = "is no checkpoint" if folder.exists() else "no such checkpoint"
+    what = "is no checkpoint, or a damaged one" if folder.exists() else "no such checkpoint"
     return f"{folder}: {what}; fit a model first (--mode=train) or name one with --checkpoint"
 
 

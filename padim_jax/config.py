@@ -113,8 +113,9 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
       UserError: one line that names the field, its value and what is allowed.
     """
     _fields("config", values, Config)
-    dataset, image = values["dataset"], values["image"]
-    model, map_, outputs = values["model"], values["map"], values["outputs"]
+    groups: Any = values  # unchecked yet: anything
+    dataset, image = groups["dataset"], groups["image"]
+    model, map_, outputs = groups["model"], groups["map"], groups["outputs"]
     _fields("config.dataset", dataset, DatasetConfig)
     _fields("config.image", image, ImageConfig)
     _fields("config.model", model, ModelConfig)

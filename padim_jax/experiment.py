@@ -109,6 +109,9 @@ def train(config: Config, source: Source, checkpoint_path: pathlib.Path) -> Dete
             f"config.dataset.root={config.dataset.root}: {len(source.records)} normal image(s) "
             "to fit; a covariance needs at least 2 (MVTec AD's categories have 60 to 391)"
         )
+    # Now, rather than after hours of fitting.
+    _make_folder(checkpoint_path.parent)
+    checkpoint.check_destination(checkpoint_path)
     index = detector_lib.channel_index(config.model)
     variables, weights = pretrained.load(
         config.model.weights, config.model.backbone, config.model.layers
@@ -129,7 +132,6 @@ def train(config: Config, source: Source, checkpoint_path: pathlib.Path) -> Dete
         )
     fitted = checkpoint.Fitted(config, index, moments, weights)
     detector = _detector(fitted, config, variables)
-    checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(checkpoint_path, fitted)
     print(
         f"fitted {int(moments.count)} images, {height}x{width} patches of {len(index)} "
@@ -185,6 +187,9 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: pathli
     """
     records = source.records
     _require_test_images(config, source)
+    _make_folder(workdir)
+    for name in ("maps", "figures"):
+        _require_own(workdir / name, workdir / "metrics.json")
     maps, scores, masks = [], [], []
     for batch in _progress(source, config, "evaluate"):
         found = detector_lib.score_pixels(detector, batch.images)
@@ -195,7 +200,6 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: pathli
     measured = results.measure(scored)
     scale = figures.color_scale(scored.maps, scored.labels.astype(int))
     measured["color_scale"] = [scale.low, scale.high]
-    workdir.mkdir(parents=True, exist_ok=True)
     results.write_json(workdir / "config.json", config_lib.to_dict(config))
     results.write(
         workdir,
@@ -233,7 +237,9 @@ def predict(detector: Detector, pattern: str, workdir: pathlib.Path) -> None:
             f"{workdir / 'metrics.json'}"
         )
     folder = workdir / "predictions"
+    _require_own(folder, folder / "scores.csv")
     shutil.rmtree(folder, ignore_errors=True)
+    _make_folder(folder)
     suffix = "npy" if config.outputs.maps == "npy" else "tiff"
     with predictions.Writer(folder, config.image, suffix, calibration) as writer:
         for batch in _progress(source, config, "predict"):
@@ -241,6 +247,25 @@ def predict(detector: Detector, pattern: str, workdir: pathlib.Path) -> None:
             valid = batch.valid
             writer.add(batch.records, batch.sizes, found.maps[valid], found.scores[valid])
     print(f"scored {len(source.records)} images\nresults: {folder}")
+
+
+def _make_folder(path: pathlib.Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be made a folder ({error.strerror}); name another place with "
+            "--workdir or --checkpoint"
+        ) from error
+
+
+def _require_own(folder: pathlib.Path, sign: pathlib.Path) -> None:
+    """Results of an earlier run are replaced, anything else in their place is not."""
+    if folder.exists() and not sign.exists():
+        raise UserError(
+            f"{folder}: exists and is not from an earlier run (there is no {sign}); move it "
+            "away or name another --workdir"
+        )
 
 
 # What the statistics depend on; the weights are compared by their content.

@@ -23,6 +23,7 @@ to mend in the command, the settings or the files.
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -41,6 +42,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "out: the checkpoint knows its own.",
     lock_config=True,
 )
+_CONFIG_MODULE = "config_config"  # as ml_collections calls the file's module
 _MODE = flags.DEFINE_enum("mode", MODES[0], MODES, "What to do.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the results; default: results/<dataset>_<category>."
@@ -75,15 +77,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _config() -> config_lib.Config | None:
-    if _CONFIG.value is None:
+    if not _CONFIG.present:
         return None
+    if _CONFIG.value is None:
+        raise UserError("--config: get_config() returns None; expected the configuration")
     try:
-        # ml_collections reports a file that it could not open on first use.
-        _CONFIG.value.keys()
+        return config_lib.validate(_CONFIG.value)
     except OSError as error:
-        reason = error.__cause__ or error
-        raise UserError(f"--config: {' '.join(str(reason).split())}") from error
-    return config_lib.validate(_CONFIG.value)
+        # ml_collections reports a file that it could not open on first use.
+        raise UserError(f"--config: {_one_line(error.__cause__ or error)}") from error
 
 
 def _check_flags(mode: str, config: config_lib.Config | None) -> None:
@@ -115,18 +117,40 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(0)
     try:
         remaining = flags.FLAGS(argv)
-    except (KeyError, AttributeError) as error:
-        _fail(_unknown_setting(str(error)))
-    except (flags.Error, UserError) as error:
+    except UserError as error:
         _fail(str(error))
     except Exception as error:  # a configuration file runs code: it can raise anything
-        _fail(f"--config cannot be loaded: {type(error).__name__}: {error}")
+        _fail(_explanation(error))
     if flags.FLAGS["verbosity"].using_default_value:
         # The libraries' INFO lines would bury our own; --verbosity=0 brings them back.
         logging.set_verbosity(logging.WARNING)
     if len(remaining) > 1:
         _fail(f"unexpected argument {remaining[1]!r}; every setting starts with --")
     return remaining
+
+
+def _explanation(error: Exception) -> str:
+    """What is wrong with the command line, from what absl or ml_collections raised."""
+    cause: BaseException | None = error
+    while cause is not None:  # both wrap what the configuration file raises
+        for frame, line in traceback.walk_tb(cause.__traceback__):
+            if frame.f_globals.get("__name__") == _CONFIG_MODULE:
+                place = f"{frame.f_code.co_filename}, line {line}"
+                return f"--config: {place}: {type(cause).__name__}: {_one_line(cause)}"
+        cause = cause.__context__
+    if isinstance(error, AttributeError) and error.name == "get_config":
+        return "--config: the file has no function get_config()"
+    if isinstance(error, KeyError | AttributeError):
+        return _unknown_setting(str(error))
+    if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
+        return f"--{error.flagname}: overrides a setting of --config, which is missing"
+    if isinstance(error, flags.Error):
+        return str(error)
+    return f"--config: {type(error).__name__}: {_one_line(error)}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _unknown_setting(message: str) -> str:

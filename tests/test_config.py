@@ -1,0 +1,440 @@
+"""Settings that hold pass unchanged; each mistake is one line that says what to do."""
+
+import copy
+import importlib.util
+import json
+import pathlib
+import sys
+from typing import Any
+
+import ml_collections
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from padim_jax import config as config_lib
+from padim_jax import defaults, models
+from padim_jax.errors import UserError
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+PRESETS = ("anomalib", "seed", "paper")
+
+
+def values(preset="anomalib") -> dict[str, Any]:
+    """The defaults as plain nested dicts, with every reference resolved."""
+    return defaults.get_config(preset).to_dict()
+
+
+def changed(field, value) -> dict[str, Any]:
+    """The defaults with one field, named as in messages, set to `value`."""
+    result = copy.deepcopy(values())
+    *groups, name = field.removeprefix("config.").split(".")
+    group: Any = result
+    for step in groups:
+        group = group[step]
+    group[name] = value
+    return result
+
+
+def message_of(settings):
+    with pytest.raises(UserError) as caught:
+        config_lib.validate(settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ml_collections still loads files as Python did before 3.4.
+loads_file = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+def load_file(path, *arguments):
+    """What a file of configs/ gives, loaded from its path as a flag would."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*arguments)
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    """A function from arguments to the validated configuration."""
+
+    def parse(*arguments):
+        # config_flags looks there for the names of overrides.
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        found: Any = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", lock_config=True, flag_values=found)
+        found(sys.argv)
+        return config_lib.validate(found["config"].value)
+
+    return parse
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_hold_and_survive_json(preset):
+    config = config_lib.validate(defaults.get_config(preset))
+    stored = json.loads(json.dumps(config_lib.to_dict(config)))
+    assert config_lib.validate(stored) == config
+    # JSON's lists came back as the tuples that frozen dataclasses need.
+    assert hash(config_lib.validate(stored)) == hash(config)
+
+
+def test_settings_arrive_where_they_belong():
+    # Two fields swapped on the way would pass every other test.
+    settings = {
+        "category": "cap nut",
+        "dataset": {"name": "folder", "root": "a/b", "source": "tfds", "tfds_dir": "c"},
+        "image": {
+            "resize": [192, 320],
+            "method": "lanczos",
+            "crop": [160, 256],
+            "mean": [0, 0.25, 0.5],
+            "std": [1, 2, 3],
+        },
+        "model": {
+            "backbone": "wide_resnet50_2",
+            "layers": ["layer2", "layer4"],
+            "weights": "a.npz",
+            "channels": 550,
+            "seed": 7,
+            "precision": "bfloat16",
+            "regularization": 0.5,
+        },
+        "map": {"upsample": "bicubic", "sigma": 2},
+        "batch_size": 5,
+        "outputs": {"figures": "all", "maps": "tiff"},
+    }
+    config = config_lib.validate(settings)
+    assert config.dataset.root == pathlib.Path("a/b")
+    assert config.dataset.tfds_dir == pathlib.Path("c")
+    assert config.image.size == (160, 256)
+    assert config_lib.to_dict(config) == settings
+
+
+def test_fields_are_these():
+    # Checkpoints, commands and other people's config files know them by these names.
+    assert {
+        name: sorted(group) if isinstance(group, dict) else None
+        for name, group in config_lib.to_dict(config_lib.validate(values())).items()
+    } == {
+        "category": None,
+        "dataset": ["name", "root", "source", "tfds_dir"],
+        "image": ["crop", "mean", "method", "resize", "std"],
+        "model": [
+            "backbone",
+            "channels",
+            "layers",
+            "precision",
+            "regularization",
+            "seed",
+            "weights",
+        ],
+        "map": ["sigma", "upsample"],
+        "batch_size": None,
+        "outputs": ["figures", "maps"],
+    }
+
+
+# Field, bad value, and what the message must say besides field and value.
+ONE_OF = [
+    ("config.dataset.name", "mvtec", ["mvtec_ad", "folder", "synthetic"]),
+    ("config.dataset.source", "file", ["folder", "tfds"]),
+    ("config.image.method", "linear", ["nearest, bilinear, bicubic, lanczos"]),
+    ("config.image.method", "Bilinear", ["did you mean 'bilinear'?"]),
+    ("config.model.backbone", "resnet-18", ["did you mean 'resnet18'?", "wide_resnet50_2"]),
+    ("config.model.backbone", "wideresnet50_2", ["did you mean 'wide_resnet50_2'?"]),
+    ("config.model.backbone", "vgg", ["expected one of resnet18"]),
+    ("config.model.precision", "float64", ["float32, tf32, bfloat16"]),
+    ("config.map.upsample", "nearest", ["bilinear, bicubic"]),
+    ("config.outputs.figures", "many", ["none, some, all"]),
+    ("config.outputs.maps", "png", ["none, npy, tiff"]),
+]
+NUMBERS = [
+    ("config.batch_size", 0, ["at least 1"]),
+    ("config.batch_size", -4, ["at least 1"]),
+    ("config.batch_size", 8.0, ["whole number"]),
+    ("config.model.channels", 0, ["at least 1"]),
+    ("config.model.channels", 100.5, ["whole number"]),
+    ("config.model.seed", -1, ["at least 0"]),
+    ("config.model.regularization", 0, ["above 0"]),
+    ("config.model.regularization", -0.01, ["above 0"]),
+    ("config.model.regularization", float("nan"), ["number above 0"]),
+    ("config.map.sigma", -1.0, ["at least 0"]),
+    ("config.map.sigma", float("inf"), ["number"]),
+]
+SIZES = [
+    ("config.image.resize", (256,), ["(height, width)"]),
+    ("config.image.resize", (256, 256, 3), ["(height, width)"]),
+    ("config.image.resize", (256, 31), ["at least 32"]),
+    ("config.image.resize", (-256, 256), ["at least 32"]),
+    ("config.image.resize", (256.0, 256), ["(height, width)"]),
+    ("config.image.resize", (True, 256), ["(height, width)"]),
+    ("config.image.resize", ((256, 256), 256), ["(height, width)"]),
+    ("config.image.crop", (224, 16), ["at least 32"]),
+    ("config.image.crop", (224, None), ["(height, width)"]),
+    ("config.image.crop", [[224, 224]], ["(height, width)"]),
+    ("config.image.mean", (0.5, 0.5), ["three numbers"]),
+    ("config.image.mean", (0.5, 0.5, "0.5"), ["number"]),
+    ("config.image.mean", (0.5, 0.5, (0.5,)), ["number"]),
+    ("config.image.std", (0.2, 0.0, 0.2), ["above 0"]),
+]
+LAYERS = [
+    ("config.model.layers", (), ["one or more of layer1, layer2, layer3, layer4"]),
+    ("config.model.layers", "layer1", ["one or more of"]),
+    ("config.model.layers", ("layer2", "layer1"), ["shallowest first"]),
+    ("config.model.layers", ("layer1", "layer1"), ["each once"]),
+    ("config.model.layers", ("layer1", "layer5"), ["layer1, layer2, layer3, layer4"]),
+    ("config.model.layers", ("layer1", 2), ["layer1, layer2, layer3, layer4"]),
+    ("config.model.layers", (("layer1", "layer2"),), ["layer1, layer2, layer3, layer4"]),
+]
+TEXTS = [
+    *(
+        ("config.category", value, ["one folder below config.dataset.root", "separator"])
+        for value in ("a/b", "/bottle", "bottle/", "a\\b", "..", ".", "a\0b")
+    ),
+    ("config.model.weights", " ", ["weights"]),
+    ("config.dataset.root", "", ["folder"]),
+    ("config.dataset.root", "~no_such_user/data", ["folder", "home directory"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"), [*ONE_OF, *NUMBERS, *SIZES, *LAYERS, *TEXTS]
+)
+def test_a_wrong_value_is_one_line_with_field_value_and_allowed(field, value, said):
+    message = message_of(changed(field, value))
+    assert message.startswith(f"{field}=")
+    shown = message.removeprefix(f"{field}=")
+    # Of a list the wrong item may be shown alone.
+    items = value if isinstance(value, tuple | list) else ()
+    assert any(shown.startswith(repr(item)) for item in (value, *items))
+    for text in said:
+        assert text in message
+
+
+def leaves(settings, prefix="config"):
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}"
+
+
+# Of any field, whatever its type.
+STRANGE = {
+    "bool": True,
+    "group": {"a": 1},
+    "ConfigDict": ml_collections.ConfigDict({"a": {"b": 1}, "c": 2}),
+    "nested list": [[], [[]]],
+    "array": np.eye(3),
+    "object": object,
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("field", list(leaves(values())))
+def test_a_value_of_a_wrong_type_is_refused(field, kind):
+    assert message_of(changed(field, STRANGE[kind])).startswith(f"{field}=")
+
+
+@pytest.mark.parametrize("value", ["1", None, 3, 0.5])
+@pytest.mark.parametrize("group", ["dataset", "image", "model", "map", "outputs"])
+def test_a_group_that_is_none_is_refused(group, value):
+    assert message_of(changed(f"config.{group}", value)) == (
+        f"config.{group}={value!r}: expected a group of settings"
+    )
+
+
+def test_none_and_text_are_refused_where_they_mean_nothing():
+    optional = {"config.image.crop", "config.dataset.tfds_dir"}
+    texts = {"config.category", "config.model.weights", "config.dataset.root"}
+    for field in leaves(values()):
+        if field not in optional:
+            assert message_of(changed(field, None)).startswith(f"{field}=None: expected ")
+        if field not in texts | {"config.dataset.tfds_dir"}:
+            assert message_of(changed(field, "1")).startswith(f"{field}='1': expected ")
+
+
+@pytest.mark.parametrize("crop", [None, (), (None,), [None]])
+def test_no_crop(crop):
+    config = config_lib.validate(changed("config.image.crop", crop))
+    assert config.image.crop is None
+    assert config.image.size == (256, 256)
+
+
+@pytest.mark.parametrize("crop", [(257, 256), (256, 257), (300, 300)])
+def test_a_crop_larger_than_the_image(crop):
+    message = message_of(changed("config.image.crop", crop))
+    assert message.startswith(f"config.image.crop={crop}: larger than")
+    assert "config.image.resize=(256, 256)" in message
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "total"),
+    [
+        ("resnet18", ("layer1", "layer2", "layer3"), 64 + 128 + 256),
+        ("resnet34", ("layer1", "layer4"), 64 + 512),
+        ("wide_resnet50_2", ("layer1", "layer2", "layer3"), 256 + 512 + 1024),
+    ],
+)
+def test_more_channels_than_there_are(backbone, layers, total):
+    settings = values()
+    settings["model"] |= {"backbone": backbone, "layers": layers, "channels": total}
+    assert config_lib.validate(settings).model.channels == total
+    settings["model"]["channels"] = total + 1
+    message = message_of(settings)
+    assert message.startswith(f"config.model.channels={total + 1}: {backbone} has {total} ch")
+    assert message.endswith(f"expected 1 to {total}")
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "meant"),
+    [
+        (None, "batchsize", "config.batch_size"),
+        (None, "model_", "config.model"),
+        ("model", "backbones", "config.model.backbone"),
+        ("image", "std_", "config.image.std"),
+        ("dataset", "path", None),
+    ],
+)
+def test_an_unknown_field(group, name, meant):
+    settings = values()
+    (settings[group] if group else settings)[name] = 1
+    message = message_of(settings)
+    assert message.startswith(f"{'.'.join(filter(None, ('config', group, name)))}: no such")
+    assert (f"did you mean {meant}?" in message) == (meant is not None)
+    assert "Allowed: " in message
+
+
+def test_a_missing_field():
+    for field in ("config.model.seed", "config.image.crop", "config.map", "config.batch_size"):
+        settings = values()
+        *groups, name = field.split(".")[1:]
+        del (settings[groups[0]] if groups else settings)[name]
+        assert message_of(settings).startswith(f"{field}: missing; expected ")
+    # A misspelt field is both missing and unknown; the suggestion says more.
+    settings = values()
+    settings["batch"] = settings.pop("batch_size")
+    assert "did you mean config.batch_size?" in message_of(settings)
+
+
+def test_weights_follow_the_backbone_until_they_are_set():
+    config: Any = defaults.get_config()
+    assert config.model.weights == "resnet18.tv_in1k"
+    config.model.backbone = "wide_resnet50_2"
+    assert config_lib.validate(config).model.weights == "wide_resnet50_2.tv_in1k"
+    config.model.weights = "random"
+    config.model.backbone = "resnet34"
+    assert config_lib.validate(config).model.weights == "random"
+
+
+def test_default_weights_exist_for_every_backbone():
+    for backbone, names in models.WEIGHTS.items():
+        config: Any = defaults.get_config()
+        config.model.backbone = backbone
+        assert config.model.weights in names
+
+
+def test_an_unknown_preset():
+    with pytest.raises(UserError, match="anomalib, seed, paper") as caught:
+        defaults.get_config("papr")
+    assert "papr" in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_file_holds(path):
+    name = {"mvtec": "mvtec_ad", "folder": "folder", "demo": "synthetic"}[path.stem]
+    assert config_lib.validate(load_file(path)).dataset.name == name
+    for preset in PRESETS:
+        config = config_lib.validate(load_file(path, preset))
+        assert config.dataset.name == name
+        # The preset's choices are the file's own.
+        expected = config_lib.validate(defaults.get_config(preset))
+        assert (config.image, config.map) == (expected.image, expected.map)
+
+
+def test_mvtec_presets_are_as_its_docstring_says():
+    chosen = {
+        preset: config_lib.validate(load_file(CONFIGS / "mvtec.py", preset))
+        for preset in PRESETS
+    }
+    assert {
+        preset: (c.image.method, c.image.resize, c.image.crop, c.map.upsample)
+        for preset, c in chosen.items()
+    } == {
+        "anomalib": ("bilinear", (256, 256), None, "bilinear"),
+        "seed": ("nearest", (256, 256), (224, 224), "bilinear"),
+        "paper": ("bicubic", (256, 256), (224, 224), "bicubic"),
+    }
+    # And all else is common to them, as in the goldens of the PyTorch implementations.
+    for config in chosen.values():
+        assert (config.model, config.map.sigma) == (
+            config_lib.ModelConfig(
+                backbone="resnet18",
+                layers=("layer1", "layer2", "layer3"),
+                weights="resnet18.tv_in1k",
+                channels=100,
+                seed=42,
+                precision="tf32",
+                regularization=0.01,
+            ),
+            4.0,
+        )
+        assert config.image.mean == (0.485, 0.456, 0.406)
+        assert config.image.std == (0.229, 0.224, 0.225)
+        assert config.category == "bottle"
+
+
+@loads_file
+def test_overrides_on_the_command_line(command_line):
+    config = command_line(
+        f"--config={CONFIGS / 'mvtec.py'}:seed",
+        "--config.category=metal_nut",
+        "--config.image.resize=(192, 320)",
+        "--config.image.crop=(160, 256)",
+        "--config.model.backbone=resnet50",
+        "--config.model.layers=('layer2', 'layer3')",
+        "--config.map.sigma=2",
+        "--config.dataset.tfds_dir=packed",
+    )
+    assert config.category == "metal_nut"
+    assert config.image.method == "nearest"
+    assert config.image.resize == (192, 320)
+    assert config.image.size == (160, 256)
+    assert config.model.weights == "resnet50.tv_in1k"
+    assert config.model.layers == ("layer2", "layer3")
+    assert config.map.sigma == 2.0
+    assert config.dataset.tfds_dir == pathlib.Path("packed")
+
+
+@loads_file
+@pytest.mark.parametrize("none", ["None", "(None,)", "()"])
+def test_crop_is_taken_back_on_the_command_line(none, command_line):
+    config = command_line(
+        f"--config={CONFIGS / 'mvtec.py'}:paper", f"--config.image.crop={none}"
+    )
+    assert config.image.crop is None
+
+
+@loads_file
+def test_one_layer_on_the_command_line(command_line):
+    config = command_line(
+        f"--config={CONFIGS / 'mvtec.py'}", "--config.model.layers=('layer2',)"
+    )
+    assert config.model.layers == ("layer2",)
+
+
+def test_title_names_dataset_and_category():
+    assert config_lib.validate(values()).title == "mvtec_ad_bottle"
+    settings = changed("config.category", "")
+    settings["dataset"]["name"] = "folder"
+    assert config_lib.validate(settings).title == "folder"
+
+
+def test_home_is_expanded():
+    config = config_lib.validate(changed("config.dataset.root", "~/data"))
+    assert config.dataset.root == pathlib.Path.home() / "data"
