@@ -10,10 +10,17 @@ from collections.abc import Callable
 from padim_jax.datasets.folder import folder
 from padim_jax.datasets.mvtec_ad import mvtec_ad
 from padim_jax.datasets.records import Record
-from padim_jax.datasets.synthetic import synthetic
+
+
+def _synthetic(root: pathlib.Path, category: str) -> list[Record]:
+    # Drawing needs SciPy, which checking a configuration should not wait for.
+    from padim_jax.datasets.synthetic import synthetic
+
+    return synthetic(root, category)
+
 
 LAYOUTS: dict[str, Callable[[pathlib.Path, str], list[Record]]] = {
     "mvtec_ad": mvtec_ad,
     "folder": folder,
-    "synthetic": synthetic,
+    "synthetic": _synthetic,
 }

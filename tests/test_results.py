@@ -1,0 +1,335 @@
+"""What an evaluation writes and prints, also where a metric is undefined."""
+
+import csv
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from padim_jax import defaults, results
+from padim_jax.config import Config, validate
+from padim_jax.datasets.mvtec_ad import CATEGORIES
+from padim_jax.datasets.records import Record
+from padim_jax.results import Scored
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SIZE = (32, 48)
+PIXEL = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_f1_threshold", "aupro")
+IMAGE = ("image_auroc", "image_ap", "image_f1_max", "image_f1_threshold")
+
+
+def make_config(**settings: Any) -> Config:
+    values = defaults.get_config()
+    values.update_from_flattened_dict(settings)
+    return validate(values)
+
+
+def make_scored(
+    kinds: Sequence[str], scores: Sequence[float], masked: Sequence[str] = ("hole", "crack")
+) -> Scored:
+    """A test set with images of some kinds and with the scores given.
+
+    Each defect is a bright square in its map, as bright as its score; `masked` names the
+    kinds whose masks are known.
+    """
+    rng = np.random.default_rng(0)
+    records, masks, maps = [], [], []
+    for number, (kind, score) in enumerate(zip(kinds, scores, strict=True)):
+        label = int(kind != "good")
+        name = f"part/test/{kind}/{number:03}.png"
+        records.append(Record("test", pathlib.Path(name), None, label, kind, name))
+        square = np.zeros(SIZE, bool)
+        square[4:12, number : number + 8] = True
+        known = label == 0 or kind in masked
+        masks.append(square & (label == 1) if known else None)
+        background = rng.uniform(0, 0.5, SIZE) * score
+        maps.append(np.where(square, score, background).astype(np.float32))
+    return Scored(records, masks, np.stack(maps), np.array(scores, np.float32))
+
+
+BOTH = make_scored(["good", "good", "hole", "hole", "crack"], [1, 2, 5, 4, 3])
+
+
+def table_rows(text: str) -> dict[str, list[str]]:
+    """The cells by the row's name; the columns are two or more spaces apart."""
+    lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+    return {cells[0]: cells[1:] for cells in lines}
+
+
+class TestMeasure:
+    def test_all_masks_known(self):
+        measured = results.measure(BOTH)
+        assert measured["image_auroc"] == 1
+        assert measured["image_f1_threshold"] == 3  # predicted where score >= threshold
+        # Normal images have their squares too, but no defect pixel: those must count.
+        assert 0.9 < measured["pixel_auroc"] < 1
+        assert "undefined" not in measured
+        assert set(measured["per_defect"]) == {"hole", "crack"}
+
+    def test_without_any_mask(self):
+        scored = dataclasses.replace(BOTH, masks=[*BOTH.masks[:2], None, None, None])
+        measured = results.measure(scored)
+        assert {key: measured[key] for key in PIXEL} == dict.fromkeys(PIXEL)
+        assert set(measured["undefined"]) == set(PIXEL)
+        assert set(measured["undefined"].values()) == {"no ground-truth masks"}
+        whole = results.measure(BOTH)
+        assert {key: measured[key] for key in IMAGE} == {key: whole[key] for key in IMAGE}
+        assert measured["per_defect"]["hole"]["pixel_auroc"] is None
+
+    def test_with_some_masks_unknown(self):
+        """An unknown mask is not an empty one: its pixels are of neither class."""
+        scored = make_scored([r.defect_type for r in BOTH.records], BOTH.scores, ["hole"])
+        measured, whole = results.measure(scored), results.measure(BOTH)
+        assert {key: measured[key] for key in PIXEL} == dict.fromkeys(PIXEL)
+        reason = "1 of 3 anomalous images without ground-truth mask"
+        assert measured["undefined"] == dict.fromkeys(PIXEL, reason)
+        assert measured["per_defect"]["hole"] == whole["per_defect"]["hole"]
+        assert measured["per_defect"]["crack"]["aupro"] is None
+
+    @pytest.mark.parametrize("kind", ["good", "hole"])
+    def test_one_class_only(self, kind: str):
+        measured = results.measure(make_scored([kind] * 2, [1, 2]))
+        missing = "anomalous" if kind == "good" else "normal"
+        assert {key: measured[key] for key in IMAGE} == dict.fromkeys(IMAGE)
+        assert measured["undefined"]["image_auroc"] == f"no {missing} image"
+
+
+class TestTable:
+    def test_beside_the_published_numbers(self):
+        # MVTec AD's bottle with ResNet-18: 0.994, 0.983 and 0.976.
+        measured = results.measure(BOTH) | {
+            "image_auroc": 0.98765,
+            "image_f1_max": 0.97649,
+            "pixel_auroc": 0.98422,
+        }
+        rows = table_rows(results.table(make_config(), measured))
+        assert rows["image AUROC"] == ["0.9877", "0.994", "-0.006"]
+        assert rows["image F1-max"] == ["0.9765", "0.976", "+0.000"]
+        assert rows["pixel AUROC"] == ["0.9842", "0.983", "+0.001"]
+        for name in ("image AP", "pixel AP", "pixel F1-max", "AUPRO 0.3"):
+            assert rows[name][1:] == ["-", "-"]  # none was published
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"model.weights": "random"},
+            {"dataset.name": "folder"},
+            {"dataset.name": "synthetic"},
+            {"model.backbone": "resnet50"},
+            {"category": "screws"},
+        ],
+    )
+    def test_nothing_else_is_compared(self, settings: dict):
+        rows = table_rows(results.table(make_config(**settings), results.measure(BOTH)))
+        assert rows["image AUROC"] == ["1.0000", "-", "-"]
+        assert rows["pixel AUROC"][1:] == ["-", "-"]
+
+    def test_wide_resnet_has_its_own(self):
+        config = make_config(**{"model.backbone": "wide_resnet50_2", "category": "screw"})
+        rows = table_rows(results.table(config, results.measure(BOTH)))
+        assert rows["image AUROC"] == ["1.0000", "0.845", "+0.155"]
+
+    def test_undefined_with_its_reason_once(self):
+        scored = dataclasses.replace(BOTH, masks=[*BOTH.masks[:2], None, None, None])
+        text = results.table(make_config(), results.measure(scored))
+        assert table_rows(text)["pixel AUROC"] == ["undefined", "0.983", "-"]
+        assert text.count("undefined: no ground-truth masks") == 1
+
+    def test_only_normal_images(self):
+        text = results.table(make_config(), results.measure(make_scored(["good"] * 2, [1, 2])))
+        assert table_rows(text)["image AUROC"] == ["undefined", "0.994", "-"]
+        assert "undefined: no anomalous image" in text
+
+    def test_columns_line_up(self):
+        kinds = ["good", "a_defect_with_quite_a_long_name", "x"]
+        text = results.table(make_config(), results.measure(make_scored(kinds, [1, 2, 3], [])))
+        blocks = text.split("\n\n")
+        # Below the heading: the metrics (then reasons), and the defect types.
+        for block, rows in ((blocks[1], 8), (blocks[2], 3)):
+            assert len({len(line) for line in block.splitlines()[:rows]}) == 1
+
+    def test_names_what_was_measured(self):
+        heading = results.table(make_config(), results.measure(BOTH)).splitlines()[0]
+        for part in ("mvtec_ad_bottle", "resnet18", "layer1+layer2+layer3", "100 channels"):
+            assert part in heading
+
+
+class TestPublishedResults:
+    @pytest.mark.parametrize(
+        ("backbone", "averages"),
+        [
+            # Published in a column of their own.
+            (
+                "resnet18",
+                {"image_auroc": 0.891, "pixel_auroc": 0.968, "image_f1_max": 0.916},
+            ),
+            (
+                "wide_resnet50_2",
+                {"image_auroc": 0.950, "pixel_auroc": 0.979, "image_f1_max": 0.951},
+            ),
+        ],
+    )
+    def test_complete_and_with_the_published_averages(self, backbone: str, averages: dict):
+        found = []
+        for category in CATEGORIES:
+            config = make_config(**{"model.backbone": backbone, "category": category})
+            found.append(results.published_metrics(config))
+            assert set(found[-1]) == set(averages)
+        assert len(found) == 15
+        for name, average in averages.items():
+            values = [numbers[name] for numbers in found]
+            assert all(0.7 < value <= 1 and value == round(value, 3) for value in values)
+            # Both roundings to three decimals together: at most 0.0005 each.
+            assert np.mean(values) == pytest.approx(average, abs=1e-3)
+
+    def test_the_package_carries_the_file_with_provenance(self):
+        ours = (ROOT / "padim_jax" / "published_results.json").read_bytes()
+        assert ours == (ROOT / "third_party" / "published_results.json").read_bytes()
+
+
+def write(workdir: pathlib.Path, scored: Scored, **outputs: str) -> list[int]:
+    """Writes the results; returns the numbers of the images read again for pictures."""
+    read = []
+
+    def load_image(index: int) -> np.ndarray:
+        read.append(index)
+        return np.full((*SIZE, 3), index, np.uint8)
+
+    config = make_config(**{f"outputs.{key}": value for key, value in outputs.items()})
+    measured = results.measure(scored) | {"color_scale": [1.0, 4.0]}
+    results.write(workdir, config, scored, measured, load_image)
+    return read
+
+
+def strict_json(path: pathlib.Path) -> Any:
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def below(folder: pathlib.Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+# Of seven holes the two highest and the two lowest scored are "some".
+MANY = make_scored(
+    ["good", "hole", "hole", "hole", "hole", "hole", "hole", "hole", "crack"],
+    [1, 13, 17, 11, 16, 12, 15, 14, 20],
+)
+
+
+class TestWrite:
+    def test_metrics_are_strict_json(self, tmp_path: pathlib.Path):
+        kinds = ["good", "Kratzer, größer", "good"]
+        write(tmp_path, make_scored(kinds, [1, 2, 3], masked=[]))
+        found = strict_json(tmp_path / "metrics.json")
+        assert found["pixel_auroc"] is None  # null, not NaN
+        assert found["image_auroc"] == 0.5
+        assert list(found["per_defect"]) == ["Kratzer, größer"]
+
+    def test_scores(self, tmp_path: pathlib.Path):
+        scored = make_scored(["good", "Loch, groß", "good"], [1, 1 / 3, 3])
+        write(tmp_path, scored)
+        rows = read_rows(tmp_path / "scores.csv")
+        assert list(rows[0]) == ["path", "label", "defect_type", "score", "predicted"]
+        assert [row["path"] for row in rows] == [r.relative_path for r in scored.records]
+        assert [row["label"] for row in rows] == ["0", "1", "0"]
+        assert rows[1]["defect_type"] == "Loch, groß"
+        # Every digit: the scores read back are the scores.
+        read_back = np.array([row["score"] for row in rows], np.float32)
+        np.testing.assert_array_equal(read_back, scored.scores)
+
+    def test_prediction_includes_the_threshold(self, tmp_path: pathlib.Path):
+        write(tmp_path, make_scored(["good", "hole", "hole"], [0.1, 0.3, 0.7]))
+        assert [row["predicted"] for row in read_rows(tmp_path / "scores.csv")] == list("011")
+
+    def test_no_prediction_without_threshold(self, tmp_path: pathlib.Path):
+        write(tmp_path, make_scored(["good", "good"], [1, 2]), figures="all")
+        assert [row["predicted"] for row in read_rows(tmp_path / "scores.csv")] == ["", ""]
+        # No curve can be drawn, the rest can.
+        assert not (tmp_path / "roc_curve.png").exists()
+        assert (tmp_path / "score_histogram.png").exists()
+        assert len(below(tmp_path / "figures")) == 2
+
+    def test_figures_are_the_extremes_of_each_kind_defects_first(self, tmp_path: pathlib.Path):
+        read = write(tmp_path, MANY, figures="some")
+        expected = [
+            "0000_crack_008.jpg",
+            "0001_hole_002.jpg",
+            "0002_hole_004.jpg",
+            "0003_hole_005.jpg",
+            "0004_hole_003.jpg",
+            "0005_good_000.jpg",
+        ]
+        assert below(tmp_path / "figures") == expected
+        assert read == [8, 2, 4, 5, 3, 0]  # nothing is read in vain
+        for name in ("overview.jpg", "roc_curve.png", "score_histogram.png"):
+            with Image.open(tmp_path / name) as picture:
+                picture.load()
+
+    def test_all_figures(self, tmp_path: pathlib.Path):
+        read = write(tmp_path, MANY, figures="all")
+        assert read == [8, 2, 4, 6, 7, 1, 5, 3, 0]
+        assert len(below(tmp_path / "figures")) == 9
+        assert not (tmp_path / "overview.jpg").exists()
+
+    def test_no_figures(self, tmp_path: pathlib.Path):
+        assert write(tmp_path, MANY, figures="none") == []
+        assert below(tmp_path) == ["metrics.json", "scores.csv"]
+
+    @pytest.mark.parametrize("masked", [[], ["hole"]])
+    def test_figures_without_all_masks(self, masked: list[str], tmp_path: pathlib.Path):
+        write(
+            tmp_path, make_scored(["good", "hole", "crack"], [1, 2, 3], masked), figures="all"
+        )
+        assert len(below(tmp_path / "figures")) == 3
+        assert (tmp_path / "roc_curve.png").exists()  # of the images
+
+    @pytest.mark.parametrize("suffix", ["npy", "tiff"])
+    def test_maps_keep_every_bit(self, suffix: str, tmp_path: pathlib.Path):
+        write(tmp_path, BOTH, figures="none", maps=suffix)
+        names = [record.relative_path for record in BOTH.records]
+        assert below(tmp_path / "maps") == sorted(f"{name}.{suffix}" for name in names)
+        for name, anomaly_map in zip(names, BOTH.maps, strict=True):
+            path = tmp_path / "maps" / f"{name}.{suffix}"
+            found = np.load(path) if suffix == "npy" else np.asarray(Image.open(path))
+            assert found.dtype == np.float32
+            np.testing.assert_array_equal(found, anomaly_map)
+
+    def test_images_that_differ_in_the_suffix_only(self, tmp_path: pathlib.Path):
+        records = [
+            dataclasses.replace(record, relative_path=f"part/test/hole/a.{suffix}")
+            for record, suffix in zip(BOTH.records[2:4], ("png", "jpg"), strict=True)
+        ]
+        scored = Scored(records, BOTH.masks[2:4], BOTH.maps[2:4], BOTH.scores[2:4])
+        write(tmp_path, scored, figures="all", maps="npy")
+        assert len(below(tmp_path / "figures")) == 2
+        for record, anomaly_map in zip(records, scored.maps, strict=True):
+            found = np.load(tmp_path / "maps" / f"{record.relative_path}.npy")
+            np.testing.assert_array_equal(found, anomaly_map)
+
+    @pytest.mark.parametrize("figures", ["none", "some", "all"])
+    def test_replaces_all_of_an_earlier_evaluation(self, figures: str, tmp_path: pathlib.Path):
+        """Nothing of another test set may lie beside the new numbers."""
+        kept = tmp_path / "notes.txt"
+        kept.write_text("mine")
+        write(tmp_path, MANY, figures="some", maps="tiff")
+        write(tmp_path, MANY, figures="all", maps="npy")
+        normal = make_scored(["good"], [1])
+        write(tmp_path, normal, figures=figures)
+        expected = ["metrics.json", "notes.txt", "scores.csv"]
+        expected += ["score_histogram.png", "figures/0000_good_000.jpg"] * (figures != "none")
+        expected += ["overview.jpg"] * (figures == "some")
+        assert below(tmp_path) == sorted(expected)

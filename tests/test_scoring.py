@@ -1,0 +1,200 @@
+"""Distances, maps and scores against float64 NumPy, SciPy and PyTorch."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from padim_jax.scoring import anomaly_maps, image_scores, mahalanobis
+from padim_jax.types import Gaussian
+
+# One float32 product per axis, over at most 20 samples of the grid or 33 of the blur: an
+# output is off by less than 2 * 33 * 2^-24 = 4e-6 of the largest distance, here 10.
+# Measured at most 2.4e-6.
+ROUNDING = 4e-5
+
+# Grid and map sizes: PaDiM's own, rectangular, and ratios that are no integers.
+SIZES = {
+    "4x": ((14, 14), (56, 56)),
+    "rectangular": ((9, 16), (36, 64)),
+    "2x and 5x": ((16, 5), (32, 25)),
+    "ratios 4.3 and 2.7": ((7, 13), (30, 35)),
+    "one patch": ((1, 1), (5, 6)),
+    "two by one": ((2, 1), (9, 4)),
+    "same size": ((8, 6), (8, 6)),
+}
+sizes = pytest.mark.parametrize(("grid", "size"), SIZES.values(), ids=SIZES.keys())
+
+
+def random_distances(grid, batch=2, seed=0):
+    return np.random.default_rng(seed).uniform(0, 10, (batch, *grid)).astype(np.float32)
+
+
+def maps_of(on_grid, size, upsample="bilinear", sigma=0.0):
+    batch, *grid = on_grid.shape
+    distances = jnp.asarray(on_grid, jnp.float32).reshape(batch, -1)
+    return np.asarray(anomaly_maps(distances, tuple(grid), size, upsample, sigma))
+
+
+def hat(t):
+    return np.maximum(1 - np.abs(t), 0)
+
+
+def keys(t, a=-0.75):
+    """Cubic convolution (Keys 1981, eq. 4) with PyTorch's and OpenCV's a."""
+    t = np.abs(t)
+    near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+    far = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+    return np.where(t < 1, near, np.where(t < 2, far, 0))
+
+
+def resampled(x, size, kernel):
+    """Last axis: all samples, edges repeated for ever, weighted by the kernel."""
+    n = x.shape[-1]
+    centre = (np.arange(size) + 0.5) * n / size - 0.5
+    position = np.arange(-3, n + 3)
+    return x[..., np.clip(position, 0, n - 1)] @ kernel(centre[None] - position[:, None])
+
+
+def random_gaussians(patches=6, channels=10, seed=0):
+    """Means, covariances (float64) and the Gaussians that hold them."""
+    rng = np.random.default_rng(seed)
+    mean = rng.normal(size=(patches, channels))
+    mix = rng.normal(size=(patches, channels, channels)) / np.sqrt(channels)
+    covariance = mix @ mix.transpose(0, 2, 1) + 0.1 * np.eye(channels)
+    whitening = np.linalg.inv(np.linalg.cholesky(covariance))
+    fitted = Gaussian(jnp.asarray(mean, jnp.float32), jnp.asarray(whitening, jnp.float32))
+    return mean, covariance, fitted
+
+
+def test_mahalanobis_equals_the_quadratic_form_with_the_inverse():
+    mean, covariance, fitted = random_gaussians()
+    x = np.random.default_rng(1).normal(size=(4, 6, 10))
+    delta = x - mean
+    inverse = np.linalg.inv(covariance)
+    expected = np.sqrt(np.einsum("bpi,pij,bpj->bp", delta, inverse, delta))
+    found = mahalanobis(fitted, jnp.asarray(x, jnp.float32))
+    # Rounding of inputs and of 10-term sums, amplified by differences; measured 8e-8.
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+
+
+def test_distance_counts_standard_deviations():
+    deviation = np.array([0.5, 2.0, 4.0])
+    fitted = Gaussian(jnp.ones((1, 3)), jnp.asarray(np.diag(1 / deviation), jnp.float32)[None])
+    x = 1 + np.stack([np.zeros(3), [0.5, 0, 0], [0, -6, 0], [1, 2, -8], deviation])
+    found = mahalanobis(fitted, jnp.asarray(x, jnp.float32)[:, None])
+    # Squares of small whole numbers: exact, up to the square root's rounding.
+    np.testing.assert_allclose(found[:, 0], np.sqrt([0, 1, 9, 4 + 1 + 4, 3]), rtol=2e-7)
+
+
+@sizes
+def test_bilinear_equals_numpy(grid, size):
+    on_grid = random_distances(grid)
+    # np.interp holds the end values beyond the ends.
+    ys, xs = ((np.arange(n) + 0.5) * m / n - 0.5 for m, n in zip(grid, size, strict=True))
+    rows = np.apply_along_axis(lambda x: np.interp(ys, np.arange(grid[0]), x), 1, on_grid)
+    expected = np.apply_along_axis(lambda x: np.interp(xs, np.arange(grid[1]), x), 2, rows)
+    np.testing.assert_allclose(maps_of(on_grid, size), expected, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(("upsample", "kernel"), [("bilinear", hat), ("bicubic", keys)])
+@sizes
+def test_upsampling_equals_convolution_with_the_kernel(grid, size, upsample, kernel):
+    on_grid = random_distances(grid)
+    columns = resampled(on_grid.astype(np.float64), size[1], kernel)
+    expected = resampled(columns.swapaxes(1, 2), size[0], kernel).swapaxes(1, 2)
+    found = maps_of(on_grid, size, upsample)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("upsample", ["bilinear", "bicubic"])
+@sizes
+def test_upsampling_equals_torch(grid, size, upsample):
+    torch = pytest.importorskip("torch")
+    on_grid = random_distances(grid)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(on_grid)[:, None], size=size, mode=upsample, align_corners=False
+    )[:, 0]
+    found = maps_of(on_grid, size, upsample)
+    # torch computes the positions in float32 too: off by 16 * 2^-24, over slopes below 20.
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=2 * ROUNDING)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.8, 1.4, 4.0])
+@pytest.mark.parametrize(
+    "size", [(48, 48), (40, 64), (33, 17), (7, 20), (3, 2), (1, 5)], ids=str
+)
+def test_blur_equals_scipy(size, sigma):
+    image = random_distances(size)
+    expected = [
+        ndimage.gaussian_filter(x.astype(np.float64), sigma, truncate=4.0, mode="mirror")
+        for x in image
+    ]
+    found = maps_of(image, size, sigma=sigma)
+    np.testing.assert_allclose(found, np.stack(expected), rtol=0, atol=ROUNDING)
+
+
+def test_blur_comes_after_upsampling():
+    # Blurring first would be a blur four times as wide.
+    on_grid = random_distances((12, 10))
+    upsampled = maps_of(on_grid, (48, 40)).astype(np.float64)
+    expected = [ndimage.gaussian_filter(x, 4, truncate=4.0, mode="mirror") for x in upsampled]
+    found = maps_of(on_grid, (48, 40), sigma=4.0)
+    np.testing.assert_allclose(found, np.stack(expected), rtol=0, atol=ROUNDING)
+
+
+def test_sigma_4_has_33_taps():
+    impulse = np.zeros((1, 65, 65))
+    impulse[0, 32, 32] = 1
+    blurred = maps_of(impulse, (65, 65), sigma=4.0)[0]
+    taps = np.exp(-(np.arange(-16, 17) ** 2) / 32)
+    taps /= taps.sum()
+    inside = slice(32 - 16, 32 + 17)
+    np.testing.assert_allclose(blurred[inside, inside], np.outer(taps, taps), rtol=1e-6)
+    assert np.count_nonzero(blurred) == 33 * 33
+
+
+@sizes
+def test_sigma_0_does_not_blur(grid, size):
+    on_grid = random_distances(size)
+    np.testing.assert_array_equal(maps_of(on_grid, size, sigma=0.0), on_grid)
+
+
+@pytest.mark.parametrize("upsample", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("sigma", [0.0, 4.0, 40.0])
+@sizes
+def test_constant_maps_stay_constant(grid, size, upsample, sigma):
+    # Also where the blur's kernel is many times as wide as the image.
+    found = maps_of(np.full((1, *grid), 7.0), size, upsample, sigma)
+    np.testing.assert_allclose(found, np.full((1, *size), 7.0), rtol=0, atol=ROUNDING)
+
+
+def test_patches_fill_the_grid_row_by_row():
+    found = maps_of(np.arange(12.0).reshape(1, 3, 4), (3, 4))
+    np.testing.assert_array_equal(found[0], np.arange(12.0).reshape(3, 4))
+
+
+def test_maps_of_a_batch_are_those_of_its_images():
+    on_grid = random_distances((6, 9), batch=3)
+    together = maps_of(on_grid, (24, 36), sigma=4.0)
+    for image, found in zip(on_grid, together, strict=True):
+        alone = maps_of(image[None], (24, 36), sigma=4.0)[0]
+        np.testing.assert_allclose(found, alone, rtol=0, atol=ROUNDING)
+
+
+def test_distances_of_another_grid_raise():
+    # Four images of 4 patches are not one image of 4 x 4 patches.
+    with pytest.raises(TypeError, match="reshape"):
+        anomaly_maps(jnp.zeros((4, 4)), (4, 4), (8, 8), "bilinear", 0.0)
+
+
+def test_unknown_upsampling_raises():
+    with pytest.raises(ValueError, match="upsample='nearest': expected 'bilinear'"):
+        maps_of(np.zeros((1, 2, 2)), (4, 4), upsample="nearest")
+
+
+def test_image_score_is_the_maximum_of_the_map():
+    maps = np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32)
+    maps[1] -= 100  # a maximum below 0
+    maps[2, 4, 6] = 9
+    np.testing.assert_array_equal(image_scores(jnp.asarray(maps)), maps.max(axis=(1, 2)))
