@@ -9,7 +9,7 @@ import difflib
 import math
 import pathlib
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast, get_args
 
 import ml_collections
 
@@ -19,7 +19,7 @@ from padim_jax.errors import UserError
 
 SOURCES = ("folder", "tfds")
 METHODS = ("nearest", "bilinear", "bicubic", "lanczos")
-PRECISIONS = ("float32", "tf32", "bfloat16")
+PRECISIONS = get_args(models.Precision)
 UPSAMPLINGS = ("bilinear", "bicubic")
 FIGURES = ("none", "some", "all")
 MAPS = ("none", "npy", "tiff")
@@ -62,7 +62,7 @@ class ModelConfig:
     weights: str
     channels: int
     seed: int
-    precision: str
+    precision: models.Precision
     regularization: float
 
 
@@ -142,7 +142,10 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
             weights=_text("config.model.weights", model["weights"]),
             channels=_integer("config.model.channels", model["channels"], minimum=1),
             seed=_integer("config.model.seed", model["seed"], minimum=0),
-            precision=_one_of("config.model.precision", model["precision"], PRECISIONS),
+            precision=cast(
+                models.Precision,
+                _one_of("config.model.precision", model["precision"], PRECISIONS),
+            ),
             regularization=_number(
                 "config.model.regularization", model["regularization"], positive=True
             ),

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,16 @@ from PIL import Image
 from padim_jax import embedding, gaussian, input_pipeline, models, scoring
 from padim_jax.config import Config, ImageConfig, MapConfig, ModelConfig
 from padim_jax.models import pretrained, resnet
-from padim_jax.types import AnomalyMaps, Embeddings, Gaussian, Images, Moments, Scores, Valid
+from padim_jax.types import (
+    AnomalyMaps,
+    Embeddings,
+    FeatureMap,
+    Gaussian,
+    Images,
+    Moments,
+    Scores,
+    Valid,
+)
 
 Variables = Mapping[str, Any]
 
@@ -84,9 +93,9 @@ def extract(
     std = np.asarray(image.std, np.float32) * 255
     pixels = (images.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
     spec = models.BACKBONES[model.backbone]
-    backbone = resnet.ResNet(spec, model.layers, model.precision)  # pyright: ignore[reportArgumentType]
-    features = backbone.apply(variables, pixels)
-    return embedding.embed(features, np.asarray(index))  # pyright: ignore[reportArgumentType]
+    backbone = resnet.ResNet(spec, model.layers, model.precision)
+    features = cast(tuple[FeatureMap, ...], backbone.apply(variables, pixels))
+    return embedding.embed(features, np.asarray(index))
 
 
 @functools.partial(

@@ -70,14 +70,19 @@ def finalize(moments: Moments, regularization: float) -> Gaussian:
       Means and the inverses of the covariances' Cholesky factors.
 
     Raises:
-      ValueError: fewer than two images, or a covariance that is not positive definite
-        in float32 (the patch is named).
+      ValueError: fewer than two images, or moments that are not finite or a covariance
+        that is not positive definite in float32 (the patch is named).
     """
     if int(moments.count) < 2:
         raise ValueError(
             f"a covariance needs at least 2 images, the moments hold {int(moments.count)}"
         )
-    gaussian, definite = _factorise(moments, jnp.asarray(regularization, jnp.float32))
+    gaussian, finite, definite = _factorise(moments, jnp.asarray(regularization, jnp.float32))
+    if not np.all(finite):
+        raise ValueError(
+            f"the moments of patch {int(np.argmin(finite))} are not finite: the backbone's "
+            "features overflow or its weights are broken"
+        )
     if not np.all(definite):
         patch = int(np.argmin(definite))
         raise ValueError(
@@ -90,13 +95,13 @@ def finalize(moments: Moments, regularization: float) -> Gaussian:
 @jax.jit
 def _factorise(
     moments: Moments, regularization: Float[Array, ""]
-) -> tuple[Gaussian, Bool[Array, " p"]]:
+) -> tuple[Gaussian, Bool[Array, " p"], Bool[Array, " p"]]:
     whiten = jax.vmap(_patch_whitening, in_axes=(0, None, None))
     whitening = whiten(moments.m2, moments.count, regularization)
-    # An infinite variance would give a finite factor: its channel would never count.
-    finite = jnp.isfinite(moments.m2) & jnp.isfinite(whitening)
-    definite = jnp.all(finite, axis=(1, 2))
-    return Gaussian(moments.mean, whitening), definite
+    # Of their own: an infinite variance gives a finite factor, its channel never counts.
+    finite = jnp.all(jnp.isfinite(moments.m2), axis=(1, 2))
+    definite = jnp.all(jnp.isfinite(whitening), axis=(1, 2))
+    return Gaussian(moments.mean, whitening), finite, definite
 
 
 def _patch_moments(

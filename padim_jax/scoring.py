@@ -80,8 +80,6 @@ def _interpolation(n_in: int, n_out: int, method: str) -> Float[np.ndarray, "n_o
     """The matrix that interpolates `n_in` samples at `n_out` half-pixel centres."""
     centre = (np.arange(n_out) + 0.5) * n_in / n_out - 0.5
     if method == "bilinear":
-        # PyTorch clamps the source position, not only its two neighbours.
-        centre = np.maximum(centre, 0.0)
         taps, kernel = np.arange(2), lambda t: 1.0 - t
     elif method == "bicubic":
         taps, kernel = np.arange(-1, 3), _cubic

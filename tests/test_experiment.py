@@ -11,6 +11,7 @@ import pytest
 from padim_jax import defaults, detector, experiment, models
 from padim_jax.config import validate
 from padim_jax.datasets.synthetic import generate
+from padim_jax.datasets.synthetic_part import DEFECTS
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_every_backbone(backbone: str, root: pathlib.Path, tmp_path: pathlib.Pat
     measured = run(settings(root, backbone=backbone), tmp_path)
     # Chance is 0.5. The parts moved and missing are seen even by random weights.
     assert measured["pixel_auroc"] > 0.8
-    assert set(measured["per_defect"]) == {"misplaced_part", "missing_piece", "scratch", "stain"}
+    assert set(measured["per_defect"]) == set(DEFECTS)
 
 
 @pytest.mark.parametrize("size", [(96, 160), (75, 50)])
@@ -74,10 +75,9 @@ def test_results_do_not_depend_on_the_batch_size(root: pathlib.Path, tmp_path: p
         run(values, tmp_path / str(batch_size))
         files = sorted((tmp_path / str(batch_size) / "maps").rglob("*.npy"))
         maps.append(np.stack([np.load(file) for file in files]))
-    # Sums of float32 in another order: 1e-6 in the moments, up to a hundred times that
-    # after whitening by a covariance of condition 1e4 and its square root.
-    np.testing.assert_allclose(maps[1], maps[0], rtol=1e-3)
-    np.testing.assert_allclose(maps[2], maps[0], rtol=1e-3)
+    # Sums of float32 in another order; measured 2.4e-6 with two versions of XLA.
+    np.testing.assert_allclose(maps[1], maps[0], rtol=2e-5)
+    np.testing.assert_allclose(maps[2], maps[0], rtol=2e-5)
 
 
 def test_packed_dataset_gives_identical_results(root: pathlib.Path, tmp_path: pathlib.Path):
@@ -96,5 +96,6 @@ def test_one_trace_per_function(root: pathlib.Path, tmp_path: pathlib.Path):
     jax.clear_caches()
     for _ in range(2):
         run(settings(root), tmp_path)
-    assert detector.fit_batch._cache_size() == 1
-    assert detector.score_batch._cache_size() == 1
+    # jit's wrapper has this method without declaring it.
+    assert detector.fit_batch._cache_size() == 1  # pyright: ignore
+    assert detector.score_batch._cache_size() == 1  # pyright: ignore
