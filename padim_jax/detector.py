@@ -6,6 +6,7 @@ preprocessing, backbone and embedding are the same everywhere.
 
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -63,6 +64,19 @@ class Anomalies:
 
     maps: Float32[np.ndarray, "n h w"]
     scores: Float32[np.ndarray, " n"]
+
+
+def fingerprint(detector: Detector) -> str:
+    """SHA-256 hex digest that tells detectors apart: thresholds belong to one of them.
+
+    Covers the mean embeddings, which change with every image fitted, and what turns
+    images into maps.
+    """
+    config = dataclasses.replace(detector.config.model, weights=detector.weights.sha256)
+    described = repr((detector.config.image, config, detector.config.map))
+    digest = hashlib.sha256(described.encode())
+    digest.update(np.asarray(detector.gaussian.mean).tobytes())
+    return digest.hexdigest()
 
 
 def channel_index(config: ModelConfig) -> Int[np.ndarray, " d"]:

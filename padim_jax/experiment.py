@@ -157,6 +157,8 @@ def load(path: str | pathlib.Path, config: Config | None = None) -> Detector:
     if config is None:
         config = fitted.config
     _require_same(path, fitted.config, config)
+    if config.title != fitted.config.title:
+        print(f"{path} was fitted to {fitted.config.title}; now used for {config.title}")
     variables, weights = pretrained.load(
         config.model.weights, config.model.backbone, config.model.layers
     )
@@ -200,6 +202,7 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: pathli
     measured = results.measure(scored)
     scale = figures.color_scale(scored.maps, scored.labels.astype(int))
     measured["color_scale"] = [scale.low, scale.high]
+    measured["detector"] = detector_lib.fingerprint(detector)
     results.write_json(workdir / "config.json", config_lib.to_dict(config))
     results.write(
         workdir,
@@ -215,8 +218,9 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: pathli
 def predict(detector: Detector, pattern: str, workdir: pathlib.Path) -> None:
     """Scores images of which nothing is known; see `predictions.Writer` for the output.
 
-    Thresholds and colours are those of the evaluation in `workdir/metrics.json`; without
-    one, nothing is called anomalous and the colours follow the first batch.
+    Thresholds and colours are those of this detector's evaluation in
+    `workdir/metrics.json`; without one, nothing is called anomalous and the colours
+    follow the first batch.
 
     Args:
       detector: fitted.
@@ -228,9 +232,14 @@ def predict(detector: Detector, pattern: str, workdir: pathlib.Path) -> None:
     """
     source = FolderSource(predictions.find(pattern))
     config = detector.config
-    calibration = predictions.read_calibration(workdir / "metrics.json")
+    calibration = predictions.read_calibration(
+        workdir / "metrics.json", detector_lib.fingerprint(detector)
+    )
     if calibration.image_threshold is None:
-        print(f"no threshold in {workdir / 'metrics.json'}: scores only, no predicted class")
+        print(
+            f"no threshold of this model in {workdir / 'metrics.json'}: scores only, no "
+            "predicted class (evaluate it for one: --mode=eval)"
+        )
     else:
         print(
             f"threshold {calibration.image_threshold:.4g}: the best F1 on the test set of "

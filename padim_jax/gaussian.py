@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from padim_jax.types import Embeddings, Gaussian, Moments, Valid
 
+_BLOCK = 256  # patches factorised together
+
 # float32 products, also on GPUs, where the default would be TF32's 10-bit mantissa.
 _matmul = lambda a, b: jnp.matmul(a, b, precision=lax.Precision.HIGHEST)  # noqa: E731
 
@@ -96,8 +98,12 @@ def finalize(moments: Moments, regularization: float) -> Gaussian:
 def _factorise(
     moments: Moments, regularization: Float[Array, ""]
 ) -> tuple[Gaussian, Bool[Array, " p"], Bool[Array, " p"]]:
-    whiten = jax.vmap(_patch_whitening, in_axes=(0, None, None))
-    whitening = whiten(moments.m2, moments.count, regularization)
+    # Mapped with vmap a block at a time: memory is the result plus one block.
+    whitening = lax.map(
+        lambda m2: _patch_whitening(m2, moments.count, regularization),
+        moments.m2,
+        batch_size=_BLOCK,
+    )
     # Of their own: an infinite variance gives a finite factor, its channel never counts.
     finite = jnp.all(jnp.isfinite(moments.m2), axis=(1, 2))
     definite = jnp.all(jnp.isfinite(whitening), axis=(1, 2))

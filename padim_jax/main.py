@@ -79,13 +79,16 @@ def main(argv: Sequence[str]) -> None:
 def _config() -> config_lib.Config | None:
     if not _CONFIG.present:
         return None
-    if _CONFIG.value is None:
-        raise UserError("--config: get_config() returns None; expected the configuration")
+    values = _CONFIG.value
     try:
-        return config_lib.validate(_CONFIG.value)
-    except OSError as error:
         # ml_collections reports a file that it could not open on first use.
+        settings = hasattr(values, "keys")
+    except OSError as error:
         raise UserError(f"--config: {_one_line(error.__cause__ or error)}") from error
+    if not settings:
+        kind = type(values).__name__
+        raise UserError(f"--config: get_config() returns {kind}; expected a ConfigDict")
+    return config_lib.validate(values)
 
 
 def _check_flags(mode: str, config: config_lib.Config | None) -> None:
@@ -95,9 +98,10 @@ def _check_flags(mode: str, config: config_lib.Config | None) -> None:
         )
     if config is None and _WORKDIR.value is None and _CHECKPOINT.value is None:
         raise UserError(f"--mode={mode} needs --config, --workdir or --checkpoint")
-    if (mode == "predict") != (_INPUT.value is not None):
-        what = "missing; expected" if mode == "predict" else f"not for --mode={mode}; it names"
-        raise UserError(f"--input: {what} the image, folder or glob to predict")
+    if mode == "predict" and not _INPUT.value:
+        raise UserError("--input: missing; expected the image, folder or glob to predict")
+    if mode != "predict" and _INPUT.value is not None:
+        raise UserError(f"--input: not for --mode={mode}; it names what to predict")
     if _DOWNLOAD.value and (config is None or config.dataset.name != "mvtec_ad"):
         raise UserError("--download: only for --config.dataset.name=mvtec_ad")
 

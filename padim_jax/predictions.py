@@ -36,7 +36,8 @@ def find(pattern: str) -> list[Record]:
     """
     given = pathlib.Path(pattern).expanduser()
     if given.is_dir():
-        base, paths = given, sorted(p for p in given.rglob("*") if is_image(p))
+        found = sorted(path for path in given.rglob("*") if is_image(path))
+        base, paths = given, [path for path in found if not path.is_dir()]
     elif given.exists():
         base, paths = given.parent, [given]
     else:
@@ -71,8 +72,13 @@ class Calibration:
     scale: figures.ColorScale | None = None
 
 
-def read_calibration(path: pathlib.Path) -> Calibration:
-    """Reads an evaluation's metrics.json; an absent file gives an empty calibration.
+def read_calibration(path: pathlib.Path, detector: str) -> Calibration:
+    """Reads an evaluation's metrics.json.
+
+    Args:
+      path: the file.
+      detector: fingerprint of the one in use. Where the file is absent or of another
+        detector (fitted again since, say), nothing is known.
 
     Raises:
       UserError: the file is broken.
@@ -81,6 +87,8 @@ def read_calibration(path: pathlib.Path) -> Calibration:
         return Calibration()
     try:
         measured = json.loads(path.read_text(encoding="utf-8"))
+        if measured["detector"] != detector:
+            return Calibration()
         return Calibration(
             measured["image_f1_threshold"],
             measured["pixel_f1_threshold"],

@@ -92,6 +92,8 @@ def write(
     _write_scores(workdir / "scores.csv", scored, measured["image_f1_threshold"])
     for folder in ("maps", "figures"):
         shutil.rmtree(workdir / folder, ignore_errors=True)
+    for picture in ("roc_curve.png", "score_histogram.png", "overview.jpg"):
+        (workdir / picture).unlink(missing_ok=True)
     if config.outputs.maps != "none":
         for record, anomaly_map in zip(scored.records, scored.maps, strict=True):
             save_map(workdir / "maps", record.relative_path, config.outputs.maps, anomaly_map)

@@ -4,7 +4,6 @@ import pathlib
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 
@@ -21,7 +20,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-def settings(root: pathlib.Path, **model: Any) -> ml_collections.ConfigDict:
+def settings(root: pathlib.Path, **model: Any) -> Any:
     values = defaults.get_config()
     # Read as MVTec AD: the synthetic layout would generate its own full set.
     values.dataset.name, values.dataset.root, values.category = "mvtec_ad", str(root), "part"
@@ -33,7 +32,7 @@ def settings(root: pathlib.Path, **model: Any) -> ml_collections.ConfigDict:
     return values
 
 
-def run(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def run(values: Any, workdir: pathlib.Path) -> dict[str, Any]:
     config = validate(values)
     dataset = experiment.open_dataset(config)
     fitted = experiment.train(config, dataset["train"], workdir / "checkpoint")

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def make_config(**settings: Any) -> Config:
 
 
 def make_scored(
-    kinds: Sequence[str], scores: Sequence[float], masked: Sequence[str] = ("hole", "crack")
+    kinds: Sequence[str], scores: Iterable[float], masked: Sequence[str] = ("hole", "crack")
 ) -> Scored:
     """A test set with images of some kinds and with the scores given.
 
@@ -50,7 +50,7 @@ def make_scored(
         masks.append(square & (label == 1) if known else None)
         background = rng.uniform(0, 0.5, SIZE) * score
         maps.append(np.where(square, score, background).astype(np.float32))
-    return Scored(records, masks, np.stack(maps), np.array(scores, np.float32))
+    return Scored(records, masks, np.stack(maps), np.array(list(scores), np.float32))
 
 
 BOTH = make_scored(["good", "good", "hole", "hole", "crack"], [1, 2, 5, 4, 3])
@@ -64,11 +64,15 @@ def table_rows(text: str) -> dict[str, list[str]]:
 
 class TestMeasure:
     def test_all_masks_known(self):
-        measured = results.measure(BOTH)
-        assert measured["image_auroc"] == 1
-        assert measured["image_f1_threshold"] == 3  # predicted where score >= threshold
-        # Normal images have their squares too, but no defect pixel: those must count.
-        assert 0.9 < measured["pixel_auroc"] < 1
+        scored = make_scored(["good", "good", "hole", "crack"], [1, 4, 5, 3])
+        measured = results.measure(scored)
+        assert measured["image_auroc"] == 0.75
+        # By all pairs; the brightest normal pixels are those of a normal image.
+        defect = np.stack([mask for mask in scored.masks if mask is not None])
+        anomalous, normal = scored.maps[defect][:, None], scored.maps[~defect][None]
+        wins = np.mean(anomalous > normal) + np.mean(anomalous == normal) / 2
+        assert 0.9 < wins < 1
+        assert measured["pixel_auroc"] == pytest.approx(wins, rel=1e-12)
         assert "undefined" not in measured
         assert set(measured["per_defect"]) == {"hole", "crack"}
 

@@ -1,0 +1,655 @@
+"""The command line as a person uses it: what it prints, writes and says about mistakes."""
+
+import contextlib
+import csv
+import dataclasses
+import importlib
+import io
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from typing import Any
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from PIL import Image
+
+import padim_jax
+from padim_jax import experiment, main
+from padim_jax.datasets.synthetic import generate
+
+# Of ml_collections, which loads configuration files so.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MVTEC = f"--config={ROOT}/configs/mvtec.py"
+DEFECTS = ("misplaced_part", "missing_piece", "scratch", "stain")
+
+# Small, and random weights: seconds for a whole run.
+SMALL = (
+    "--config.category=part",
+    "--config.model.weights=random",
+    "--config.model.channels=20",
+    "--config.image.resize=(64, 64)",
+    "--config.batch_size=4",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+def padim(*arguments: str | pathlib.Path, cwd: pathlib.Path) -> Outcome:
+    """Runs `padim-jax` in this process, which saves the seconds that importing JAX takes."""
+    out, err = io.StringIO(), io.StringIO()
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        flagsaver.flagsaver(),
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", ["padim-jax", *map(str, arguments)])
+        # Python would run the next configuration file in the module of the last.
+        patch.delitem(sys.modules, "config_config", raising=False)
+        flags.FLAGS.unparse_flags()
+        try:
+            main.run()
+            code = None
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            flags.FLAGS.unparse_flags()
+            root.handlers[:] = handlers
+            root.setLevel(level)
+    assert isinstance(code, int)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def succeed(*arguments: str | pathlib.Path, cwd: pathlib.Path) -> str:
+    outcome = padim(*arguments, cwd=cwd)
+    assert outcome.code == 0, outcome.err
+    return outcome.out
+
+
+def fail(*arguments: str | pathlib.Path, cwd: pathlib.Path) -> str:
+    """The message of a command that the user can mend: one line and exit code 2."""
+    outcome = padim(*arguments, cwd=cwd)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    lines = outcome.err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, outcome.err
+    assert lines == errors, "nothing but the error"
+    return errors[0].removeprefix("error: ")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("data")
+    generate(folder, n_train=6, n_test_good=6, n_test_per_defect=2, size=96)
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A first run, whose folder no test may change."""
+
+    arguments: tuple[str, ...]
+    workdir: pathlib.Path
+    out: str
+
+
+@pytest.fixture(scope="module")
+def run(root: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    cwd = tmp_path_factory.mktemp("run")
+    arguments = (MVTEC, *SMALL, f"--config.dataset.root={root}", "--config.outputs.maps=npy")
+    out = succeed(*arguments, cwd=cwd)
+    # The default of --workdir.
+    return Run(arguments, cwd / "results" / "mvtec_ad_part", out)
+
+
+@pytest.fixture
+def copy(run: Run, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of the first run's folder, to work in."""
+    return pathlib.Path(shutil.copytree(run.workdir, tmp_path / "copy"))
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def read_json(path: pathlib.Path) -> Any:
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def below(folder: pathlib.Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+class TestHelp:
+    # Whatever ends the program: which heavy libraries has it imported?
+    PROBE = """if True:
+        import runpy, sys
+        try:
+            runpy.run_module("padim_jax.main", run_name="__main__", alter_sys=True)
+        finally:
+            heavy = {"jax", "flax", "grain", "orbax", "tensorflow_datasets", "matplotlib"}
+            print("imported:", *sorted(heavy & set(sys.modules)), file=sys.stderr)
+    """
+
+    def probe(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", self.PROBE, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+
+    def test_help_without_heavy_imports(self):
+        done = self.probe("--help")
+        assert done.returncode == 0
+        assert done.stderr.splitlines() == ["imported:"]
+        for mode in main.MODES:
+            assert re.search(rf"^  {mode}  ", done.stdout, re.MULTILINE), mode
+        for flag in ("config", "mode", "workdir", "checkpoint", "input", "[no]download"):
+            assert re.search(rf"^ +--{re.escape(flag)}: ", done.stdout, re.MULTILINE), flag
+        assert done.stdout.count("\n  python -m padim_jax.main --") >= 4
+
+    def test_help_beside_other_flags(self, tmp_path: pathlib.Path):
+        assert "Examples:" in succeed("--mode=eval", "-h", cwd=tmp_path)
+
+    def test_mistakes_in_settings_before_heavy_imports(self):
+        done = self.probe("--config=configs/mvtec.py", "--config.model.channels=449")
+        assert done.returncode == 2
+        error, imported = done.stderr.splitlines()
+        assert error.startswith("error: config.model.channels=449: ")
+        assert imported == "imported:"
+
+    def test_examples_of_the_help_can_be_parsed(self, tmp_path: pathlib.Path):
+        """All their files, settings and flags exist."""
+        (tmp_path / "configs").symlink_to(ROOT / "configs")
+        assert main.__doc__
+        examples = re.findall(
+            r"^  python -m padim_jax.main (--.*)$", main.__doc__, re.MULTILINE
+        )
+        for example in examples:
+            if "demo.py" not in example:  # which would run, without anything to be missed
+                message = fail(*example.split(), cwd=tmp_path)
+                assert re.search("no (such )?(folder|checkpoint)", message), message
+
+    def test_console_script(self):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        module, _, name = project["scripts"]["padim-jax"].partition(":")
+        assert getattr(importlib.import_module(module), name) is main.run
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            # Of the command.
+            ([], "--config: missing"),
+            (["--mode=train"], "--config: missing"),
+            (["--mode=eval"], "--mode=eval needs --config, --workdir or --checkpoint"),
+            ([MVTEC, "--mode=trian"], "--mode=trian: .*train_and_eval.train.eval.predict"),
+            ([MVTEC, "--wrokdir=x"], "'wrokdir'. Did you mean: workdir"),
+            ([MVTEC, "bottle"], "unexpected argument 'bottle'"),
+            ([MVTEC, "--mode=predict"], "--input: missing"),
+            ([MVTEC, "--mode=predict", "--input="], "--input: missing"),
+            ([MVTEC, "--mode=eval", "--input=x"], "--input: not for --mode=eval"),
+            ([MVTEC, "--input=x"], "--input: not for --mode=train_and_eval"),
+            ([f"--config={ROOT}/configs/demo.py", "--download"], "--download: only for"),
+            (["--mode=eval", "--workdir=x", "--download"], "--download: only for"),
+            (["--mode=eval", "--workdir=x"], "x/checkpoint: no such checkpoint"),
+            (["--config.batch_size=4", MVTEC], "before a value for --config"),
+            (["--mode=eval", "--workdir=x", "--config.batch_size=4"], "--config, .* missing"),
+            # Of the settings.
+            ([MVTEC, "--config.bach_size=4"], "no such setting 'bach_size'; .* 'batch_size'"),
+            ([MVTEC, "--config.model.chanels=4"], "no such setting 'chanels'; .* 'channels'"),
+            ([MVTEC, "--config.xyz=4"], "no such setting 'xyz'"),
+            ([MVTEC, "--config.category.name=x"], "--config: "),
+            ([MVTEC, "--config.batch_size=four"], "--config.batch_size=four"),
+            ([MVTEC, "--config.batch_size=1.5"], "--config.batch_size=1.5"),
+            ([MVTEC, "--config.batch_size"], "--config.batch_size"),
+            ([MVTEC, "--config.batch_size=0"], "config.batch_size=0: .* at least 1"),
+            ([MVTEC, "--config.model=resnet18"], "--config.model=resnet18"),
+            ([MVTEC, "--config.image.resize=256"], r"config.image.resize=\(256,\)"),
+            ([MVTEC, "--config.model.backbone=resnet81"], "resnet81.* 'resnet18'"),
+            ([MVTEC, "--config.model.channels=449"], "channels=449: resnet18 has 448"),
+            ([MVTEC, "--config.image.crop=(224, 300)"], r"crop=\(224, 300\): larger than"),
+            ([f"{MVTEC}:anomalip"], "anomalip: expected one of anomalib, seed, paper"),
+            # Of the files.
+            (["--config=nowhere.py"], "--config: .*nowhere.py"),
+            (["--config=/"], "--config: .*'/'"),
+            ([MVTEC, "--config.dataset.root=no/where"], "root=no/where: no such folder"),
+        ],
+    )
+    def test_message(self, arguments: list[str], message: str, tmp_path: pathlib.Path):
+        assert re.search(message, fail(*arguments, cwd=tmp_path))
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            ("def get_config(:\n", "SyntaxError: .*bad.py, line 1"),
+            (
+                "import no_such_module\n",
+                "bad.py, line 1: ModuleNotFoundError: .*no_such_module",
+            ),
+            ("def get_config():\n  return 1 / 0\n", "bad.py, line 2: ZeroDivisionError"),
+            # absl and ml_collections wrap these, each in its way.
+            (
+                "def get_config():\n  raise ValueError('a\\nb')\n",
+                "bad.py, line 2: ValueError: a b",
+            ),
+            ("def get_config():\n  return {}['x']\n", "bad.py, line 2: KeyError: 'x'"),
+            ("def get_config():\n  return open('x')\n", "--config: .* 'x'"),
+            (
+                "from padim_jax import defaults\n\n"
+                "def get_config():\n  config = defaults.get_config()\n"
+                "  config.modle.channels = 3\n  return config\n",
+                "bad.py, line 5: AttributeError: .*modle",
+            ),
+            ("", r"no function get_config\(\)"),
+            ("def get_config():\n  return 7\n", r"get_config\(\) returns int; expected"),
+            ("def get_config():\n  return {'category': 'x'}\n", "config.*: missing"),
+        ],
+    )
+    def test_in_a_configuration_file(self, source: str, message: str, tmp_path: pathlib.Path):
+        (tmp_path / "bad.py").write_text(source)
+        assert re.search(message, fail("--config=bad.py", cwd=tmp_path))
+
+    def test_configuration_file_that_returns_nothing(self, tmp_path: pathlib.Path):
+        (tmp_path / "bad.py").write_text("def get_config():\n  pass\n")
+        outcome = padim("--config=bad.py", cwd=tmp_path)
+        assert outcome.code == 2
+        # ml_collections has its say before.
+        last = outcome.err.splitlines()[-1]
+        assert last == "error: --config: get_config() returns NoneType; expected a ConfigDict"
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--config.category=prat"], "category='prat': .* did you mean 'part'"),
+            (["--config.model.weights=no/where.npz"], "weights='no/where.npz': no such file"),
+            (["--workdir=taken"], "taken: cannot be made a folder"),
+            (["--checkpoint=taken"], "taken: exists and is no checkpoint"),
+            (["--checkpoint=project"], "project: exists and is no checkpoint"),
+        ],
+    )
+    def test_before_fitting(
+        self, arguments: list[str], message: str, root: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        (tmp_path / "taken").write_text("mine")
+        (tmp_path / "project" / "data").mkdir(parents=True)
+        (tmp_path / "project" / "data" / "thesis").write_text("mine")
+        given = [MVTEC, *SMALL, f"--config.dataset.root={root}", "--workdir=out", *arguments]
+        outcome = padim(*given, cwd=tmp_path)
+        assert outcome.code == 2
+        assert re.search(f"^error: .*{message}", outcome.err)
+        assert outcome.out == ""  # which weights are used is said before fitting
+        assert below(tmp_path) == ["project/data/thesis", "taken"]
+
+
+class TestTrainAndEval:
+    def test_files(self, run: Run):
+        assert {path.name for path in run.workdir.iterdir()} == {
+            "checkpoint",
+            "config.json",
+            "figures",
+            "maps",
+            "metrics.json",
+            "overview.jpg",
+            "roc_curve.png",
+            "score_histogram.png",
+            "scores.csv",
+        }
+        for name in ("overview.jpg", "roc_curve.png", "score_histogram.png"):
+            with Image.open(run.workdir / name) as picture:
+                picture.load()
+
+    def test_metrics(self, run: Run):
+        found = read_json(run.workdir / "metrics.json")
+        names = [f"{unit}_{name}" for unit in ("image", "pixel") for name in ("auroc", "ap")]
+        names += ["image_f1_max", "image_f1_threshold", "pixel_f1_max", "pixel_f1_threshold"]
+        for values in (found, *found["per_defect"].values()):
+            assert set(values) >= {*names, "aupro"}
+            assert all(isinstance(values[name], float) for name in names)
+        assert tuple(found["per_defect"]) == DEFECTS
+
+    def test_scores_agree_with_metrics_and_maps(self, run: Run, root: pathlib.Path):
+        rows = read_rows(run.workdir / "scores.csv")
+        assert list(rows[0]) == ["path", "label", "defect_type", "score", "predicted"]
+        images = [path for path in below(root) if "/test/" in path]
+        assert [row["path"] for row in rows] == images
+        threshold = read_json(run.workdir / "metrics.json")["image_f1_threshold"]
+        for row in rows:
+            kind = pathlib.PurePosixPath(row["path"]).parent.name
+            assert (row["defect_type"], row["label"]) == (kind, str(int(kind != "good")))
+            score = np.float32(row["score"])
+            assert row["predicted"] == str(int(score >= threshold))
+            anomaly_map = np.load(run.workdir / "maps" / f"{row['path']}.npy")
+            assert anomaly_map.shape == (64, 64)
+            assert anomaly_map.max() == score
+        assert any(float(row["score"]) == pytest.approx(threshold, rel=1e-6) for row in rows)
+
+    def test_table_is_printed(self, run: Run):
+        found = read_json(run.workdir / "metrics.json")
+        for name, key in (("image AUROC", "image_auroc"), ("AUPRO 0.3", "aupro")):
+            # Random weights: nothing published to compare with.
+            assert re.search(rf"^{name} +{found[key]:.4f} +- +-$", run.out, re.MULTILINE)
+        for defect in DEFECTS:
+            value = found["per_defect"][defect]["pixel_auroc"]
+            assert re.search(rf"^{defect} .* {value:.4f} ", run.out, re.MULTILINE)
+        assert "weights: random (not ImageNet" in run.out
+        assert run.out.endswith(f"results: {pathlib.Path('results', 'mvtec_ad_part')}\n")
+
+    def test_config_is_that_of_the_run(self, run: Run, root: pathlib.Path):
+        found = read_json(run.workdir / "config.json")
+        assert found["dataset"]["root"] == str(root)
+        assert (found["image"]["resize"], found["model"]["channels"]) == ([64, 64], 20)
+
+    def test_some_figures(self, run: Run):
+        kinds = [name.split("_", 1)[1] for name in below(run.workdir / "figures")]
+        # Two of each defect, first; four of six good ones.
+        assert len(kinds) == 12
+        assert [kind.rpartition("_")[0] for kind in kinds] == [
+            *(defect for defect in DEFECTS for _ in range(2)),
+            *["good"] * 4,
+        ]
+
+    def test_again_into_the_same_folder(self, run: Run, copy: pathlib.Path):
+        succeed(*run.arguments, f"--workdir={copy}", cwd=copy.parent)
+        for name in ("metrics.json", "scores.csv", "config.json"):
+            assert (copy / name).read_bytes() == (run.workdir / name).read_bytes()
+        assert [name for name in below(copy) if "checkpoint" not in name] == [
+            name for name in below(run.workdir) if "checkpoint" not in name
+        ]
+
+    def test_as_its_own_process(self, run: Run, tmp_path: pathlib.Path):
+        """With a folder name that shells and encodings stumble over."""
+        workdir = tmp_path / "Ergebnisse zu Gehäuse 3"
+        done = subprocess.run(
+            [sys.executable, "-m", "padim_jax.main", *run.arguments, f"--workdir={workdir}"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+            capture_output=True,
+            encoding="utf-8",
+        )
+        assert done.returncode == 0, done.stderr
+        assert (workdir / "metrics.json").read_bytes() == (
+            run.workdir / "metrics.json"
+        ).read_bytes()
+        assert done.stdout == run.out.replace(
+            str(pathlib.Path("results", "mvtec_ad_part")), str(workdir)
+        )
+
+
+class TestEval:
+    def test_reproduces_the_first_evaluation(self, run: Run, copy: pathlib.Path):
+        before = {name: (copy / name).read_bytes() for name in ("metrics.json", "scores.csv")}
+        for name in before:
+            (copy / name).unlink()
+        shutil.rmtree(copy / "maps")
+        shutil.rmtree(copy / "figures")
+        out = succeed("--mode=eval", f"--workdir={copy}", cwd=copy.parent)
+        assert {name: (copy / name).read_bytes() for name in before} == before
+        assert below(copy) == below(run.workdir)
+        table = run.out.partition("mvtec_ad_part: ")[2].partition("results: ")[0]
+        assert table in out
+
+    def test_checkpoint_elsewhere(self, run: Run, tmp_path: pathlib.Path):
+        given = f"--checkpoint={run.workdir}/checkpoint"
+        succeed("--mode=eval", given, "--workdir=new", cwd=tmp_path)
+        assert (tmp_path / "new" / "metrics.json").read_bytes() == (
+            run.workdir / "metrics.json"
+        ).read_bytes()
+
+    def test_workdir_of_a_checkpoint_alone_is_beside_it(self, copy: pathlib.Path):
+        (copy / "metrics.json").unlink()
+        shutil.rmtree(copy / "maps")
+        shutil.rmtree(copy / "figures")
+        succeed("--mode=eval", "--checkpoint=checkpoint", cwd=copy)
+        assert (copy / "metrics.json").exists()
+
+    @pytest.mark.parametrize(
+        ("override", "field"),
+        [
+            ("--config.image.method=nearest", "config.image.method=nearest"),
+            ("--config.model.seed=1", "config.model.seed=1"),
+            ("--config.model.layers=('layer1', 'layer2')", "config.model.layers"),
+        ],
+    )
+    def test_another_model_is_refused(
+        self, override: str, field: str, run: Run, tmp_path: pathlib.Path
+    ):
+        given = ("--mode=eval", f"--workdir={run.workdir}", *run.arguments, override)
+        assert fail(*given, cwd=tmp_path).startswith(field)
+
+    @pytest.mark.parametrize(
+        ("figures", "maps", "suffix", "counts"),
+        [("all", "tiff", "tiff", (14, 14)), ("none", "none", "", (0, 0))],
+    )
+    def test_other_outputs(
+        self,
+        figures: str,
+        maps: str,
+        suffix: str,
+        counts: tuple[int, int],
+        run: Run,
+        copy: pathlib.Path,
+    ):
+        """Those of the evaluation before are gone."""
+        outputs = (f"--config.outputs.figures={figures}", f"--config.outputs.maps={maps}")
+        succeed("--mode=eval", f"--workdir={copy}", *run.arguments, *outputs, cwd=copy.parent)
+        found = [list(copy.glob("figures/*.jpg")), list((copy / "maps").rglob(f"*.{suffix}"))]
+        assert tuple(map(len, found)) == counts
+        assert (copy / "overview.jpg").exists() is False
+        assert (copy / "roc_curve.png").exists() == (figures != "none")
+        assert (copy / "metrics.json").read_bytes() == (
+            run.workdir / "metrics.json"
+        ).read_bytes()
+
+    @pytest.mark.parametrize("name", ["maps", "figures"])
+    def test_folders_of_others_are_kept(self, name: str, run: Run, tmp_path: pathlib.Path):
+        """As with --workdir=. in a folder that holds a paper's figures."""
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("precious")
+        given = ("--mode=eval", f"--checkpoint={run.workdir}/checkpoint", "--workdir=.")
+        assert fail(*given, cwd=tmp_path).startswith(f"{name}: exists and is not from an")
+        assert below(tmp_path) == [f"{name}/mine.txt"]
+
+
+class TestPredict:
+    def predict(self, folder: pathlib.Path, given: str | pathlib.Path) -> str:
+        return succeed(
+            "--mode=predict", f"--workdir={folder}", f"--input={given}", cwd=folder.parent
+        )
+
+    def test_folder_agrees_with_the_evaluation(self, copy: pathlib.Path, root: pathlib.Path):
+        out = self.predict(copy, root / "part" / "test")
+        folder = copy / "predictions"
+        threshold = read_json(copy / "metrics.json")["image_f1_threshold"]
+        assert f"threshold {threshold:.4g}: " in out
+        assert out.endswith(f"scored 14 images\nresults: {folder}\n")
+        rows = read_rows(folder / "scores.csv")
+        assert list(rows[0]) == ["path", "score", "predicted"]
+        evaluated = read_rows(copy / "scores.csv")
+        # The same images in the same batches: the same to the last bit.
+        assert [
+            (f"part/test/{row['path']}", row["score"], row["predicted"]) for row in rows
+        ] == [(row["path"], row["score"], row["predicted"]) for row in evaluated]
+        for row in rows:
+            restored = np.load(folder / "maps" / f"{row['path']}.npy")
+            assert restored.shape == (96, 96)  # the images' own size
+            with Image.open(folder / "overlays" / f"{row['path']}.jpg") as overlay:
+                assert overlay.size == (96, 96)
+
+    def test_file_and_glob(self, copy: pathlib.Path, root: pathlib.Path):
+        """Each run replaces the predictions before."""
+        scores = {
+            row["path"].removeprefix("part/test/"): np.float32(row["score"])
+            for row in read_rows(copy / "scores.csv")
+        }
+        for given, names in (
+            ("good/003.png", ["003.png"]),
+            (
+                "s*/*.png",
+                [f"{kind}/{n:03}.png" for kind in ("scratch", "stain") for n in (0, 1)],
+            ),
+        ):
+            self.predict(copy, root / "part" / "test" / given)
+            rows = read_rows(copy / "predictions" / "scores.csv")
+            assert [row["path"] for row in rows] == names
+            assert below(copy / "predictions" / "overlays") == [f"{name}.jpg" for name in names]
+            for row in rows:
+                name = row["path"] if "/" in row["path"] else f"good/{row['path']}"
+                # Beside other images in the batch: float32 sums in another order at most.
+                np.testing.assert_allclose(np.float32(row["score"]), scores[name], rtol=1e-5)
+
+    def test_without_an_evaluation(self, run: Run, root: pathlib.Path, tmp_path: pathlib.Path):
+        given = (f"--checkpoint={run.workdir}/checkpoint", f"--input={root}/part/test/good")
+        out = succeed("--mode=predict", "--workdir=new", *given, cwd=tmp_path)
+        assert "scores only" in out
+        rows = read_rows(tmp_path / "new" / "predictions" / "scores.csv")
+        assert [row["predicted"] for row in rows] == [""] * 6
+
+    def test_thresholds_of_an_older_model_are_not_used(
+        self, run: Run, copy: pathlib.Path, root: pathlib.Path
+    ):
+        given = (f"--workdir={copy}", *run.arguments, "--config.model.seed=1")
+        succeed("--mode=train", *given, cwd=copy.parent)
+        out = self.predict(copy, root / "part" / "test" / "good")
+        assert "scores only" in out
+        rows = read_rows(copy / "predictions" / "scores.csv")
+        assert [row["predicted"] for row in rows] == [""] * 6
+
+    def test_nothing_to_predict(self, copy: pathlib.Path):
+        given = ("--mode=predict", f"--workdir={copy}", "--input=nowhere/*.png")
+        assert fail(*given, cwd=copy.parent).startswith("--input=nowhere/*.png: no image there")
+        assert not (copy / "predictions").exists()
+
+    def test_broken_image_is_named(self, copy: pathlib.Path, root: pathlib.Path):
+        shutil.copy(root / "part/test/good/000.png", copy.parent / "a.png")
+        (copy.parent / "b.png").write_bytes(b"no image")
+        given = ("--mode=predict", f"--workdir={copy}", f"--input={copy.parent}/*.png")
+        assert fail(*given, cwd=copy.parent).startswith(
+            f"{copy.parent / 'b.png'}: not an image"
+        )
+
+    def test_folder_of_others_is_kept(self, copy: pathlib.Path, root: pathlib.Path):
+        (copy / "predictions").mkdir()
+        (copy / "predictions" / "mine.txt").write_text("precious")
+        given = ("--mode=predict", f"--workdir={copy}", f"--input={root}/part/test/good")
+        assert "exists and is not from an earlier run" in fail(*given, cwd=copy.parent)
+        assert below(copy / "predictions") == ["mine.txt"]
+
+
+class TestOwnFolder:
+    """Images of one's own, for which nothing but normal ones may be at hand."""
+
+    @pytest.fixture
+    def given(self, root: pathlib.Path, tmp_path: pathlib.Path) -> tuple[str, ...]:
+        shutil.copytree(root / "part" / "train", tmp_path / "parts" / "train")
+        return (
+            f"--config={ROOT}/configs/folder.py",
+            *SMALL,
+            "--config.category=",
+            "--config.dataset.root=parts",
+        )
+
+    def test_train_then_predict(self, given: tuple[str, ...], tmp_path: pathlib.Path):
+        out = succeed("--mode=train", *given, cwd=tmp_path)
+        workdir = tmp_path / "results" / "folder"
+        assert "fitted 6 images, 16x16 patches of 20 channels" in out
+        assert [path.name for path in workdir.iterdir()] == ["checkpoint"]
+        succeed("--mode=predict", *given, "--input=parts/train/good/000.png", cwd=tmp_path)
+        assert len(read_rows(workdir / "predictions" / "scores.csv")) == 1
+
+    @pytest.mark.parametrize("mode", ["train_and_eval", "eval"])
+    def test_no_test_images(self, mode: str, given: tuple[str, ...], tmp_path: pathlib.Path):
+        if mode == "eval":
+            succeed("--mode=train", *given, cwd=tmp_path)
+        before = below(tmp_path)
+        message = fail(f"--mode={mode}", *given, cwd=tmp_path)
+        assert message.startswith("config.dataset.root=parts: no test images")
+        assert "--mode=train" in message
+        assert below(tmp_path) == before  # nothing was fitted
+
+    def test_a_single_image(self, given: tuple[str, ...], tmp_path: pathlib.Path):
+        for path in sorted((tmp_path / "parts" / "train" / "good").iterdir())[1:]:
+            path.unlink()
+        message = fail("--mode=train", *given, cwd=tmp_path)
+        assert message.startswith("config.dataset.root=parts: 1 normal image(s)")
+        assert "at least 2" in message
+
+
+class TestPythonApi:
+    def test_scores_are_those_of_the_evaluation(self, run: Run, root: pathlib.Path):
+        detector = padim_jax.load(run.workdir / "checkpoint")
+        rows = read_rows(run.workdir / "scores.csv")
+        assert len(rows) > detector.config.batch_size
+        # As paths and as arrays, in turns.
+        paths = [root / row["path"] for row in rows]
+        images = [
+            str(path) if number % 2 else np.asarray(Image.open(path).convert("RGB"))
+            for number, path in enumerate(paths)
+        ]
+        found = padim_jax.score(detector, images)
+        scores = np.array([row["score"] for row in rows], np.float32)
+        maps = np.stack([np.load(run.workdir / "maps" / f"{row['path']}.npy") for row in rows])
+        # The same batches: the same to the last bit.
+        np.testing.assert_array_equal(found.scores, scores)
+        np.testing.assert_array_equal(found.maps, maps)
+
+    def test_images_of_mixed_sizes(self, run: Run, root: pathlib.Path):
+        detector = padim_jax.load(run.workdir / "checkpoint")
+        image = np.asarray(Image.open(root / "part/test/good/000.png").convert("RGB"))
+        wide = np.asarray(Image.fromarray(image).resize((200, 64)))
+        images = [image, wide, image[:50], image, wide]
+        found = padim_jax.score(detector, images)
+        for number, alone in enumerate(images):
+            # In another place of a batch: float32 sums in another order at most.
+            expected = padim_jax.score(detector, [alone])
+            np.testing.assert_allclose(found.maps[number], expected.maps[0], rtol=1e-5)
+            assert found.scores[number] == found.maps[number].max()
+
+    def test_no_images(self, run: Run):
+        found = padim_jax.score(padim_jax.load(run.workdir / "checkpoint"), [])
+        assert found.maps.shape == (0, 64, 64)
+        assert found.scores.shape == (0,)
+
+    def test_unreadable_image_is_named(self, run: Run, tmp_path: pathlib.Path):
+        (tmp_path / "broken.png").write_bytes(b"")
+        detector = padim_jax.load(run.workdir / "checkpoint")
+        with pytest.raises(padim_jax.UserError, match=r"broken\.png"):
+            padim_jax.score(detector, [tmp_path / "broken.png"])
+
+    def test_experiment_is_what_the_command_runs(self, run: Run):
+        """From a notebook, without a command line: the same numbers."""
+        detector = experiment.load(run.workdir / "checkpoint")
+        dataset = experiment.open_dataset(detector.config)
+        measured = experiment.evaluate(
+            detector.config, detector, dataset["test"], run.workdir.parent / "again"
+        )
+        assert measured == read_json(run.workdir / "metrics.json")
