@@ -397,12 +397,17 @@ class TestTrainAndEval:
             encoding="utf-8",
         )
         assert done.returncode == 0, done.stderr
-        assert (workdir / "metrics.json").read_bytes() == (
-            run.workdir / "metrics.json"
-        ).read_bytes()
-        assert done.stdout == run.out.replace(
-            str(pathlib.Path("results", "mvtec_ad_part")), str(workdir)
+        found = read_json(workdir / "metrics.json")
+        # Equal up to the algorithms that another process may choose for convolutions.
+        scores = [
+            np.array([row["score"] for row in read_rows(folder / "scores.csv")], np.float32)
+            for folder in (workdir, run.workdir)
+        ]
+        np.testing.assert_allclose(*scores, rtol=1e-2)
+        assert re.search(
+            rf"^image AUROC +{found['image_auroc']:.4f} ", done.stdout, re.MULTILINE
         )
+        assert done.stdout.endswith(f"results: {workdir}\n")
 
 
 class TestEval:
@@ -445,6 +450,12 @@ class TestEval:
     ):
         given = ("--mode=eval", f"--workdir={run.workdir}", *run.arguments, override)
         assert fail(*given, cwd=tmp_path).startswith(field)
+
+    def test_use_for_another_category_is_said(self, run: Run, tmp_path: pathlib.Path):
+        given = (f"--workdir={run.workdir}", *run.arguments, "--config.category=other")
+        outcome = padim("--mode=eval", *given, cwd=tmp_path)
+        assert outcome.code == 2  # there is no such category
+        assert "was fitted to mvtec_ad_part; now used for mvtec_ad_other" in outcome.out
 
     @pytest.mark.parametrize(
         ("figures", "maps", "suffix", "counts"),
@@ -524,8 +535,8 @@ class TestPredict:
             assert below(copy / "predictions" / "overlays") == [f"{name}.jpg" for name in names]
             for row in rows:
                 name = row["path"] if "/" in row["path"] else f"good/{row['path']}"
-                # Beside other images in the batch: float32 sums in another order at most.
-                np.testing.assert_allclose(np.float32(row["score"]), scores[name], rtol=1e-5)
+                # At another place in its batch: float32 sums in another order at most.
+                np.testing.assert_allclose(np.float32(row["score"]), scores[name], rtol=1e-4)
 
     def test_without_an_evaluation(self, run: Run, root: pathlib.Path, tmp_path: pathlib.Path):
         given = (f"--checkpoint={run.workdir}/checkpoint", f"--input={root}/part/test/good")
@@ -629,9 +640,9 @@ class TestPythonApi:
         images = [image, wide, image[:50], image, wide]
         found = padim_jax.score(detector, images)
         for number, alone in enumerate(images):
-            # In another place of a batch: float32 sums in another order at most.
+            # At another place in its batch: float32 sums in another order at most.
             expected = padim_jax.score(detector, [alone])
-            np.testing.assert_allclose(found.maps[number], expected.maps[0], rtol=1e-5)
+            np.testing.assert_allclose(found.maps[number], expected.maps[0], rtol=1e-4)
             assert found.scores[number] == found.maps[number].max()
 
     def test_no_images(self, run: Run):
