@@ -2,12 +2,15 @@
 
 A checkpoint is one Orbax folder. Its state holds the statistics (count, mean, the
 lower triangles of M2) and the channel index; its custom metadata, JSON, holds the
-configuration, the identity of the backbone's weights and the library's version.
+configuration, the identity of the backbone's weights, the library's version and a
+checksum of it all.
 The moments and not their factorisation are kept, so that models can be extended and
 merged; factorising takes well under a second.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -65,12 +68,13 @@ def save(path: pathlib.Path, fitted: Fitted) -> None:
         "m2": np.asarray(_pack(fitted.moments.m2)),
         "index": fitted.index,
     }
-    metadata = {
+    metadata: dict[str, Any] = {
         "format": _FORMAT,
         "version": padim_jax.__version__,
         "config": config_lib.to_dict(fitted.config),
         "weights": dataclasses.asdict(fitted.weights),
     }
+    metadata["sha256"] = _digest(state, metadata)
     # Orbax writes atomically, but deletes what it overwrites before it begins.
     ocp.save(os.fspath(new), state, overwrite=True, custom_metadata=metadata)
     if path.exists():
@@ -125,6 +129,8 @@ def load(path: str | os.PathLike[str]) -> Fitted:
         leaves = info.metadata.items()
         target = {key: np.empty(leaf.shape, leaf.dtype) for key, leaf in leaves}
         arrays: Any = ocp.load(os.fspath(folder), target)
+        if _digest(arrays, metadata) != metadata["sha256"]:
+            raise ValueError("its contents are not what was saved")
         channels = arrays["mean"].shape[1]
         moments = Moments(
             count=jnp.asarray(arrays["count"]),
@@ -169,6 +175,15 @@ def _no_checkpoint(folder: pathlib.Path) -> str:
         )
     what = "is no checkpoint, or a damaged one" if folder.exists() else "no such checkpoint"
     return f"{folder}: {what}; fit a model first (--mode=train) or name one with --checkpoint"
+
+
+def _digest(state: dict[str, np.ndarray], metadata: dict[str, Any]) -> str:
+    """SHA-256 of all that a checkpoint says; Orbax's files have no checksum of their own."""
+    said = {key: value for key, value in metadata.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name in sorted(state):
+        digest.update(np.ascontiguousarray(state[name]).data)
+    return digest.hexdigest()
 
 
 @jax.jit

@@ -179,6 +179,19 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """The same settings for use from any folder: what a checkpoint keeps."""
+    dataset, weights = config.dataset, config.model.weights
+    if pathlib.Path(weights).suffix in models.WEIGHT_FILES:
+        weights = str(pathlib.Path(weights).expanduser().absolute())
+    tfds_dir = dataset.tfds_dir and dataset.tfds_dir.absolute()
+    return dataclasses.replace(
+        config,
+        dataset=dataclasses.replace(dataset, root=dataset.root.absolute(), tfds_dir=tfds_dir),
+        model=dataclasses.replace(config.model, weights=weights),
+    )
+
+
 def _check_together(config: Config) -> None:
     resize, crop = config.image.resize, config.image.crop
     if crop and (crop[0] > resize[0] or crop[1] > resize[1]):
@@ -204,7 +217,7 @@ def _fields(name: str, value: Any, schema: type) -> None:
         close = difflib.get_close_matches(unknown[0], expected, n=1)
         raise UserError(
             f"{name}.{unknown[0]}: no such setting"
-            + (f"; did you mean {name}.{close[0]}?" if close else "")
+            + (f"; did you mean {name}.{close[0]}?" if close else ".")
             + f" Allowed: {', '.join(sorted(expected))}"
         )
     if missing := sorted(expected - found):

@@ -130,7 +130,7 @@ def train(config: Config, source: Source, checkpoint_path: pathlib.Path) -> Dete
             model=config.model,
             index=tuple(index.tolist()),
         )
-    fitted = checkpoint.Fitted(config, index, moments, weights)
+    fitted = checkpoint.Fitted(config_lib.with_absolute_paths(config), index, moments, weights)
     detector = _detector(fitted, config, variables)
     checkpoint.save(checkpoint_path, fitted)
     print(

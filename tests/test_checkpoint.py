@@ -343,6 +343,27 @@ class TestLoadingFails:
         assert path / "_CHECKPOINT_METADATA" in refused
         assert same(checkpoint.load(path), fitted)
 
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_flipped_bits(self, tmp_path: pathlib.Path):
+        """Wherever a bit flips: an error that names the checkpoint, or no harm done."""
+        path, fitted = tmp_path / "checkpoint", make_fitted()
+        checkpoint.save(path, fitted)
+        rng, refused = np.random.default_rng(0), []
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            whole = file.read_bytes()
+            for place in rng.integers(len(whole), size=min(len(whole), 8)):
+                broken = bytearray(whole)
+                broken[place] ^= 1
+                file.write_bytes(broken)
+                try:
+                    assert same(checkpoint.load(path), fitted), (file, place)
+                except UserError as error:
+                    refused.append(str(error))
+            file.write_bytes(whole)
+        assert refused
+        assert all(str(path) in message for message in refused)
+        assert same(checkpoint.load(path), fitted)
+
 
 # Every setting that the statistics depend on, with another value than the default.
 DEPENDS = {

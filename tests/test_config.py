@@ -438,3 +438,18 @@ def test_title_names_dataset_and_category():
 def test_home_is_expanded():
     config = config_lib.validate(changed("config.dataset.root", "~/data"))
     assert config.dataset.root == pathlib.Path.home() / "data"
+
+
+def test_a_checkpoint_keeps_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = defaults.get_config()
+    settings.dataset.root, settings.dataset.tfds_dir = "data", "packed"
+    settings.model.weights = "weights/r18.npz"
+    kept = config_lib.with_absolute_paths(config_lib.validate(settings))
+    assert kept.dataset.root == tmp_path / "data"
+    assert kept.dataset.tfds_dir == tmp_path / "packed"
+    assert kept.model.weights == str(tmp_path / "weights" / "r18.npz")
+    settings.model.weights, settings.dataset.tfds_dir = "resnet18.tv_in1k", ""
+    named = config_lib.with_absolute_paths(config_lib.validate(settings))
+    assert named.model.weights == "resnet18.tv_in1k"
+    assert named.dataset.tfds_dir is None

@@ -53,6 +53,11 @@ def mvtec_ad(root: pathlib.Path, category: str) -> None:
     if (root / category).exists():
         print(f"{root / category}: is there already, nothing downloaded")
         return
+    if not hasattr(tarfile, "data_filter"):
+        raise UserError(
+            "--download: this Python cannot unpack archives safely (tarfile has no filters); "
+            f"expected 3.11.4 or later. Or get MVTec AD from {URL} and unpack it into {root}"
+        )
     if category not in CATEGORIES:
         raise UserError(
             f"--download: MVTec AD has no category {category!r}; expected config.category to "

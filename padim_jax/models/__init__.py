@@ -59,6 +59,9 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
 
 RANDOM_WEIGHTS = "random"
 
+# Suffixes of the weight files that can be read.
+WEIGHT_FILES = (".safetensors", ".npz", ".pth", ".pt")
+
 
 def stage_channels(spec: ResNetSpec, stage: str) -> int:
     """Number of channels of the feature map of one of `STAGES`."""

@@ -258,7 +258,7 @@ def _read_torch(content: bytes) -> Tensors:
     }
 
 
-READERS = {
+READERS = {  # of models.WEIGHT_FILES
     ".safetensors": _read_safetensors,
     ".npz": _read_npz,
     ".pth": _read_torch,
