@@ -30,8 +30,8 @@ find_python() {
 
 install_project() {
   local extras="${1:-}" python
-  # The CUDA build where an NVIDIA driver answers; the CPU build otherwise.
-  if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+  # The CUDA build where an NVIDIA driver is loaded; the CPU build otherwise.
+  if [ -e /proc/driver/nvidia/version ] || nvidia-smi -L >/dev/null 2>&1; then
     extras="${extras:+$extras,}cuda12"
   fi
   if [ ! -x .venv/bin/python ]; then

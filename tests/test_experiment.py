@@ -47,7 +47,7 @@ def test_every_backbone(backbone: str, root: pathlib.Path, tmp_path: pathlib.Pat
     assert set(measured["per_defect"]) == set(DEFECTS)
 
 
-@pytest.mark.parametrize("size", [(96, 160), (75, 50)])
+@pytest.mark.parametrize("size", [(192, 320), (75, 50)])
 def test_rectangular_input(size: tuple[int, int], root: pathlib.Path, tmp_path: pathlib.Path):
     values = settings(root)
     values.image.resize, values.outputs.maps = size, "npy"
