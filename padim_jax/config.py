@@ -29,7 +29,7 @@ Size = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """Where the images come from; see configs/*.py for each field's meaning."""
+    """Where the images come from; `defaults` explains every field."""
 
     name: str
     root: pathlib.Path
@@ -96,8 +96,12 @@ class Config:
 
     @property
     def title(self) -> str:
-        """Dataset and category in one word, as in the default workdir's name."""
-        return "_".join(filter(None, (self.dataset.name, self.category)))
+        """Dataset and category in one word, as in the default workdir's name.
+
+        Without a category the root's own name tells one part's folder from another's.
+        """
+        category = self.category or self.dataset.root.absolute().name
+        return f"{self.dataset.name}_{category}"
 
 
 def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:

@@ -95,7 +95,8 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # Five-panel pictures of test images: none, some (the best and worst scored of
     # each defect type) or all.
     config.outputs.figures = "some"
-    # Raw anomaly maps, one file an image, float32: none, npy or tiff.
+    # Raw anomaly maps, one file an image, float32: none, npy or tiff. --mode=predict
+    # always writes them; for none as tiff.
     config.outputs.maps = "none"
 
     if preset == "seed":

@@ -39,7 +39,7 @@ class Detector:
     """A fitted model: all that scoring an image needs.
 
     Attributes:
-      config: as it was fitted with; preprocessing is part of it.
+      config: in use; what the statistics depend on is as it was fitted with.
       index: the channels kept, in the embedding's order.
       variables: the backbone's.
       weights: where the backbone's weights come from.
@@ -170,7 +170,7 @@ def score_pixels(detector: Detector, images: UInt8[np.ndarray, "b h w 3"]) -> An
 
 def score(
     detector: Detector,
-    images: Sequence[UInt8[np.ndarray, "_ _ 3"] | str | os.PathLike[str]],
+    images: Sequence[np.ndarray | str | os.PathLike[str]],
 ) -> Anomalies:
     """Scores images of any size, given as RGB arrays or as paths.
 
@@ -186,22 +186,33 @@ def score(
 
     Raises:
       UserError: a file cannot be read, or is no image (it is named).
+      TypeError: an array is not uint8 RGB, or a single path was given.
     """
+    if isinstance(images, str | os.PathLike):
+        raise TypeError(f"images={images!r}: expected a sequence of images, as in [{images!r}]")
     config = detector.config
-    pixels = np.zeros((len(images), *config.image.size, 3), np.uint8)
-    for target, item in zip(pixels, images, strict=True):
-        if isinstance(item, np.ndarray):
-            decoded = Image.fromarray(item)
-        else:
-            decoded = input_pipeline.read_image(item)
-        target[:] = input_pipeline.preprocess(decoded, config.image)
-    maps = np.empty(pixels.shape[:3], np.float32)
-    scores = np.empty(len(pixels), np.float32)
-    for start in range(0, len(pixels), config.batch_size):
-        part = slice(start, start + config.batch_size)
-        count = len(pixels[part])
-        # One shape, one compilation: a short last batch is padded.
-        batch = np.pad(pixels[part], ((0, config.batch_size - count), (0, 0), (0, 0), (0, 0)))
-        found = score_pixels(detector, batch)
-        maps[part], scores[part] = found.maps[:count], found.scores[:count]
+    maps = np.empty((len(images), *config.image.size), np.float32)
+    scores = np.empty(len(images), np.float32)
+    # Few shapes, few compilations: up to a batch the next power of two, then whole batches.
+    size = min(config.batch_size, 1 << max(0, len(images) - 1).bit_length())
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        pixels = np.zeros((size, *config.image.size, 3), np.uint8)
+        for i, item in enumerate(part):
+            decoded = _decode(item, start + i)
+            pixels[i] = input_pipeline.preprocess(decoded, config.image)
+        found = score_pixels(detector, pixels)
+        done = slice(start, start + len(part))
+        maps[done], scores[done] = found.maps[: len(part)], found.scores[: len(part)]
     return Anomalies(maps, scores)
+
+
+def _decode(item: np.ndarray | str | os.PathLike[str], index: int) -> Image.Image:
+    if not isinstance(item, np.ndarray):
+        return input_pipeline.read_image(item)
+    if item.dtype == np.uint8 and item.ndim == 3 and item.shape[-1] == 3:
+        return Image.fromarray(item)
+    raise TypeError(
+        f"images[{index}]: an array {item.shape} of {item.dtype}; expected uint8 RGB "
+        "(height, width, 3)"
+    )

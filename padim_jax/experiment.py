@@ -33,6 +33,7 @@ def run(
     workdir: pathlib.Path,
     checkpoint_path: pathlib.Path,
     pattern: str | None = None,
+    weights: str | None = None,
 ) -> None:
     """Does what the command line asks for.
 
@@ -42,26 +43,50 @@ def run(
       workdir: folder of the results.
       checkpoint_path: where the fitted model is or goes.
       pattern: for predict: an image file, a folder or a glob.
+      weights: for eval and predict: where the backbone's weights are now; see `load`.
 
     Raises:
-      UserError: something to mend in the settings or the files.
+      UserError: something to mend in the settings or the files, or too little memory.
     """
+    try:
+        _run(mode, config, workdir, checkpoint_path, pattern, weights)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"not enough memory ({' '.join(str(error).split())}). Statistics take patches x "
+            "channels^2 numbers: lower config.model.channels or config.image.resize, or start "
+            "config.model.layers at a deeper one; config.batch_size bounds only the rest"
+        ) from error
+
+
+def _run(
+    mode: str,
+    config: Config | None,
+    workdir: pathlib.Path,
+    checkpoint_path: pathlib.Path,
+    pattern: str | None,
+    weights: str | None,
+) -> None:
     if mode in ("train", "train_and_eval"):
         assert config is not None
         dataset = open_dataset(config)
         if mode == "train_and_eval":
             _require_test_images(config, dataset["test"])
+            _make_folder(workdir)
+            _require_own_results(workdir)
         detector = train(config, dataset["train"], checkpoint_path)
         if mode == "train_and_eval":
             evaluate(config, detector, dataset["test"], workdir)
     elif mode == "eval":
-        detector = load(checkpoint_path, config)
+        detector = load(checkpoint_path, config, weights)
         dataset = open_dataset(detector.config)
         evaluate(detector.config, detector, dataset["test"], workdir)
     else:
         assert mode == "predict"
         assert pattern is not None
-        predict(load(checkpoint_path, config), pattern, workdir)
+        source = FolderSource(predictions.find(pattern))
+        predict(load(checkpoint_path, config, weights), source, workdir)
 
 
 def open_dataset(config: Config) -> dict[str, Source]:
@@ -84,8 +109,13 @@ def open_dataset(config: Config) -> dict[str, Source]:
     # Imported here: TensorFlow Datasets takes its time, and few need it.
     from padim_jax.datasets import tfds_builder
 
-    records = layout(dataset.root, config.category) if dataset.root.is_dir() else None
     packed = tfds_builder.packed_dir(dataset.tfds_dir, config.title)
+    folder = dataset.root / config.category
+    if folder.is_dir() or dataset.name == "synthetic":  # which is drawn when missing
+        records = layout(dataset.root, config.category)
+    else:
+        records = None
+        print(f"config.dataset.root: no folder {folder}; reading what is packed in {packed}")
     builder = tfds_builder.prepare(packed, records)
     return {split: tfds_builder.open_split(builder, split) for split in ("train", "test")}
 
@@ -130,6 +160,7 @@ def train(config: Config, source: Source, checkpoint_path: pathlib.Path) -> Dete
             model=config.model,
             index=tuple(index.tolist()),
         )
+    jax.block_until_ready(moments)
     fitted = checkpoint.Fitted(config_lib.with_absolute_paths(config), index, moments, weights)
     detector = _detector(fitted, config, variables)
     checkpoint.save(checkpoint_path, fitted)
@@ -140,14 +171,18 @@ def train(config: Config, source: Source, checkpoint_path: pathlib.Path) -> Dete
     return detector
 
 
-def load(path: str | pathlib.Path, config: Config | None = None) -> Detector:
+def load(
+    path: str | pathlib.Path, config: Config | None = None, weights: str | None = None
+) -> Detector:
     """Loads a fitted detector.
 
     Args:
       path: the checkpoint's folder.
       config: None takes the checkpoint's configuration. Otherwise dataset, batch size,
-        map, outputs, precision and the place of the weights come from here; what the
-        statistics depend on must be as in the checkpoint.
+        map, outputs and the place of the weights come from here; what the statistics
+        depend on must be as in the checkpoint.
+      weights: where the backbone's weights are now, if not where the configuration
+        says; a path or name as in `config.model.weights`.
 
     Raises:
       UserError: no checkpoint, or one fitted with another backbone, weights file,
@@ -159,16 +194,22 @@ def load(path: str | pathlib.Path, config: Config | None = None) -> Detector:
     _require_same(path, fitted.config, config)
     if config.title != fitted.config.title:
         print(f"{path} was fitted to {fitted.config.title}; now used for {config.title}")
-    variables, weights = pretrained.load(
-        config.model.weights, config.model.backbone, config.model.layers
-    )
-    if weights.sha256 != fitted.weights.sha256:
+    wanted = f"{fitted.weights.origin}, sha256 {fitted.weights.sha256[:12]}..."
+    place = weights or config.model.weights
+    try:
+        variables, found = pretrained.load(place, config.model.backbone, config.model.layers)
+    except UserError as error:
         raise UserError(
-            f"config.model.weights={config.model.weights}: other weights ({weights.origin}, "
-            f"sha256 {weights.sha256[:12]}...) than the checkpoint {path} was fitted with "
-            f"({fitted.weights.origin}, sha256 {fitted.weights.sha256[:12]}...). Name that "
-            "file, or fit again"
+            f"{error} (The checkpoint {path} was fitted with {wanted}; --weights names "
+            "where that file is now)"
+        ) from error
+    if found.sha256 != fitted.weights.sha256:
+        raise UserError(
+            f"weights {place}: other weights ({found.origin}, sha256 {found.sha256[:12]}...) "
+            f"than the checkpoint {path} was fitted with ({wanted}). Name that file with "
+            "--weights, or fit again"
         )
+    print(f"weights: {found.origin}")
     return _detector(fitted, config, jax.device_put(variables))
 
 
@@ -190,8 +231,7 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: pathli
     records = source.records
     _require_test_images(config, source)
     _make_folder(workdir)
-    for name in ("maps", "figures"):
-        _require_own(workdir / name, workdir / "metrics.json")
+    _require_own_results(workdir)
     maps, scores, masks = [], [], []
     for batch in _progress(source, config, "evaluate"):
         found = detector_lib.score_pixels(detector, batch.images)
@@ -215,7 +255,7 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: pathli
     return measured
 
 
-def predict(detector: Detector, pattern: str, workdir: pathlib.Path) -> None:
+def predict(detector: Detector, source: Source, workdir: pathlib.Path) -> None:
     """Scores images of which nothing is known; see `predictions.Writer` for the output.
 
     Thresholds and colours are those of this detector's evaluation in
@@ -224,13 +264,13 @@ def predict(detector: Detector, pattern: str, workdir: pathlib.Path) -> None:
 
     Args:
       detector: fitted.
-      pattern: an image file, a folder or a glob.
-      workdir: results go to `predictions` below it; earlier ones are replaced.
+      source: the images; see `predictions.find`.
+      workdir: results go to `predictions` below it, whose earlier contents they replace
+        once all images are scored; until then they are in `predictions.incomplete`.
 
     Raises:
-      UserError: nothing found, or an unreadable image.
+      UserError: an unreadable image.
     """
-    source = FolderSource(predictions.find(pattern))
     config = detector.config
     calibration = predictions.read_calibration(
         workdir / "metrics.json", detector_lib.fingerprint(detector)
@@ -245,16 +285,20 @@ def predict(detector: Detector, pattern: str, workdir: pathlib.Path) -> None:
             f"threshold {calibration.image_threshold:.4g}: the best F1 on the test set of "
             f"{workdir / 'metrics.json'}"
         )
-    folder = workdir / "predictions"
-    _require_own(folder, folder / "scores.csv")
-    shutil.rmtree(folder, ignore_errors=True)
-    _make_folder(folder)
+    folder, growing = workdir / "predictions", workdir / "predictions.incomplete"
+    for place in (folder, growing):
+        _require_own(place, place / "scores.csv")
+    shutil.rmtree(growing, ignore_errors=True)
+    _make_folder(growing)
     suffix = "npy" if config.outputs.maps == "npy" else "tiff"
-    with predictions.Writer(folder, config.image, suffix, calibration) as writer:
+    with predictions.Writer(growing, config.image, suffix, calibration) as writer:
         for batch in _progress(source, config, "predict"):
             found = detector_lib.score_pixels(detector, batch.images)
             valid = batch.valid
             writer.add(batch.records, batch.sizes, found.maps[valid], found.scores[valid])
+    # Earlier predictions stay until these are whole.
+    shutil.rmtree(folder, ignore_errors=True)
+    growing.rename(folder)
     print(f"scored {len(source.records)} images\nresults: {folder}")
 
 
@@ -266,6 +310,11 @@ def _make_folder(path: pathlib.Path) -> None:
             f"{path}: cannot be made a folder ({error.strerror}); name another place with "
             "--workdir or --checkpoint"
         ) from error
+
+
+def _require_own_results(workdir: pathlib.Path) -> None:
+    for name in ("maps", "figures"):
+        _require_own(workdir / name, workdir / "metrics.json")
 
 
 def _require_own(folder: pathlib.Path, sign: pathlib.Path) -> None:
@@ -280,7 +329,7 @@ def _require_own(folder: pathlib.Path, sign: pathlib.Path) -> None:
 # What the statistics depend on; the weights are compared by their content.
 _FITTED = (
     ("image", ("resize", "method", "crop", "mean", "std")),
-    ("model", ("backbone", "layers", "channels", "seed", "regularization")),
+    ("model", ("backbone", "layers", "channels", "seed", "precision", "regularization")),
 )
 
 
@@ -317,6 +366,8 @@ def _require_test_images(config: Config, source: Source) -> None:
 def _progress(source: Source, config: Config, what: str) -> Iterator[input_pipeline.Batch]:
     """The batches of a source with a progress bar, which is quiet in logs."""
     with tqdm.tqdm(total=len(source.records), desc=what, unit="img", disable=None) as bar:
-        for batch in input_pipeline.batches(source, config.image, config.batch_size):
+        # A few images need not be padded to a whole batch.
+        size = min(config.batch_size, len(source.records))
+        for batch in input_pipeline.batches(source, config.image, size):
             yield batch
             bar.update(len(batch.records))

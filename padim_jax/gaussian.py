@@ -16,7 +16,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from padim_jax.types import Embeddings, Gaussian, Moments, Valid
 
-_BLOCK = 256  # patches factorised together
+_Sums = tuple[Float32[Array, "p d"], Float32[Array, "p d d"]]
+
+_LARGEST_BLOCK = 256  # patches that are computed together
 
 # float32 products, also on GPUs, where the default would be TF32's 10-bit mantissa.
 _matmul = lambda a, b: jnp.matmul(a, b, precision=lax.Precision.HIGHEST)  # noqa: E731
@@ -42,9 +44,26 @@ def update(moments: Moments, embeddings: Embeddings, valid: Valid) -> Moments:
     Returns:
       Moments of both.
     """
-    count = jnp.sum(valid, dtype=jnp.int32)
-    mean, m2 = jax.vmap(_patch_moments, in_axes=(1, None))(embeddings, valid)
-    return merge(moments, Moments(count, mean, m2))
+    added = jnp.sum(valid, dtype=jnp.int32)
+    count = moments.count + added
+    weight = added / jnp.maximum(count, 1).astype(jnp.float32)
+    scale = moments.count * weight
+    patches = len(moments.mean)
+    block = _block(patches)
+    update_block = jax.vmap(_update_patch, in_axes=(0, 0, 1, None, None, None))
+
+    # Block by block and in place: beside the moments only one block is in memory.
+    def step(i: Int32[Array, ""], state: _Sums) -> _Sums:
+        mean, m2 = (lax.dynamic_slice_in_dim(part, i * block, block) for part in state)
+        x = lax.dynamic_slice_in_dim(embeddings, i * block, block, axis=1)
+        mean, m2 = update_block(mean, m2, x, valid, weight, scale)
+        return (
+            lax.dynamic_update_slice_in_dim(state[0], mean, i * block, axis=0),
+            lax.dynamic_update_slice_in_dim(state[1], m2, i * block, axis=0),
+        )
+
+    mean, m2 = lax.fori_loop(0, patches // block, step, (moments.mean, moments.m2))
+    return Moments(count, mean, m2)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -98,11 +117,11 @@ def finalize(moments: Moments, regularization: float) -> Gaussian:
 def _factorise(
     moments: Moments, regularization: Float[Array, ""]
 ) -> tuple[Gaussian, Bool[Array, " p"], Bool[Array, " p"]]:
-    # Mapped with vmap a block at a time: memory is the result plus one block.
+    # Mapped with vmap a block at a time: beside the result one block is in memory.
     whitening = lax.map(
         lambda m2: _patch_whitening(m2, moments.count, regularization),
         moments.m2,
-        batch_size=_BLOCK,
+        batch_size=_block(len(moments.m2)),
     )
     # Of their own: an infinite variance gives a finite factor, its channel never counts.
     finite = jnp.all(jnp.isfinite(moments.m2), axis=(1, 2))
@@ -110,13 +129,27 @@ def _factorise(
     return Gaussian(moments.mean, whitening), finite, definite
 
 
-def _patch_moments(
-    x: Float32[Array, "b d"], valid: Valid
+def _block(patches: int) -> int:
+    """The largest admissible block that divides `patches`: a remainder costs a copy."""
+    return max(n for n in range(1, _LARGEST_BLOCK + 1) if patches % n == 0)
+
+
+def _update_patch(
+    mean: Float32[Array, " d"],
+    m2: Float32[Array, "d d"],
+    x: Float32[Array, "b d"],
+    valid: Valid,
+    weight: Float32[Array, ""],
+    scale: Float32[Array, ""],
 ) -> tuple[Float32[Array, " d"], Float32[Array, "d d"]]:
-    weight = valid.astype(jnp.float32)[:, None]
-    mean = jnp.sum(weight * x, axis=0) / jnp.maximum(jnp.sum(weight), 1)
-    centred = weight * (x - mean[None])
-    return mean, _matmul(centred.T, centred)
+    # weight = n_b / n, scale = n_a n_b / n, as in `_merge_patch`, whose outer product
+    # here is one more row of the batch's.
+    counts = valid.astype(jnp.float32)[:, None]
+    batch_mean = jnp.sum(counts * x, axis=0) / jnp.maximum(jnp.sum(counts), 1)
+    delta = batch_mean - mean
+    centred = counts * (x - batch_mean[None])
+    rows = jnp.concatenate([centred, jnp.sqrt(scale) * delta[None]])
+    return mean + weight * delta, m2 + _matmul(rows.T, rows)
 
 
 def _merge_patch(

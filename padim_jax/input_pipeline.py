@@ -1,7 +1,7 @@
 """Image files -> decoded, resized, cropped uint8 batches, ahead of the device.
 
 Pixels leave this module exactly as Pillow makes them; normalisation happens on the
-device (see `inference`). Decoding runs in Grain's threads, which Pillow leaves free
+device (see `detector`). Decoding runs in Grain's threads, which Pillow leaves free
 of Python's lock, in a deterministic order.
 """
 

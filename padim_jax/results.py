@@ -59,7 +59,7 @@ def measure(scored: Scored) -> dict[str, Any]:
     """All metrics; the keys are those of metrics.json. See `metrics.evaluate`."""
     known = np.array([mask is not None for mask in scored.masks])
     blank = np.zeros(scored.maps.shape[1:], bool)
-    no_masks = not known[scored.labels].any()
+    no_masks = scored.labels.any() and not known[scored.labels].any()
     return metrics.evaluate(
         scored.labels,
         scored.scores,
@@ -97,6 +97,7 @@ def write(
     if config.outputs.maps != "none":
         for record, anomaly_map in zip(scored.records, scored.maps, strict=True):
             save_map(workdir / "maps", record.relative_path, config.outputs.maps, anomaly_map)
+    _write_diagrams(workdir, config, scored, measured)
     if config.outputs.figures != "none":
         _write_figures(workdir, config, scored, measured, load_image)
 
@@ -125,6 +126,7 @@ def save_map(
 def table(config: Config, measured: dict[str, Any]) -> str:
     """The metrics beside the published PyTorch numbers, as a person reads them."""
     published = published_metrics(config) or {}
+    otherwise = _unlike_published(config) if published else ""
     model = config.model
     lines = [
         f"{config.title}: {model.backbone} {'+'.join(model.layers)}, {model.channels} "
@@ -140,6 +142,8 @@ def table(config: Config, measured: dict[str, Any]) -> str:
             "-" if ours is None or theirs is None else f"{ours - theirs:+.3f}",
         ]
         lines.append(f"{name:14}{cells[0]:>10}{cells[1]:>11}{cells[2]:>12}")
+    if otherwise:
+        lines.append(f"the published run had other settings: {otherwise}")
     lines += [
         "undefined: " + reason
         for reason in dict.fromkeys(measured.get("undefined", {}).values())
@@ -162,9 +166,30 @@ def published_metrics(config: Config) -> dict[str, float] | None:
     """
     if config.dataset.name != "mvtec_ad" or config.model.weights == "random":
         return None
+    return _published()["mvtec_ad"].get(config.model.backbone, {}).get(config.category)
+
+
+def _published() -> dict[str, Any]:
     file = importlib.resources.files("padim_jax") / "published_results.json"
-    tables = json.loads(file.read_text(encoding="utf-8"))["mvtec_ad"]
-    return tables.get(config.model.backbone, {}).get(config.category)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _unlike_published(config: Config) -> str:
+    """In which settings a run differs from the published one, as a person reads it."""
+    settings = _published()["settings"]
+    pairs = {
+        "layers": (list(config.model.layers), settings["layers"]),
+        "channels": (config.model.channels, settings["channels"][config.model.backbone]),
+        "seed": (config.model.seed, settings["seed"]),
+        "resize": (list(config.image.resize), settings["resize"]),
+        "crop": (config.image.crop, settings["crop"]),
+        "method": (config.image.method, settings["method"]),
+        "upsample": (config.map.upsample, settings["upsample"]),
+        "sigma": (config.map.sigma, settings["sigma"]),
+    }
+    if config.model.weights.endswith(".tv2_in1k"):
+        pairs["weights"] = (config.model.weights, f"{config.model.backbone}.tv_in1k")
+    return ", ".join(f"{k} {theirs}" for k, (ours, theirs) in pairs.items() if ours != theirs)
 
 
 def _write_scores(path: pathlib.Path, scored: Scored, threshold: float | None) -> None:
@@ -178,15 +203,10 @@ def _write_scores(path: pathlib.Path, scored: Scored, threshold: float | None) -
             )
 
 
-def _write_figures(
-    workdir: pathlib.Path,
-    config: Config,
-    scored: Scored,
-    measured: dict[str, Any],
-    load_image: Callable[[int], UInt8[np.ndarray, "h w 3"]],
+def _write_diagrams(
+    workdir: pathlib.Path, config: Config, scored: Scored, measured: dict[str, Any]
 ) -> None:
     labels, threshold = scored.labels, measured["image_f1_threshold"]
-    scale = figures.ColorScale(*measured["color_scale"])
     curves = []
     if curve := metrics.roc_curve(labels, scored.scores):
         curves.append((f"image, AUROC {measured['image_auroc']:.4f}", *curve))
@@ -200,6 +220,17 @@ def _write_figures(
     figures.score_histogram(
         workdir / "score_histogram.png", scored.scores, labels.astype(int), threshold
     )
+
+
+def _write_figures(
+    workdir: pathlib.Path,
+    config: Config,
+    scored: Scored,
+    measured: dict[str, Any],
+    load_image: Callable[[int], UInt8[np.ndarray, "h w 3"]],
+) -> None:
+    threshold = measured["image_f1_threshold"]
+    scale = figures.ColorScale(*measured["color_scale"])
     folder = workdir / "figures"
     folder.mkdir()
     pictures = []
@@ -219,7 +250,8 @@ def _write_figures(
         )
         stem = pathlib.PurePosixPath(record.relative_path).stem
         figures.save(picture, folder / f"{place:04d}_{record.defect_type}_{stem}.jpg")
-        pictures.append(picture)
+        if config.outputs.figures == "some":
+            pictures.append(picture)
     if config.outputs.figures == "some":
         figures.save(figures.contact_sheet(pictures, 1), workdir / "overview.jpg")
 

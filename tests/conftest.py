@@ -1,6 +1,9 @@
 """Fixtures and checks that hold for every test."""
 
+import os
 import pathlib
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as main.py does, and why
 
 import jax
 import pytest

@@ -376,6 +376,7 @@ DEPENDS = {
     "model.layers": ("layer1", "layer2"),
     "model.channels": 6,
     "model.seed": 43,
+    "model.precision": "float32",
     "model.regularization": 0.02,
 }
 
@@ -414,10 +415,34 @@ class TestWholeDetector:
                 "map.sigma": 2.0,
                 "map.upsample": "bicubic",
                 "outputs.maps": "npy",
-                "model.precision": "float32",
             }
         )
         assert experiment.load(whole, wanted).config == wanted
+
+    def test_weights_that_moved(self, tmp_path: pathlib.Path):
+        """The file is named by its contents, and --weights tells where it is now."""
+        variables, _ = pretrained.load("random", "resnet18", make_config().model.layers)
+        tensors = {}
+        for module, inner in variables["params"].items():
+            convolutions = {"": inner} if "kernel" in inner else inner
+            for name, conv in convolutions.items():
+                stem = module.replace("_", ".") + (f".{name}" if name else "")
+                stem = stem.replace("downsample", "downsample.0")
+                tensors[f"{stem}.weight"] = conv["kernel"].transpose(3, 2, 0, 1)
+                tensors[f"{stem}.bias"] = conv["bias"]
+        np.savez(tmp_path / "was.npz", **tensors)
+        config = make_config(**{"model.weights": str(tmp_path / "was.npz")})
+        _, identity = pretrained.load(config.model.weights, "resnet18", config.model.layers)
+        path = tmp_path / "checkpoint"
+        checkpoint.save(path, make_fitted(config=config, weights=identity))
+        (tmp_path / "was.npz").rename(tmp_path / "is.npz")
+        with pytest.raises(UserError) as caught:
+            experiment.load(path)
+        for said in ("was.npz", identity.sha256[:12], "--weights"):
+            assert said in str(caught.value)
+        assert experiment.load(path, weights=str(tmp_path / "is.npz")).weights == identity
+        with pytest.raises(UserError, match="other weights"):
+            experiment.load(path, weights="random")
 
     def test_other_weights_are_refused(self, tmp_path: pathlib.Path):
         checkpoint.save(tmp_path / "checkpoint", make_fitted(weights=WEIGHTS))

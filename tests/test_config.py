@@ -431,8 +431,8 @@ def test_one_layer_on_the_command_line(command_line):
 def test_title_names_dataset_and_category():
     assert config_lib.validate(values()).title == "mvtec_ad_bottle"
     settings = changed("config.category", "")
-    settings["dataset"]["name"] = "folder"
-    assert config_lib.validate(settings).title == "folder"
+    settings["dataset"].update(name="folder", root="somewhere/left_part")
+    assert config_lib.validate(settings).title == "folder_left_part"
 
 
 def test_home_is_expanded():

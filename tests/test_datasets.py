@@ -3,6 +3,7 @@
 import collections
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -138,8 +139,23 @@ def test_mvtec_ad_with_an_empty_split(mvtec, empty):
         path.rmdir() if path.is_dir() else path.unlink()
     fails([f"{place}: holds no"], mvtec_ad, mvtec, "nut")
     place.rmdir()
-    if empty in ("train/good", "test"):  # which defects there are is the folders' to say
+    if empty == "train/good":  # which defects there are is the folders' to say
         fails([f"{place}: no such folder"], mvtec_ad, mvtec, "nut")
+
+
+def test_mvtec_ad_without_test_images_can_be_fitted(mvtec):
+    shutil.rmtree(mvtec / "nut" / "test")
+    assert {record.split for record in mvtec_ad(mvtec, "nut")} == {"train"}
+
+
+@pytest.mark.parametrize("place", ["train/good", "test/good", "test/bent"])
+def test_images_deeper_down_are_not_left_out(mvtec, place):
+    deeper = mvtec / "nut" / place / "day2"
+    deeper.mkdir()
+    (deeper / "notes.txt").touch()
+    mvtec_ad(mvtec, "nut")
+    write(deeper, "001.png")
+    fails([f"{deeper}: holds images"], mvtec_ad, mvtec, "nut")
 
 
 def test_mvtec_ad_of_bottle(shared):

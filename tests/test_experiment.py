@@ -11,6 +11,7 @@ from padim_jax import defaults, detector, experiment, models
 from padim_jax.config import validate
 from padim_jax.datasets.synthetic import generate
 from padim_jax.datasets.synthetic_part import DEFECTS
+from padim_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,30 @@ def test_packed_dataset_gives_identical_results(root: pathlib.Path, tmp_path: pa
         assert (tmp_path / "packed" / name).read_bytes() == (
             tmp_path / "folder" / name
         ).read_bytes()
+
+
+def test_packed_dataset_alone_is_said(
+    root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    values = settings(root)
+    values.dataset.source, values.dataset.tfds_dir = "tfds", str(tmp_path / "tfds")
+    packed = experiment.open_dataset(validate(values))
+    values.dataset.root = str(tmp_path / "elsewhere")
+    alone = experiment.open_dataset(validate(values))
+    assert "elsewhere/part; reading what is packed in" in capsys.readouterr().out
+    assert alone["test"].records == packed["test"].records
+    values.category = "typo"
+    with pytest.raises(UserError, match="no packed set"):
+        experiment.open_dataset(validate(values))
+
+
+def test_too_little_memory(root: pathlib.Path, tmp_path: pathlib.Path):
+    # 31250 x 31250 patches of 448 channels: more bytes than any machine has.
+    values = settings(root, channels=448)
+    values.image.resize = (125_000, 125_000)
+    with pytest.raises(UserError, match=r"not enough memory.*config\.model\.channels"):
+        experiment.run("train", validate(values), tmp_path, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_one_trace_per_function(root: pathlib.Path, tmp_path: pathlib.Path):

@@ -119,6 +119,20 @@ class TestTable:
         for name in ("image AP", "pixel AP", "pixel F1-max", "AUPRO 0.3"):
             assert rows[name][1:] == ["-", "-"]  # none was published
 
+    def test_other_settings_than_the_published_runs_are_said(self):
+        measured = results.measure(BOTH)
+        assert "other settings" not in results.table(make_config(), measured)
+        unlike = {
+            "model.backbone": "wide_resnet50_2",
+            "model.weights": "wide_resnet50_2.tv2_in1k",
+            "image.method": "nearest",
+            "image.crop": (224, 224),
+        }
+        assert (
+            "the published run had other settings: channels 550, crop None, method bilinear, "
+            "weights wide_resnet50_2.tv_in1k"
+        ) in results.table(make_config(**unlike), measured)
+
     @pytest.mark.parametrize(
         "settings",
         [
@@ -291,7 +305,8 @@ class TestWrite:
 
     def test_no_figures(self, tmp_path: pathlib.Path):
         assert write(tmp_path, MANY, figures="none") == []
-        assert below(tmp_path) == ["metrics.json", "scores.csv"]
+        diagrams = ["roc_curve.png", "score_histogram.png"]
+        assert below(tmp_path) == sorted(["metrics.json", "scores.csv", *diagrams])
 
     @pytest.mark.parametrize("masked", [[], ["hole"]])
     def test_figures_without_all_masks(self, masked: list[str], tmp_path: pathlib.Path):
@@ -333,7 +348,7 @@ class TestWrite:
         write(tmp_path, MANY, figures="all", maps="npy")
         normal = make_scored(["good"], [1])
         write(tmp_path, normal, figures=figures)
-        expected = ["metrics.json", "notes.txt", "scores.csv"]
-        expected += ["score_histogram.png", "figures/0000_good_000.jpg"] * (figures != "none")
+        expected = ["metrics.json", "notes.txt", "score_histogram.png", "scores.csv"]
+        expected += ["figures/0000_good_000.jpg"] * (figures != "none")
         expected += ["overview.jpg"] * (figures == "some")
         assert below(tmp_path) == sorted(expected)

@@ -23,12 +23,19 @@ def subfolders(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The image files in `folder` (not below it), sorted by name.
+    """The image files in `folder`, sorted by name.
 
     Raises:
-      UserError: `folder` is no folder or holds no image.
+      UserError: `folder` is no folder or holds no image, or there are images deeper
+        below it, which would be left out.
     """
     _require_folder(folder)
+    for below in subfolders(folder):
+        if any(is_image(path) for path in below.iterdir()):
+            raise UserError(
+                f"{below}: holds images, but they are expected in {folder} itself; move them "
+                "there or elsewhere"
+            )
     found = sorted(path for path in folder.iterdir() if is_image(path))
     if not found:
         raise UserError(f"{folder}: holds no image; expected files {', '.join(IMAGE_SUFFIXES)}")

@@ -31,7 +31,8 @@ def mvtec_ad(root: pathlib.Path, category: str) -> list[Record]:
         same layout.
 
     Returns:
-      Records of train/good, then of test/*.
+      Records of train/good, then of test/*. An absent `test` gives only the former: a
+      model can be fitted.
 
     Raises:
       UserError: the folder, the category, a split or a mask is not there.
@@ -43,6 +44,8 @@ def mvtec_ad(root: pathlib.Path, category: str) -> list[Record]:
         Record("train", path, None, 0, GOOD, path.relative_to(root).as_posix())
         for path in image_files(folder / "train" / GOOD)
     ]
+    if not (folder / "test").exists():
+        return records
     defects = subfolders(folder / "test")
     if not defects:
         raise UserError(

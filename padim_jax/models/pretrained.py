@@ -84,8 +84,10 @@ def load(
         path = _local_file(name_or_path, backbone)
         origin = path.name
     content = _read(path)
-    variables = convert(_parse(content, path), backbone, stages, f"weights file {path}")
-    return variables, WeightsIdentity(origin, hashlib.sha256(content).hexdigest())
+    identity = WeightsIdentity(origin, hashlib.sha256(content).hexdigest())
+    tensors = _parse(content, path)
+    del content  # as large as the tensors
+    return convert(tensors, backbone, stages, f"weights file {path}"), identity
 
 
 def convert(tensors: Tensors, backbone: str, stages: tuple[str, ...], source: str) -> Variables:
