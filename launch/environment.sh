@@ -18,7 +18,7 @@ find_python() {
   for version in 3.13 3.12 3.11; do
     # On PATH, or installed by pyenv without being selected (its shims then fail).
     for candidate in "python$version" python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version".*/bin/python; do
-      if "$candidate" -c "import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] != '$version')" 2>/dev/null; then
+      if "$candidate" -c "import sys, venv, pip; sys.exit('%d.%d' % sys.version_info[:2] != '$version')" 2>/dev/null; then
         "$candidate" -c "import sys; print(sys.executable)"
         return
       fi
@@ -37,7 +37,12 @@ install_project() {
   if [ ! -x .venv/bin/python ]; then
     python="$(find_python)"
     echo "creating .venv with $("$python" --version) ($python)"
-    "$python" -m venv .venv
+    if "$python" -c "import ensurepip" 2>/dev/null; then
+      "$python" -m venv .venv
+    else  # Debian's Python without python3-venv: its pip fills the environment
+      "$python" -m venv --without-pip .venv
+      "$python" -m pip --python .venv/bin/python install --quiet pip
+    fi
   fi
   # The stamp holds what was installed for; an interrupted installation leaves none.
   local stamp=".venv/installed" wanted

@@ -13,10 +13,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 PYTHON = """#!/bin/sh
 case "$1 $2" in
   "-c "*sys.executable*) echo "$0" ;;
+  "-c import ensurepip") exit "${{STAND_IN_LACKS_ENSUREPIP:-0}}" ;;
   "-c "*"!= '{version}'"*) exit 0 ;;
   "-c "*) exit 1 ;;
   "--version "*) echo "Python {version}" ;;
-  "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  "-m venv") for last; do :; done; mkdir -p "$last/bin" && cp "$0" "$last/bin/python" ;;
   *) echo "$@" >> "{log}" ; exit "${{STAND_IN_FAILS:-0}}" ;;
 esac
 """
@@ -116,6 +117,13 @@ def test_an_interpreter_that_does_not_run_is_passed_over(project: Project):
     # As pyenv's stand-in for a version that is installed but not selected.
     project.stand_in("python3.13", "#!/bin/sh\nexit 127\n")
     assert "3.12" in project.run("demo.sh")[1]
+
+
+def test_python_without_ensurepip_gets_pip_from_outside(project: Project):
+    code, output, asked = project.run("demo.sh", STAND_IN_LACKS_ENSUREPIP="1")
+    assert code == 0, output
+    assert asked[0] == "-m pip --python .venv/bin/python install --quiet pip"
+    assert asked[1].startswith("-m pip install")
 
 
 def test_no_supported_python(project: Project):
