@@ -80,13 +80,16 @@ def _run(
             evaluate(config, detector, dataset["test"], workdir)
     elif mode == "eval":
         detector = load(checkpoint_path, config, weights)
+        print(f"weights: {detector.weights.origin}")
         dataset = open_dataset(detector.config)
         evaluate(detector.config, detector, dataset["test"], workdir)
     else:
         assert mode == "predict"
         assert pattern is not None
         source = FolderSource(predictions.find(pattern))
-        predict(load(checkpoint_path, config, weights), source, workdir)
+        detector = load(checkpoint_path, config, weights)
+        print(f"weights: {detector.weights.origin}")
+        predict(detector, source, workdir)
 
 
 def open_dataset(config: Config) -> dict[str, Source]:
@@ -209,7 +212,6 @@ def load(
             f"than the checkpoint {path} was fitted with ({wanted}). Name that file with "
             "--weights, or fit again"
         )
-    print(f"weights: {found.origin}")
     return _detector(fitted, config, jax.device_put(variables))
 
 

@@ -657,6 +657,12 @@ class TestPythonApi:
             np.testing.assert_allclose(found.maps[number], expected.maps[0], rtol=1e-4)
             assert found.scores[number] == found.maps[number].max()
 
+    def test_prints_nothing(self, run: Run, capsys: pytest.CaptureFixture[str]):
+        padim_jax.score(
+            padim_jax.load(run.workdir / "checkpoint"), [np.zeros((9, 9, 3), np.uint8)]
+        )
+        assert capsys.readouterr() == ("", "")
+
     def test_no_images(self, run: Run):
         found = padim_jax.score(padim_jax.load(run.workdir / "checkpoint"), [])
         assert found.maps.shape == (0, 64, 64)
