@@ -34,7 +34,8 @@ install_project() {
   if [ -e /proc/driver/nvidia/version ] || nvidia-smi -L >/dev/null 2>&1; then
     extras="${extras:+$extras,}cuda12"
   fi
-  if [ ! -x .venv/bin/python ]; then
+  # Its pip, and not only its Python: making it may have been interrupted.
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python="$(find_python)"
     echo "creating .venv with $("$python" --version) ($python)"
     if "$python" -c "import ensurepip" 2>/dev/null; then

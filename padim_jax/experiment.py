@@ -163,7 +163,6 @@ def train(config: Config, source: Source, checkpoint_path: pathlib.Path) -> Dete
             model=config.model,
             index=tuple(index.tolist()),
         )
-    jax.block_until_ready(moments)
     fitted = checkpoint.Fitted(config_lib.with_absolute_paths(config), index, moments, weights)
     detector = _detector(fitted, config, variables)
     checkpoint.save(checkpoint_path, fitted)

@@ -8,6 +8,8 @@ gives the same moments up to float rounding.
 Functions are written for one patch and mapped over patches with `vmap`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ _Sums = tuple[Float32[Array, "p d"], Float32[Array, "p d d"]]
 _LARGEST_BLOCK = 256  # patches that are computed together
 
 # float32 products, also on GPUs, where the default would be TF32's 10-bit mantissa.
-_matmul = lambda a, b: jnp.matmul(a, b, precision=lax.Precision.HIGHEST)  # noqa: E731
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 def init(patches: int, channels: int) -> Moments:

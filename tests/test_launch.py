@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Tells its version, makes "environments" with itself in them, and notes everything else.
 PYTHON = """#!/bin/sh
+case "$*" in "-m pip --version") exit "${{STAND_IN_LACKS_PIP:-0}}" ;; esac
 case "$1 $2" in
   "-c "*sys.executable*) echo "$0" ;;
   "-c import ensurepip") exit "${{STAND_IN_LACKS_ENSUREPIP:-0}}" ;;
@@ -88,6 +89,12 @@ def test_changed_dependencies_are_installed(project: Project):
 def test_interrupted_installation_is_not_taken_for_done(project: Project):
     assert project.run("demo.sh", STAND_IN_FAILS="1")[0] != 0
     assert project.run("demo.sh")[2][0].startswith("-m pip install")
+
+
+def test_interrupted_environment_is_made_anew(project: Project):
+    project.run("demo.sh")
+    assert "creating .venv" not in project.run("demo.sh")[1]
+    assert "creating .venv" in project.run("demo.sh", STAND_IN_LACKS_PIP="1")[1]
 
 
 def test_tests_bring_their_extra(project: Project):
