@@ -7,6 +7,7 @@ slow: this module imports neither JAX nor TensorFlow Datasets.
 import dataclasses
 import difflib
 import math
+import os
 import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any, cast, get_args
@@ -20,6 +21,7 @@ from padim_jax.errors import UserError
 SOURCES = ("folder", "tfds")
 METHODS = ("nearest", "bilinear", "bicubic", "lanczos")
 PRECISIONS = get_args(models.Precision)
+STATISTICS = ("auto", "moments", "samples")
 UPSAMPLINGS = ("bilinear", "bicubic")
 FIGURES = ("none", "some", "all")
 MAPS = ("none", "npy", "tiff")
@@ -64,6 +66,7 @@ class ModelConfig:
     seed: int
     precision: models.Precision
     regularization: float
+    statistics: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,35 @@ class OutputsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """What is kept between runs for speed alone; it may be deleted at any time."""
+
+    dir: pathlib.Path | None
+    images_gb: float
+    compilation: bool
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where caches lie: `dir`, or padim_jax in the user's folder for caches.
+
+        Raises:
+          UserError: there is no such folder, since the user has no home.
+        """
+        if self.dir is not None:
+            return self.dir
+        # A relative path is to be ignored (XDG Base Directory Specification).
+        given = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+        try:
+            base = given if given.is_absolute() else pathlib.Path("~/.cache").expanduser()
+        except RuntimeError as error:
+            raise UserError(
+                f"config.cache.dir: {error} Name a folder for caches, or switch them off with "
+                "--config.cache.images_gb=0 --config.cache.compilation=False"
+            ) from error
+        return base / "padim_jax"
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole, valid configuration."""
 
@@ -93,6 +125,7 @@ class Config:
     map: MapConfig
     batch_size: int
     outputs: OutputsConfig
+    cache: CacheConfig
 
     @property
     def title(self) -> str:
@@ -120,18 +153,20 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
     groups: Any = values  # unchecked yet: anything
     dataset, image = groups["dataset"], groups["image"]
     model, map_, outputs = groups["model"], groups["map"], groups["outputs"]
+    cache = groups["cache"]
     _fields("config.dataset", dataset, DatasetConfig)
     _fields("config.image", image, ImageConfig)
     _fields("config.model", model, ModelConfig)
     _fields("config.map", map_, MapConfig)
     _fields("config.outputs", outputs, OutputsConfig)
+    _fields("config.cache", cache, CacheConfig)
     config = Config(
         category=_category(values["category"]),
         dataset=DatasetConfig(
             name=_one_of("config.dataset.name", dataset["name"], LAYOUTS),
             root=_path("config.dataset.root", dataset["root"]),
             source=_one_of("config.dataset.source", dataset["source"], SOURCES),
-            tfds_dir=_tfds_dir(dataset["tfds_dir"]),
+            tfds_dir=_optional_path("config.dataset.tfds_dir", dataset["tfds_dir"]),
         ),
         image=ImageConfig(
             resize=_size("config.image.resize", image["resize"]),
@@ -153,6 +188,7 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
             regularization=_number(
                 "config.model.regularization", model["regularization"], positive=True
             ),
+            statistics=_one_of("config.model.statistics", model["statistics"], STATISTICS),
         ),
         map=MapConfig(
             upsample=_one_of("config.map.upsample", map_["upsample"], UPSAMPLINGS),
@@ -162,6 +198,11 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
         outputs=OutputsConfig(
             figures=_one_of("config.outputs.figures", outputs["figures"], FIGURES),
             maps=_one_of("config.outputs.maps", outputs["maps"], MAPS),
+        ),
+        cache=CacheConfig(
+            dir=_optional_path("config.cache.dir", cache["dir"]),
+            images_gb=_number("config.cache.images_gb", cache["images_gb"], positive=False),
+            compilation=_flag("config.cache.compilation", cache["compilation"]),
         ),
     )
     _check_together(config)
@@ -185,7 +226,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def with_absolute_paths(config: Config) -> Config:
     """The same settings for use from any folder: what a checkpoint keeps."""
-    dataset, weights = config.dataset, config.model.weights
+    dataset, weights, cache = config.dataset, config.model.weights, config.cache
     if pathlib.Path(weights).suffix in models.WEIGHT_FILES:
         weights = str(pathlib.Path(weights).expanduser().absolute())
     tfds_dir = dataset.tfds_dir and dataset.tfds_dir.absolute()
@@ -193,6 +234,7 @@ def with_absolute_paths(config: Config) -> Config:
         config,
         dataset=dataclasses.replace(dataset, root=dataset.root.absolute(), tfds_dir=tfds_dir),
         model=dataclasses.replace(config.model, weights=weights),
+        cache=dataclasses.replace(cache, dir=cache.dir and cache.dir.absolute()),
     )
 
 
@@ -258,10 +300,10 @@ def _path(name: str, value: Any) -> pathlib.Path:
         raise UserError(f"{name}={_shown(value)}: {error} Expected a folder") from error
 
 
-def _tfds_dir(value: Any) -> pathlib.Path | None:
+def _optional_path(name: str, value: Any) -> pathlib.Path | None:
     if value is None or (isinstance(value, str) and not value):
         return None
-    return _path("config.dataset.tfds_dir", value)
+    return _path(name, value)
 
 
 def _category(value: Any) -> str:
@@ -288,6 +330,12 @@ def _number(name: str, value: Any, *, positive: bool) -> float:
         wanted = "above 0" if positive else "of at least 0"
         raise UserError(f"{name}={_shown(value)}: expected a number {wanted}")
     return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{name}={_shown(value)}: expected True or False")
+    return value
 
 
 def _size(name: str, value: Any) -> Size:

@@ -81,6 +81,10 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     config.model.precision = "tf32"
     # Added to the covariance's diagonal (the paper's epsilon).
     config.model.regularization = 0.01
+    # What is kept of the normal images: moments (mean and covariance), samples (the
+    # embeddings themselves, which take less for few images), or auto for the smaller.
+    # Results agree up to rounding.
+    config.model.statistics = "auto"
 
     config.map = ml_collections.ConfigDict()
     # Interpolation from patch distances to the input's size: bilinear or bicubic.
@@ -98,6 +102,17 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # Raw anomaly maps, one file an image, float32: none, npy or tiff. --mode=predict
     # always writes them; for none as tiff.
     config.outputs.maps = "none"
+
+    # What is kept between runs for speed alone; results do not depend on it, and it may
+    # be deleted at any time.
+    config.cache = ml_collections.ConfigDict()
+    # Its folder; "" is $XDG_CACHE_HOME/padim_jax or ~/.cache/padim_jax.
+    config.cache.dir = ""
+    # At most so many gigabytes (10^9 bytes) of decoded and resized images, of which the
+    # least recently used go first; 0 keeps none.
+    config.cache.images_gb = 4.0
+    # Whether the programs that XLA compiles are kept.
+    config.cache.compilation = True
 
     if preset == "seed":
         config.image.method = "nearest"

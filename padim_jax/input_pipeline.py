@@ -2,7 +2,8 @@
 
 Pixels leave this module exactly as Pillow makes them; normalisation happens on the
 device (see `detector`). Decoding runs in Grain's threads, which Pillow leaves free
-of Python's lock, in a deterministic order.
+of Python's lock, in a deterministic order. What they made of a file in an earlier run
+comes from a cache, if one is given.
 """
 
 import dataclasses
@@ -17,10 +18,12 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image, UnidentifiedImageError
 
+from padim_jax import image_cache
 from padim_jax.config import ImageConfig
 from padim_jax.datasets.files import read_file
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
+from padim_jax.image_cache import Decoded, ImageCache
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -91,13 +94,16 @@ class _Example:
     size: tuple[int, int]
 
 
-def batches(source: Source, config: ImageConfig, batch_size: int) -> Iterator[Batch]:
+def batches(
+    source: Source, config: ImageConfig, batch_size: int, cache: ImageCache | None = None
+) -> Iterator[Batch]:
     """Decodes a dataset in order, in batches of one static shape.
 
     Args:
       source: the images.
       config: resizing and cropping.
       batch_size: images a batch, padding included.
+      cache: where decoded images are kept from run to run; None decodes each.
 
     Yields:
       Batches in the records' order.
@@ -107,7 +113,7 @@ def batches(source: Source, config: ImageConfig, batch_size: int) -> Iterator[Ba
     """
     dataset = (
         grain.MapDataset.range(len(source.records))
-        .map(lambda index: _load(source, config, index))
+        .map(lambda index: _load(source, config, index, cache))
         .to_iter_dataset(
             grain.ReadOptions(
                 num_threads=_threads(), prefetch_buffer_size=max(2 * batch_size, _threads())
@@ -118,9 +124,11 @@ def batches(source: Source, config: ImageConfig, batch_size: int) -> Iterator[Ba
     yield from dataset
 
 
-def load_image(source: Source, config: ImageConfig, index: int) -> UInt8[np.ndarray, "h w 3"]:
+def load_image(
+    source: Source, config: ImageConfig, index: int, cache: ImageCache | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
     """One image as `batches` gives it."""
-    return _load(source, config, index).image
+    return _load(source, config, index, cache).image
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -153,9 +161,28 @@ def preprocess(image: Image.Image, config: ImageConfig) -> UInt8[np.ndarray, "h 
     return np.asarray(_resize_crop(image, config, _FILTERS[config.method]))
 
 
-def _load(source: Source, config: ImageConfig, index: int) -> _Example:
+def _load(
+    source: Source, config: ImageConfig, index: int, cache: ImageCache | None
+) -> _Example:
     record = source.records[index]
-    image_bytes, mask_bytes = source.read(index)
+    image, mask = source.read(index)
+    if cache is None:
+        decoded = _decode(record, image, mask, config)
+    else:
+        key = image_cache.entry_key(image, mask, config)
+        decoded = cache.get(key)
+        if decoded is None:
+            decoded = _decode(record, image, mask, config)
+            cache.put(key, decoded)
+    defect = decoded.mask
+    if mask is None and record.label == 0:
+        defect = np.zeros(config.size, bool)
+    return _Example(record, decoded.image, defect, decoded.size)
+
+
+def _decode(
+    record: Record, image_bytes: bytes, mask_bytes: bytes | None, config: ImageConfig
+) -> Decoded:
     image = decode(image_bytes, str(record.image))
     mask = None
     if mask_bytes is not None:
@@ -172,9 +199,7 @@ def _load(source: Source, config: ImageConfig, index: int) -> _Example:
                 "above 127 (255, usually) and all others 0"
             )
         mask = np.asarray(_resize_crop(mask_image, config, Image.Resampling.NEAREST)) > 127
-    elif record.label == 0:
-        mask = np.zeros(config.size, bool)
-    return _Example(record, preprocess(image, config), mask, (image.height, image.width))
+    return Decoded(preprocess(image, config), mask, (image.height, image.width))
 
 
 def _open(data: bytes, name: str) -> Image.Image:

@@ -1,5 +1,6 @@
 """Images without labels: finding them, and writing what the detector says of them."""
 
+import concurrent.futures
 import csv
 import dataclasses
 import glob
@@ -19,6 +20,10 @@ from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
 
 UNKNOWN = "unknown"  # the defect type of an image of which nothing is known
+
+# Pictures drawn at a time. Each holds its image and map at full size, about 25 bytes a
+# pixel, which is what bounds their number.
+_THREADS = min(8, os.cpu_count() or 1)
 
 
 def find(pattern: str) -> list[Record]:
@@ -145,6 +150,8 @@ class Writer:
 
     scores.csv gets one row an image; maps/ the raw map (float32 .npy or .tiff, NaN
     where unscored) and overlays/ the heat map over the image, both at the image's size.
+    Images are decoded a second time here: keeping them, at their full size, from the
+    pipeline on would take memory that grows with the batch.
     """
 
     def __init__(
@@ -160,6 +167,7 @@ class Writer:
         self._file = (folder / "scores.csv").open("w", newline="", encoding="utf-8")
         self._rows = csv.writer(self._file)
         self._rows.writerow(("path", "score", "predicted"))
+        self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS)
 
     def __enter__(self) -> "Writer":
         """Returns itself; the table is closed at the end of the block."""
@@ -172,6 +180,7 @@ class Writer:
         trace: TracebackType | None,
     ) -> None:
         """Closes the table."""
+        self._threads.shutdown(cancel_futures=True)
         self._file.close()
 
     def add(
@@ -186,17 +195,23 @@ class Writer:
         if known.scale is None:
             scale = figures.color_scale(maps, np.zeros(len(maps), int))
             self._calibration = known = dataclasses.replace(known, scale=scale)
-        assert known.scale is not None
-        for record, size, anomaly_map, score in zip(records, sizes, maps, scores, strict=True):
-            name = record.relative_path
-            full = restore_map(anomaly_map, size, self._config)
-            results.save_map(self._folder / "maps", name, self._suffix, full)
-            image = np.asarray(input_pipeline.read_image(record.image))
-            overlay = figures.overlay(image, full, known.scale, known.pixel_threshold)
-            path = self._folder / "overlays" / f"{name}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figures.save(overlay, path)
+        # In threads, since Pillow and NumPy leave Python's lock while they work.
+        drawn = self._threads.map(self._draw, records, sizes, maps)
+        for record, score, _ in zip(records, scores, drawn, strict=True):
             threshold = known.image_threshold
             predicted = "" if threshold is None else int(score >= threshold)
-            self._rows.writerow((name, score, predicted))
+            self._rows.writerow((record.relative_path, score, predicted))
         self._file.flush()
+
+    def _draw(
+        self, record: Record, size: tuple[int, int], anomaly_map: Float32[np.ndarray, "h w"]
+    ) -> None:
+        known, name = self._calibration, record.relative_path
+        assert known.scale is not None
+        full = restore_map(anomaly_map, size, self._config)
+        results.save_map(self._folder / "maps", name, self._suffix, full)
+        image = np.asarray(input_pipeline.read_image(record.image))
+        overlay = figures.overlay(image, full, known.scale, known.pixel_threshold)
+        path = self._folder / "overlays" / f"{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figures.save(overlay, path)

@@ -1,9 +1,16 @@
 """Fixtures and checks that hold for every test."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as main.py does, and why
+
+# Nothing is read from or written to the caches of who runs the tests, by child processes
+# neither. Before the imports, of which one may ask for the place.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="padim_jax_tests_")
 
 import jax
 import pytest
@@ -13,6 +20,8 @@ from jaxtyping import install_import_hook
 install_import_hook("padim_jax", "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 

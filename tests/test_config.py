@@ -103,10 +103,12 @@ def test_settings_arrive_where_they_belong():
             "seed": 7,
             "precision": "bfloat16",
             "regularization": 0.5,
+            "statistics": "moments",
         },
         "map": {"upsample": "bicubic", "sigma": 2},
         "batch_size": 5,
         "outputs": {"figures": "all", "maps": "tiff"},
+        "cache": {"dir": "d", "images_gb": 0.5, "compilation": False},
     }
     config = config_lib.validate(settings)
     assert config.dataset.root == pathlib.Path("a/b")
@@ -131,11 +133,13 @@ def test_fields_are_these():
             "precision",
             "regularization",
             "seed",
+            "statistics",
             "weights",
         ],
         "map": ["sigma", "upsample"],
         "batch_size": None,
         "outputs": ["figures", "maps"],
+        "cache": ["compilation", "dir", "images_gb"],
     }
 
 
@@ -149,6 +153,7 @@ ONE_OF = [
     ("config.model.backbone", "wideresnet50_2", ["did you mean 'wide_resnet50_2'?"]),
     ("config.model.backbone", "vgg", ["expected one of resnet18"]),
     ("config.model.precision", "float64", ["float32, tf32, bfloat16"]),
+    ("config.model.statistics", "sample", ["did you mean 'samples'?", "auto, moments"]),
     ("config.map.upsample", "nearest", ["bilinear, bicubic"]),
     ("config.outputs.figures", "many", ["none, some, all"]),
     ("config.outputs.maps", "png", ["none, npy, tiff"]),
@@ -165,6 +170,10 @@ NUMBERS = [
     ("config.model.regularization", float("nan"), ["number above 0"]),
     ("config.map.sigma", -1.0, ["at least 0"]),
     ("config.map.sigma", float("inf"), ["number"]),
+    ("config.cache.images_gb", -1, ["at least 0"]),
+    ("config.cache.images_gb", float("inf"), ["number"]),
+    ("config.cache.compilation", 1, ["True or False"]),
+    ("config.cache.compilation", "False", ["True or False"]),
 ]
 SIZES = [
     ("config.image.resize", (256,), ["(height, width)"]),
@@ -199,6 +208,7 @@ TEXTS = [
     ("config.model.weights", " ", ["weights"]),
     ("config.dataset.root", "", ["folder"]),
     ("config.dataset.root", "~no_such_user/data", ["folder", "home directory"]),
+    ("config.cache.dir", "~no_such_user/cache", ["folder", "home directory"]),
 ]
 
 
@@ -238,11 +248,14 @@ STRANGE = {
 @pytest.mark.parametrize("kind", STRANGE)
 @pytest.mark.parametrize("field", list(leaves(values())))
 def test_a_value_of_a_wrong_type_is_refused(field, kind):
-    assert message_of(changed(field, STRANGE[kind])).startswith(f"{field}=")
+    if (field, kind) == ("config.cache.compilation", "bool"):
+        assert config_lib.validate(changed(field, STRANGE[kind])).cache.compilation
+    else:
+        assert message_of(changed(field, STRANGE[kind])).startswith(f"{field}=")
 
 
 @pytest.mark.parametrize("value", ["1", None, 3, 0.5])
-@pytest.mark.parametrize("group", ["dataset", "image", "model", "map", "outputs"])
+@pytest.mark.parametrize("group", ["dataset", "image", "model", "map", "outputs", "cache"])
 def test_a_group_that_is_none_is_refused(group, value):
     assert message_of(changed(f"config.{group}", value)) == (
         f"config.{group}={value!r}: expected a group of settings"
@@ -250,12 +263,12 @@ def test_a_group_that_is_none_is_refused(group, value):
 
 
 def test_none_and_text_are_refused_where_they_mean_nothing():
-    optional = {"config.image.crop", "config.dataset.tfds_dir"}
+    folders = {"config.dataset.tfds_dir", "config.cache.dir"}
     texts = {"config.category", "config.model.weights", "config.dataset.root"}
     for field in leaves(values()):
-        if field not in optional:
+        if field not in folders | {"config.image.crop"}:
             assert message_of(changed(field, None)).startswith(f"{field}=None: expected ")
-        if field not in texts | {"config.dataset.tfds_dir"}:
+        if field not in texts | folders:
             assert message_of(changed(field, "1")).startswith(f"{field}='1': expected ")
 
 
@@ -381,6 +394,7 @@ def test_mvtec_presets_are_as_its_docstring_says():
                 seed=42,
                 precision="tf32",
                 regularization=0.01,
+                statistics="auto",
             ),
             4.0,
         )
@@ -400,6 +414,8 @@ def test_overrides_on_the_command_line(command_line):
         "--config.model.layers=('layer2', 'layer3')",
         "--config.map.sigma=2",
         "--config.dataset.tfds_dir=packed",
+        "--config.cache.images_gb=0",
+        "--config.cache.compilation=False",
     )
     assert config.category == "metal_nut"
     assert config.image.method == "nearest"
@@ -409,6 +425,7 @@ def test_overrides_on_the_command_line(command_line):
     assert config.model.layers == ("layer2", "layer3")
     assert config.map.sigma == 2.0
     assert config.dataset.tfds_dir == pathlib.Path("packed")
+    assert config.cache == config_lib.CacheConfig(None, 0.0, compilation=False)
 
 
 @loads_file
@@ -444,12 +461,49 @@ def test_a_checkpoint_keeps_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = defaults.get_config()
     settings.dataset.root, settings.dataset.tfds_dir = "data", "packed"
-    settings.model.weights = "weights/r18.npz"
+    settings.model.weights, settings.cache.dir = "weights/r18.npz", "kept"
     kept = config_lib.with_absolute_paths(config_lib.validate(settings))
     assert kept.dataset.root == tmp_path / "data"
     assert kept.dataset.tfds_dir == tmp_path / "packed"
+    assert kept.cache.dir == tmp_path / "kept"
     assert kept.model.weights == str(tmp_path / "weights" / "r18.npz")
-    settings.model.weights, settings.dataset.tfds_dir = "resnet18.tv_in1k", ""
+    settings.model.weights = "resnet18.tv_in1k"
+    settings.dataset.tfds_dir = settings.cache.dir = ""
     named = config_lib.with_absolute_paths(config_lib.validate(settings))
     assert named.model.weights == "resnet18.tv_in1k"
     assert named.dataset.tfds_dir is None
+    # Another user's caches lie in that user's home.
+    assert named.cache.dir is None
+
+
+class TestCacheFolder:
+    def folder(self, given: str = "") -> pathlib.Path:
+        return config_lib.validate(changed("config.cache.dir", given)).cache.folder
+
+    def test_the_one_given(self, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+        assert self.folder("a/b") == pathlib.Path("a/b")
+        assert self.folder("~/b") == pathlib.Path.home() / "b"
+
+    def test_the_users(self, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+        assert self.folder() == pathlib.Path("/elsewhere/padim_jax")
+        # Unset, empty and relative are the same to the XDG specification.
+        for value in ("", "relative"):
+            monkeypatch.setenv("XDG_CACHE_HOME", value)
+            assert self.folder() == pathlib.Path.home() / ".cache" / "padim_jax"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert self.folder() == pathlib.Path.home() / ".cache" / "padim_jax"
+
+    def test_of_a_user_without_a_home(self, monkeypatch):
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+        def expanduser(path: pathlib.Path) -> pathlib.Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        cache = config_lib.validate(values()).cache
+        monkeypatch.setattr(pathlib.Path, "expanduser", expanduser)
+        with pytest.raises(UserError, match=r"config\.cache\.dir: .* home directory") as caught:
+            _ = cache.folder
+        # As the message says, both are off then.
+        assert "--config.cache.images_gb=0" in str(caught.value)

@@ -1,5 +1,6 @@
 """Decoding, resizing, cropping and batching against plain Pillow and NumPy."""
 
+import dataclasses
 import io
 import os
 import pathlib
@@ -19,6 +20,7 @@ from padim_jax.config import ImageConfig
 from padim_jax.datasets.mvtec_ad import mvtec_ad
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
+from padim_jax.image_cache import ImageCache
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -46,10 +48,9 @@ def save(path, pixels):
     return path
 
 
-def run(records, config, batch_size):
-    return list(
-        input_pipeline.batches(input_pipeline.FolderSource(records), config, batch_size)
-    )
+def run(records, config, batch_size, cache=None):
+    source = input_pipeline.FolderSource(records)
+    return list(input_pipeline.batches(source, config, batch_size, cache))
 
 
 def load_one(path, config, **known):
@@ -434,3 +435,124 @@ def test_results_do_not_depend_on_threads(numbered, monkeypatch):
     for one, other in zip(run(numbered, config, 4), many, strict=True):
         np.testing.assert_array_equal(one.images, other.images)
         assert one.records == other.records
+
+
+class TestCache:
+    """A second run over the same files gets the same, without decoding them."""
+
+    CONFIG = image_config((40, 57), "lanczos", (33, 32))
+
+    @pytest.fixture
+    def cache(self, tmp_path):
+        return ImageCache(tmp_path / "cache", 10**9)
+
+    @pytest.fixture
+    def masked(self, tmp_path):
+        """Four images: with a mask, with an empty one, without one anomalous and normal."""
+        mask = (noise(30, 50)[..., 0] > 99).astype(np.uint8) * 255
+        paths = [save(tmp_path / f"{n}.png", noise(30, 50, seed=n)) for n in range(3)]
+        return [
+            record(paths[0], save(tmp_path / "mask.png", mask), 1),
+            record(paths[1], save(tmp_path / "empty.png", np.zeros_like(mask)), 1),
+            record(paths[2], label=1),
+            record(paths[2], label=0),  # the same file
+        ]
+
+    def refuse_decoding(self, monkeypatch):
+        def refuse(*_):
+            raise AssertionError("decoded again")
+
+        monkeypatch.setattr(Image, "open", refuse)
+
+    def assert_equal(self, found, expected):
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one.images, other.images)
+            np.testing.assert_array_equal(one.valid, other.valid)
+            assert (one.records, one.sizes) == (other.records, other.sizes)
+            for mask, expected_mask in zip(one.masks, other.masks, strict=True):
+                assert (mask is None) == (expected_mask is None)
+                np.testing.assert_array_equal(mask, expected_mask)
+
+    def test_gives_the_same_without_decoding(self, masked, cache, monkeypatch):
+        plain = run(masked, self.CONFIG, 3)
+        assert [mask is None for batch in plain for mask in batch.masks] == [
+            False,
+            False,
+            True,
+            False,
+        ]
+        self.assert_equal(run(masked, self.CONFIG, 3, cache), plain)
+        self.refuse_decoding(monkeypatch)
+        self.assert_equal(run(masked, self.CONFIG, 3, cache), plain)
+        source = input_pipeline.FolderSource(masked)
+        one = input_pipeline.load_image(source, self.CONFIG, 1, cache)
+        np.testing.assert_array_equal(one, plain[0].images[1])
+
+    def test_knows_files_by_their_content(self, numbered, cache, monkeypatch):
+        plain = run(numbered, self.CONFIG, 4, cache)
+        self.refuse_decoding(monkeypatch)
+        moved = [
+            dataclasses.replace(r, image=r.image.rename(r.image.with_suffix(".renamed")))
+            for r in numbered
+        ]
+        for one, other in zip(run(moved, self.CONFIG, 4, cache), plain, strict=True):
+            np.testing.assert_array_equal(one.images, other.images)
+
+    @pytest.mark.parametrize("name", ["0.png", "mask.png"])
+    def test_a_changed_file_is_decoded(self, name, masked, cache, tmp_path):
+        run(masked, self.CONFIG, 4, cache)
+        path = tmp_path / name
+        stamp = path.stat()
+        with Image.open(path) as image:
+            pixels = np.asarray(image)
+        save(path, pixels[::-1])
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # as some tools leave it
+        self.assert_equal(run(masked, self.CONFIG, 4, cache), run(masked, self.CONFIG, 4))
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            image_config((40, 56), "lanczos", (33, 32)),
+            image_config((40, 57), "bicubic", (33, 32)),
+            image_config((40, 57), "lanczos", (33, 33)),
+            image_config((40, 57), "lanczos"),
+        ],
+    )
+    def test_other_settings_decode_anew(self, config, masked, cache):
+        run(masked, self.CONFIG, 4, cache)
+        self.assert_equal(run(masked, config, 4, cache), run(masked, config, 4))
+
+    def test_a_damaged_entry_is_replaced(self, masked, cache, tmp_path, monkeypatch):
+        plain = run(masked, self.CONFIG, 4, cache)
+        for number, path in enumerate(sorted((tmp_path / "cache").iterdir())):
+            content = bytearray(path.read_bytes())
+            content[100] ^= 1
+            path.write_bytes(content[: len(content) - number])
+        self.assert_equal(run(masked, self.CONFIG, 4, cache), plain)
+        self.refuse_decoding(monkeypatch)
+        self.assert_equal(run(masked, self.CONFIG, 4, cache), plain)
+
+    @pytest.mark.parametrize("fault", ["image", "mask", "size", "values", "missing"])
+    def test_errors_are_the_same_each_time(self, fault, masked, cache, tmp_path):
+        run(masked, self.CONFIG, 4, cache)  # that image is known; it breaks afterwards
+        if fault == "missing":
+            masked[0].image.unlink()
+        elif fault == "size":
+            save(masked[0].mask, np.zeros((50, 30), np.uint8))
+        elif fault == "values":
+            save(masked[0].mask, np.ones((30, 50), np.uint8))
+        else:
+            path = masked[0].image if fault == "image" else masked[0].mask
+            path.write_bytes(path.read_bytes()[:99])
+        messages = set()
+        for used in (None, cache, cache):
+            with pytest.raises(UserError) as caught:
+                run(masked, self.CONFIG, 4, used)
+            messages.add(str(caught.value))
+        assert len(messages) == 1
+
+    def test_one_that_cannot_be_written_changes_nothing(self, masked, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        cache = ImageCache(tmp_path / "file" / "cache", 10**9)
+        self.assert_equal(run(masked, self.CONFIG, 3, cache), run(masked, self.CONFIG, 3))
+        assert len(capsys.readouterr().err.splitlines()) == 1

@@ -321,3 +321,30 @@ class TestWriter:
             writer.add(records, shapes, 3 * maps, 3 * scores)
         overlays = [tmp_path / "two" / "overlays" / f"{n}.png.jpg" for n in (1, 2)]
         assert overlays[0].read_bytes() != overlays[1].read_bytes()
+
+    def test_results_do_not_depend_on_threads(self, tmp_path: pathlib.Path, monkeypatch):
+        sizes = {f"{number}.png": (40 + number, 90 - number) for number in range(20)}
+        batch = self.batch(tmp_path / "in", sizes)
+        for threads in (1, 7):
+            monkeypatch.setattr(predictions, "_THREADS", threads)
+            with Writer(tmp_path / str(threads), self.CONFIG, "npy", Calibration()) as writer:
+                writer.add(*batch)
+        one, many = (
+            {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.*")}
+            for folder in (tmp_path / "1", tmp_path / "7")
+        )
+        assert len(one) == 2 * 20 + 1
+        assert many == one
+        assert [row[0] for row in self.rows(tmp_path / "7")[1:]] == list(sizes)
+
+    def test_an_image_that_is_gone_meanwhile_is_named(self, tmp_path: pathlib.Path):
+        batch = self.batch(tmp_path / "in", {f"{number}.png": (40, 40) for number in range(20)})
+        batch[0][9].image.unlink()
+        with (
+            pytest.raises(UserError, match=r"9\.png: cannot be read"),
+            Writer(tmp_path / "out", self.CONFIG, "npy", Calibration()) as writer,
+        ):
+            writer.add(*batch)
+        # What was written before is told.
+        rows = [row[0] for row in self.rows(tmp_path / "out")]
+        assert rows == ["path", *(f"{number}.png" for number in range(9))]
