@@ -1,19 +1,21 @@
 """Fitted models on disk; the only module that knows Orbax.
 
-A checkpoint is one Orbax folder. Its state holds the statistics (count, mean, the
-lower triangles of M2) and the channel index; its custom metadata, JSON, holds the
-configuration, the identity of the backbone's weights, the library's version and a
-checksum of it all.
-The moments and not their factorisation are kept, so that models can be extended and
-merged; factorising takes well under a second.
+A checkpoint is one Orbax folder. Its state holds the statistics (of `Moments` count,
+mean and M2, of this the lower triangles where it is symmetric; of `Samples` the images'
+embeddings) and the channel index; its custom metadata, JSON, holds the configuration,
+the identity of the backbone's weights, the library's version and a checksum of it all.
+The statistics and not their factorisation are kept, so that models can be extended and
+merged. `model_file` has the form for scoring alone.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,10 +29,10 @@ from padim_jax import config as config_lib
 from padim_jax.config import Config
 from padim_jax.errors import UserError
 from padim_jax.models.pretrained import WeightsIdentity
-from padim_jax.types import Moments
+from padim_jax.types import Moments, Samples
 
 # Raised when a reader of the older form would misread the newer.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +42,13 @@ class Fitted:
     Attributes:
       config: as the model was fitted with.
       index: the channels kept, in the embedding's order.
-      moments: of all images fitted.
+      statistics: of all images fitted.
       weights: identity of the backbone's weights, which the checkpoint does not hold.
     """
 
     config: Config
     index: Int[np.ndarray, " d"]
-    moments: Moments
+    statistics: Moments | Samples
     weights: WeightsIdentity
 
 
@@ -60,14 +62,22 @@ def save(path: pathlib.Path, fitted: Fitted) -> None:
     Raises:
       UserError: see `check_destination`.
     """
+    with saving(path, fitted):
+        pass
+
+
+@contextlib.contextmanager
+def saving(path: pathlib.Path, fitted: Fitted) -> Iterator[None]:
+    """Writes a checkpoint beside `path`; the block's end puts it there, an error drops it.
+
+    The block may use the statistics up, and so need no second copy of them.
+
+    Raises:
+      UserError: see `check_destination`.
+    """
     check_destination(path)
     path, new, old = _places(path)
-    state = {
-        "count": np.asarray(fitted.moments.count),
-        "mean": np.asarray(fitted.moments.mean),
-        "m2": np.asarray(_pack(fitted.moments.m2)),
-        "index": fitted.index,
-    }
+    state = _pack(fitted)
     metadata: dict[str, Any] = {
         "format": _FORMAT,
         "version": padim_jax.__version__,
@@ -76,7 +86,14 @@ def save(path: pathlib.Path, fitted: Fitted) -> None:
     }
     metadata["sha256"] = _digest(state, metadata)
     # Orbax writes atomically, but deletes what it overwrites before it begins.
-    ocp.save(os.fspath(new), state, overwrite=True, custom_metadata=metadata)
+    with _uncompressed():
+        ocp.save(os.fspath(new), state, overwrite=True, custom_metadata=metadata)
+    del state  # views of the statistics, which could not be used up
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     if path.exists():
         path.rename(old)
         new.rename(path)
@@ -131,13 +148,7 @@ def load(path: str | os.PathLike[str]) -> Fitted:
         arrays: Any = ocp.load(os.fspath(folder), target)
         if _digest(arrays, metadata) != metadata["sha256"]:
             raise ValueError("its contents are not what was saved")
-        channels = arrays["mean"].shape[1]
-        moments = Moments(
-            count=jnp.asarray(arrays["count"]),
-            mean=jnp.asarray(arrays["mean"]),
-            m2=_unpack(jnp.asarray(arrays["m2"]), channels),
-        )
-        return Fitted(config, arrays["index"], moments, weights)
+        return Fitted(config, arrays["index"], _unpack(arrays), weights)
     except (KeyError, TypeError, ValueError, OSError, UserError) as error:
         # TensorStore appends its whole specification.
         reason = str(error).partition(" [tensorstore_spec")[0]
@@ -186,14 +197,53 @@ def _digest(state: dict[str, np.ndarray], metadata: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def _uncompressed() -> ocp.Context:
+    # Features' statistics shrink by 8 %, in twice the time to read and write them.
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    return context
+
+
+def _pack(fitted: Fitted) -> dict[str, np.ndarray]:
+    """A checkpoint's arrays by name; level numbers follow an underscore."""
+    statistics = fitted.statistics
+    state = {"index": fitted.index, "count": np.asarray(statistics.count)}
+    if isinstance(statistics, Samples):
+        return state | {f"values_{i}": np.asarray(x) for i, x in enumerate(statistics.values)}
+    for i, (mean, (own, *cross)) in enumerate(zip(statistics.mean, statistics.m2, strict=True)):
+        state[f"mean_{i}"] = np.asarray(mean)
+        state[f"m2_{i}_{i}"] = np.asarray(_lower_triangle(own))
+        for j, block in enumerate(cross, i + 1):
+            state[f"m2_{i}_{j}"] = np.asarray(block)
+    return state
+
+
+def _unpack(state: dict[str, np.ndarray]) -> Moments | Samples:
+    count = jnp.asarray(state["count"])
+    levels = range(sum(name.startswith(("mean", "values")) for name in state))
+    if "values_0" in state:
+        return Samples(count, tuple(jnp.asarray(state[f"values_{i}"]) for i in levels))
+    means = tuple(jnp.asarray(state[f"mean_{i}"]) for i in levels)
+    m2 = tuple(
+        tuple(
+            _symmetric(state[f"m2_{i}_{j}"], means[i].shape[-1])
+            if i == j
+            else jnp.asarray(state[f"m2_{i}_{j}"])
+            for j in levels[i:]
+        )
+        for i in levels
+    )
+    return Moments(count, means, m2)
+
+
 @jax.jit
-def _pack(m2: Float32[Array, "p d d"]) -> Float32[Array, "p k"]:
+def _lower_triangle(m2: Float32[Array, "r n d d"]) -> Float32[Array, "r n k"]:
     rows, columns = np.tril_indices(m2.shape[-1])
-    return m2[:, rows, columns]
+    return m2[:, :, rows, columns]
 
 
-def _unpack(packed: Float32[Array, "p k"], channels: int) -> Float32[Array, "p d d"]:
-    rows, columns = np.tril_indices(channels)
-    where = np.zeros((channels, channels), np.int32)
+def _symmetric(packed: Float32[np.ndarray, "r n k"], size: int) -> Float32[Array, "r n d d"]:
+    rows, columns = np.tril_indices(size)
+    where = np.zeros((size, size), np.int32)
     where[rows, columns] = where[columns, rows] = np.arange(len(rows))
-    return jnp.take(packed, where, axis=1)
+    return jnp.take(jnp.asarray(packed), where, axis=2)

@@ -7,6 +7,7 @@ preprocessing, backbone and embedding are the same everywhere.
 import dataclasses
 import functools
 import hashlib
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -17,20 +18,24 @@ import numpy as np
 from jaxtyping import Float32, Int, UInt8
 from PIL import Image
 
-from padim_jax import embedding, gaussian, input_pipeline, models, scoring
+from padim_jax import embedding, gaussian, input_pipeline, low_rank, models, scoring
 from padim_jax.config import Config, ImageConfig, MapConfig, ModelConfig
+from padim_jax.embedding import Pyramid
 from padim_jax.models import pretrained, resnet
 from padim_jax.types import (
     AnomalyMaps,
-    Embeddings,
     FeatureMap,
     Gaussian,
     Images,
+    Levels,
+    LowRank,
     Moments,
+    Samples,
     Scores,
     Valid,
 )
 
+Shape = tuple[int, int, int]  # regions, cells a region and channels of a level
 Variables = Mapping[str, Any]
 
 
@@ -50,7 +55,7 @@ class Detector:
     index: Int[np.ndarray, " d"]
     variables: Variables
     weights: pretrained.WeightsIdentity
-    gaussian: Gaussian
+    gaussian: Gaussian | LowRank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +80,8 @@ def fingerprint(detector: Detector) -> str:
     config = dataclasses.replace(detector.config.model, weights=detector.weights.sha256)
     described = repr((detector.config.image, config, detector.config.map))
     digest = hashlib.sha256(described.encode())
-    digest.update(np.asarray(detector.gaussian.mean).tobytes())
+    for mean in detector.gaussian.mean:
+        digest.update(np.asarray(mean).data)
     return digest.hexdigest()
 
 
@@ -93,6 +99,53 @@ def patch_grid(config: ImageConfig, layers: Sequence[str]) -> tuple[int, int]:
     return -(-height // stride), -(-width // stride)
 
 
+def pyramid(image: ImageConfig, model: ModelConfig, index: Sequence[int]) -> Pyramid:
+    """How the stages' grids of a configuration lie upon each other; see `embedding`."""
+    spec = models.BACKBONES[model.backbone]
+    grids = tuple(patch_grid(image, (layer,)) for layer in model.layers)
+    channels = tuple(models.stage_channels(spec, layer) for layer in model.layers)
+    return embedding.pyramid(grids, channels, tuple(index))
+
+
+def init(shapes: Sequence[Shape], images: int, form: str) -> Moments | Samples:
+    """Statistics of no image yet, in the form that suits the number of images.
+
+    Both forms are exact. Fitted, `Samples` take s values a channel and s^2 a patch for s
+    images, `Moments` every level's channels times its own and the coarser levels'; time
+    to fit and to score goes with these sizes, too.
+
+    Args:
+      shapes: `Pyramid.shapes`.
+      images: how many there are to fit.
+      form: "moments", "samples", or "auto" for the smaller.
+    """
+    form = choose_form(shapes, images, form)
+    return gaussian.init(shapes) if form == "moments" else low_rank.init(shapes, images)
+
+
+def choose_form(shapes: Sequence[Shape], images: int, form: str = "auto") -> str:
+    """The form that `init` takes: "moments" or "samples"."""
+    if form != "auto":
+        return form
+    return min(("moments", "samples"), key=lambda form: fitted_size(shapes, images, form))
+
+
+def fitted_size(shapes: Sequence[Shape], images: int, form: str) -> int:
+    """How many numbers a fitted model of a form takes, means aside; see `init`."""
+    cells = [regions * cells for regions, cells, _ in shapes]
+    channels = [channels for _, _, channels in shapes]
+    if form == "samples":
+        return images * sum(map(operator.mul, cells, channels)) + images**2 * cells[0]
+    return sum(n * d * sum(channels[i:]) for i, (n, d) in enumerate(zip(cells, channels)))
+
+
+def finalize(statistics: Moments | Samples, regularization: float) -> Gaussian | LowRank:
+    """The fitted Gaussians; the statistics are used up. See the forms' own functions."""
+    if isinstance(statistics, Moments):
+        return gaussian.finalize(statistics, regularization)
+    return low_rank.finalize(statistics, regularization)
+
+
 @functools.partial(jax.jit, static_argnames=("image", "model", "index"))
 def extract(
     variables: Variables,
@@ -101,22 +154,25 @@ def extract(
     image: ImageConfig,
     model: ModelConfig,
     index: tuple[int, ...],
-) -> Embeddings:
-    """uint8 images (b, h, w, 3) to embeddings (b, p, d), normalisation included."""
+) -> Levels:
+    """uint8 images (b, h, w, 3) to embeddings by level (r, n, d, b), normalisation included.
+
+    `embedding.concatenate` makes the paper's embeddings (b, p, d) of them.
+    """
     mean = np.asarray(image.mean, np.float32) * 255
     std = np.asarray(image.std, np.float32) * 255
     pixels = (images.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
     spec = models.BACKBONES[model.backbone]
     backbone = resnet.ResNet(spec, model.layers, model.precision)
     features = cast(tuple[FeatureMap, ...], backbone.apply(variables, pixels))
-    return embedding.embed(features, np.asarray(index))
+    return embedding.select(features, pyramid(image, model, index))
 
 
 @functools.partial(
-    jax.jit, static_argnames=("image", "model", "index"), donate_argnames=("moments",)
+    jax.jit, static_argnames=("image", "model", "index"), donate_argnames=("statistics",)
 )
 def fit_batch(
-    moments: Moments,
+    statistics: Moments | Samples,
     variables: Variables,
     images: Images,
     valid: Valid,
@@ -124,16 +180,18 @@ def fit_batch(
     image: ImageConfig,
     model: ModelConfig,
     index: tuple[int, ...],
-) -> Moments:
-    """Adds a batch of normal images to the moments (whose buffers are given up)."""
-    embeddings = extract(variables, images, image=image, model=model, index=index)
-    return gaussian.update(moments, embeddings, valid)
+) -> Moments | Samples:
+    """Adds a batch of normal images to the statistics (whose buffers are given up)."""
+    levels = extract(variables, images, image=image, model=model, index=index)
+    if isinstance(statistics, Moments):
+        return gaussian.update(statistics, levels, valid)
+    return low_rank.update(statistics, levels, valid)
 
 
 @functools.partial(jax.jit, static_argnames=("image", "model", "map_", "index"))
 def score_batch(
     variables: Variables,
-    fitted: Gaussian,
+    fitted: Gaussian | LowRank,
     images: Images,
     *,
     image: ImageConfig,
@@ -142,9 +200,9 @@ def score_batch(
     index: tuple[int, ...],
 ) -> tuple[AnomalyMaps, Scores]:
     """uint8 images (b, h, w, 3) to anomaly maps (b, h, w) and image scores (b,)."""
-    embeddings = extract(variables, images, image=image, model=model, index=index)
+    levels = extract(variables, images, image=image, model=model, index=index)
     maps = scoring.anomaly_maps(
-        scoring.mahalanobis(fitted, embeddings),
+        scoring.mahalanobis(fitted, levels, pyramid(image, model, index).patches),
         grid=patch_grid(image, model.layers),
         size=image.size,
         upsample=map_.upsample,

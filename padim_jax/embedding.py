@@ -1,17 +1,67 @@
-"""Feature maps of several depths -> one embedding per patch position.
+"""Feature maps of several depths -> embeddings, every stage on its own grid.
 
-PaDiM (arXiv 2011.08785), section III-A. Channels are selected before upsampling, so
-that only the kept ones are ever repeated or stored; the result is the same.
+PaDiM (arXiv 2011.08785), section III-A, repeats the deeper stages' features until they
+cover the finest grid: 16 patches share one layer-3 feature, which then enters 16
+covariances and 16 distances. Here nothing is repeated. A coarsest cell with all that
+lies above it is a *region*, and a stage's channels form a *level*: (r, n, d, b) for
+r regions, n cells a region, d selected channels and b images. `gaussian` and `scoring`
+work region by region, on matrices d x b; `embed` gives the paper's embedding.
+
+With two stages on grids of 2x2 and 1x1 there is one region with four cells and one:
+
+      finest level   0 1      cells 0 1 2 3 of region 0
+                     2 3
+    coarsest level    0       cell 0 of region 0
 """
 
+import dataclasses
+import functools
 import random
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
-from padim_jax.types import Embeddings, FeatureMap
+from padim_jax.types import Embeddings, FeatureMap, Levels
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Level:
+    """The selected channels of one stage.
+
+    Attributes:
+      stage: which one, of the stages in use.
+      channels: their numbers in the stage.
+      order: where the embedding has them.
+      source: of every cell, its position in the stage's feature map, row by row. Where
+        grids do not divide each other some cells are there twice, so that every region
+        has equally many.
+    """
+
+    stage: int
+    channels: Int[np.ndarray, " d"]
+    order: Int[np.ndarray, " d"]
+    source: Int[np.ndarray, "r n"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pyramid:
+    """How the stages' grids lie upon each other.
+
+    Attributes:
+      levels: of the stages with selected channels, the finest first. The cells of a
+        level lie together that share a cell of the next coarser one.
+      patches: of every patch, row by row, its cell among all of the finest level's.
+    """
+
+    levels: tuple[Level, ...]
+    patches: Int[np.ndarray, " p"]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """(r, n, d) of every level: regions, cells a region, own channels."""
+        return tuple((*level.source.shape, len(level.channels)) for level in self.levels)
 
 
 def channel_index(total: int, channels: int, seed: int) -> Int[np.ndarray, " d"]:
@@ -31,8 +81,67 @@ def channel_index(total: int, channels: int, seed: int) -> Int[np.ndarray, " d"]
     return np.array(random.Random(seed).sample(range(total), channels), np.int64)
 
 
+@functools.cache
+def pyramid(
+    grids: tuple[tuple[int, int], ...], channels: tuple[int, ...], index: tuple[int, ...]
+) -> Pyramid:
+    """Lays the stages' grids upon each other.
+
+    Args:
+      grids: height and width of every stage's feature map, the finest first.
+      channels: of every stage.
+      index: the channels to keep, numbers into the stages' concatenated channels.
+    """
+    kept = np.asarray(index)
+    offsets = np.cumsum([0, *channels])
+    stages = [i for i in range(len(grids)) if np.any(_within(kept, offsets, i))]
+    # From the coarsest level, whose cells are the regions, to the finest.
+    patches, cells, sources = np.zeros(grids[0][0] * grids[0][1], int), 1, {}
+    for i in reversed(stages):
+        # Distinct pairs of a coarser cell and a position above it, sorted.
+        size = grids[i][0] * grids[i][1]
+        pairs, of_patch = np.unique(
+            patches * size + _nearest(grids[0], grids[i]), return_inverse=True
+        )
+        cell, position = np.divmod(pairs, size)
+        starts = np.searchsorted(cell, cell)  # of equal cells, the first pair
+        rank = np.arange(len(cell)) - starts
+        fan = rank.max() + 1
+        source = np.zeros((cells, fan), int)
+        source[cell] = position[starts][:, None]
+        source[cell, rank] = position
+        patches, cells = (cell * fan + rank)[of_patch], cells * fan
+        sources[i] = source.reshape(-1)
+    regions = len(sources[stages[-1]])
+    levels = []
+    for i in stages:
+        (order,) = np.nonzero(_within(kept, offsets, i))
+        source = sources[i].reshape(regions, -1)
+        levels.append(Level(i, kept[order] - offsets[i], order, source))
+    return Pyramid(tuple(levels), patches)
+
+
+def select(features: Sequence[FeatureMap], pyramid: Pyramid) -> Levels:
+    """Picks the kept channels of every stage, on its own grid.
+
+    Args:
+      features: feature maps (b, h_i, w_i, c_i) of the stages, the finest first.
+      pyramid: of their grids; static under jit.
+
+    Returns:
+      One array (r, n, d, b) a level, float32.
+    """
+    found = []
+    for level in pyramid.levels:
+        stage = features[level.stage][..., level.channels].astype(jnp.float32)
+        cells = stage.reshape(len(stage), -1, len(level.channels))
+        chosen = jnp.take(cells, level.source.reshape(-1), axis=1)
+        found.append(jnp.moveaxis(chosen, 0, -1).reshape(*level.source.shape, -1, len(stage)))
+    return tuple(found)
+
+
 def embed(features: Sequence[FeatureMap], index: Int[np.ndarray, " d"]) -> Embeddings:
-    """Concatenates the selected channels of all stages on the first stage's grid.
+    """The paper's embedding: the kept channels of all stages on the finest stage's grid.
 
     Deeper stages are brought to that grid by nearest upsampling, as
     `torch.nn.functional.interpolate(mode="nearest")` does.
@@ -44,28 +153,31 @@ def embed(features: Sequence[FeatureMap], index: Int[np.ndarray, " d"]) -> Embed
     Returns:
       Embeddings (b, p, d), float32; p runs over the first stage's grid row by row.
     """
-    batch, height, width, _ = features[0].shape
-    parts, positions, offset = [], [], 0
-    for stage in features:
-        channels = stage.shape[-1]
-        (chosen,) = np.nonzero((index >= offset) & (index < offset + channels))
-        if len(chosen):
-            selected = stage[..., index[chosen] - offset].astype(jnp.float32)
-            parts.append(_upsample_nearest(selected, height, width))
-            positions.append(chosen)
-        offset += channels
-    # Stages hold their channels side by side; the embedding keeps the drawn order.
-    order = np.argsort(np.concatenate(positions))
-    embedding = jnp.concatenate(parts, axis=-1)[..., order]
-    return embedding.reshape(batch, height * width, len(index))
+    grids = tuple((x.shape[1], x.shape[2]) for x in features)
+    found = pyramid(grids, tuple(x.shape[3] for x in features), tuple(index.tolist()))
+    return concatenate(select(features, found), found)
 
 
-def _upsample_nearest(
-    x: Float[Array, "b h w c"], height: int, width: int
-) -> Float[Array, "b height width c"]:
-    for axis, size in ((1, height), (2, width)):
-        if x.shape[axis] != size:
-            # In float32, as PyTorch: a whole number may round to the cell before it.
-            source = np.arange(size, dtype=np.float32) * np.float32(x.shape[axis] / size)
-            x = jnp.take(x, source.astype(np.int32), axis=axis)
-    return x
+def concatenate(levels: Levels, pyramid: Pyramid) -> Embeddings:
+    """The embeddings (b, p, d) whose parts the levels are."""
+    finest = levels[0].shape[1]
+    parts = [jnp.repeat(level, finest // level.shape[1], axis=1) for level in levels]
+    embedding = jnp.concatenate(parts, axis=2)
+    embedding = embedding.reshape(-1, *embedding.shape[2:])[pyramid.patches]
+    # Levels hold their channels side by side; the embedding keeps the drawn order.
+    order = np.argsort(np.concatenate([level.order for level in pyramid.levels]))
+    return jnp.transpose(embedding[:, order], (2, 0, 1))
+
+
+def _within(index: np.ndarray, offsets: np.ndarray, stage: int) -> np.ndarray:
+    return (index >= offsets[stage]) & (index < offsets[stage + 1])
+
+
+def _nearest(fine: tuple[int, int], coarse: tuple[int, int]) -> Int[np.ndarray, " p"]:
+    """Of every cell of the fine grid the coarse one that nearest upsampling puts there."""
+    # In float32, as PyTorch: a whole number may round to the cell before it.
+    rows, columns = (
+        (np.arange(n, dtype=np.float32) * np.float32(m / n)).astype(int)
+        for n, m in zip(fine, coarse, strict=True)
+    )
+    return (rows[:, None] * coarse[1] + columns).reshape(-1)

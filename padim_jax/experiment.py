@@ -1,5 +1,6 @@
 """Train, evaluate, predict: where the stages meet, and where all side effects start."""
 
+import dataclasses
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -11,9 +12,12 @@ import tqdm
 
 from padim_jax import (
     checkpoint,
+    compilation_cache,
     figures,
-    gaussian,
+    image_cache,
     input_pipeline,
+    memory,
+    model_file,
     predictions,
     results,
 )
@@ -25,6 +29,7 @@ from padim_jax.detector import Detector
 from padim_jax.errors import UserError
 from padim_jax.input_pipeline import FolderSource, Source
 from padim_jax.models import pretrained
+from padim_jax.types import Moments
 
 
 def run(
@@ -34,22 +39,24 @@ def run(
     checkpoint_path: pathlib.Path,
     pattern: str | None = None,
     weights: str | None = None,
+    half: bool = False,
 ) -> None:
     """Does what the command line asks for.
 
     Args:
-      mode: "train_and_eval", "train", "eval" or "predict".
-      config: None, for eval and predict, takes the checkpoint's.
+      mode: "train_and_eval", "train", "eval", "predict" or "export".
+      config: None, for all but training, takes the model's.
       workdir: folder of the results.
       checkpoint_path: where the fitted model is or goes.
       pattern: for predict: an image file, a folder or a glob.
-      weights: for eval and predict: where the backbone's weights are now; see `load`.
+      weights: for all but training: where the backbone's weights are now; see `load`.
+      half: for export: see there.
 
     Raises:
       UserError: something to mend in the settings or the files, or too little memory.
     """
     try:
-        _run(mode, config, workdir, checkpoint_path, pattern, weights)
+        _run(mode, config, workdir, checkpoint_path, pattern, weights, half)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -67,6 +74,7 @@ def _run(
     checkpoint_path: pathlib.Path,
     pattern: str | None,
     weights: str | None,
+    half: bool,
 ) -> None:
     if mode in ("train", "train_and_eval"):
         assert config is not None
@@ -75,21 +83,31 @@ def _run(
             _require_test_images(config, dataset["test"])
             _make_folder(workdir)
             _require_own_results(workdir)
-        detector = train(config, dataset["train"], checkpoint_path)
-        if mode == "train_and_eval":
-            evaluate(config, detector, dataset["test"], workdir)
-    elif mode == "eval":
-        detector = load(checkpoint_path, config, weights)
+        with compilation_cache.enabled(config.cache):
+            detector = train(config, dataset["train"], checkpoint_path)
+            if mode == "train_and_eval":
+                evaluate(config, detector, dataset["test"], workdir)
+        return
+    source = FolderSource(predictions.find(pattern)) if pattern is not None else None
+    if mode == "export" and checkpoint_path.is_file():  # which may be rounded already
+        raise UserError(
+            f"{checkpoint_path}: --mode=export makes a model file of a checkpoint, and this is "
+            "none; name the checkpoint's folder with --checkpoint"
+        )
+    detector = load(checkpoint_path, config, weights)
+    with compilation_cache.enabled(detector.config.cache):
+        if mode == "export":
+            test = open_dataset(detector.config)["test"] if half else None
+            export(detector, workdir / f"model{model_file.SUFFIX}", half, test)
+            return
         print(f"weights: {detector.weights.origin}")
-        dataset = open_dataset(detector.config)
-        evaluate(detector.config, detector, dataset["test"], workdir)
-    else:
-        assert mode == "predict"
-        assert pattern is not None
-        source = FolderSource(predictions.find(pattern))
-        detector = load(checkpoint_path, config, weights)
-        print(f"weights: {detector.weights.origin}")
-        predict(detector, source, workdir)
+        if mode == "eval":
+            dataset = open_dataset(detector.config)
+            evaluate(detector.config, detector, dataset["test"], workdir)
+        else:
+            assert mode == "predict"
+            assert source is not None
+            predict(detector, source, workdir)
 
 
 def open_dataset(config: Config) -> dict[str, Source]:
@@ -145,30 +163,39 @@ def train(config: Config, source: Source, checkpoint_path: pathlib.Path) -> Dete
     # Now, rather than after hours of fitting.
     _make_folder(checkpoint_path.parent)
     checkpoint.check_destination(checkpoint_path)
+    memory.require(config, len(source.records))
     index = detector_lib.channel_index(config.model)
     variables, weights = pretrained.load(
         config.model.weights, config.model.backbone, config.model.layers
     )
     print(f"weights: {weights.origin}")
     variables = jax.device_put(variables)
-    height, width = detector_lib.patch_grid(config.image, config.model.layers)
-    moments = gaussian.init(height * width, len(index))
-    for batch in _progress(source, config, "fit"):
-        moments = detector_lib.fit_batch(
-            moments,
+    shapes = detector_lib.pyramid(config.image, config.model, index.tolist()).shapes
+    statistics = detector_lib.init(shapes, len(source.records), config.model.statistics)
+    cache = image_cache.open_cache(config.cache)
+    for batch in _progress(source, config, "fit", cache):
+        images, valid = jnp.asarray(batch.images), jnp.asarray(batch.valid)
+        # Computation is asynchronous: unawaited, batches would pile up before it.
+        statistics = detector_lib.fit_batch(
+            jax.block_until_ready(statistics),
             variables,
-            jnp.asarray(batch.images),
-            jnp.asarray(batch.valid),
+            images,
+            valid,
             image=config.image,
             model=config.model,
             index=tuple(index.tolist()),
         )
-    fitted = checkpoint.Fitted(config_lib.with_absolute_paths(config), index, moments, weights)
-    detector = _detector(fitted, config, variables)
-    checkpoint.save(checkpoint_path, fitted)
+    fitted = checkpoint.Fitted(
+        config_lib.with_absolute_paths(config), index, statistics, weights
+    )
+    count = int(statistics.count)
+    with checkpoint.saving(checkpoint_path, fitted):
+        detector = _detector(fitted, config, variables)
+    height, width = detector_lib.patch_grid(config.image, config.model.layers)
+    form = "moments" if isinstance(statistics, Moments) else "samples"
     print(
-        f"fitted {int(moments.count)} images, {height}x{width} patches of {len(index)} "
-        f"channels -> {checkpoint_path}"
+        f"fitted {count} images, {height}x{width} patches of {len(index)} channels "
+        f"({form}) -> {checkpoint_path}"
     )
     return detector
 
@@ -179,18 +206,19 @@ def load(
     """Loads a fitted detector.
 
     Args:
-      path: the checkpoint's folder.
-      config: None takes the checkpoint's configuration. Otherwise dataset, batch size,
-        map, outputs and the place of the weights come from here; what the statistics
-        depend on must be as in the checkpoint.
+      path: a checkpoint's folder, or a model file (see `export`).
+      config: None takes the model's own. Otherwise dataset, batch size, map, outputs and
+        the place of the weights come from here; what the statistics depend on must be as
+        the model was fitted with.
       weights: where the backbone's weights are now, if not where the configuration
         says; a path or name as in `config.model.weights`.
 
     Raises:
-      UserError: no checkpoint, or one fitted with another backbone, weights file,
+      UserError: no model, or one fitted with another backbone, weights file,
         preprocessing or channel choice than the configuration asks for.
     """
-    fitted = checkpoint.load(path)
+    path = pathlib.Path(path)
+    fitted = model_file.load(path) if path.is_file() else checkpoint.load(path)
     if config is None:
         config = fitted.config
     _require_same(path, fitted.config, config)
@@ -202,16 +230,58 @@ def load(
         variables, found = pretrained.load(place, config.model.backbone, config.model.layers)
     except UserError as error:
         raise UserError(
-            f"{error} (The checkpoint {path} was fitted with {wanted}; --weights names "
-            "where that file is now)"
+            f"{error} (The model {path} was fitted with {wanted}; --weights names where "
+            "that file is now)"
         ) from error
     if found.sha256 != fitted.weights.sha256:
         raise UserError(
             f"weights {place}: other weights ({found.origin}, sha256 {found.sha256[:12]}...) "
-            f"than the checkpoint {path} was fitted with ({wanted}). Name that file with "
+            f"than the model {path} was fitted with ({wanted}). Name that file with "
             "--weights, or fit again"
         )
     return _detector(fitted, config, jax.device_put(variables))
+
+
+def export(
+    detector: Detector, path: pathlib.Path, half: bool = False, test: Source | None = None
+) -> None:
+    """Writes a model file: for scoring alone, loaded without factorising.
+
+    Args:
+      detector: fitted.
+      path: the file; an earlier one is replaced.
+      half: keep the factorisation in float16. What this changes is measured on the test
+        set, printed, and stored in the file.
+      test: normal and anomalous images, needed for `half`.
+
+    Raises:
+      UserError: the file cannot be written, or `half` without test images.
+    """
+    comparison = None
+    if half:
+        if test is None or not test.records:
+            raise UserError(
+                "--half: no test images; what the rounding changes is measured on them "
+                "(folder layout: val/good and val/bad)"
+            )
+        exact = _score(detector, test)
+        try:
+            detector = dataclasses.replace(
+                detector, gaussian=model_file.rounded(detector.gaussian)
+            )
+        except ValueError as error:
+            raise UserError(f"--half: {error}; export without --half") from error
+        comparison = results.compare(exact, _score(detector, test))
+        print(f"\n{results.comparison_table(comparison)}\n")
+    _make_folder(path.parent)
+    config = config_lib.with_absolute_paths(detector.config)
+    model_file.save(
+        path,
+        model_file.Model(
+            config, detector.index, detector.gaussian, detector.weights, half, comparison
+        ),
+    )
+    print(f"model file, {path.stat().st_size / 1e6:.0f} MB -> {path}")
 
 
 def evaluate(config: Config, detector: Detector, source: Source, workdir: pathlib.Path) -> dict:
@@ -229,17 +299,10 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: pathli
     Raises:
       UserError: no test images, or an unreadable one.
     """
-    records = source.records
     _require_test_images(config, source)
     _make_folder(workdir)
     _require_own_results(workdir)
-    maps, scores, masks = [], [], []
-    for batch in _progress(source, config, "evaluate"):
-        found = detector_lib.score_pixels(detector, batch.images)
-        maps.append(found.maps[batch.valid])
-        scores.append(found.scores[batch.valid])
-        masks += batch.masks
-    scored = results.Scored(records, masks, np.concatenate(maps), np.concatenate(scores))
+    scored = _score(detector, source)
     measured = results.measure(scored)
     scale = figures.color_scale(scored.maps, scored.labels.astype(int))
     measured["color_scale"] = [scale.low, scale.high]
@@ -250,7 +313,9 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: pathli
         config,
         scored,
         measured,
-        lambda index: input_pipeline.load_image(source, config.image, index),
+        lambda index: input_pipeline.load_image(
+            source, config.image, index, image_cache.open_cache(config.cache)
+        ),
     )
     print(f"\n{results.table(config, measured)}\n\nresults: {workdir}")
     return measured
@@ -293,7 +358,8 @@ def predict(detector: Detector, source: Source, workdir: pathlib.Path) -> None:
     _make_folder(growing)
     suffix = "npy" if config.outputs.maps == "npy" else "tiff"
     with predictions.Writer(growing, config.image, suffix, calibration) as writer:
-        for batch in _progress(source, config, "predict"):
+        # Not cached: images that are seen once would push out those that are seen again.
+        for batch in _progress(source, config, "predict", cache=None):
             found = detector_lib.score_pixels(detector, batch.images)
             valid = batch.valid
             writer.add(batch.records, batch.sizes, found.maps[valid], found.scores[valid])
@@ -327,6 +393,18 @@ def _require_own(folder: pathlib.Path, sign: pathlib.Path) -> None:
         )
 
 
+def _score(detector: Detector, source: Source) -> results.Scored:
+    config = detector.config
+    cache = image_cache.open_cache(config.cache)
+    maps, scores, masks = [], [], []
+    for batch in _progress(source, config, "evaluate", cache):
+        found = detector_lib.score_pixels(detector, batch.images)
+        maps.append(found.maps[batch.valid])
+        scores.append(found.scores[batch.valid])
+        masks += batch.masks
+    return results.Scored(source.records, masks, np.concatenate(maps), np.concatenate(scores))
+
+
 # What the statistics depend on; the weights are compared by their content.
 _FITTED = (
     ("image", ("resize", "method", "crop", "mean", "std")),
@@ -341,15 +419,19 @@ def _require_same(path: str | pathlib.Path, fitted: Config, wanted: Config) -> N
             theirs = getattr(getattr(fitted, group), field)
             if ours != theirs:
                 raise UserError(
-                    f"config.{group}.{field}={ours}: the checkpoint {path} was fitted with "
+                    f"config.{group}.{field}={ours}: the model {path} was fitted with "
                     f"{theirs}. Ask for that, fit again, or leave out --config to take the "
-                    "checkpoint's configuration"
+                    "model's configuration"
                 )
 
 
-def _detector(fitted: checkpoint.Fitted, config: Config, variables: dict) -> Detector:
+def _detector(
+    fitted: checkpoint.Fitted | model_file.Model, config: Config, variables: dict
+) -> Detector:
+    if isinstance(fitted, model_file.Model):
+        return Detector(config, fitted.index, variables, fitted.weights, fitted.fitted)
     try:
-        ready = gaussian.finalize(fitted.moments, fitted.config.model.regularization)
+        ready = detector_lib.finalize(fitted.statistics, fitted.config.model.regularization)
     except ValueError as error:
         raise UserError(f"config.model.regularization: {error}") from error
     return Detector(config, fitted.index, variables, fitted.weights, ready)
@@ -364,11 +446,13 @@ def _require_test_images(config: Config, source: Source) -> None:
         )
 
 
-def _progress(source: Source, config: Config, what: str) -> Iterator[input_pipeline.Batch]:
+def _progress(
+    source: Source, config: Config, what: str, cache: image_cache.ImageCache | None
+) -> Iterator[input_pipeline.Batch]:
     """The batches of a source with a progress bar, which is quiet in logs."""
     with tqdm.tqdm(total=len(source.records), desc=what, unit="img", disable=None) as bar:
         # A few images need not be padded to a whole batch.
         size = min(config.batch_size, len(source.records))
-        for batch in input_pipeline.batches(source, config.image, size):
+        for batch in input_pipeline.batches(source, config.image, size, cache):
             yield batch
             bar.update(len(batch.records))

@@ -38,6 +38,9 @@ _TRUTH = (40, 230, 90)  # much lighter than the red, to differ by more than hue
 _BLUE, _VERMILION = "#0072b2", "#d55e00"
 _CURVES = (_BLUE, _VERMILION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
+# Of PNG: beyond it files take longer but get hardly smaller.
+_COMPRESS_LEVEL = 1
+
 
 @dataclasses.dataclass(frozen=True)
 class ColorScale:
@@ -370,9 +373,9 @@ def save(image: Image.Image, path: str | os.PathLike[str]) -> None:
       ValueError: the suffix names no image format.
       OSError: the file cannot be written.
     """
-    # JPEG at full colour resolution, for the outlines' sake; PNG at the level beyond
-    # which files take longer but get hardly smaller. Each format ignores the other's.
-    image.save(path, quality=90, subsampling=0, compress_level=1)
+    # JPEG at full colour resolution, for the outlines' sake. Each format ignores the
+    # other's settings.
+    image.save(path, quality=90, subsampling=0, compress_level=_COMPRESS_LEVEL)
 
 
 def roc_figure(
@@ -403,7 +406,7 @@ def roc_figure(
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(path, format="png")
+    _save_diagram(figure, path)
 
 
 def score_histogram(
@@ -437,7 +440,11 @@ def score_histogram(
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend()
-    figure.savefig(path, format="png")
+    _save_diagram(figure, path)
+
+
+def _save_diagram(figure, path: str | os.PathLike[str]) -> None:
+    figure.savefig(path, format="png", pil_kwargs={"compress_level": _COMPRESS_LEVEL})
 
 
 def _figure(width: float, height: float):

@@ -5,10 +5,15 @@ and combined by the pairwise formulas of Chan, Golub and LeVeque (1983), which d
 cancel as E[x x^T] - E[x] E[x]^T does. Any split of the images into batches or models
 gives the same moments up to float rounding.
 
-Functions are written for one patch and mapped over patches with `vmap`.
+Patches of a region share their coarse levels' features (see `embedding`), and so the
+blocks of their covariances that belong to these. Every such block is computed, stored
+and factorised once: 4,096 patches of 550 channels of a wide_resnet50_2 have 1.2e9
+covariances, of which 2.8e8 differ. Functions are written for one region and mapped over
+regions with `vmap`.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,31 +21,41 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from padim_jax.types import Embeddings, Gaussian, Moments, Valid
+from padim_jax.types import Gaussian, LevelMatrices, Levels, Moments, Valid
 
-_Sums = tuple[Float32[Array, "p d"], Float32[Array, "p d d"]]
+_Means = tuple[Float32[Array, "_n _d"], ...]  # of one region
+_Matrices = tuple[tuple[Float32[Array, "_n _d _e"], ...], ...]
+_Rows = tuple[Float32[Array, "_n _d b"], ...]
 
-_LARGEST_BLOCK = 256  # patches that are computed together
+_LARGEST_BLOCK = 256  # cells of the finest level that are computed together
 
 # float32 products, also on GPUs, where the default would be TF32's 10-bit mantissa.
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
-def init(patches: int, channels: int) -> Moments:
-    """Moments of no image at all: `patches` Gaussians of `channels` dimensions."""
+def init(shapes: Sequence[tuple[int, int, int]]) -> Moments:
+    """Moments of no image at all.
+
+    Args:
+      shapes: (r, n, d) of every level, the finest first, as `embedding.Pyramid.shapes`.
+    """
+    channels = [d for _, _, d in shapes]
     return Moments(
         count=jnp.zeros((), jnp.int32),
-        mean=jnp.zeros((patches, channels), jnp.float32),
-        m2=jnp.zeros((patches, channels, channels), jnp.float32),
+        mean=tuple(jnp.zeros(shape, jnp.float32) for shape in shapes),
+        m2=tuple(
+            tuple(jnp.zeros((*shape, e), jnp.float32) for e in channels[i:])
+            for i, shape in enumerate(shapes)
+        ),
     )
 
 
-def update(moments: Moments, embeddings: Embeddings, valid: Valid) -> Moments:
+def update(moments: Moments, levels: Levels, valid: Valid) -> Moments:
     """Adds a batch of images.
 
     Args:
       moments: what was seen before.
-      embeddings: (b, p, d) float32.
+      levels: the images' embeddings, (r, n, d, b) float32 each.
       valid: (b,); False marks padding, which counts nothing.
 
     Returns:
@@ -50,33 +65,31 @@ def update(moments: Moments, embeddings: Embeddings, valid: Valid) -> Moments:
     count = moments.count + added
     weight = added / jnp.maximum(count, 1).astype(jnp.float32)
     scale = moments.count * weight
-    patches = len(moments.mean)
-    block = _block(patches)
-    update_block = jax.vmap(_update_patch, in_axes=(0, 0, 1, None, None, None))
+    block = _block(moments.mean[0])
+    update_block = jax.vmap(_update_region, in_axes=(0, 0, 0, None, None, None))
 
     # Block by block and in place: beside the moments only one block is in memory.
-    def step(i: Int32[Array, ""], state: _Sums) -> _Sums:
-        mean, m2 = (lax.dynamic_slice_in_dim(part, i * block, block) for part in state)
-        x = lax.dynamic_slice_in_dim(embeddings, i * block, block, axis=1)
-        mean, m2 = update_block(mean, m2, x, valid, weight, scale)
-        return (
-            lax.dynamic_update_slice_in_dim(state[0], mean, i * block, axis=0),
-            lax.dynamic_update_slice_in_dim(state[1], m2, i * block, axis=0),
-        )
+    def step(i: Int32[Array, ""], state: tuple) -> tuple:
+        mean, m2, x = jax.tree.map(lambda x: _slice(x, i, block), (*state, levels))
+        changed = update_block(mean, m2, x, valid, weight, scale)
+        return jax.tree.map(lambda x, y: _put(x, y, i, block), state, changed)
 
-    mean, m2 = lax.fori_loop(0, patches // block, step, (moments.mean, moments.m2))
+    blocks = len(moments.mean[0]) // block
+    mean, m2 = lax.fori_loop(0, blocks, step, (moments.mean, moments.m2))
     return Moments(count, mean, m2)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of two disjoint sets of images together (Chan et al., eq. 2.1)."""
     count = a.count + b.count
-    total = jnp.maximum(count, 1).astype(jnp.float32)
-    weight = b.count / total
-    mean, m2 = jax.vmap(_merge_patch, in_axes=(0, 0, 0, 0, None, None))(
-        a.mean, a.m2, b.mean, b.m2, weight, a.count * weight
+    weight = b.count / jnp.maximum(count, 1).astype(jnp.float32)
+    delta = jax.tree.map(lambda x, y: y - x, a.mean, b.mean)
+    outer = jax.vmap(lambda d: _products(tuple(x[..., None] for x in d)))(delta)
+    return Moments(
+        count,
+        jax.tree.map(lambda x, d: x + weight * d, a.mean, delta),
+        jax.tree.map(lambda x, y, o: x + y + a.count * weight * o, a.m2, b.m2, outer),
     )
-    return Moments(count, mean, m2)
 
 
 def finalize(moments: Moments, regularization: float) -> Gaussian:
@@ -86,91 +99,142 @@ def finalize(moments: Moments, regularization: float) -> Gaussian:
     diagonal, as in the paper and in `numpy.cov`.
 
     Args:
-      moments: of at least two images.
+      moments: of at least two images. They are used up: their memory becomes the
+        result's.
       regularization: epsilon, above 0.
 
     Returns:
-      Means and the inverses of the covariances' Cholesky factors.
+      Means and Cholesky factors.
 
     Raises:
       ValueError: fewer than two images, or moments that are not finite or a covariance
-        that is not positive definite in float32 (the patch is named).
+        that is not positive definite in float32 (the region is named).
     """
     if int(moments.count) < 2:
         raise ValueError(
             f"a covariance needs at least 2 images, the moments hold {int(moments.count)}"
         )
-    gaussian, finite, definite = _factorise(moments, jnp.asarray(regularization, jnp.float32))
+    factor, finite, definite = _factorise(moments.m2, moments.count, regularization)
     if not np.all(finite):
         raise ValueError(
-            f"the moments of patch {int(np.argmin(finite))} are not finite: the backbone's "
-            "features overflow or its weights are broken"
+            f"the moments of region {int(np.argmin(finite))} of {len(finite)} are not finite: "
+            "the backbone's features overflow or its weights are broken"
         )
     if not np.all(definite):
-        patch = int(np.argmin(definite))
         raise ValueError(
-            f"the covariance of patch {patch} is not positive definite in float32; "
-            f"raise the regularization ({regularization})"
+            f"the covariance of region {int(np.argmin(definite))} of {len(definite)} is not "
+            f"positive definite in float32; raise the regularization ({regularization})"
         )
-    return gaussian
+    return Gaussian(moments.mean, factor)
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnames="m2")
 def _factorise(
-    moments: Moments, regularization: Float[Array, ""]
-) -> tuple[Gaussian, Bool[Array, " p"], Bool[Array, " p"]]:
-    # Mapped with vmap a block at a time: beside the result one block is in memory.
-    whitening = lax.map(
-        lambda m2: _patch_whitening(m2, moments.count, regularization),
-        moments.m2,
-        batch_size=_block(len(moments.m2)),
-    )
-    # Of their own: an infinite variance gives a finite factor, its channel never counts.
-    finite = jnp.all(jnp.isfinite(moments.m2), axis=(1, 2))
-    definite = jnp.all(jnp.isfinite(whitening), axis=(1, 2))
-    return Gaussian(moments.mean, whitening), finite, definite
+    m2: LevelMatrices, count: Int32[Array, ""], regularization: Float[Array, ""] | float
+) -> tuple[LevelMatrices, Bool[Array, " r"], Bool[Array, " r"]]:
+    regions, block = len(m2[0][0]), _block(m2[0][0])
+    factorise = jax.vmap(_factorise_region, in_axes=(0, None, None))
+
+    # In the moments' place: beside the result one block is in memory.
+    def step(i: Int32[Array, ""], state: tuple) -> tuple:
+        # Read once, behind the barrier: XLA would copy all of what it reads again and again.
+        m2 = jax.tree.map(lambda x: _slice(x, i, block), state[0])
+        m2 = lax.optimization_barrier(m2)
+        factor = factorise(m2, count, regularization)
+        # Of their own: an infinite variance gives a finite factor, its channel never counts.
+        changed = (factor, _all_finite(m2), _all_finite(factor))
+        return jax.tree.map(lambda x, y: _put(x, y, i, block), state, changed)
+
+    flags = jnp.ones(regions, bool)
+    return lax.fori_loop(0, regions // block, step, (m2, flags, flags))
 
 
-def _block(patches: int) -> int:
-    """The largest admissible block that divides `patches`: a remainder costs a copy."""
-    return max(n for n in range(1, _LARGEST_BLOCK + 1) if patches % n == 0)
+def _block(finest: Float32[Array, "r n *d"]) -> int:
+    """Regions of a block: the most admissible that divide all; a remainder costs a copy."""
+    regions, cells = finest.shape[:2]
+    most = max(1, _LARGEST_BLOCK // cells)
+    return max(n for n in range(1, most + 1) if regions % n == 0)
 
 
-def _update_patch(
-    mean: Float32[Array, " d"],
-    m2: Float32[Array, "d d"],
-    x: Float32[Array, "b d"],
+def _slice(x: Array, i: Int32[Array, ""], block: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, i * block, block)
+
+
+def _put(x: Array, part: Array, i: Int32[Array, ""], block: int) -> Array:
+    return lax.dynamic_update_slice_in_dim(x, part, i * block, 0)
+
+
+def _all_finite(matrices: LevelMatrices) -> Bool[Array, " r"]:
+    each = [jnp.all(jnp.isfinite(x), axis=(1, 2, 3)) for x in jax.tree.leaves(matrices)]
+    return jnp.all(jnp.stack(each), axis=0)
+
+
+def _update_region(
+    mean: _Means,
+    m2: _Matrices,
+    x: _Rows,
     valid: Valid,
     weight: Float32[Array, ""],
     scale: Float32[Array, ""],
-) -> tuple[Float32[Array, " d"], Float32[Array, "d d"]]:
-    # weight = n_b / n, scale = n_a n_b / n, as in `_merge_patch`, whose outer product
-    # here is one more row of the batch's.
-    counts = valid.astype(jnp.float32)[:, None]
-    batch_mean = jnp.sum(counts * x, axis=0) / jnp.maximum(jnp.sum(counts), 1)
-    delta = batch_mean - mean
-    centred = counts * (x - batch_mean[None])
-    rows = jnp.concatenate([centred, jnp.sqrt(scale) * delta[None]])
-    return mean + weight * delta, m2 + _matmul(rows.T, rows)
+) -> tuple[_Means, _Matrices]:
+    # weight = n_b / n, scale = n_a n_b / n, as in `merge`, whose outer product here is
+    # one more image of the batch.
+    counts = valid.astype(jnp.float32)[None, None]
+    total = jnp.maximum(jnp.sum(counts), 1)
+    batch_mean = tuple(jnp.sum(counts * level, axis=-1) / total for level in x)
+    delta = tuple(new - old for new, old in zip(batch_mean, mean, strict=True))
+    rows = tuple(
+        jnp.concatenate([counts * (level - new[..., None]), jnp.sqrt(scale) * d[..., None]], -1)
+        for level, new, d in zip(x, batch_mean, delta, strict=True)
+    )
+    return (
+        tuple(old + weight * d for old, d in zip(mean, delta, strict=True)),
+        jax.tree.map(jnp.add, m2, _products(rows)),
+    )
 
 
-def _merge_patch(
-    mean_a: Float32[Array, " d"],
-    m2_a: Float32[Array, "d d"],
-    mean_b: Float32[Array, " d"],
-    m2_b: Float32[Array, "d d"],
-    weight: Float32[Array, ""],
-    scale: Float32[Array, ""],
-) -> tuple[Float32[Array, " d"], Float32[Array, "d d"]]:
-    # weight = n_b / n, scale = n_a n_b / n.
-    delta = mean_b - mean_a
-    return mean_a + weight * delta, m2_a + m2_b + scale * jnp.outer(delta, delta)
+def _products(rows: _Rows) -> _Matrices:
+    """Sums over images of the products of every level with itself and the coarser ones."""
+    return tuple(
+        tuple(
+            _matmul(_group(level, len(coarse)), coarse.swapaxes(-1, -2)).reshape(
+                *level.shape[:2], -1
+            )
+            for coarse in rows[i:]
+        )
+        for i, level in enumerate(rows)
+    )
 
 
-def _patch_whitening(
-    m2: Float32[Array, "d d"], count: Int32[Array, ""], regularization: Float[Array, ""]
-) -> Float32[Array, "d d"]:
-    identity = jnp.eye(len(m2), dtype=jnp.float32)
-    covariance = m2 / (count - 1).astype(jnp.float32) + regularization * identity
-    factor = lax.linalg.cholesky(covariance, symmetrize_input=False)
-    return lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+def _group(x: Float32[Array, "n _d _e"], cells: int) -> Float32[Array, "_m _nd _e"]:
+    """Stacks the rows of all cells above one coarser cell: one product for them all."""
+    return x.reshape(cells, -1, x.shape[-1])
+
+
+def _factorise_region(
+    m2: _Matrices, count: Int32[Array, ""], regularization: Float[Array, ""] | float
+) -> _Matrices:
+    """Block Cholesky factorisation, from the coarsest level to the finest.
+
+    Level i's rows of the factor L follow from those of the coarser levels m by forward
+    substitution, L_im = (C_im - sum_{j coarser than m} L_ij L_mj^T) L_mm^-T, and
+    L_ii L_ii^T = C_ii - sum_m L_im L_im^T.
+    """
+    covariance = jax.tree.map(lambda x: x / (count - 1).astype(jnp.float32), m2)
+    factor: _Matrices = ()
+    for own, *cross in reversed(covariance):
+        cells, channels, _ = own.shape
+        residual = own + regularization * jnp.eye(channels, dtype=jnp.float32)[None]
+        rows: tuple[Float32[Array, "n d _e"], ...] = ()  # L_im, coarsest last
+        for c, (inverse, *coarser) in zip(reversed(cross), reversed(factor), strict=True):
+            rest = _group(c, len(inverse))
+            for x, y in zip(rows, coarser, strict=True):
+                rest -= _matmul(_group(x, len(inverse)), y.swapaxes(-1, -2))
+            row = _matmul(rest, inverse.swapaxes(-1, -2)).reshape(cells, channels, -1)
+            residual -= _matmul(row, row.swapaxes(-1, -2))
+            rows = (row, *rows)
+        root = lax.linalg.cholesky(residual, symmetrize_input=False)
+        identity = jnp.broadcast_to(jnp.eye(channels, dtype=jnp.float32), root.shape)
+        inverse = lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
+        factor = ((inverse, *rows), *factor)
+    return factor

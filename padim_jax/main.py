@@ -5,6 +5,7 @@ Modes:
   train           fit and save
   eval            evaluate a saved model
   predict         score images without labels: --input=IMAGE, FOLDER or 'GLOB'
+  export          write model.safetensors, for scoring alone; half the size with --half
 
 Examples:
   python -m padim_jax.main --config=configs/demo.py
@@ -20,6 +21,8 @@ Results go to --workdir. Exit codes: 0 done, 1 a bug or a failing machine, 2 som
 to mend in the command, the settings or the files.
 """
 
+import atexit
+import gc
 import os
 import pathlib
 import re
@@ -39,7 +42,7 @@ from ml_collections import config_flags
 from padim_jax import config as config_lib
 from padim_jax.errors import UserError
 
-MODES = ("train_and_eval", "train", "eval", "predict")
+MODES = ("train_and_eval", "train", "eval", "predict", "export")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -54,14 +57,17 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the results; default: results/<dataset>_<category>."
 )
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "The fitted model's folder; default: <workdir>/checkpoint."
+    "checkpoint", None, "The fitted model, a folder or file; default: <workdir>/checkpoint."
 )
 _INPUT = flags.DEFINE_string("input", None, "For predict: an image, a folder or a 'glob'.")
 _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
-    "For eval and predict: where the backbone's weights are now, if not where they were when "
+    "For all but training: where the backbone's weights are now, if not where they were when "
     "the model was fitted.",
+)
+_HALF = flags.DEFINE_bool(
+    "half", False, "For export: float16, half the size; the change is measured and stored."
 )
 _DOWNLOAD = flags.DEFINE_bool(
     "download", False, "Download MVTec AD to config.dataset.root first, if it is not there."
@@ -85,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
 
         assert config is not None
         download.mvtec_ad(config.dataset.root, config.category)
-    experiment.run(mode, config, workdir, checkpoint, _INPUT.value, _WEIGHTS.value)
+    experiment.run(mode, config, workdir, checkpoint, _INPUT.value, _WEIGHTS.value, _HALF.value)
 
 
 def _config() -> config_lib.Config | None:
@@ -114,7 +120,9 @@ def _check_flags(mode: str, config: config_lib.Config | None) -> None:
         raise UserError("--input: missing; expected the image, folder or glob to predict")
     if mode != "predict" and _INPUT.value is not None:
         raise UserError(f"--input: not for --mode={mode}; it names what to predict")
-    if _WEIGHTS.value is not None and mode not in ("eval", "predict"):
+    if _HALF.value and mode != "export":
+        raise UserError(f"--half: not for --mode={mode}; it is a form of --mode=export")
+    if _WEIGHTS.value is not None and mode in ("train", "train_and_eval"):
         raise UserError(f"--weights: not for --mode={mode}; set --config.model.weights")
     if _DOWNLOAD.value and (config is None or config.dataset.name != "mvtec_ad"):
         raise UserError("--download: only for --config.dataset.name=mvtec_ad")
@@ -194,6 +202,8 @@ def _main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """The console script `padim-jax`."""
+    # A last search for garbage, in all that was imported, takes up to half a second.
+    atexit.register(gc.freeze)
     app.run(_main, flags_parser=_parse_flags)
 
 

@@ -1,16 +1,17 @@
 """What an evaluation leaves behind: the table, metrics.json, scores.csv, maps, pictures."""
 
+import concurrent.futures
 import csv
 import dataclasses
 import importlib.resources
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from PIL import Image
 
 from padim_jax import figures, metrics
@@ -72,6 +73,43 @@ def measure(scored: Scored) -> dict[str, Any]:
     )
 
 
+def compare(exact: Scored, half: Scored) -> dict[str, Any]:
+    """What rounding a model changed: metrics of both, and the largest changes.
+
+    These are in parts of the largest image score and of the largest pixel.
+    """
+    before, after = measure(exact), measure(half)
+
+    def change(old: np.ndarray, new: np.ndarray) -> float:
+        return float(np.max(np.abs(new - old)) / np.max(old))
+
+    return {
+        "images": len(exact.records),
+        "exact": {key: before[key] for _, key in _ROWS},
+        "half": {key: after[key] for _, key in _ROWS},
+        "largest_change_of_a_score": change(exact.scores, half.scores),
+        "largest_change_of_a_pixel": change(exact.maps, half.maps),
+    }
+
+
+def comparison_table(comparison: dict[str, Any]) -> str:
+    """What `compare` found, as a person reads it."""
+    lines = [f"{'':14}{'exact':>10}{'half':>10}{'change':>10}"]
+    for name, key in _ROWS:
+        exact, half = comparison["exact"][key], comparison["half"][key]
+        if exact is None or half is None:
+            lines.append(f"{name:14}{'undefined':>10}")
+        else:
+            lines.append(f"{name:14}{exact:10.4f}{half:10.4f}{half - exact:+10.4f}")
+    lines += [
+        "",
+        f"on {comparison['images']} test images; image scores change by at most "
+        f"{comparison['largest_change_of_a_score']:.1e} of the largest, pixels by "
+        f"{comparison['largest_change_of_a_pixel']:.1e} of the largest",
+    ]
+    return "\n".join(lines)
+
+
 def write(
     workdir: pathlib.Path,
     config: Config,
@@ -97,9 +135,23 @@ def write(
     if config.outputs.maps != "none":
         for record, anomaly_map in zip(scored.records, scored.maps, strict=True):
             save_map(workdir / "maps", record.relative_path, config.outputs.maps, anomaly_map)
-    _write_diagrams(workdir, config, scored, measured)
-    if config.outputs.figures != "none":
-        _write_figures(workdir, config, scored, measured, load_image)
+    # Sorting, decoding and encoding leave Python's lock free: threads use all cores.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        curves = pool.submit(_roc_curves, scored, measured)
+        pictures = _draw_figures(
+            workdir / "figures", config, scored, measured, load_image, pool
+        )
+        figures.score_histogram(
+            workdir / "score_histogram.png",
+            scored.scores,
+            scored.labels.astype(int),
+            measured["image_f1_threshold"],
+        )
+        if defined := curves.result():
+            figures.roc_figure(workdir / "roc_curve.png", defined, config.title)
+        few = [picture for picture in pictures if picture is not None]
+    if few:
+        figures.save(figures.contact_sheet(few, 1), workdir / "overview.jpg")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -203,38 +255,38 @@ def _write_scores(path: pathlib.Path, scored: Scored, threshold: float | None) -
             )
 
 
-def _write_diagrams(
-    workdir: pathlib.Path, config: Config, scored: Scored, measured: dict[str, Any]
-) -> None:
-    labels, threshold = scored.labels, measured["image_f1_threshold"]
+def _roc_curves(
+    scored: Scored, measured: dict[str, Any]
+) -> list[tuple[str, Float[np.ndarray, " _"], Float[np.ndarray, " _"]]]:
+    """Label, false and true positive rates of each curve that is defined."""
     curves = []
-    if curve := metrics.roc_curve(labels, scored.scores):
+    if curve := metrics.roc_curve(scored.labels, scored.scores):
         curves.append((f"image, AUROC {measured['image_auroc']:.4f}", *curve))
     if measured["pixel_auroc"] is not None:
         masks = np.stack([mask for mask in scored.masks if mask is not None])
         curve = metrics.roc_curve(masks.ravel(), scored.maps.ravel())
         assert curve is not None
         curves.append((f"pixel, AUROC {measured['pixel_auroc']:.4f}", *curve))
-    if curves:
-        figures.roc_figure(workdir / "roc_curve.png", curves, config.title)
-    figures.score_histogram(
-        workdir / "score_histogram.png", scored.scores, labels.astype(int), threshold
-    )
+    return curves
 
 
-def _write_figures(
-    workdir: pathlib.Path,
+def _draw_figures(
+    folder: pathlib.Path,
     config: Config,
     scored: Scored,
     measured: dict[str, Any],
     load_image: Callable[[int], UInt8[np.ndarray, "h w 3"]],
-) -> None:
+    pool: concurrent.futures.Executor,
+) -> Iterator[Image.Image | None]:
+    """Saves the chosen pictures; yields them, or None where there may be many."""
+    which = config.outputs.figures
+    if which == "none":
+        return iter(())
     threshold = measured["image_f1_threshold"]
     scale = figures.ColorScale(*measured["color_scale"])
-    folder = workdir / "figures"
     folder.mkdir()
-    pictures = []
-    for place, index in enumerate(_chosen(scored, config.outputs.figures)):
+
+    def draw(place: int, index: int) -> Image.Image | None:
         record, score = scored.records[index], scored.scores[index]
         verdict = ""
         if threshold is not None:
@@ -250,10 +302,10 @@ def _write_figures(
         )
         stem = pathlib.PurePosixPath(record.relative_path).stem
         figures.save(picture, folder / f"{place:04d}_{record.defect_type}_{stem}.jpg")
-        if config.outputs.figures == "some":
-            pictures.append(picture)
-    if config.outputs.figures == "some":
-        figures.save(figures.contact_sheet(pictures, 1), workdir / "overview.jpg")
+        return picture if which == "some" else None
+
+    chosen = _chosen(scored, which)
+    return pool.map(draw, range(len(chosen)), chosen)
 
 
 def _chosen(scored: Scored, which: str) -> list[int]:

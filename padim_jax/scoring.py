@@ -10,27 +10,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
-from padim_jax.types import AnomalyMaps, Distances, Embeddings, Gaussian, Scores
+from padim_jax.types import AnomalyMaps, Distances, Gaussian, Levels, LowRank, Scores
 
 # The blur's kernel ends at this many standard deviations, as scipy.ndimage's
 # gaussian_filter by default: sigma 4 gives 33 taps.
 _TRUNCATE = 4.0
 
+# float32 products, also on GPUs, where the default would be TF32's 10-bit mantissa.
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
-def mahalanobis(gaussian: Gaussian, embeddings: Embeddings) -> Distances:
+
+def mahalanobis(
+    fitted: Gaussian | LowRank, levels: Levels, patches: Int[np.ndarray, " p"]
+) -> Distances:
     """Distance of every patch from its Gaussian (paper eq. 2).
 
     Args:
-      gaussian: of p patches and d channels.
-      embeddings: (b, p, d) float32.
+      fitted: the Gaussians.
+      levels: embeddings by level, (r, n, d, b) float32.
+      patches: `embedding.Pyramid.patches`.
 
     Returns:
       (b, p) float32, in standard deviations; the square root of the quadratic form.
     """
-    distance = jax.vmap(_patch_distance, in_axes=(0, 0, 1), out_axes=1)
-    return distance(gaussian.mean, gaussian.whitening, embeddings)
+    if isinstance(fitted, Gaussian):
+        squared = jax.vmap(_full_rank)(fitted.mean, fitted.factor, levels)
+    else:
+        squared = jax.vmap(_low_rank, in_axes=(0, 0, 0, None, 0))(
+            fitted.mean, fitted.deviations, fitted.root, fitted.regularization, levels
+        )
+    return jnp.sqrt(squared.reshape(-1, squared.shape[-1])[patches].T)
 
 
 def anomaly_maps(
@@ -67,12 +78,54 @@ def image_scores(maps: AnomalyMaps) -> Scores:
     return jnp.max(maps, axis=(1, 2))
 
 
-def _patch_distance(
-    mean: Float32[Array, " d"], whitening: Float32[Array, "d d"], x: Float32[Array, "b d"]
-) -> Float32[Array, " b"]:
-    # float32 products on GPUs as well, where the default would be TF32.
-    white = jnp.matmul(x - mean[None], whitening.T, precision=lax.Precision.HIGHEST)
-    return jnp.sqrt(jnp.sum(white * white, axis=1))
+def _full_rank(
+    mean: tuple[Float32[Array, "_n _d"], ...],
+    factor: tuple[tuple[Float32[Array, "_n _d _e"], ...], ...],
+    levels: tuple[Float32[Array, "_n _d b"], ...],
+) -> Float32[Array, "n b"]:
+    """Squared distances of a region's patches: |L^-1 (x - mean)|^2, level by level.
+
+    L^-1 comes from forward substitution, the coarsest level first. A coarse cell meets
+    the rows of all cells above it in one product.
+    """
+    cells, _, images = levels[0].shape
+    squared, white = jnp.zeros((cells, images)), ()
+    for x, m, (inverse, *cross) in reversed(list(zip(levels, mean, factor, strict=True))):
+        rest = x - m[..., None]
+        for rows, coarse in zip(cross, white, strict=True):
+            stacked = rows.reshape(len(coarse), -1, rows.shape[-1])
+            rest -= _matmul(stacked, coarse).reshape(rest.shape)
+        white = (_matmul(inverse, rest), *white)
+        squared += _spread(jnp.sum(white[0] * white[0], axis=1), cells)
+    return squared
+
+
+def _low_rank(
+    mean: tuple[Float32[Array, "_n _d"], ...],
+    deviations: tuple[Float32[Array, "_n s _d"], ...],
+    root: Float32[Array, "n s s"],
+    regularization: Float32[Array, ""],
+    levels: tuple[Float32[Array, "_n _d b"], ...],
+) -> Float32[Array, "n b"]:
+    """Squared distances of a region's patches, by the Woodbury identity.
+
+    (X^T X / (s - 1) + epsilon I)^-1 is (I - X^T K^-1 X) / epsilon, with the kernel
+    K = (s - 1) epsilon I + X X^T = (R^T R)^-1 that `low_rank.finalize` inverts.
+    """
+    products, squared = 0.0, 0.0
+    for x, m, deviation in zip(levels, mean, deviations, strict=True):
+        delta = x - m[..., None]
+        products += _spread(_matmul(deviation, delta), len(root))
+        squared += _spread(jnp.sum(delta * delta, axis=1), len(root))
+    explained = _matmul(root, products)
+    explained = jnp.sum(explained * explained, axis=1)
+    # Rounding can leave less than nothing of a patch that is all but a training image's.
+    return jnp.maximum(squared - explained, 0) / regularization
+
+
+def _spread(x: Float32[Array, "_n *b"], cells: int) -> Float32[Array, "n *b"]:
+    """Repeats a coarse level's cells for the finer ones above them."""
+    return jnp.repeat(x, cells // len(x), axis=0)
 
 
 @functools.cache

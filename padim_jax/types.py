@@ -2,7 +2,9 @@
 
 Axis names used throughout: b images in a batch, h/w height and width in pixels
 (or in cells of a feature map), c channels of a stage, p patch positions (the first
-stage's grid, row-major), d selected channels (the embedding's length).
+stage's grid, row-major), d selected channels (of a level, or of them all: the
+embedding's length), r regions and n cells of a level in a region (see `embedding`),
+e selected channels of the same or a coarser level.
 """
 
 import dataclasses
@@ -13,6 +15,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 Images = UInt8[Array, "b h w 3"]
 FeatureMap = Float[Array, "b _h _w _c"]  # _: differs from stage to stage
 Embeddings = Float32[Array, "b p d"]
+Levels = tuple[Float32[Array, "r _n _d b"], ...]  # the embeddings, finest level first
+# Of every level, the finest first, a matrix with each level from itself to the coarsest.
+LevelMatrices = tuple[tuple[Float32[Array, "r _n _d _e"], ...], ...]
 Distances = Float32[Array, "b p"]
 AnomalyMaps = Float32[Array, "b h w"]
 Scores = Float32[Array, " b"]
@@ -22,30 +27,65 @@ Valid = Bool[Array, " b"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Sufficient statistics of one Gaussian per patch position.
+    """Sufficient statistics of one Gaussian per patch position, by level.
 
     Attributes:
       count: number of images seen.
       mean: mean embedding.
-      m2: sum of outer products of deviations from the mean, `(count - 1)` times
-        the unbiased covariance.
+      m2: sum of outer products of deviations from the mean, of every level with itself
+        and the coarser ones in the same place: `count - 1` times the unbiased
+        covariances, whose blocks that patches share are there once.
     """
 
     count: Int32[Array, ""]
-    mean: Float32[Array, "p d"]
-    m2: Float32[Array, "p d d"]
+    mean: tuple[Float32[Array, "r _n _d"], ...]
+    m2: LevelMatrices
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """One Gaussian per patch position, ready for scoring.
+    """One Gaussian per patch position, ready for scoring, by level.
 
     Attributes:
       mean: mean embedding.
-      whitening: inverse of the lower Cholesky factor `L` of the regularized
-        covariance `L L^T`; `|whitening (x - mean)|` is the Mahalanobis distance.
+      factor: the blocks of the Cholesky factor L of the regularized covariances, those
+        on the diagonal (a level with itself) inverted. |L^-1 (x - mean)| is a patch's
+        Mahalanobis distance.
     """
 
-    mean: Float32[Array, "p d"]
-    whitening: Float32[Array, "p d d"]
+    mean: tuple[Float32[Array, "r _n _d"], ...]
+    factor: LevelMatrices
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """The normal images' embeddings themselves: less than `Moments` for few images.
+
+    Attributes:
+      count: number of images seen.
+      values: their embeddings by level; rows from `count` on are unused.
+    """
+
+    count: Int32[Array, ""]
+    values: tuple[Float32[Array, "r _n s _d"], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """What `Gaussian` is, for s images fewer than channels; see `low_rank`.
+
+    Attributes:
+      mean: mean embedding.
+      deviations: of every image from it.
+      root: of every patch, R with R^T R the inverse of (s - 1) epsilon I + X X^T, where
+        X is its deviations.
+      regularization: epsilon.
+    """
+
+    mean: tuple[Float32[Array, "r _n _d"], ...]
+    deviations: tuple[Float32[Array, "r _n s _d"], ...]
+    root: Float32[Array, "r n s s"]
+    regularization: Float32[Array, ""]

@@ -65,10 +65,18 @@ def test_imports_form_no_cycle():
 # What each stage may import of this package besides its own modules.
 STAGES = {
     "datasets": {"errors"},
-    "input_pipeline": {"config", "datasets.files", "datasets.records", "errors"},
+    "image_cache": {"config"},
+    "input_pipeline": {
+        "config",
+        "datasets.files",
+        "datasets.records",
+        "errors",
+        "image_cache",
+    },
     "models": {"errors"},
     "embedding": {"types"},
     "gaussian": {"types"},
+    "low_rank": {"types"},
     "scoring": {"types"},
     "metrics": {"errors"},
     "figures": {"errors"},
@@ -86,7 +94,7 @@ def test_stages_do_not_import_each_other(stage):
         assert others <= allowed, member
 
 
-@pytest.mark.parametrize("stage", ["embedding", "gaussian", "scoring"])
+@pytest.mark.parametrize("stage", ["embedding", "gaussian", "low_rank", "scoring"])
 def test_numeric_stages_import_jax_and_numpy_only(stage):
     assert libraries(f"{FACADE}.{stage}") <= {"jax", "numpy", "jaxtyping"}
 

@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from padim_jax import defaults, detector, experiment, models
+from padim_jax import checkpoint, defaults, detector, experiment, models
 from padim_jax.config import validate
 from padim_jax.datasets.synthetic import generate
 from padim_jax.datasets.synthetic_part import DEFECTS
 from padim_jax.errors import UserError
+from padim_jax.input_pipeline import FolderSource
+from padim_jax.types import Moments, Samples
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def settings(root: pathlib.Path, **model: Any) -> Any:
-    values = defaults.get_config()
+    values: Any = defaults.get_config()
     # Read as MVTec AD: the synthetic layout would generate its own full set.
     values.dataset.name, values.dataset.root, values.category = "mvtec_ad", str(root), "part"
     values.image.resize = (64, 64)
@@ -33,11 +35,20 @@ def settings(root: pathlib.Path, **model: Any) -> Any:
     return values
 
 
-def run(values: Any, workdir: pathlib.Path) -> dict[str, Any]:
+def run(values: Any, workdir: pathlib.Path, images: int | None = None) -> dict[str, Any]:
+    """Fits to the first or all training images, and evaluates."""
     config = validate(values)
     dataset = experiment.open_dataset(config)
-    fitted = experiment.train(config, dataset["train"], workdir / "checkpoint")
+    training = FolderSource(dataset["train"].records[:images])
+    fitted = experiment.train(config, training, workdir / "checkpoint")
     return experiment.evaluate(config, fitted, dataset["test"], workdir)
+
+
+def run_for_maps(values: Any, workdir: pathlib.Path, images: int | None = None) -> np.ndarray:
+    values.outputs.maps = "npy"
+    run(values, workdir, images)
+    files = sorted((workdir / "maps").rglob("*.npy"))
+    return np.stack([np.load(file) for file in files])
 
 
 @pytest.mark.parametrize("backbone", models.BACKBONES)
@@ -71,13 +82,69 @@ def test_results_do_not_depend_on_the_batch_size(root: pathlib.Path, tmp_path: p
     maps = []
     for batch_size in (1, 4, 32):  # one image, uneven batches, one padded batch
         values = settings(root)
-        values.batch_size, values.outputs.maps = batch_size, "npy"
-        run(values, tmp_path / str(batch_size))
-        files = sorted((tmp_path / str(batch_size) / "maps").rglob("*.npy"))
-        maps.append(np.stack([np.load(file) for file in files]))
+        values.batch_size = batch_size
+        maps.append(run_for_maps(values, tmp_path / str(batch_size)))
     # Sums of float32 in another order; measured 2.4e-6 with two versions of XLA.
     np.testing.assert_allclose(maps[1], maps[0], rtol=2e-5)
     np.testing.assert_allclose(maps[2], maps[0], rtol=2e-5)
+
+
+# Fewer images than channels, and more.
+@pytest.mark.parametrize(("images", "channels"), [(2, 20), (10, 5)])
+def test_results_do_not_depend_on_the_form(
+    images: int, channels: int, root: pathlib.Path, tmp_path: pathlib.Path
+):
+    moments, samples = (
+        run_for_maps(
+            settings(root, channels=channels, statistics=form), tmp_path / form, images
+        )
+        for form in ("moments", "samples")
+    )
+    assert np.all(np.isfinite(moments))
+    # Two ways of computing in float32; measured 2.3e-6.
+    np.testing.assert_allclose(samples, moments, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("channels", "images", "form"), [(448, 10, Samples), (20, 10, Moments), (20, 2, Samples)]
+)
+def test_the_form_follows_the_number_of_images(
+    channels: int,
+    images: int,
+    form: type,
+    root: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    values = settings(root, channels=channels)
+    config = validate(values)
+    training = FolderSource(experiment.open_dataset(config)["train"].records[:images])
+    experiment.train(config, training, tmp_path / "checkpoint")
+    name = form.__name__.lower()
+    said = f"fitted {images} images, 16x16 patches of {channels} channels ({name}) -> "
+    assert said in capsys.readouterr().out
+    fitted = checkpoint.load(tmp_path / "checkpoint")
+    assert isinstance(fitted.statistics, form)
+    assert int(fitted.statistics.count) == images
+    # Which form it is, is the checkpoint's: any configuration may use it.
+    for statistics in ("auto", "moments", "samples"):
+        values.model.statistics = statistics
+        experiment.load(tmp_path / "checkpoint", validate(values))
+
+
+@pytest.mark.parametrize("form", ["moments", "samples"])
+def test_a_fit_that_fails_keeps_the_earlier_model(
+    form: str, root: pathlib.Path, tmp_path: pathlib.Path
+):
+    run(settings(root), tmp_path)
+    earlier = checkpoint.load(tmp_path / "checkpoint")
+    # Lost beside features of any size.
+    values = settings(root, statistics=form, regularization=1e-30)
+    with pytest.raises(UserError, match=r"config\.model\.regularization: .* region \d+ of 16 "):
+        run(values, tmp_path)
+    kept = checkpoint.load(tmp_path / "checkpoint")
+    assert kept.config == earlier.config
+    assert not list(tmp_path.glob("checkpoint.*"))
 
 
 def test_packed_dataset_gives_identical_results(root: pathlib.Path, tmp_path: pathlib.Path):
@@ -110,6 +177,19 @@ def test_too_little_memory(root: pathlib.Path, tmp_path: pathlib.Path):
     # 31250 x 31250 patches of 448 channels: more bytes than any machine has.
     values = settings(root, channels=448)
     values.image.resize = (125_000, 125_000)
+    with pytest.raises(UserError, match=r"not enough memory"):
+        experiment.run("train", validate(values), tmp_path, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_less_memory_than_estimated(
+    root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    # 256 x 256 patches of 2,048 channels are 1.1 TB in one array.
+    model = {"backbone": "resnet50", "layers": ("layer4",), "channels": 2048}
+    values = settings(root, statistics="moments", **model)
+    values.image.resize = (8192, 8192)
+    monkeypatch.setattr(experiment.memory, "require", lambda *_: None)
     with pytest.raises(UserError, match=r"not enough memory.*config\.model\.channels"):
         experiment.run("train", validate(values), tmp_path, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()

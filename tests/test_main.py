@@ -16,6 +16,7 @@ import sys
 import tomllib
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -23,7 +24,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 import padim_jax
-from padim_jax import experiment, main
+from padim_jax import experiment, main, memory
 from padim_jax.datasets.synthetic import generate
 
 # Of ml_collections, which loads configuration files so.
@@ -154,6 +155,7 @@ class TestHelp:
             runpy.run_module("padim_jax.main", run_name="__main__", alter_sys=True)
         finally:
             heavy = {"jax", "flax", "grain", "orbax", "tensorflow_datasets", "matplotlib"}
+            heavy |= {"huggingface_hub", "scipy.ndimage"}
             print("imported:", *sorted(heavy & set(sys.modules)), file=sys.stderr)
     """
 
@@ -171,7 +173,15 @@ class TestHelp:
         assert done.stderr.splitlines() == ["imported:"]
         for mode in main.MODES:
             assert re.search(rf"^  {mode}  ", done.stdout, re.MULTILINE), mode
-        for flag in ("config", "mode", "workdir", "checkpoint", "input", "[no]download"):
+        for flag in (
+            "config",
+            "mode",
+            "workdir",
+            "checkpoint",
+            "input",
+            "[no]half",
+            "[no]download",
+        ):
             assert re.search(rf"^ +--{re.escape(flag)}: ", done.stdout, re.MULTILINE), flag
         assert done.stdout.count("\n  python -m padim_jax.main --") >= 4
 
@@ -184,6 +194,16 @@ class TestHelp:
         error, imported = done.stderr.splitlines()
         assert error.startswith("error: config.model.channels=449: ")
         assert imported == "imported:"
+
+    def test_imported_where_used_only(self, run: Run, tmp_path: pathlib.Path):
+        given = (f"--checkpoint={run.workdir}/checkpoint", f"--workdir={tmp_path}")
+        done = self.probe("--mode=predict", *given, f"--input={ROOT}/docs/demo.jpg")
+        assert done.returncode == 0, done.stderr
+        imported = done.stderr.splitlines()[-1].split()
+        assert "jax" in imported
+        assert not {"huggingface_hub", "matplotlib", "scipy.ndimage", "tensorflow_datasets"} & {
+            *imported
+        }
 
     def test_examples_of_the_help_can_be_parsed(self, tmp_path: pathlib.Path):
         """All their files, settings and flags exist."""
@@ -219,6 +239,10 @@ class TestMistakes:
             ([MVTEC, "--mode=predict", "--input="], "--input: missing"),
             ([MVTEC, "--mode=eval", "--input=x"], "--input: not for --mode=eval"),
             ([MVTEC, "--input=x"], "--input: not for --mode=train_and_eval"),
+            (["--mode=export"], "--mode=export needs --config, --workdir or --checkpoint"),
+            (["--mode=export", "--workdir=x"], "x/checkpoint: no such checkpoint"),
+            ([MVTEC, "--half"], "--half: not for --mode=train_and_eval"),
+            (["--mode=eval", "--workdir=x", "--half"], "--half: not for --mode=eval"),
             ([f"--config={ROOT}/configs/demo.py", "--download"], "--download: only for"),
             (["--mode=eval", "--workdir=x", "--download"], "--download: only for"),
             (["--mode=eval", "--workdir=x"], "x/checkpoint: no such checkpoint"),
@@ -308,8 +332,19 @@ class TestMistakes:
         outcome = padim(*given, cwd=tmp_path)
         assert outcome.code == 2
         assert re.search(f"^error: .*{message}", outcome.err)
-        assert outcome.out == ""  # which weights are used is said before fitting
+        # Which weights are used is said before fitting; the memory before they are loaded.
+        assert re.fullmatch(r"(about .* GB of memory .*\n)?", outcome.out)
         assert below(tmp_path) == ["project/data/thesis", "taken"]
+
+    def test_too_little_memory(
+        self, root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(memory, "available", lambda: 10**8)
+        given = (MVTEC, *SMALL, f"--config.dataset.root={root}", "--workdir=out")
+        message = fail(*given, cwd=tmp_path)
+        assert message.startswith("not enough memory: about 0.6 GB")
+        assert "0.1 GB are free" in message
+        assert below(tmp_path) == []
 
 
 class TestTrainAndEval:
@@ -364,6 +399,15 @@ class TestTrainAndEval:
             assert re.search(rf"^{defect} .* {value:.4f} ", run.out, re.MULTILINE)
         assert "weights: random (not ImageNet" in run.out
         assert run.out.endswith(f"results: {pathlib.Path('results', 'mvtec_ad_part')}\n")
+
+    def test_memory_is_said_first(self, run: Run):
+        line, _, rest = run.out.partition("\n")
+        assert re.fullmatch(
+            r"about 0\.6 GB of memory to fit 6 images: 0\.00 GB of statistics \(samples\), "
+            r"0\.0\d GB for a batch; \d+\.\d GB are free",
+            line,
+        )
+        assert "GB of memory" not in rest
 
     def test_config_is_that_of_the_run(self, run: Run, root: pathlib.Path):
         found = read_json(run.workdir / "config.json")
@@ -588,6 +632,61 @@ class TestPredict:
         assert below(copy / "predictions") == ["mine.txt"]
 
 
+class TestExport:
+    def test_evaluates_and_predicts_the_same(
+        self, run: Run, copy: pathlib.Path, root: pathlib.Path
+    ):
+        """Without a checkpoint, and to the last bit."""
+        out = succeed("--mode=export", f"--workdir={copy}", cwd=copy.parent)
+        path = copy / "model.safetensors"
+        assert out == f"model file, {path.stat().st_size / 1e6:.0f} MB -> {path}\n"
+        assert len(below(copy)) == len(below(run.workdir)) + 1
+        shutil.rmtree(copy / "checkpoint")
+        given = ("--mode=eval", f"--checkpoint={path}", f"--workdir={copy.parent}/new")
+        succeed(*given, cwd=copy.parent)
+        for name in ("metrics.json", "scores.csv"):
+            assert (copy.parent / "new" / name).read_bytes() == (copy / name).read_bytes()
+        # Results go beside the model, whose evaluation has the threshold.
+        given = ("--mode=predict", f"--checkpoint={path}", f"--input={root}/part/test")
+        assert "threshold" in succeed(*given, cwd=copy.parent)
+        predicted = read_rows(copy / "predictions" / "scores.csv")
+        evaluated = read_rows(copy / "scores.csv")
+        assert [row["score"] for row in predicted] == [row["score"] for row in evaluated]
+
+    def test_half(self, run: Run, tmp_path: pathlib.Path):
+        given = (f"--checkpoint={run.workdir}/checkpoint", "--workdir=new")
+        succeed("--mode=export", *given, cwd=tmp_path)
+        path = tmp_path / "new" / "model.safetensors"
+        exact = path.stat().st_size
+        out = succeed("--mode=export", "--half", *given, cwd=tmp_path)
+        # Means, index and header, some kilobytes, are not halved.
+        assert path.stat().st_size < 0.55 * exact + 10_000
+        auroc = read_json(run.workdir / "metrics.json")["image_auroc"]
+        assert re.search(rf"^image AUROC +{auroc:.4f} +\d\.\d+ +[+-]0\.\d+$", out, re.MULTILINE)
+        assert "on 14 test images; image scores change by at most" in out
+        succeed("--mode=eval", f"--checkpoint={path}", cwd=tmp_path)
+        assert (tmp_path / "new" / "metrics.json").exists()
+
+    def test_not_of_a_model_file(self, copy: pathlib.Path):
+        """It may be rounded: its changes would be measured against itself."""
+        succeed("--mode=export", "--half", f"--workdir={copy}", cwd=copy.parent)
+        path = copy / "model.safetensors"
+        before = path.read_bytes()
+        for half in ("--half", "--nohalf"):
+            message = fail("--mode=export", half, f"--checkpoint={path}", cwd=copy.parent)
+            assert message.startswith(
+                f"{path}: --mode=export makes a model file of a checkpoint"
+            )
+        assert path.read_bytes() == before
+
+    def test_settings_of_another_model(self, run: Run, copy: pathlib.Path):
+        succeed("--mode=export", f"--workdir={copy}", cwd=copy.parent)
+        given = ("--mode=eval", f"--checkpoint={copy}/model.safetensors", *run.arguments)
+        message = fail(*given, "--config.model.seed=1", cwd=copy.parent)
+        assert "config.model.seed=1: the model " in message
+        assert "model.safetensors was fitted with 42" in message
+
+
 class TestOwnFolder:
     """Images of one's own, for which nothing but normal ones may be at hand."""
 
@@ -609,6 +708,16 @@ class TestOwnFolder:
         succeed("--mode=predict", *given, "--input=parts/train/good/000.png", cwd=tmp_path)
         assert len(read_rows(workdir / "predictions" / "scores.csv")) == 1
 
+    def test_half_without_test_images(self, given: tuple[str, ...], tmp_path: pathlib.Path):
+        succeed("--mode=train", *given, cwd=tmp_path)
+        before = below(tmp_path)
+        assert fail("--mode=export", "--half", *given, cwd=tmp_path).startswith(
+            "--half: no test images"
+        )
+        assert below(tmp_path) == before
+        succeed("--mode=export", *given, cwd=tmp_path)
+        assert "results/folder_parts/model.safetensors" in below(tmp_path)
+
     @pytest.mark.parametrize("mode", ["train_and_eval", "eval"])
     def test_no_test_images(self, mode: str, given: tuple[str, ...], tmp_path: pathlib.Path):
         if mode == "eval":
@@ -625,6 +734,48 @@ class TestOwnFolder:
         message = fail("--mode=train", *given, cwd=tmp_path)
         assert message.startswith("config.dataset.root=parts: 1 normal image(s)")
         assert "at least 2" in message
+
+
+class TestCompilationCache:
+    """That programs are loaded from it, and only intact ones, tests/test_compilation_cache.py
+    asks."""
+
+    def train(self, root: pathlib.Path, cwd: pathlib.Path, *arguments: str) -> Outcome:
+        jax.clear_caches()  # as if this process were new
+        given = (MVTEC, *SMALL, f"--config.dataset.root={root}", "--mode=train", *arguments)
+        outcome = padim(*given, cwd=cwd)
+        assert outcome.code == 0, outcome.err
+        return outcome
+
+    def test_filled_once(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        found = []
+        for _ in range(2):
+            self.train(root, tmp_path, "--config.cache.dir=cache")
+            folder = tmp_path / "cache" / "compilation"
+            found.append({path.name: path.read_bytes() for path in folder.glob("*-cache")})
+        assert any("fit_batch" in name for name in found[0])
+        assert found[1] == found[0]
+
+    def test_switched_off(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        off = ("--config.cache.compilation=False", "--config.cache.images_gb=0")
+        self.train(root, tmp_path, "--config.cache.dir=cache", *off)
+        assert not (tmp_path / "cache").exists()
+
+    def test_unusable_folder(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        (tmp_path / "cache").write_text("mine")
+        outcome = self.train(root, tmp_path, "--config.cache.dir=cache")
+        lines = [line for line in outcome.err.splitlines() if "compiled programs" in line]
+        assert len(lines) == 1
+        assert lines[0].startswith("warning: cache/compilation: ")
+
+    def test_not_used_from_python(
+        self, run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        jax.clear_caches()
+        detector = padim_jax.load(run.workdir / "checkpoint")
+        padim_jax.score(detector, [np.zeros((9, 9, 3), np.uint8)])
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestPythonApi:

@@ -1,12 +1,14 @@
 """Distances, maps and scores against float64 NumPy, SciPy and PyTorch."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import patchwise
 import pytest
 from scipy import ndimage
 
 from padim_jax.scoring import anomaly_maps, image_scores, mahalanobis
-from padim_jax.types import Gaussian
+from padim_jax.types import Gaussian, LowRank
 
 # One float32 product per axis, over at most 20 samples of the grid or 33 of the blur: an
 # output is off by less than 2 * 33 * 2^-24 = 4e-6 of the largest distance, here 10.
@@ -56,33 +58,84 @@ def resampled(x, size, kernel):
     return x[..., np.clip(position, 0, n - 1)] @ kernel(centre[None] - position[:, None])
 
 
-def random_gaussians(patches=6, channels=10, seed=0):
-    """Means, covariances (float64) and the Gaussians that hold them."""
+def random_parts(pyramid, *after, seed=0):
+    """(r, n, d, *after) a level."""
     rng = np.random.default_rng(seed)
-    mean = rng.normal(size=(patches, channels))
-    mix = rng.normal(size=(patches, channels, channels)) / np.sqrt(channels)
-    covariance = mix @ mix.transpose(0, 2, 1) + 0.1 * np.eye(channels)
-    whitening = np.linalg.inv(np.linalg.cholesky(covariance))
-    fitted = Gaussian(jnp.asarray(mean, jnp.float32), jnp.asarray(whitening, jnp.float32))
-    return mean, covariance, fitted
+    return tuple(
+        jnp.asarray(rng.normal(size=(*shape, *after)), jnp.float32) for shape in pyramid.shapes
+    )
 
 
-def test_mahalanobis_equals_the_quadratic_form_with_the_inverse():
-    mean, covariance, fitted = random_gaussians()
-    x = np.random.default_rng(1).normal(size=(4, 6, 10))
-    delta = x - mean
-    inverse = np.linalg.inv(covariance)
-    expected = np.sqrt(np.einsum("bpi,pij,bpj->bp", delta, inverse, delta))
-    found = mahalanobis(fitted, jnp.asarray(x, jnp.float32))
-    # Rounding of inputs and of 10-term sums, amplified by differences; measured 8e-8.
+def deviations_from(mean, levels, pyramid):
+    """(b, p, d) float64"""
+    x = [patchwise.vectors([level[..., i] for level in levels], pyramid) for i in range(4)]
+    return np.stack(x) - patchwise.vectors(mean, pyramid)
+
+
+def distances(fitted, levels, pyramid):
+    score = jax.jit(lambda fitted, x: mahalanobis(fitted, x, pyramid.patches))
+    return score(fitted, levels)
+
+
+on_all_pyramids = pytest.mark.parametrize("name", patchwise.CASES)
+
+
+@on_all_pyramids
+def test_distance_is_that_of_the_dense_factor(name):
+    pyramid = patchwise.lay(patchwise.CASES[name])
+    rng, channels = np.random.default_rng(1), [d for _, _, d in pyramid.shapes]
+    factor = []
+    for i, shape in enumerate(pyramid.shapes):
+        own = np.tril(rng.normal(size=(*shape, shape[-1]))) / 4 + np.eye(shape[-1])
+        cross = [rng.normal(size=(*shape, d)) / 4 for d in channels[i + 1 :]]
+        factor.append(tuple(jnp.asarray(x, jnp.float32) for x in (np.linalg.inv(own), *cross)))
+    mean, levels = random_parts(pyramid), random_parts(pyramid, 4, seed=2)
+    found = distances(Gaussian(mean, tuple(factor)), levels, pyramid)
+    delta = deviations_from(mean, levels, pyramid)
+    dense = patchwise.factors(factor, pyramid)
+    expected = np.linalg.norm(np.linalg.solve(dense, np.moveaxis(delta, 0, -1)), axis=1).T
+    # Sums of up to 9 terms, amplified by L's condition number of up to 7; measured 2e-7.
     np.testing.assert_allclose(found, expected, rtol=2e-6)
+
+
+@on_all_pyramids
+def test_distance_is_that_of_the_dense_samples(name):
+    pyramid = patchwise.lay(patchwise.CASES[name])
+    images, epsilon = 4, 0.25
+    mean, levels = random_parts(pyramid), random_parts(pyramid, 4, seed=2)
+    deviations = tuple(jnp.swapaxes(x, 2, 3) for x in random_parts(pyramid, images, seed=3))
+    x = np.stack(
+        [patchwise.vectors([y[:, :, i] for y in deviations], pyramid) for i in range(images)], 1
+    )
+    kernel = x @ x.swapaxes(1, 2) + (images - 1) * epsilon * np.eye(images)
+    # Cells that no patch has hold what would be noticed.
+    regions, cells, _ = pyramid.shapes[0]
+    root = np.full((regions * cells, images, images), np.nan, np.float32)
+    root[pyramid.patches] = np.linalg.inv(np.linalg.cholesky(kernel))
+    root = jnp.asarray(root.reshape(regions, cells, images, images))
+    found = distances(LowRank(mean, deviations, root, jnp.float32(epsilon)), levels, pyramid)
+    covariance = x.swapaxes(1, 2) @ x / (images - 1) + epsilon * np.eye(x.shape[-1])
+    delta = np.moveaxis(deviations_from(mean, levels, pyramid), 0, -1)
+    expected = np.sqrt(np.sum(delta * np.linalg.solve(covariance, delta), axis=1)).T
+    # Roundoffs of |delta|^2 / epsilon, several times the squared distance; measured 2e-6.
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_rounding_leaves_no_less_than_nothing():
+    # An image like a training one, of which the rounded root explains more than there is.
+    deviations = jnp.array([3.0, -3.0]).reshape(1, 1, 2, 1)
+    root = jnp.diag(jnp.array([0.334, 0.334]))[None, None]
+    fitted = LowRank((jnp.ones((1, 1, 1)),), (deviations,), root, jnp.float32(1e-4))
+    found = mahalanobis(fitted, (jnp.full((1, 1, 1, 1), 4.0),), np.array([0]))
+    np.testing.assert_array_equal(found, [[0]])
 
 
 def test_distance_counts_standard_deviations():
     deviation = np.array([0.5, 2.0, 4.0])
-    fitted = Gaussian(jnp.ones((1, 3)), jnp.asarray(np.diag(1 / deviation), jnp.float32)[None])
+    inverse = jnp.asarray(np.diag(1 / deviation), jnp.float32)[None, None]
+    fitted = Gaussian((jnp.ones((1, 1, 3)),), ((inverse,),))
     x = 1 + np.stack([np.zeros(3), [0.5, 0, 0], [0, -6, 0], [1, 2, -8], deviation])
-    found = mahalanobis(fitted, jnp.asarray(x, jnp.float32)[:, None])
+    found = mahalanobis(fitted, (jnp.asarray(x.T[None, None], jnp.float32),), np.array([0]))
     # Squares of small whole numbers: exact, up to the square root's rounding.
     np.testing.assert_allclose(found[:, 0], np.sqrt([0, 1, 9, 4 + 1 + 4, 3]), rtol=2e-7)
 

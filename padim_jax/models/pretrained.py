@@ -108,7 +108,9 @@ def convert(tensors: Tensors, backbone: str, stages: tuple[str, ...], source: st
       UserError: names every tensor that is missing, unexpected, set twice, of the wrong
         shape or dtype, or not finite.
     """
-    used, network = _convolutions(backbone, stages), _convolutions(backbone, STAGES)
+    network = _convolutions(backbone, STAGES)
+    computed = ("conv1", *stages_to_compute(stages))
+    used = {name: shape for name, shape in network.items() if name.split(".")[0] in computed}
     biases = _expected(network, folded=True).keys() - _expected(network, folded=False).keys()
     norms = _expected(network, folded=False).keys() - _expected(network, folded=True).keys()
     folded = norms.isdisjoint(tensors)

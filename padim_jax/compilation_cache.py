@@ -1,0 +1,101 @@
+"""Compiled programs on disk, so that a second run need not compile: JAX's persistent cache.
+
+JAX names an entry after the program, its own version and the machine, and loads whatever
+lies there under that name. Damage is found by decompressing it only where that has a
+checksum: with zstandard installed, a flipped bit has crashed the program and has changed
+a result. So each entry gets a seal at the end of the run that wrote it, and what has no
+seal that fits is gone before the next run looks.
+"""
+
+import contextlib
+import hashlib
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from padim_jax.config import CacheConfig
+
+_LIMIT = 1 << 28  # bytes; JAX removes the least recently used. A run leaves 0.2 MB on CPUs.
+_ENTRY, _SEAL = "-cache", "-sha256"  # JAX's suffix and ours
+
+
+@contextlib.contextmanager
+def enabled(config: CacheConfig) -> Iterator[None]:
+    """Keeps what is compiled in the block, and takes from the folder what is there already.
+
+    JAX's settings are as before afterwards. If they name a folder already, as
+    JAX_COMPILATION_CACHE_DIR does, that one is used and nothing is done here. A folder
+    that cannot be written to is told on stderr: results do not depend on it.
+
+    Raises:
+      UserError: there is no folder for it; see `CacheConfig.folder`.
+    """
+    if not config.compilation or jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    folder = config.folder / "compilation"
+    try:
+        # As private as the XDG specification wants it: what lies here is run.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        _remove_unsealed(folder)
+    except OSError as error:
+        print(
+            f"warning: {folder}: compiled programs cannot be kept for the next run "
+            f"({error.strerror}); name another folder with --config.cache.dir, or switch this "
+            "off with --config.cache.compilation=False",
+            file=sys.stderr,
+        )
+        yield
+        return
+    before = {path.name for path in folder.glob(f"*{_ENTRY}")}
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_max_size": _LIMIT,
+        # Not only what took a second: a run has a dozen programs, all below.
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        # XLA's own caches have no bound, no seal, and little to add.
+        "jax_persistent_cache_enable_xla_caches": "none",
+    }
+    others = {name: getattr(jax.config, name) for name in settings}
+    _configure(settings)
+    try:
+        yield
+    finally:
+        _configure(others)
+        with contextlib.suppress(OSError):  # what has no seal is compiled again
+            for path in folder.glob(f"*{_ENTRY}"):
+                if path.name not in before:
+                    _seal(path).write_bytes(_digest(path))
+
+
+def _configure(settings: dict[str, object]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # which would stay with the folder it has
+
+
+def _remove_unsealed(folder: pathlib.Path) -> None:
+    for path in folder.glob(f"*{_ENTRY}"):
+        with contextlib.suppress(FileNotFoundError):  # another process removes it, too
+            if not _seal(path).is_file() or _seal(path).read_bytes() != _digest(path):
+                path.unlink()
+    for seal in folder.glob(f"*{_SEAL}"):
+        if not _entry(seal).is_file():
+            seal.unlink(missing_ok=True)
+
+
+def _seal(entry: pathlib.Path) -> pathlib.Path:
+    return entry.with_name(entry.name.removesuffix(_ENTRY) + _SEAL)
+
+
+def _entry(seal: pathlib.Path) -> pathlib.Path:
+    return seal.with_name(seal.name.removesuffix(_SEAL) + _ENTRY)
+
+
+def _digest(path: pathlib.Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()

@@ -1,0 +1,146 @@
+"""The Gaussians of fewer images than channels, kept as the images' embeddings.
+
+With s images a covariance of d > s channels has rank s - 1. Its regularized inverse then
+needs an s x s matrix only, by the Woodbury identity (see `scoring`); nothing is
+approximated. For s images of r regions the statistics are s embeddings, with the deep
+stages' at their own resolution, instead of the covariances of `gaussian`: 60 images of a
+wide_resnet50_2 with 550 channels take 0.14 GB instead of 1.1 GB.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from padim_jax.types import Levels, LowRank, Samples, Valid
+
+_Values = tuple[Float32[Array, "_n s _d"], ...]  # of one region
+
+_LARGEST_BLOCK = 64  # patches whose kernels are factorised together
+
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def init(shapes: Sequence[tuple[int, int, int]], images: int) -> Samples:
+    """Room for a number of images; none is there yet.
+
+    Args:
+      shapes: (r, n, d) of every level, as `embedding.Pyramid.shapes`.
+      images: most that can be added.
+    """
+    values = tuple(jnp.zeros((r, n, images, d), jnp.float32) for r, n, d in shapes)
+    return Samples(jnp.zeros((), jnp.int32), values)
+
+
+def update(samples: Samples, levels: Levels, valid: Valid) -> Samples:
+    """Adds a batch of images; `gaussian.update`'s counterpart.
+
+    Images beyond the room of `init` are lost: callers count.
+    """
+    room = samples.values[0].shape[2]
+    # Padding goes where nothing is: behind the last row.
+    row = jnp.where(valid, samples.count + jnp.cumsum(valid) - 1, room)
+    values = tuple(
+        kept.at[:, :, row].set(level.swapaxes(-1, -2), mode="drop")
+        for kept, level in zip(samples.values, levels, strict=True)
+    )
+    return Samples(samples.count + jnp.sum(valid, dtype=jnp.int32), values)
+
+
+def merge(a: Samples, b: Samples) -> Samples:
+    """Samples of two disjoint sets of images together; both full."""
+    values = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=2), a.values, b.values)
+    return Samples(a.count + b.count, values)
+
+
+def finalize(samples: Samples, regularization: float) -> LowRank:
+    """The Gaussians, factorised for scoring; `gaussian.finalize`'s counterpart.
+
+    Args:
+      samples: full, of at least two images. They are used up.
+      regularization: epsilon, above 0.
+
+    Raises:
+      ValueError: fewer than two images, samples that are not finite, or a kernel that is
+        not positive definite in float32 (the region is named).
+    """
+    images = samples.values[0].shape[2]
+    if int(samples.count) != images:
+        raise ValueError(f"room for {images} images, of which {int(samples.count)} are there")
+    if images < 2:
+        raise ValueError(f"a covariance needs at least 2 images, the samples hold {images}")
+    mean, deviations, root, finite, definite = _factorise(samples.values, regularization)
+    if not np.all(finite):
+        raise ValueError(
+            f"the embeddings of region {int(np.argmin(finite))} of {len(finite)} are not "
+            "finite: the backbone's features overflow or its weights are broken"
+        )
+    if not np.all(definite):
+        raise ValueError(
+            f"the covariance of region {int(np.argmin(definite))} of {len(definite)} is not "
+            f"positive definite in float32; raise the regularization ({regularization})"
+        )
+    return LowRank(mean, deviations, root, jnp.asarray(regularization, jnp.float32))
+
+
+@functools.partial(jax.jit, donate_argnames="values")
+def _factorise(
+    values: tuple[Float32[Array, "r _n s _d"], ...], regularization: Float[Array, ""] | float
+) -> tuple[
+    tuple[Float32[Array, "r _n _d"], ...],
+    tuple[Float32[Array, "r _n s _d"], ...],
+    Float32[Array, "r n s s"],
+    Bool[Array, " r"],
+    Bool[Array, " r"],
+]:
+    regions, cells, images, _ = values[0].shape
+    most = max(1, _LARGEST_BLOCK // cells)
+    block = max(n for n in range(1, most + 1) if regions % n == 0)
+    centre = jax.vmap(_centre_region)
+    invert = jax.vmap(_invert_region, in_axes=(0, None))
+
+    # The deviations in the values' place: beside the result one block is in memory.
+    def step(i: Int32[Array, ""], state: tuple) -> tuple:
+        values = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * block, block), state[1])
+        mean, deviations = centre(lax.optimization_barrier(values))
+        root = invert(deviations, regularization)
+        finite = [jnp.all(jnp.isfinite(x), axis=(1, 2, 3)) for x in deviations]
+        changed = (
+            mean,
+            deviations,
+            root,
+            jnp.all(jnp.stack(finite), axis=0),
+            jnp.all(jnp.isfinite(root), axis=(1, 2, 3)),
+        )
+        return jax.tree.map(
+            lambda x, y: lax.dynamic_update_slice_in_dim(x, y, i * block, 0), state, changed
+        )
+
+    mean = tuple(jnp.zeros((*x.shape[:2], x.shape[3]), jnp.float32) for x in values)
+    root = jnp.zeros((regions, cells, images, images), jnp.float32)
+    flags = jnp.ones(regions, bool)
+    return lax.fori_loop(0, regions // block, step, (mean, values, root, flags, flags))
+
+
+def _centre_region(values: _Values) -> tuple[tuple[Float32[Array, "_n _d"], ...], _Values]:
+    mean = tuple(jnp.mean(x, axis=1) for x in values)
+    return mean, tuple(x - m[:, None] for x, m in zip(values, mean, strict=True))
+
+
+def _invert_region(
+    deviations: _Values, regularization: Float[Array, ""] | float
+) -> Float32[Array, "n s s"]:
+    """R of a region's patches, R^T R = ((s - 1) epsilon I + X X^T)^-1."""
+    cells, images, _ = deviations[0].shape
+    kernel = (images - 1) * regularization * jnp.eye(images, dtype=jnp.float32)[None]
+    for x in deviations:
+        # Once for every cell of the level, however many patches share it.
+        gram = _matmul(x, x.swapaxes(-1, -2))
+        kernel = kernel + jnp.repeat(gram, cells // len(x), axis=0)
+    factor = lax.linalg.cholesky(kernel, symmetrize_input=False)
+    identity = jnp.broadcast_to(jnp.eye(images, dtype=jnp.float32), factor.shape)
+    return lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)

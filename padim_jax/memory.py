@@ -1,0 +1,179 @@
+"""How much memory a fit takes, and how much there is: before it, not by being killed."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import psutil
+
+from padim_jax import detector, embedding, models
+from padim_jax.config import Config, ModelConfig
+from padim_jax.errors import UserError
+
+_GB = 1e9
+# Python, JAX, the decoders and what they have in the works.
+_PROGRAM = 0.6 * _GB
+# Feature maps in float32, as XLA's compiled programs report it at most: bytes for a pixel
+# of the batch.
+_FEATURES = {"basic": 90, "bottleneck": 345}
+_CGROUPS = pathlib.Path("/sys/fs/cgroup")
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes that a fit takes at its peak.
+
+    Attributes:
+      form: of the statistics, "moments" or "samples".
+      statistics: of the normal images.
+      fitted: the model that scores; moments become it in place.
+      batch: feature maps and embeddings of a batch, and the backbone.
+      total: the most that is there at once, with the program itself.
+    """
+
+    form: str
+    statistics: int
+    fitted: int
+    batch: int
+    total: int
+
+
+def estimate(config: Config, images: int) -> Estimate:
+    """Estimates what fitting a number of images takes; nothing is allocated."""
+    model = config.model
+    spec = models.BACKBONES[model.backbone]
+    shapes = _shapes(config)
+    form = detector.choose_form(shapes, images, model.statistics)
+    # Every mean, or one image's embeddings.
+    embeddings = 4 * sum(regions * cells * channels for regions, cells, channels in shapes)
+    fitted = 4 * detector.fitted_size(shapes, images, form) + embeddings
+    statistics = fitted if form == "moments" else images * embeddings
+    height, width = config.image.size
+    features = _FEATURES[spec.block] * height * width
+    # CPUs compute basic blocks in float32 all the same.
+    if model.precision == "bfloat16" and spec.block == "bottleneck":
+        features //= 2
+    size, weights = min(config.batch_size, images), _weights(model)
+    batch = size * (features + embeddings) + 3 * weights
+    # A copy of the statistics is on its way to the disk, or they become the model.
+    finish = max(statistics, fitted - statistics) + weights
+    total = int(_PROGRAM) + statistics + max(batch, finish)
+    return Estimate(form, statistics, fitted, batch, total)
+
+
+def require(config: Config, images: int) -> None:
+    """Says what a fit will take, and stops one that there is no memory for.
+
+    Raises:
+      UserError: what it takes, what there is, and what would take less.
+    """
+    needed, free = estimate(config, images), available()
+    said = (
+        f"about {needed.total / _GB:.1f} GB of memory to fit {images} images: "
+        f"{needed.statistics / _GB:.2f} GB of statistics ({needed.form}), "
+        f"{needed.batch / _GB:.2f} GB for a batch"
+    )
+    if needed.total <= free:
+        print(f"{said}; {free / _GB:.1f} GB are free")
+        return
+    advice = [
+        "a smaller config.batch_size",
+        f"a smaller config.image.{'crop' if config.image.crop else 'resize'}",
+        "config.model.layers that start at a deeper one",
+    ]
+    if estimate(_with(config, precision="bfloat16"), images).total < needed.total:
+        advice.append("config.model.precision=bfloat16 (half the feature maps)")
+    if channels := _most_channels(config, images, free):
+        advice.insert(0, f"config.model.channels={channels} (the most that fit)")
+    raise UserError(
+        f"not enough memory: {said}; {free / _GB:.1f} GB are free. Less is taken by "
+        + ", ".join(advice)
+    )
+
+
+def available(cgroups: pathlib.Path = _CGROUPS) -> int:
+    """Bytes free where the statistics go: the device's own memory, or the machine's.
+
+    In a container the smaller of the machine's and the container's.
+
+    Args:
+      cgroups: where Linux has its control groups.
+    """
+    stats = jax.local_devices()[0].memory_stats()  # None on CPUs
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return min([psutil.virtual_memory().available, *_container_limits(cgroups)])
+
+
+def _container_limits(root: pathlib.Path) -> list[int]:
+    """What Linux' control groups leave, of version 2 and 1; nothing where there are none."""
+    found = []
+    for limit, usage, stat, cache in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ):
+        try:
+            most, used = int((root / limit).read_text()), int((root / usage).read_text())
+            lines = (line.split() for line in (root / stat).read_text().splitlines())
+            # Files that were read count as used until something else needs the room.
+            droppable = sum(int(value) for name, value in lines if name == cache)
+        except (OSError, ValueError):  # no such version, or "max": no limit
+            continue
+        found.append(most - used + droppable)
+    return found
+
+
+def _shapes(config: Config) -> list[detector.Shape]:
+    """`Pyramid.shapes`, without the pyramid: that of a large image takes much memory itself.
+
+    Rows and columns of grids lie upon each other independently: what holds for a grid is
+    the product of what holds for its two sides.
+    """
+    model = config.model
+    spec = models.BACKBONES[model.backbone]
+    ends = np.cumsum([models.stage_channels(spec, layer) for layer in model.layers])
+    index = embedding.channel_index(int(ends[-1]), model.channels, model.seed)
+    kept = np.bincount(np.searchsorted(ends, index, side="right"), minlength=len(ends))
+    stages = tuple(np.flatnonzero(kept).tolist())
+    ones = (1,) * len(ends)
+    grids = [detector.patch_grid(config.image, (layer,)) for layer in model.layers]
+    rows = embedding.pyramid(tuple((height, 1) for height, _ in grids), ones, stages)
+    columns = embedding.pyramid(tuple((1, width) for _, width in grids), ones, stages)
+    return [
+        (r1 * r2, n1 * n2, int(channels))
+        for (r1, n1, _), (r2, n2, _), channels in zip(
+            rows.shapes, columns.shapes, kept[list(stages)], strict=True
+        )
+    ]
+
+
+def _most_channels(config: Config, images: int, free: int) -> int:
+    """The most channels of which the fit has room; 0 if none."""
+    # All of them are tried: where the form changes, more channels take less memory.
+    for channels in range(config.model.channels - 1, 0, -1):
+        if estimate(_with(config, channels=channels), images).total <= free:
+            return channels
+    return 0
+
+
+def _with(config: Config, **model: Any) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+
+
+def _weights(model: ModelConfig) -> int:
+    """Bytes of a backbone's weights, roughly: by its blocks' widest kernels."""
+    spec, total = models.BACKBONES[model.backbone], 0
+    for stage, depth in zip(models.stages_to_compute(model.layers), spec.depths, strict=False):
+        inner = spec.width * 2 ** models.STAGES.index(stage)
+        if spec.block == "basic":
+            total += depth * 2 * 9 * inner**2
+        else:
+            total += depth * (9 * inner**2 + 2 * inner * models.stage_channels(spec, stage))
+    return 4 * total

@@ -1,0 +1,200 @@
+"""A fitted model for scoring alone: one safetensors file, ready as it is.
+
+Where a checkpoint keeps statistics that can be extended, this keeps their factorisation:
+loading reads the file and computes nothing. Its arrays lie raw, one after the other, so
+that any program can map them into memory. The half-size form keeps the factorisation in
+float16, and with it the measured change of every metric; computation is in float32.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+import padim_jax
+from padim_jax import config as config_lib
+from padim_jax.config import Config
+from padim_jax.errors import UserError
+from padim_jax.models.pretrained import WeightsIdentity
+from padim_jax.types import Gaussian, LowRank
+
+SUFFIX = ".safetensors"
+_FORMAT = "padim_jax model 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a model file holds.
+
+    Attributes:
+      config: as the model was fitted with.
+      index: the channels kept, in the embedding's order.
+      fitted: the Gaussians, float32.
+      weights: identity of the backbone's weights, which the file does not hold.
+      half: whether the file holds the factorisation in float16.
+      comparison: of a half-size form: metrics of both forms on the test set; see
+        `experiment.export`.
+    """
+
+    config: Config
+    index: Int[np.ndarray, " d"]
+    fitted: Gaussian | LowRank
+    weights: WeightsIdentity
+    half: bool = False
+    comparison: dict[str, Any] | None = None
+
+
+def rounded(fitted: Gaussian | LowRank) -> Gaussian | LowRank:
+    """The Gaussians as the half-size form restores them.
+
+    Raises:
+      ValueError: a number is too large for float16.
+    """
+    parts = {
+        name: jax.tree.map(lambda x: x.astype(jnp.float16).astype(jnp.float32), part)
+        for name, part in _large(fitted).items()
+    }
+    if not all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(parts)):
+        raise ValueError(f"numbers above {np.finfo(np.float16).max:.0f} do not fit float16")
+    return dataclasses.replace(fitted, **parts)
+
+
+def save(path: pathlib.Path, model: Model) -> None:
+    """Writes a model file; a crash leaves an earlier one as it was.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    import safetensors.numpy
+
+    fitted, large = model.fitted, _large(model.fitted)
+    arrays = {"index": model.index, **_named("mean", fitted.mean)}
+    for name, part in large.items():
+        arrays |= _named(name, part)
+    if isinstance(fitted, LowRank):
+        arrays["regularization"] = np.asarray(fitted.regularization)
+    if model.half:
+        names = [name for name in arrays if name.partition("_")[0] in large]
+        arrays |= {name: arrays[name].astype(np.float16) for name in names}
+    described: dict[str, Any] = {
+        "format": _FORMAT,
+        "version": padim_jax.__version__,
+        "form": type(fitted).__name__,
+        "half": model.half,
+        "config": config_lib.to_dict(model.config),
+        "weights": dataclasses.asdict(model.weights),
+        "comparison": model.comparison,
+    }
+    described["sha256"] = _digest(arrays, described)
+    target = path.resolve()  # what a link leads to is replaced, and not the link
+    growing = target.with_name(f"{target.name}.incomplete")
+    try:
+        growing.unlink(missing_ok=True)  # of a process that was killed
+        growing.touch()
+        mode = growing.stat().st_mode  # by the umask; the library makes files private
+        safetensors.numpy.save_file(arrays, growing, {"padim_jax": json.dumps(described)})
+        growing.chmod(mode)
+        growing.replace(target)
+    except (OSError, safetensors.SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            growing.unlink()
+        raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def load(path: pathlib.Path) -> Model:
+    """Reads a model file.
+
+    Raises:
+      UserError: the file is none, is broken or of another format.
+    """
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            header = (file.metadata() or {}).get("padim_jax")
+            if header is None:
+                raise UserError(
+                    f"{path}: a safetensors file, but no model of padim_jax; expected what "
+                    "--mode=export writes"
+                )
+            described = json.loads(header)
+            if described["format"] != _FORMAT:
+                raise UserError(
+                    f"{path}: {described['format']!r}, written by padim_jax "
+                    f"{described.get('version')}; this is padim_jax {padim_jax.__version__}, "
+                    f"which reads {_FORMAT!r}"
+                )
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _digest(arrays, described) != described["sha256"]:
+            raise ValueError("its contents are not what was saved")
+        try:
+            config = config_lib.validate(described["config"])
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return Model(
+            config,
+            arrays["index"],
+            _restore(described["form"], arrays),
+            WeightsIdentity(**described["weights"]),
+            described["half"],
+            described["comparison"],
+        )
+    except (
+        *(KeyError, TypeError, ValueError, OSError, AttributeError),
+        safetensors.SafetensorError,
+    ) as error:
+        raise UserError(
+            f"{path}: no model file, or a broken one ({type(error).__name__}: {error}); "
+            "export it again (--mode=export) or restore it from a copy"
+        ) from error
+
+
+def _large(fitted: Gaussian | LowRank) -> dict[str, Any]:
+    """The parts that take nearly all the memory, and what the half-size form halves."""
+    if isinstance(fitted, Gaussian):
+        return {"factor": fitted.factor}
+    return {"deviations": fitted.deviations, "root": fitted.root}
+
+
+def _named(name: str, part: Any) -> dict[str, np.ndarray]:
+    """The arrays of a nested tuple, as "name_0_1": level 0 with the next coarser one."""
+    if not isinstance(part, tuple):
+        return {name: np.asarray(part)}
+    return {k: v for i, item in enumerate(part) for k, v in _named(f"{name}_{i}", item).items()}
+
+
+def _restore(form: str, arrays: dict[str, np.ndarray]) -> Gaussian | LowRank:
+    floats = {
+        name: jnp.asarray(array, jnp.float32)
+        for name, array in arrays.items()
+        if name != "index"
+    }
+    levels = range(sum(name.startswith("mean_") for name in floats))
+    mean = tuple(floats[f"mean_{i}"] for i in levels)
+    if form == LowRank.__name__:
+        deviations = tuple(floats[f"deviations_{i}"] for i in levels)
+        return LowRank(mean, deviations, floats["root"], floats["regularization"])
+    if form != Gaussian.__name__:
+        raise ValueError(f"a form {form!r}")
+    # A level's matrices with itself and the coarser ones.
+    rows = [range(len(levels) - i) for i in levels]
+    return Gaussian(
+        mean, tuple(tuple(floats[f"factor_{i}_{j}"] for j in rows[i]) for i in levels)
+    )
+
+
+def _digest(arrays: dict[str, np.ndarray], described: dict[str, Any]) -> str:
+    """SHA-256 of all that a model file says."""
+    said = {key: value for key, value in described.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
