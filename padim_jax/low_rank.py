@@ -108,7 +108,8 @@ def _factorise(
         values = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * block, block), state[1])
         mean, deviations = centre(lax.optimization_barrier(values))
         root = invert(deviations, regularization)
-        finite = [jnp.all(jnp.isfinite(x), axis=(1, 2, 3)) for x in deviations]
+        # Their squares, since a kernel that overflows has a finite root.
+        finite = [jnp.isfinite(jnp.sum(x * x, axis=(1, 2, 3))) for x in deviations]
         changed = (
             mean,
             deviations,
