@@ -136,7 +136,8 @@ def fitted_size(shapes: Sequence[Shape], images: int, form: str) -> int:
     channels = [channels for _, _, channels in shapes]
     if form == "samples":
         return images * sum(map(operator.mul, cells, channels)) + images**2 * cells[0]
-    return sum(n * d * sum(channels[i:]) for i, (n, d) in enumerate(zip(cells, channels)))
+    rows = map(operator.mul, cells, channels)
+    return sum(n * sum(channels[i:]) for i, n in enumerate(rows))
 
 
 def finalize(statistics: Moments | Samples, regularization: float) -> Gaussian | LowRank:

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import shutil
+import threading
 from collections.abc import Iterator
 
 import jax
@@ -396,6 +397,8 @@ def _require_own(folder: pathlib.Path, sign: pathlib.Path) -> None:
 def _score(detector: Detector, source: Source) -> results.Scored:
     config = detector.config
     cache = image_cache.open_cache(config.cache)
+    # While the device computes, for the results that follow.
+    threading.Thread(target=results.import_libraries).start()
     maps, scores, masks = [], [], []
     for batch in _progress(source, config, "evaluate", cache):
         found = detector_lib.score_pixels(detector, batch.images)

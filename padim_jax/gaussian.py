@@ -135,18 +135,21 @@ def _factorise(
     regions, block = len(m2[0][0]), _block(m2[0][0])
     factorise = jax.vmap(_factorise_region, in_axes=(0, None, None))
 
-    # In the moments' place: beside the result one block is in memory.
+    # In the moments' place: beside the result one block is in memory. The next block is read
+    # from what is written already; read before, XLA might copy all for the two to be apart.
     def step(i: Int32[Array, ""], state: tuple) -> tuple:
-        # Read once, behind the barrier: XLA would copy all of what it reads again and again.
-        m2 = jax.tree.map(lambda x: _slice(x, i, block), state[0])
-        m2 = lax.optimization_barrier(m2)
-        factor = factorise(m2, count, regularization)
+        m2, part, *flags = state
+        factor = factorise(part, count, regularization)
+        m2 = jax.tree.map(lambda x, y: _put(x, y, i, block), m2, factor)
         # Of their own: an infinite variance gives a finite factor, its channel never counts.
-        changed = (factor, _all_finite(m2), _all_finite(factor))
-        return jax.tree.map(lambda x, y: _put(x, y, i, block), state, changed)
+        found = (_all_finite(part), _all_finite(factor))
+        flags = (_put(x, y, i, block) for x, y in zip(flags, found, strict=True))
+        return m2, jax.tree.map(lambda x: _slice(x, i + 1, block), m2), *flags
 
     flags = jnp.ones(regions, bool)
-    return lax.fori_loop(0, regions // block, step, (m2, flags, flags))
+    first = jax.tree.map(lambda x: x[:block], m2)
+    state = lax.fori_loop(0, regions // block, step, (m2, first, flags, flags))
+    return state[0], state[2], state[3]
 
 
 def _block(finest: Float32[Array, "r n *d"]) -> int:

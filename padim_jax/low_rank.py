@@ -103,28 +103,36 @@ def _factorise(
     centre = jax.vmap(_centre_region)
     invert = jax.vmap(_invert_region, in_axes=(0, None))
 
-    # The deviations in the values' place: beside the result one block is in memory.
+    def put(x: Array, part: Array, i: Int32[Array, ""]) -> Array:
+        return lax.dynamic_update_slice_in_dim(x, part, i * block, 0)
+
+    # The deviations in the values' place: beside the result one block is in memory. As in
+    # `gaussian` the next block is read from what is written already.
     def step(i: Int32[Array, ""], state: tuple) -> tuple:
-        values = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * block, block), state[1])
-        mean, deviations = centre(lax.optimization_barrier(values))
+        values, part, *results = state
+        mean, deviations = centre(part)
         root = invert(deviations, regularization)
-        # Their squares, since a kernel that overflows has a finite root.
+        # Squares, as in the kernel: so that these do not overflow either.
         finite = [jnp.isfinite(jnp.sum(x * x, axis=(1, 2, 3))) for x in deviations]
-        changed = (
+        values = jax.tree.map(lambda x, y: put(x, y, i), values, deviations)
+        found = (
             mean,
-            deviations,
             root,
             jnp.all(jnp.stack(finite), axis=0),
             jnp.all(jnp.isfinite(root), axis=(1, 2, 3)),
         )
-        return jax.tree.map(
-            lambda x, y: lax.dynamic_update_slice_in_dim(x, y, i * block, 0), state, changed
-        )
+        results = jax.tree.map(lambda x, y: put(x, y, i), tuple(results), found)
+        following = (lax.dynamic_slice_in_dim(x, (i + 1) * block, block) for x in values)
+        return values, tuple(following), *results
 
     mean = tuple(jnp.zeros((*x.shape[:2], x.shape[3]), jnp.float32) for x in values)
     root = jnp.zeros((regions, cells, images, images), jnp.float32)
     flags = jnp.ones(regions, bool)
-    return lax.fori_loop(0, regions // block, step, (mean, values, root, flags, flags))
+    first = tuple(x[:block] for x in values)
+    deviations, _, mean, root, finite, definite = lax.fori_loop(
+        0, regions // block, step, (values, first, mean, root, flags, flags)
+    )
+    return mean, deviations, root, finite, definite
 
 
 def _centre_region(values: _Values) -> tuple[tuple[Float32[Array, "_n _d"], ...], _Values]:

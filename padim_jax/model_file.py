@@ -172,7 +172,8 @@ def _named(name: str, part: Any) -> dict[str, np.ndarray]:
 
 def _restore(form: str, arrays: dict[str, np.ndarray]) -> Gaussian | LowRank:
     floats = {
-        name: jnp.asarray(array, jnp.float32)
+        # Widened on the device: in NumPy that takes more than twice as long.
+        name: jnp.asarray(array).astype(jnp.float32)
         for name, array in arrays.items()
         if name != "index"
     }

@@ -56,6 +56,12 @@ class Scored:
         return np.array([record.label == 1 for record in self.records])
 
 
+def import_libraries() -> None:
+    """Imports what the functions below import on first use, which takes half a second."""
+    for name in ("scipy.ndimage", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        importlib.import_module(name)
+
+
 def measure(scored: Scored) -> dict[str, Any]:
     """All metrics; the keys are those of metrics.json. See `metrics.evaluate`."""
     known = np.array([mask is not None for mask in scored.masks])

@@ -108,6 +108,7 @@ def test_numeric_stages_import_jax_and_numpy_only(stage):
         ("padim_jax.experiment", "main"),
         ("padim_jax.main", None),
         ("orbax", "checkpoint"),
+        ("psutil", "memory"),
     ],
 )
 def test_imported_by_its_owner_only(imported, owner):

@@ -82,10 +82,15 @@ def test_other_programs_have_other_entries(config: CacheConfig, events: list[str
 
 def test_settings_are_those_of_before_afterwards(config: CacheConfig, events: list[str]):
     before = settings()
-    with pytest.raises(ZeroDivisionError), compilation_cache.enabled(config):
-        assert settings() != before
-        compute(2.0)
-        1 / 0  # noqa: B018
+
+    def fail() -> None:
+        with compilation_cache.enabled(config):
+            assert settings() != before
+            compute(2.0)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert settings() == before
     compute(3.0)
     assert events == ["misses"]  # that within the block

@@ -263,7 +263,7 @@ class TestBroken:
                 loaded = model_file.load(path)
             except UserError as error:
                 named += str(error).startswith(f"{path}: ")
-            else:  # as with 1e-05 and 1E-05 in the header
+            else:  # as with 1e-05 and 1E-05 in the header, \u00fc and \u00FC
                 assert same(loaded, model), (place, bit)
                 harmless += 1
         assert named + harmless == len(list(flips(whole)))

@@ -1,0 +1,275 @@
+"""Times the stages of padim_jax in this process; prints one JSON object on its last line.
+
+    python launch/benchmark_stages.py TASK ...    (started by benchmark.py, which says the rest)
+
+Tasks: "stages" measures every stage, "growth" those whose cost depends on the model,
+"score" a fitted model as its users call it: images in memory to maps and scores.
+"""
+
+import os
+
+# As padim_jax.main does, and why.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import pathlib
+import platform
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import benchmark_measure as measure
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import padim_jax
+from padim_jax import (
+    checkpoint,
+    defaults,
+    detector,
+    embedding,
+    experiment,
+    figures,
+    gaussian,
+    input_pipeline,
+    low_rank,
+    models,
+    results,
+    scoring,
+)
+from padim_jax import config as config_lib
+from padim_jax.config import Config
+from padim_jax.models import pretrained, resnet
+from padim_jax.types import Moments, Samples
+
+_BATCHES = 4  # that are decoded: as many different images as the stages meet
+
+
+class Stages:
+    """Measures stages, one after the other.
+
+    Attributes:
+      found: of every stage its median, spread and repeats in seconds, what one call is
+        "of", for how many images if its cost is theirs, the peak memory of the process
+        while it ran and how much of that came with it.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def add(
+        self,
+        name: str,
+        of: str,
+        images: int,
+        function: Callable[..., Any],
+        prepare: Callable[[], tuple] = tuple,
+    ) -> Any:
+        """Measures a stage; its result of the last call."""
+        result: Any = None
+
+        def call(*arguments: Any) -> None:
+            nonlocal result
+            result = None  # not two of them at a time
+            result = jax.block_until_ready(function(*arguments))
+
+        call(*prepare())  # compiles
+        measure.reset_peak_memory()
+        before, _ = measure.memory()
+        times = measure.repeat(call, prepare=prepare, warmup=0, seconds=self.seconds)
+        _, peak = measure.memory()
+        self.found[name] = {
+            **measure.summary(times),
+            "of": of,
+            "images": images,
+            "peak_bytes": peak,
+            "added_bytes": peak - before,
+        }
+        return result
+
+
+def main() -> None:
+    """Measures what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=("stages", "growth", "score"))
+    for name in ("data", "weights", "workdir"):
+        parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
+    parser.add_argument("--backbone", required=True)
+    for name in ("channels", "size", "batch_size", "images"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    options = parser.parse_args()
+    if options.task == "score":
+        measured = score(options.workdir / "checkpoint", options.seconds)
+    else:
+        measured = stages(configuration(options), options)
+    names = ("jax", "jaxlib", "flax", "numpy", "pillow", "grain", "orbax-checkpoint")
+    measured["versions"] = {
+        "python": platform.python_version(),
+        "padim_jax": padim_jax.__version__,
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+    measured["devices"] = [device.device_kind for device in jax.devices()]
+    print(json.dumps(measured))
+
+
+def configuration(options: argparse.Namespace) -> Config:
+    """The default configuration for a case."""
+    settings: Any = defaults.get_config()
+    settings.dataset.root, settings.category = str(options.data.parent), options.data.name
+    settings.image.resize = (options.size, options.size)
+    settings.model.backbone = options.backbone
+    settings.model.weights = str(options.weights)
+    settings.model.channels = options.channels
+    settings.batch_size = options.batch_size
+    return config_lib.validate(settings)
+
+
+def score(path: pathlib.Path, seconds: float) -> dict[str, Any]:
+    """Times a fitted model on images in memory: batches of 32, and single images."""
+    fitted = experiment.load(path)
+    shape = (32, *fitted.config.image.size, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+    def timed(images: np.ndarray) -> dict[str, float]:
+        call = functools.partial(detector.score_pixels, fitted, images)
+        return measure.summary(measure.repeat(call, warmup=2, seconds=seconds))
+
+    return {"batch_32": timed(images), "single": timed(images[:1])}
+
+
+def stages(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """Times the stages in the order that data passes through them."""
+    measured = Stages(options.seconds)
+    add, size = measured.add, config.batch_size
+    dataset = experiment.open_dataset(config)
+    source = input_pipeline.FolderSource(dataset["train"].records[: _BATCHES * size])
+    images = len(source.records)
+    whole = options.task == "stages"
+
+    def decode() -> list[input_pipeline.Batch]:
+        return list(input_pipeline.batches(source, config.image, size))
+
+    batches = add("decode", f"{images} images", images, decode) if whole else decode()
+
+    # Of one batch: images -> feature maps -> levels of the embedding.
+    variables, weights = pretrained.load(
+        config.model.weights, config.model.backbone, config.model.layers
+    )
+    variables = jax.device_put(variables)
+    spec = models.BACKBONES[config.model.backbone]
+    network = resnet.ResNet(spec, config.model.layers, config.model.precision)
+    index = detector.channel_index(config.model)
+    pyramid = detector.pyramid(config.image, config.model, tuple(index.tolist()))
+    pixels = jnp.asarray(batches[0].images, jnp.float32) / 255 - 0.5
+    features = add(
+        "backbone", "a batch", size, jax.jit(network.apply), lambda: (variables, pixels)
+    )
+    select = jax.jit(functools.partial(embedding.select, pyramid=pyramid))
+    levels = add("embed", "a batch", size, select, lambda: (features,))
+    del features
+
+    # Levels -> statistics of all images -> fitted Gaussians.
+    statistics = detector.init(pyramid.shapes, options.images, config.model.statistics)
+    form = gaussian if isinstance(statistics, Moments) else low_rank
+    update = jax.jit(form.update, donate_argnums=0)
+    for start in range(0, options.images, size):
+        statistics = update(statistics, levels, jnp.arange(size) < options.images - start)
+
+    def emptied() -> tuple[Moments | Samples, Any, Any]:
+        # Written in place: the last call's result is the next one's argument.
+        nonlocal statistics
+        statistics = dataclasses.replace(statistics, count=jnp.zeros((), jnp.int32))
+        return statistics, levels, jnp.ones(size, bool)
+
+    def moments(*arguments: Any) -> None:
+        nonlocal statistics
+        statistics = jax.block_until_ready(update(*arguments))
+
+    add("moments", "a batch", size, moments, emptied)
+    statistics = dataclasses.replace(statistics, count=jnp.asarray(options.images, jnp.int32))
+    with tempfile.TemporaryDirectory(dir=options.workdir) as folder:
+        path = pathlib.Path(folder, "checkpoint")
+        state = checkpoint.Fitted(config, index, statistics, weights)
+        add("checkpoint: save", "the model", 0, lambda: checkpoint.save(path, state))
+        model_bytes = measure.disk_bytes(path)
+        add("checkpoint: load", "the model", 0, lambda: checkpoint.load(path).statistics)
+        del state
+
+    def copied() -> tuple[Moments | Samples, float]:
+        # Finalising uses up what it is given.
+        copy = jax.block_until_ready(jax.tree.map(jnp.copy, statistics))
+        return copy, config.model.regularization
+
+    fitted = add("finalise", "the model", 0, detector.finalize, copied)
+    del statistics
+
+    # Levels -> distances -> maps and scores, and both from images.
+    def maps(fitted: Any, levels: Any) -> Any:
+        distances = scoring.mahalanobis(fitted, levels, pyramid.patches)
+        found = scoring.anomaly_maps(
+            distances,
+            grid=detector.patch_grid(config.image, config.model.layers),
+            size=config.image.size,
+            upsample=config.map.upsample,
+            sigma=config.map.sigma,
+        )
+        return found, scoring.image_scores(found)
+
+    add("score", "a batch", size, jax.jit(maps), lambda: (fitted, levels))
+    del levels
+    model = detector.Detector(config, index, variables, weights, fitted)
+    add(
+        "images to scores",
+        "a batch",
+        size,
+        detector.score_pixels,
+        lambda: (model, batches[0].images),
+    )
+    if whole:
+        evaluation(config, model, dataset["test"], measured, options.workdir)
+    return {"stages": measured.found, "model_bytes": model_bytes, "form": form.__name__}
+
+
+def evaluation(
+    config: Config,
+    model: detector.Detector,
+    source: input_pipeline.Source,
+    measured: Stages,
+    workdir: pathlib.Path,
+) -> None:
+    """Times what comes after the scores of a whole test set."""
+    maps, scores, masks = [], [], []
+    for batch in input_pipeline.batches(source, config.image, config.batch_size):
+        found = detector.score_pixels(model, batch.images)
+        maps.append(found.maps[batch.valid])
+        scores.append(found.scores[batch.valid])
+        masks += batch.masks
+    scored = results.Scored(source.records, masks, np.concatenate(maps), np.concatenate(scores))
+    images = len(scored.records)
+    found = measured.add("metrics", f"{images} maps", images, lambda: results.measure(scored))
+    scale = figures.color_scale(scored.maps, scored.labels.astype(int))
+    found["color_scale"] = [scale.low, scale.high]
+    with tempfile.TemporaryDirectory(dir=workdir) as folder:
+        place = pathlib.Path(folder)
+
+        def write() -> None:
+            results.write(
+                place,
+                config,
+                scored,
+                found,
+                lambda number: input_pipeline.load_image(source, config.image, number),
+            )
+
+        measured.add("figures", f"{config.outputs.figures} of {images} images", 0, write)
+
+
+if __name__ == "__main__":
+    main()

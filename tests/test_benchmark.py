@@ -1,0 +1,311 @@
+"""The benchmark's arithmetic, and a smallest run of it."""
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from padim_jax.models import pretrained
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "launch")
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+class Clock:
+    """Stands still unless something says that it takes time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 0.0
+        monkeypatch.setattr(module("benchmark_measure").time, "perf_counter", lambda: self.now)
+
+    def takes(self, *seconds: float):
+        """A function whose calls take these seconds, and the last of them from then on."""
+        rest = list(seconds)
+
+        def function(*_: Any) -> tuple:
+            self.now += rest.pop(0) if len(rest) > 1 else rest[0]
+            return ()
+
+        return function
+
+
+class TestMeasure:
+    def test_repeat_counts_neither_warmup_nor_preparation(self, monkeypatch):
+        clock = Clock(monkeypatch)
+        times = module("benchmark_measure").repeat(
+            clock.takes(100, 100, 1, 2, 3), prepare=clock.takes(50), warmup=2, seconds=0
+        )
+        assert times == [1, 2, 3]
+
+    def test_repeat_ends_when_the_time_is_over(self, monkeypatch):
+        repeat = module("benchmark_measure").repeat
+        assert len(repeat(Clock(monkeypatch).takes(1), seconds=10)) == 10
+        assert len(repeat(Clock(monkeypatch).takes(1), seconds=10, most=4)) == 4
+
+    def test_summary_is_not_moved_by_an_outlier(self):
+        summary = module("benchmark_measure").summary
+        assert summary([3, 1, 2, 5, 4]) == {"median": 3, "spread": 2, "repeats": 5}
+        assert summary([3, 1, 2, 500, 4]) == {"median": 3, "spread": 2, "repeats": 5}
+        assert summary([7]) == {"median": 7, "spread": 0, "repeats": 1}
+
+    @pytest.mark.parametrize("k", [0.0, 1.0, 1.5, 3.0])
+    def test_exponent_of_a_power_law(self, k: float):
+        sizes = [25, 50, 100, 400, 1000]
+        found = module("benchmark_measure").exponent(sizes, [7e-3 * size**k for size in sizes])
+        assert found == pytest.approx(k, abs=1e-9)
+
+    def test_exponent_is_least_squares_on_logarithms(self):
+        sizes, costs = np.array([1, 2, 4, 8, 16]), np.array([3, 4, 11, 19, 50])
+        expected = np.polyfit(np.log(sizes), np.log(costs), 1)[0]
+        found = module("benchmark_measure").exponent(sizes.tolist(), costs.tolist())
+        assert found == pytest.approx(expected)
+
+    def test_peak_memory_is_that_since_the_reset(self):
+        measure = module("benchmark_measure")
+        measure.reset_peak_memory()
+        before, _ = measure.memory()
+        np.ones(100_000_000, np.uint8)
+        now, peak = measure.memory()
+        # What else goes on in this process is far below a quarter of it.
+        assert peak - before > 75_000_000
+        assert now - before < 25_000_000
+        measure.reset_peak_memory()
+        assert measure.memory()[1] - before < 25_000_000
+
+    def test_disk_bytes(self, tmp_path: pathlib.Path):
+        (tmp_path / "model" / "deep").mkdir(parents=True)
+        (tmp_path / "model" / "a").write_bytes(b"12345")
+        (tmp_path / "model" / "deep" / "b").write_bytes(b"123")
+        (tmp_path / "link").symlink_to(tmp_path / "model" / "a")
+        disk_bytes = module("benchmark_measure").disk_bytes
+        assert disk_bytes(tmp_path / "model") == 8
+        assert disk_bytes(tmp_path / "link") == 5
+
+
+class TestProcesses:
+    def test_execute_measures_the_process_that_it_runs(self, tmp_path: pathlib.Path):
+        script = (
+            "import json; x = b'1' * 200_000_000; print('hello'); print(json.dumps({'a': 1}))"
+        )
+        found = module("benchmark_processes").execute(
+            (sys.executable, "-c", script), tmp_path / "log"
+        )
+        assert found["a"] == 1
+        assert found["seconds"] > 0
+        assert 0 <= found["others"] <= 1.01  # the kernel counts in hundredths of a second
+        assert found["peak_bytes"] > 200_000_000
+        assert (tmp_path / "log").read_text().startswith("hello")
+
+    def test_failure_is_shown(self, tmp_path: pathlib.Path):
+        command = (sys.executable, "-c", "raise SystemExit('the reason')")
+        execute = module("benchmark_processes").execute
+        with pytest.raises(SystemExit, match=r"(?s)exit code 1: .*the reason"):
+            execute(command, tmp_path / "log")
+        execute(command, tmp_path / "log", exit_code=1)
+        command = (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
+        with pytest.raises(SystemExit, match="too little memory"):
+            execute(command, tmp_path / "log")
+
+    def test_contenders_take_turns_with_the_same_work(self, tmp_path: pathlib.Path):
+        processes = module("benchmark_processes")
+        case = processes.Case(
+            "resnet18", 448, tmp_path / "part", tmp_path / "w.npz", 256, 32, 9
+        )
+        options = argparse.Namespace(workdir=tmp_path / "work", seconds=1.0)
+        found = list(
+            processes.runs(case, options, {"torch": "python-t", "anomalib": "python-a"})
+        )
+        assert [run.contender for run in found[:6]] == ["padim_jax", "torch", "anomalib"] * 2
+        for peer in ("torch", "anomalib"):
+            runs = [run for run in found if run.contender == peer]
+            assert [run.task for run in runs] == ["fit", "test", "score"]
+            assert {run.command[0] for run in runs} == {f"python-{peer[0]}"}
+            # A fit begins anew; what comes after reads its model.
+            assert [bool(run.fresh) for run in runs] == [True, False, False]
+        for run in found:
+            line = " ".join(run.command)
+            assert "channels=448" in line or run.task == "eval"
+            assert str(tmp_path / "w.npz") in line
+
+    def test_environment_is_made_once(self, tmp_path: pathlib.Path, monkeypatch):
+        processes = module("benchmark_processes")
+        commands: list[list] = []
+
+        def run(command: list, check: bool) -> None:
+            assert check
+            commands.append([str(part) for part in command])
+            (tmp_path / ".venv-torch").mkdir(exist_ok=True)
+            if "pip" in command and len(commands) == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(processes, "ROOT", tmp_path)
+        monkeypatch.setattr(processes.subprocess, "run", run)
+        with pytest.raises(KeyboardInterrupt):
+            processes.make_environment("torch")
+        processes.make_environment("torch")
+        assert processes.make_environment("torch") == str(
+            tmp_path / ".venv-torch" / "bin" / "python"
+        )
+        # The interrupted installation was begun again, the finished one was not.
+        assert len(commands) == 4
+        assert commands[-1][-4:] == list(processes.PEERS["torch"])
+
+
+class TestTables:
+    def cells(self, table: str) -> list[list[str]]:
+        rows = [row.strip("| ").split("|") for row in table.splitlines()]
+        assert len({len(row) for row in table.splitlines()}) == 1  # aligned
+        return [[cell.strip() for cell in row] for row in rows[2:]]
+
+    def run(self, contender: str, task: str, seconds: float, peak: float, **more: Any) -> dict:
+        return {
+            "contender": contender,
+            "task": task,
+            "seconds": seconds,
+            "peak_bytes": peak * 1e9,
+            "others": 0.0,
+            **more,
+        }
+
+    def test_peers_are_compared_with_our_part_of_the_same_work(self):
+        ours = [
+            self.run("padim_jax", "train_and_eval, compiled before", 8, 1, model_bytes=5e8),
+            self.run("padim_jax", "train", 4, 0.5),
+            self.run("padim_jax", "eval", 5, 1),
+        ]
+        peers = [self.run("torch", "fit", 40, 3), self.run("torch", "test", 20, 2)]
+        rows = self.cells(module("benchmark_tables").processes([*peers, *ours]))
+        assert [row[0] for row in rows] == ["padim_jax"] * 3 + ["torch"] * 3
+        by_task = {row[1]: row[2:] for row in rows}
+        assert by_task["train_and_eval, compiled before"][3] == "0.50"
+        assert by_task["fit"] == ["40.0", "0.0", "3.00", "", "10.0", "6.0", "0%"]
+        assert by_task["test"] == ["20.0", "0.0", "2.00", "", "4.0", "2.0", "0%"]
+        # One after the other: times add up, peaks do not.
+        assert by_task["fit + test"] == ["60.0", "0.0", "3.00", "", "7.5", "3.0", "0%"]
+
+    def test_rounds_are_summed_up_by_their_median(self):
+        found = [self.run("padim_jax", "train", seconds, 1) for seconds in (5, 4, 90)]
+        (row,) = self.cells(module("benchmark_tables").processes(found))
+        assert row[2] == "5.0"
+
+    def test_a_busy_machine_is_told(self):
+        tables = module("benchmark_tables")
+        quiet, busy = self.run("padim_jax", "train", 5, 1), self.run("padim_jax", "eval", 5, 1)
+        assert "Not to be quoted" not in tables.processes([quiet])
+        assert "Not to be quoted" in tables.processes([quiet, busy | {"others": 0.3}])
+
+    def test_scoring(self):
+        def score(contender: str, batch: float, single: float) -> dict:
+            parts = {"batch_32": batch, "single": single}
+            times = {key: {"median": s, "spread": s / 10} for key, s in parts.items()}
+            return self.run(contender, "score", 9, 1, **times)
+
+        found = [score("padim_jax", 0.5, 0.02), score("torch", 2.0, 0.05)]
+        assert self.cells(module("benchmark_tables").scoring(found)) == [
+            ["padim_jax", "64.0", "10%", "20.0", "10%", "1.0", "1.0"],
+            ["torch", "16.0", "10%", "50.0", "10%", "4.0", "2.5"],
+        ]
+
+    def test_stages(self):
+        stage = {"median": 0.064, "spread": 0.002, "repeats": 7, "peak_bytes": 2.5e9}
+        found = {
+            "backbone": {**stage, "of": "a batch", "images": 32},
+            "finalise": {**stage, "of": "the model", "images": 0},
+        }
+        assert self.cells(module("benchmark_tables").stages({"stages": found})) == [
+            ["backbone", "a batch", "64.0", "2.0", "7", "2.00", "2.50"],
+            ["finalise", "the model", "64.0", "2.0", "7", "", "2.50"],
+        ]
+
+    def test_growth_ends_with_the_exponents(self):
+        def point(size: int) -> dict:
+            fit = {"seconds": size / 100, "peak_bytes": 1e9, "model_bytes": 4e4 * size**2}
+            return {"size": size, "fit": fit, "stages": {"score": {"median": 1e-6 * size**3}}}
+
+        points = [point(size) for size in (100, 200, 400, 800)]
+        rows = self.cells(module("benchmark_tables").growth("size", points))
+        assert rows[0] == ["100", "1", "1", "0.4", "1e+03"]
+        assert rows[-1] == ["exponent", "1.00", "0.00", "2.00", "3.00"]
+
+
+class TestInputs:
+    @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+    def test_weights_are_the_same_for_all(self, backbone: str, tmp_path: pathlib.Path):
+        layers = ("layer1", "layer2", "layer3")
+        variables, _ = pretrained.load("random", backbone, layers)
+        inputs = module("benchmark_inputs")
+        np.savez(tmp_path / "w.npz", **inputs.torchvision_names(variables["params"]))
+        again, _ = pretrained.load(str(tmp_path / "w.npz"), backbone, layers)
+        jax.tree.map(np.testing.assert_array_equal, variables, again)
+
+    def test_peers_networks_compute_what_the_folded_weights_say(self, tmp_path: pathlib.Path):
+        torch = pytest.importorskip("torch")
+        peer = module("benchmark_peer")
+        rng = np.random.default_rng(0)
+        tensors = {
+            "conv1.weight": rng.standard_normal((4, 3, 3, 3), np.float32),
+            "conv1.bias": rng.standard_normal(4, np.float32),
+        }
+        np.savez(tmp_path / "w.npz", **tensors)  # pyright: ignore[reportArgumentType]
+        network = torch.nn.Sequential()
+        network.add_module("conv1", torch.nn.Conv2d(3, 4, 3, bias=False))
+        network.add_module("bn1", torch.nn.BatchNorm2d(4))
+        peer.load_weights(network.eval(), tmp_path / "w.npz")
+        images = torch.from_numpy(rng.standard_normal((2, 3, 8, 8), np.float32))
+        expected = torch.nn.functional.conv2d(images, *map(torch.from_numpy, tensors.values()))
+        # 1 - epsilon is rounded to float32: 3e-8 relative.
+        torch.testing.assert_close(network(images), expected, rtol=1e-6, atol=1e-6)
+        assert peer.convolution_before("layer2.0.bn2") == "layer2.0.conv2"
+        assert peer.convolution_before("layer2.0.downsample.1") == "layer2.0.downsample.0"
+
+
+class TestCommandLine:
+    def test_smallest_run(self, tmp_path: pathlib.Path):
+        found = tmp_path / "found.json"
+        done = subprocess.run(
+            [
+                *(sys.executable, ROOT / "launch" / "benchmark.py", "--quick"),
+                *("--measure=stages", f"--workdir={tmp_path}", f"--json={found}"),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONWARNINGS": "default"},
+        )
+        assert done.returncode == 0, done.stderr
+        stages = json.loads(found.read_text())["resnet18-20"]["stages"]["stages"]
+        order = ["decode", "backbone", "embed", "moments", "finalise", "score", "metrics"]
+        assert [name for name in stages if name in order] == order
+        assert all(stage["median"] > 0 for stage in stages.values())
+        assert all(f"| {name} " in done.stdout for name in stages)
+
+    def test_mistakes(self, capsys: pytest.CaptureFixture[str]):
+        benchmark = module("benchmark")
+        with pytest.raises(SystemExit):
+            benchmark.parse(["--measure=stages,everything"])
+        assert "'everything': expected" in capsys.readouterr().err
+
+    def test_links_repeat_the_images(self, tmp_path: pathlib.Path):
+        data = tmp_path / "part"
+        (data / "train" / "good").mkdir(parents=True)
+        for number in range(3):
+            (data / "train" / "good" / f"{number}.png").write_text(str(number))
+        linked = module("benchmark").link_images(data, tmp_path / "linked", 8)
+        files = sorted((linked / "train" / "good").iterdir())
+        assert [file.read_text() for file in files] == list("01201201")
