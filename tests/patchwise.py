@@ -1,6 +1,6 @@
 """What levels stand for, patch by patch in NumPy: the slow and obvious reference."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +101,14 @@ def distances(
     delta = np.moveaxis(x - mean, 0, -1)
     squared = np.sum(delta * np.linalg.solve(covariance, delta), axis=1).T
     return squared, np.linalg.cond(covariance)
+
+
+def products(function: Callable, *arguments) -> list[str]:
+    """The matrix products of a function, in StableHLO."""
+    leaves, tree = jax.tree.flatten(arguments)
+    lowered = jax.jit(lambda *leaves: function(*tree.unflatten(leaves))).lower(*leaves)
+    lines = lowered.as_text().splitlines()
+    return [line for line in lines if "dot_general" in line]
 
 
 def vectors(parts, pyramid: Pyramid) -> np.ndarray:

@@ -126,7 +126,8 @@ def test_bfloat16_features_give_float32_embeddings():
 @on_all_grids
 def test_select_makes_nothing_larger_than_the_selected_channels(shapes):
     # The same numbers come from upsampling, or from all channels, at many times the memory.
-    features, pyramid, batch = random_features(shapes), patchwise.lay(drawn(shapes, 0.4)), 2
+    pyramid, batch = patchwise.lay(drawn(shapes, 0.4)), 2
+    features = [x.astype(jnp.bfloat16) for x in random_features(shapes, batch)]
     jaxpr = jax.make_jaxpr(lambda *stages: select(stages, pyramid))(*features)
     arrays = [variable.aval for eqn in jaxpr.eqns for variable in eqn.outvars]
     sizes = [array.size for array in arrays]  # pyright: ignore[reportAttributeAccessIssue]

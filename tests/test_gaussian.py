@@ -199,6 +199,18 @@ def test_many_regions_are_computed_in_several_blocks():
     assert factor_error(images, gaussian.finalize(moments, 0.01), 0.01) < 1
 
 
+def test_products_are_of_float32():
+    # GPUs multiply in TF32, of a 10-bit mantissa, unless they are told not to.
+    images = Images()
+    moments = images.fit([8])
+    (batch,) = patchwise.batches(images.levels, [8])
+    found = patchwise.products(gaussian.update, moments, *batch)
+    found += patchwise.products(gaussian.merge, moments, moments)
+    found += patchwise.products(gaussian._factorise, moments.m2, 8, 0.01)
+    assert len(found) >= 3
+    assert all("HIGHEST, HIGHEST" in product for product in found)
+
+
 def test_finalize_keeps_the_mean():
     moments = Images().fit([8, 8, 8])
     expected = [np.array(mean) for mean in moments.mean]

@@ -175,6 +175,12 @@ def test_many_regions_are_computed_in_several_blocks():
     assert np.all(off <= 4 * ROUNDOFF * np.abs(training).max(axis=0))
 
 
+def test_products_are_of_float32():
+    found = patchwise.products(low_rank._factorise, samples_of().values, 0.01)
+    assert found
+    assert all("HIGHEST, HIGHEST" in product for product in found)
+
+
 def samples_of(images=5):
     pyramid = patchwise.lay(patchwise.CASES[ALIKE])
     levels, _ = patchwise.random_levels(patchwise.CASES[ALIKE], images)

@@ -77,6 +77,19 @@ def distances(fitted, levels, pyramid):
     return score(fitted, levels)
 
 
+def assert_products_of_float32(fitted, levels, pyramid):
+    """On GPUs, too, which multiply in TF32, of a 10-bit mantissa, unless told not to."""
+
+    def score(fitted, levels):
+        found = mahalanobis(fitted, levels, pyramid.patches)
+        side = found.shape[1]
+        return anomaly_maps(found, (side, 1), (side, 5), "bilinear", 1.0)
+
+    found = patchwise.products(score, fitted, levels)
+    assert len(found) >= 3
+    assert all("HIGHEST, HIGHEST" in product for product in found)
+
+
 on_all_pyramids = pytest.mark.parametrize("name", patchwise.CASES)
 
 
@@ -90,7 +103,9 @@ def test_distance_is_that_of_the_dense_factor(name):
         cross = [rng.normal(size=(*shape, d)) / 4 for d in channels[i + 1 :]]
         factor.append(tuple(jnp.asarray(x, jnp.float32) for x in (np.linalg.inv(own), *cross)))
     mean, levels = random_parts(pyramid), random_parts(pyramid, 4, seed=2)
-    found = distances(Gaussian(mean, tuple(factor)), levels, pyramid)
+    fitted = Gaussian(mean, tuple(factor))
+    found = distances(fitted, levels, pyramid)
+    assert_products_of_float32(fitted, levels, pyramid)
     delta = deviations_from(mean, levels, pyramid)
     dense = patchwise.factors(factor, pyramid)
     expected = np.linalg.norm(np.linalg.solve(dense, np.moveaxis(delta, 0, -1)), axis=1).T
@@ -113,7 +128,9 @@ def test_distance_is_that_of_the_dense_samples(name):
     root = np.full((regions * cells, images, images), np.nan, np.float32)
     root[pyramid.patches] = np.linalg.inv(np.linalg.cholesky(kernel))
     root = jnp.asarray(root.reshape(regions, cells, images, images))
-    found = distances(LowRank(mean, deviations, root, jnp.float32(epsilon)), levels, pyramid)
+    fitted = LowRank(mean, deviations, root, jnp.float32(epsilon))
+    found = distances(fitted, levels, pyramid)
+    assert_products_of_float32(fitted, levels, pyramid)
     covariance = x.swapaxes(1, 2) @ x / (images - 1) + epsilon * np.eye(x.shape[-1])
     delta = np.moveaxis(deviations_from(mean, levels, pyramid), 0, -1)
     expected = np.sqrt(np.sum(delta * np.linalg.solve(covariance, delta), axis=1)).T
