@@ -16,6 +16,7 @@ from padim_jax import defaults, results
 from padim_jax.config import Config, validate
 from padim_jax.datasets.mvtec_ad import CATEGORIES
 from padim_jax.datasets.records import Record
+from padim_jax.errors import UserError
 from padim_jax.results import Scored
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -297,6 +298,26 @@ class TestWrite:
         for name in ("overview.jpg", "roc_curve.png", "score_histogram.png"):
             with Image.open(tmp_path / name) as picture:
                 picture.load()
+
+    def test_overview_is_in_the_figures_order(self, tmp_path: pathlib.Path):
+        """Whatever the order in which threads finish them."""
+        write(tmp_path, MANY, figures="some")
+        names = below(tmp_path / "figures")
+        drawn = [np.asarray(Image.open(tmp_path / "figures" / name), int) for name in names]
+        overview = np.asarray(Image.open(tmp_path / "overview.jpg"), int)
+        pitch = (len(overview) - len(drawn[0])) // (len(drawn) - 1)
+        for place in range(len(drawn)):
+            row = overview[place * pitch :][: len(drawn[0])]
+            unlike = [np.abs(row - picture).mean() for picture in drawn]
+            assert np.argmin(unlike) == place
+
+    def test_an_unreadable_image_is_an_error(self, tmp_path: pathlib.Path):
+        def load_image(index: int) -> np.ndarray:
+            raise UserError(f"image {index} is gone")
+
+        measured = results.measure(MANY) | {"color_scale": [1.0, 4.0]}
+        with pytest.raises(UserError, match="is gone"):
+            results.write(tmp_path, make_config(), MANY, measured, load_image)
 
     def test_all_figures(self, tmp_path: pathlib.Path):
         read = write(tmp_path, MANY, figures="all")
