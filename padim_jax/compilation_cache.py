@@ -17,7 +17,9 @@ from collections.abc import Iterator
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from padim_jax import paths
 from padim_jax.config import CacheConfig
+from padim_jax.paths import Path
 
 _LIMIT = 1 << 28  # bytes; JAX removes the least recently used. A run leaves 0.2 MB on CPUs.
 _ENTRY, _SEAL = "-cache", "-sha256"  # JAX's suffix and ours
@@ -29,7 +31,8 @@ def enabled(config: CacheConfig) -> Iterator[None]:
 
     JAX's settings are as before afterwards. If they name a folder already, as
     JAX_COMPILATION_CACHE_DIR does, that one is used and nothing is done here. A folder
-    that cannot be written to is told on stderr: results do not depend on it.
+    that cannot be written to is told on stderr: results do not depend on it. On an object
+    store nothing bounds the folder but the store's own rules.
 
     Raises:
       UserError: there is no folder for it; see `CacheConfig.folder`.
@@ -39,9 +42,12 @@ def enabled(config: CacheConfig) -> Iterator[None]:
         return
     folder = config.folder / "compilation"
     try:
-        # As private as the XDG specification wants it: what lies here is run.
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        if isinstance(folder, pathlib.Path):
+            # As private as the XDG specification wants it: what lies here is run.
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        else:
+            paths.make_folder(folder)
         _remove_unsealed(folder)
     except OSError as error:
         print(
@@ -55,7 +61,8 @@ def enabled(config: CacheConfig) -> Iterator[None]:
     before = {path.name for path in folder.glob(f"*{_ENTRY}")}
     settings = {
         "jax_compilation_cache_dir": str(folder),
-        "jax_compilation_cache_max_size": _LIMIT,
+        # JAX's lock for the removal is a file of this machine.
+        "jax_compilation_cache_max_size": _LIMIT if isinstance(folder, pathlib.Path) else -1,
         # Not only what took a second: a run has a dozen programs, all below.
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         # XLA's own caches have no bound, no seal, and little to add.
@@ -79,7 +86,7 @@ def _configure(settings: dict[str, object]) -> None:
     compilation_cache.reset_cache()  # which would stay with the folder it has
 
 
-def _remove_unsealed(folder: pathlib.Path) -> None:
+def _remove_unsealed(folder: Path) -> None:
     for path in folder.glob(f"*{_ENTRY}"):
         with contextlib.suppress(FileNotFoundError):  # another process removes it, too
             if not _seal(path).is_file() or _seal(path).read_bytes() != _digest(path):
@@ -89,13 +96,13 @@ def _remove_unsealed(folder: pathlib.Path) -> None:
             seal.unlink(missing_ok=True)
 
 
-def _seal(entry: pathlib.Path) -> pathlib.Path:
+def _seal(entry: Path) -> Path:
     return entry.with_name(entry.name.removesuffix(_ENTRY) + _SEAL)
 
 
-def _entry(seal: pathlib.Path) -> pathlib.Path:
+def _entry(seal: Path) -> Path:
     return seal.with_name(seal.name.removesuffix(_SEAL) + _ENTRY)
 
 
-def _digest(path: pathlib.Path) -> bytes:
+def _digest(path: Path) -> bytes:
     return hashlib.sha256(path.read_bytes()).digest()

@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 import ml_collections
 
-from padim_jax import models
+from padim_jax import models, paths
 from padim_jax.datasets import LAYOUTS
 from padim_jax.errors import UserError
 
@@ -34,9 +34,9 @@ class DatasetConfig:
     """Where the images come from; `defaults` explains every field."""
 
     name: str
-    root: pathlib.Path
+    root: paths.Path
     source: str
-    tfds_dir: pathlib.Path | None
+    tfds_dir: paths.Path | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,13 @@ class MapConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a fit goes on; nothing here changes its result."""
+
+    checkpoint_every: float
+
+
+@dataclasses.dataclass(frozen=True)
 class OutputsConfig:
     """What is written besides metrics and scores."""
 
@@ -89,12 +96,12 @@ class OutputsConfig:
 class CacheConfig:
     """What is kept between runs for speed alone; it may be deleted at any time."""
 
-    dir: pathlib.Path | None
+    dir: paths.Path | None
     images_gb: float
     compilation: bool
 
     @property
-    def folder(self) -> pathlib.Path:
+    def folder(self) -> paths.Path:
         """Where caches lie: `dir`, or padim_jax in the user's folder for caches.
 
         Raises:
@@ -124,6 +131,7 @@ class Config:
     model: ModelConfig
     map: MapConfig
     batch_size: int
+    train: TrainConfig
     outputs: OutputsConfig
     cache: CacheConfig
 
@@ -133,7 +141,7 @@ class Config:
 
         Without a category the root's own name tells one part's folder from another's.
         """
-        category = self.category or self.dataset.root.absolute().name
+        category = self.category or paths.absolute(self.dataset.root).name
         return f"{self.dataset.name}_{category}"
 
 
@@ -153,11 +161,12 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
     groups: Any = values  # unchecked yet: anything
     dataset, image = groups["dataset"], groups["image"]
     model, map_, outputs = groups["model"], groups["map"], groups["outputs"]
-    cache = groups["cache"]
+    train, cache = groups["train"], groups["cache"]
     _fields("config.dataset", dataset, DatasetConfig)
     _fields("config.image", image, ImageConfig)
     _fields("config.model", model, ModelConfig)
     _fields("config.map", map_, MapConfig)
+    _fields("config.train", train, TrainConfig)
     _fields("config.outputs", outputs, OutputsConfig)
     _fields("config.cache", cache, CacheConfig)
     config = Config(
@@ -195,6 +204,11 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
             sigma=_number("config.map.sigma", map_["sigma"], positive=False),
         ),
         batch_size=_integer("config.batch_size", values["batch_size"], minimum=1),
+        train=TrainConfig(
+            checkpoint_every=_number(
+                "config.train.checkpoint_every", train["checkpoint_every"], positive=False
+            )
+        ),
         outputs=OutputsConfig(
             figures=_one_of("config.outputs.figures", outputs["figures"], FIGURES),
             maps=_one_of("config.outputs.maps", outputs["maps"], MAPS),
@@ -213,7 +227,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as nested JSON values; `validate` takes it back."""
 
     def plain(value: Any) -> Any:
-        if isinstance(value, pathlib.Path):
+        if isinstance(value, pathlib.PurePath):
             return str(value)
         if isinstance(value, tuple):
             return [plain(item) for item in value]
@@ -229,12 +243,14 @@ def with_absolute_paths(config: Config) -> Config:
     dataset, weights, cache = config.dataset, config.model.weights, config.cache
     if pathlib.Path(weights).suffix in models.WEIGHT_FILES:
         weights = str(pathlib.Path(weights).expanduser().absolute())
-    tfds_dir = dataset.tfds_dir and dataset.tfds_dir.absolute()
+    root, tfds_dir = paths.absolute(dataset.root), dataset.tfds_dir
     return dataclasses.replace(
         config,
-        dataset=dataclasses.replace(dataset, root=dataset.root.absolute(), tfds_dir=tfds_dir),
+        dataset=dataclasses.replace(
+            dataset, root=root, tfds_dir=tfds_dir and paths.absolute(tfds_dir)
+        ),
         model=dataclasses.replace(config.model, weights=weights),
-        cache=dataclasses.replace(cache, dir=cache.dir and cache.dir.absolute()),
+        cache=dataclasses.replace(cache, dir=cache.dir and paths.absolute(cache.dir)),
     )
 
 
@@ -244,6 +260,13 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"config.image.crop={crop}: larger than config.image.resize={resize}; expected "
             "(height, width), each at most the resized one, or None for no crop"
+        )
+    cache = config.cache
+    if cache.images_gb and cache.dir and not isinstance(cache.dir, pathlib.Path):
+        raise UserError(
+            f"config.cache.dir={cache.dir}: decoded images are kept on this machine's disks "
+            "only, from where they come faster than decoding takes. Name a folder there, or "
+            "keep compiled programs alone: --config.cache.images_gb=0"
         )
     spec = models.BACKBONES[config.model.backbone]
     total = sum(models.stage_channels(spec, layer) for layer in config.model.layers)
@@ -291,16 +314,18 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _path(name: str, value: Any) -> pathlib.Path:
-    if not isinstance(value, str | pathlib.Path) or not str(value):
+def _path(name: str, value: Any) -> paths.Path:
+    if not isinstance(value, str | pathlib.PurePath) or not str(value):
         raise UserError(f"{name}={_shown(value)}: expected a folder")
     try:
-        return pathlib.Path(value).expanduser()
-    except RuntimeError as error:  # no such user
-        raise UserError(f"{name}={_shown(value)}: {error} Expected a folder") from error
+        # A model's own configuration may name what is not to be reached from here.
+        return paths.parse(str(value), needed=False)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{value}: ")
+        raise UserError(f"{name}={_shown(value)}: {reason}") from error
 
 
-def _optional_path(name: str, value: Any) -> pathlib.Path | None:
+def _optional_path(name: str, value: Any) -> paths.Path | None:
     if value is None or (isinstance(value, str) and not value):
         return None
     return _path(name, value)

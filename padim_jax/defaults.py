@@ -92,8 +92,13 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # Standard deviation of the Gaussian blur, in pixels of the input; 0 for none.
     config.map.sigma = 4.0
 
-    # Images per step; bounds memory, does not change results.
+    # Images per step, of all devices together; bounds memory, does not change results.
     config.batch_size = 32
+
+    config.train = ml_collections.ConfigDict()
+    # Seconds between saves of an unfinished fit, which goes on from the last one after an
+    # interruption; 0 saves after every batch.
+    config.train.checkpoint_every = 300.0
 
     config.outputs = ml_collections.ConfigDict()
     # Five-panel pictures of test images: none, some (the best and worst scored of

@@ -8,15 +8,17 @@ no global state. What is composed is returned; the caller saves it with `save`.
 
 import dataclasses
 import functools
+import io
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from padim_jax.paths import Path
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 Mask = Bool[np.ndarray, "h w"]
@@ -362,7 +364,7 @@ def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
-def save(image: Image.Image, path: str | os.PathLike[str]) -> None:
+def save(image: Image.Image, path: Path) -> None:
     """Write a picture in the format that the path's suffix names.
 
     Use `.jpg` for the many pictures of a test set: five panels of 256x256 pixels of a
@@ -375,11 +377,17 @@ def save(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """
     # JPEG at full colour resolution, for the outlines' sake. Each format ignores the
     # other's settings.
-    image.save(path, quality=90, subsampling=0, compress_level=_COMPRESS_LEVEL)
+    suffix = path.suffix.lower()
+    kind = Image.registered_extensions().get(suffix)
+    if kind is None:
+        raise ValueError(f"{path}: unknown file extension {suffix!r}")
+    content = io.BytesIO()
+    image.save(content, kind, quality=90, subsampling=0, compress_level=_COMPRESS_LEVEL)
+    path.write_bytes(content.getvalue())
 
 
 def roc_figure(
-    path: str | os.PathLike[str],
+    path: Path,
     curves: Sequence[tuple[str, Float[np.ndarray, " _"], Float[np.ndarray, " _"]]],
     title: str,
 ) -> None:
@@ -410,7 +418,7 @@ def roc_figure(
 
 
 def score_histogram(
-    path: str | os.PathLike[str],
+    path: Path,
     scores: Float[np.ndarray, " n"],
     labels: Integer[np.ndarray, " n"],
     threshold: float | None,
@@ -443,8 +451,10 @@ def score_histogram(
     _save_diagram(figure, path)
 
 
-def _save_diagram(figure, path: str | os.PathLike[str]) -> None:
-    figure.savefig(path, format="png", pil_kwargs={"compress_level": _COMPRESS_LEVEL})
+def _save_diagram(figure, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", pil_kwargs={"compress_level": _COMPRESS_LEVEL})
+    path.write_bytes(content.getvalue())
 
 
 def _figure(width: float, height: float):

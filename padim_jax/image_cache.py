@@ -144,7 +144,11 @@ def open_cache(config: CacheConfig) -> ImageCache | None:
       UserError: there is no folder for it; see `CacheConfig.folder`.
     """
     limit = int(config.images_gb * 1e9)
-    return ImageCache(config.folder / "images", limit) if limit else None
+    if not limit:
+        return None
+    folder = config.folder / "images"
+    assert isinstance(folder, pathlib.Path)  # as a configuration has to have it
+    return ImageCache(folder, limit)
 
 
 def entry_key(image: bytes, mask: bytes | None, config: ImageConfig) -> str:

@@ -4,6 +4,7 @@ import concurrent.futures
 import csv
 import dataclasses
 import glob
+import io
 import json
 import os
 import pathlib
@@ -13,11 +14,12 @@ from types import TracebackType
 import numpy as np
 from jaxtyping import Float32
 
-from padim_jax import figures, input_pipeline, results
+from padim_jax import figures, input_pipeline, paths, results
 from padim_jax.config import ImageConfig
 from padim_jax.datasets.files import is_image
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
+from padim_jax.paths import Path
 
 UNKNOWN = "unknown"  # the defect type of an image of which nothing is known
 
@@ -31,7 +33,7 @@ def find(pattern: str) -> list[Record]:
 
     Args:
       pattern: an image file, a folder (images anywhere below it) or a glob (`**`
-        for any depth).
+        for any depth), of this machine or remote.
 
     Returns:
       Records whose relative paths start at the folder that all images share.
@@ -39,27 +41,36 @@ def find(pattern: str) -> list[Record]:
     Raises:
       UserError: there is none.
     """
-    given = pathlib.Path(pattern).expanduser()
-    if given.is_dir():
-        found = sorted(path for path in given.rglob("*") if is_image(path))
-        base, paths = given, [path for path in found if not path.is_dir()]
+    given = paths.parse(pattern)
+    found: list[Path]
+    if paths.is_folder(given):
+        base, found = given, sorted(filter(is_image, paths.files_below(given)))
     elif given.exists():
-        base, paths = given.parent, [given]
+        base, found = given.parent, [given]
     else:
-        # pathlib's own glob takes no absolute pattern.
-        found = sorted(glob.glob(str(given), recursive=True))  # noqa: PTH207
-        paths = [pathlib.Path(path) for path in found]
-        paths = [path for path in paths if not path.is_dir()]
-        base = pathlib.Path(os.path.commonpath([p.parent for p in paths])) if paths else given
-    if not paths:
+        if isinstance(given, pathlib.Path):
+            # pathlib's own glob takes no absolute pattern.
+            names = sorted(glob.glob(str(given), recursive=True))  # noqa: PTH207
+            found = [path for path in map(pathlib.Path, names) if not path.is_dir()]
+        else:
+            found = paths.glob(pattern)
+        base = _common_folder(found) if found else given
+    if not found:
         raise UserError(
             f"--input={pattern}: no image there; expected an image file, a folder of images or "
             "a quoted glob, as in '--input=parts/**/*.png'"
         )
     return [
         Record("test", path, None, 0, UNKNOWN, path.relative_to(base).as_posix())
-        for path in paths
+        for path in found
     ]
+
+
+def _common_folder(files: Sequence[Path]) -> Path:
+    common = files[0].parent
+    while not all(path.is_relative_to(common) for path in files):
+        common = common.parent
+    return common
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +88,7 @@ class Calibration:
     scale: figures.ColorScale | None = None
 
 
-def read_calibration(path: pathlib.Path, detector: str) -> Calibration:
+def read_calibration(path: Path, detector: str) -> Calibration:
     """Reads an evaluation's metrics.json.
 
     Args:
@@ -150,23 +161,30 @@ class Writer:
 
     scores.csv gets one row an image; maps/ the raw map (float32 .npy or .tiff, NaN
     where unscored) and overlays/ the heat map over the image, both at the image's size.
+    An object store can't take a file row by row: there scores.csv has its header at first,
+    and the rows at the end.
     Images are decoded a second time here: keeping them, at their full size, from the
     pipeline on would take memory that grows with the batch.
     """
 
     def __init__(
         self,
-        folder: pathlib.Path,
+        folder: Path,
         config: ImageConfig,
         map_suffix: str,
         calibration: Calibration,
     ):
-        folder.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(folder)
         self._folder, self._config, self._suffix = folder, config, map_suffix
         self._calibration = calibration
-        self._file = (folder / "scores.csv").open("w", newline="", encoding="utf-8")
+        self._table = folder / "scores.csv"
+        if isinstance(self._table, pathlib.Path):
+            self._file = self._table.open("w", newline="", encoding="utf-8")
+        else:
+            self._file = io.StringIO(newline="")
         self._rows = csv.writer(self._file)
         self._rows.writerow(("path", "score", "predicted"))
+        self._upload()
         self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS)
 
     def __enter__(self) -> "Writer":
@@ -181,6 +199,7 @@ class Writer:
     ) -> None:
         """Closes the table."""
         self._threads.shutdown(cancel_futures=True)
+        self._upload()
         self._file.close()
 
     def add(
@@ -213,5 +232,10 @@ class Writer:
         image = np.asarray(input_pipeline.read_image(record.image))
         overlay = figures.overlay(image, full, known.scale, known.pixel_threshold)
         path = self._folder / "overlays" / f"{name}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(path, pathlib.Path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         figures.save(overlay, path)
+
+    def _upload(self) -> None:
+        if isinstance(self._file, io.StringIO):
+            self._table.write_bytes(self._file.getvalue().encode())

@@ -4,9 +4,9 @@ import concurrent.futures
 import csv
 import dataclasses
 import importlib.resources
+import io
 import json
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 from PIL import Image
 
-from padim_jax import figures, metrics
+from padim_jax import figures, metrics, paths
 from padim_jax.config import Config
 from padim_jax.datasets.records import GOOD, Record
+from padim_jax.paths import Path
 
 # With config.outputs.figures="some", of each defect type this many of the highest
 # scored images and as many of the lowest.
@@ -117,7 +118,7 @@ def comparison_table(comparison: dict[str, Any]) -> str:
 
 
 def write(
-    workdir: pathlib.Path,
+    workdir: Path,
     config: Config,
     scored: Scored,
     measured: dict[str, Any],
@@ -126,7 +127,7 @@ def write(
     """Writes everything but the table; what an earlier evaluation wrote is replaced.
 
     Args:
-      workdir: exists.
+      workdir: exists, where there are folders.
       config: outputs.{figures,maps} choose what is written.
       scored: the test set.
       measured: from `measure`.
@@ -135,7 +136,7 @@ def write(
     write_json(workdir / "metrics.json", measured)
     _write_scores(workdir / "scores.csv", scored, measured["image_f1_threshold"])
     for folder in ("maps", "figures"):
-        shutil.rmtree(workdir / folder, ignore_errors=True)
+        paths.remove_folder(workdir / folder)
     for picture in ("roc_curve.png", "score_histogram.png", "overview.jpg"):
         (workdir / picture).unlink(missing_ok=True)
     if config.outputs.maps != "none":
@@ -160,25 +161,25 @@ def write(
         figures.save(figures.contact_sheet(few, 1), workdir / "overview.jpg")
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Writes JSON that any reader takes: no NaN, text as it is."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def save_map(
-    folder: pathlib.Path, name: str, suffix: str, anomaly_map: Float32[np.ndarray, "h w"]
+    folder: Path, name: str, suffix: str, anomaly_map: Float32[np.ndarray, "h w"]
 ) -> None:
     """Writes one raw map as `folder/name.npy` or `.tiff` (one float32 channel).
 
     The image's own suffix stays in the name: a.png and a.jpg may lie side by side.
     """
-    path = folder / f"{name}.{suffix}"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
     if suffix == "npy":
-        np.save(path, anomaly_map)
+        np.save(content, anomaly_map)
     else:
-        Image.fromarray(anomaly_map).save(path)
+        Image.fromarray(anomaly_map).save(content, suffix)
+    paths.write(folder / f"{name}.{suffix}", content.getvalue())
 
 
 def table(config: Config, measured: dict[str, Any]) -> str:
@@ -250,15 +251,16 @@ def _unlike_published(config: Config) -> str:
     return ", ".join(f"{k} {theirs}" for k, (ours, theirs) in pairs.items() if ours != theirs)
 
 
-def _write_scores(path: pathlib.Path, scored: Scored, threshold: float | None) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("path", "label", "defect_type", "score", "predicted"))
-        for record, score in zip(scored.records, scored.scores, strict=True):
-            predicted = "" if threshold is None else int(score >= threshold)
-            writer.writerow(
-                (record.relative_path, record.label, record.defect_type, score, predicted)
-            )
+def _write_scores(path: Path, scored: Scored, threshold: float | None) -> None:
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(("path", "label", "defect_type", "score", "predicted"))
+    for record, score in zip(scored.records, scored.scores, strict=True):
+        predicted = "" if threshold is None else int(score >= threshold)
+        writer.writerow(
+            (record.relative_path, record.label, record.defect_type, score, predicted)
+        )
+    path.write_bytes(table.getvalue().encode())
 
 
 def _roc_curves(
@@ -277,7 +279,7 @@ def _roc_curves(
 
 
 def _draw_figures(
-    folder: pathlib.Path,
+    folder: Path,
     config: Config,
     scored: Scored,
     measured: dict[str, Any],
@@ -290,7 +292,8 @@ def _draw_figures(
         return iter(())
     threshold = measured["image_f1_threshold"]
     scale = figures.ColorScale(*measured["color_scale"])
-    folder.mkdir()
+    if isinstance(folder, pathlib.Path):  # an object store knows none
+        folder.mkdir()
 
     def draw(place: int, index: int) -> Image.Image | None:
         record, score = scored.records[index], scored.scores[index]

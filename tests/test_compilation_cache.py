@@ -54,7 +54,7 @@ def run(config: CacheConfig, factor: float = 2.0) -> list[float]:
 
 
 def entries(config: CacheConfig) -> list[pathlib.Path]:
-    return sorted((config.folder / "compilation").glob("*-cache"))
+    return sorted(pathlib.Path(config.folder, "compilation").glob("*-cache"))
 
 
 def entry(config: CacheConfig) -> pathlib.Path:
@@ -177,7 +177,7 @@ def test_damage_is_compiled_again(
     events: list[str],
 ):
     run(config)
-    (path,) = (config.folder / "compilation").glob(f"*{victim}")
+    (path,) = pathlib.Path(config.folder, "compilation").glob(f"*{victim}")
     damage(path)
     # Warnings are errors: JAX would give one for what it cannot decompress.
     assert run(config) == [0, 2, 4, 6]
@@ -216,7 +216,7 @@ def test_size_is_bounded(config: CacheConfig, monkeypatch: pytest.MonkeyPatch):
     assert 1 <= len(left) <= 2
     assert first not in left
     run(config, 8.0)
-    seals = (config.folder / "compilation").glob("*-sha256")
+    seals = pathlib.Path(config.folder, "compilation").glob("*-sha256")
     assert {path.name.removesuffix("-sha256") for path in seals} == {
         path.name.removesuffix("-cache") for path in left
     }
@@ -233,4 +233,4 @@ def test_other_files_are_left_alone(config: CacheConfig):
 
 def test_nobody_else_can_put_programs_there(config: CacheConfig):
     run(config)
-    assert (config.folder / "compilation").stat().st_mode & 0o077 == 0
+    assert pathlib.Path(config.folder, "compilation").stat().st_mode & 0o077 == 0

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from padim_jax import config as config_lib
-from padim_jax import defaults, models
+from padim_jax import defaults, models, paths
 from padim_jax.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -107,6 +107,7 @@ def test_settings_arrive_where_they_belong():
         },
         "map": {"upsample": "bicubic", "sigma": 2},
         "batch_size": 5,
+        "train": {"checkpoint_every": 12.5},
         "outputs": {"figures": "all", "maps": "tiff"},
         "cache": {"dir": "d", "images_gb": 0.5, "compilation": False},
     }
@@ -138,6 +139,7 @@ def test_fields_are_these():
         ],
         "map": ["sigma", "upsample"],
         "batch_size": None,
+        "train": ["checkpoint_every"],
         "outputs": ["figures", "maps"],
         "cache": ["compilation", "dir", "images_gb"],
     }
@@ -170,6 +172,10 @@ NUMBERS = [
     ("config.model.regularization", float("nan"), ["number above 0"]),
     ("config.map.sigma", -1.0, ["at least 0"]),
     ("config.map.sigma", float("inf"), ["number"]),
+    ("config.train.checkpoint_every", -1.0, ["at least 0"]),
+    ("config.train.checkpoint_every", float("inf"), ["number"]),
+    ("config.train.checkpoint_every", "300", ["number"]),
+    ("config.train.checkpoint_every", None, ["number"]),
     ("config.cache.images_gb", -1, ["at least 0"]),
     ("config.cache.images_gb", float("inf"), ["number"]),
     ("config.cache.compilation", 1, ["True or False"]),
@@ -255,7 +261,9 @@ def test_a_value_of_a_wrong_type_is_refused(field, kind):
 
 
 @pytest.mark.parametrize("value", ["1", None, 3, 0.5])
-@pytest.mark.parametrize("group", ["dataset", "image", "model", "map", "outputs", "cache"])
+@pytest.mark.parametrize(
+    "group", ["dataset", "image", "model", "map", "train", "outputs", "cache"]
+)
 def test_a_group_that_is_none_is_refused(group, value):
     assert message_of(changed(f"config.{group}", value)) == (
         f"config.{group}={value!r}: expected a group of settings"
@@ -459,7 +467,7 @@ def test_home_is_expanded():
 
 def test_a_checkpoint_keeps_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = defaults.get_config()
+    settings: Any = defaults.get_config()
     settings.dataset.root, settings.dataset.tfds_dir = "data", "packed"
     settings.model.weights, settings.cache.dir = "weights/r18.npz", "kept"
     kept = config_lib.with_absolute_paths(config_lib.validate(settings))
@@ -477,7 +485,7 @@ def test_a_checkpoint_keeps_absolute_paths(tmp_path, monkeypatch):
 
 
 class TestCacheFolder:
-    def folder(self, given: str = "") -> pathlib.Path:
+    def folder(self, given: str = "") -> paths.Path:
         return config_lib.validate(changed("config.cache.dir", given)).cache.folder
 
     def test_the_one_given(self, monkeypatch):

@@ -489,7 +489,7 @@ class TestScoreHistogram:
 
 def test_matplotlib_is_imported_late_and_left_alone():
     program = """
-        import io, sys
+        import os, pathlib, sys
         import numpy as np
         from padim_jax import figures
 
@@ -503,8 +503,9 @@ def test_matplotlib_is_imported_late_and_left_alone():
         names = set(matplotlib.rcParams) - {"backend"}  # reading that one imports pyplot
         before = {name: matplotlib.rcParams[name] for name in names}
         rates = np.array([0.0, 1.0])
-        figures.roc_figure(io.BytesIO(), [("a", rates, rates)], "title")
-        figures.score_histogram(io.BytesIO(), rates, np.array([0, 1]), 0.5)
+        nowhere = pathlib.Path(os.devnull)
+        figures.roc_figure(nowhere, [("a", rates, rates)], "title")
+        figures.score_histogram(nowhere, rates, np.array([0, 1]), 0.5)
         assert "matplotlib.pyplot" not in sys.modules
         assert {name: matplotlib.rcParams[name] for name in names} == before
     """

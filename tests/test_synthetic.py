@@ -207,7 +207,7 @@ def test_layout_and_records(tmp_path, monkeypatch):
         "part/test/stain/000.png",
     ]
     for record in records:
-        image = pixels(record.image)
+        image = pixels(pathlib.Path(record.image))
         assert image.dtype == np.uint8
         assert image.shape == (64, 64, 3)
         assert (record.mask is not None) == (record.label == 1)

@@ -17,6 +17,7 @@ import tqdm
 
 from padim_jax.datasets.mvtec_ad import CATEGORIES, URL
 from padim_jax.errors import UserError
+from padim_jax.paths import Path
 
 # Both as in anomalib 2.7.0. MVTec renews the link from time to time, the archive stays.
 ARCHIVE_URL = (
@@ -35,7 +36,7 @@ class _RefusedError(Exception):
     """What came is not what was asked for."""
 
 
-def mvtec_ad(root: pathlib.Path, category: str) -> None:
+def mvtec_ad(root: Path, category: str) -> None:
     """Puts MVTec AD's category folders below `root`, unless `root/category` exists.
 
     The archive grows in a `.part` file beside `root`, from which an interrupted download
@@ -50,6 +51,11 @@ def mvtec_ad(root: pathlib.Path, category: str) -> None:
       UserError: MVTec AD has no such category, or the archive could not be had, checked
         or unpacked; with where to get it by hand.
     """
+    if not isinstance(root, pathlib.Path):
+        raise UserError(
+            f"--download: config.dataset.root={root} is no folder of this machine, and only "
+            "there archives are unpacked; download to one, and copy the category folders"
+        )
     if (root / category).exists():
         print(f"{root / category}: is there already, nothing downloaded")
         return

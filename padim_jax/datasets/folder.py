@@ -10,14 +10,14 @@ tif, tiff and webp, in any case. The layout of the PyTorch project Lornatang/PaD
 """
 
 import collections
-import pathlib
 
-from padim_jax.datasets.files import image_files, is_image, subfolders
+from padim_jax.datasets.files import image_files, images_outside_folders, subfolders
 from padim_jax.datasets.records import GOOD, Record
 from padim_jax.errors import UserError
+from padim_jax.paths import Path, is_folder
 
 
-def folder(root: pathlib.Path, category: str = "") -> list[Record]:
+def folder(root: Path, category: str = "") -> list[Record]:
     """Lists the images of `root` (or `root/category`), sorted by path.
 
     Masks are all or nothing for a defect type: a type without a folder under
@@ -38,9 +38,9 @@ def folder(root: pathlib.Path, category: str = "") -> list[Record]:
         belong in, or a mask is missing, left over or ambiguous.
     """
     base = root / category
-    if not base.is_dir():
-        setting = "config.dataset.root" if not root.is_dir() else "config.category"
-        value = root if not root.is_dir() else repr(category)
+    if not is_folder(base):
+        setting = "config.dataset.root" if not is_folder(root) else "config.category"
+        value = root if not is_folder(root) else repr(category)
         raise UserError(
             f"{setting}={value}: no folder {base}; expected one that holds train/good and, to "
             "evaluate, val/good and val/bad"
@@ -82,23 +82,19 @@ def folder(root: pathlib.Path, category: str = "") -> list[Record]:
     return records
 
 
-def _only_folders(folder: pathlib.Path) -> list[pathlib.Path]:
-    found = subfolders(folder)
-    astray = sorted(path for path in folder.iterdir() if is_image(path) and path not in found)
-    if astray:
+def _only_folders(folder: Path) -> list[Path]:
+    if astray := images_outside_folders(folder):
         raise UserError(
             f"{astray[0]}: lies directly in {folder.name}/; expected a folder for each defect "
             f"type in between, as in {folder / 'bad' / astray[0].name}"
         )
-    return found
+    return subfolders(folder)
 
 
-def _masks(
-    folder: pathlib.Path, images: list[pathlib.Path]
-) -> dict[pathlib.Path, pathlib.Path]:
-    if not folder.is_dir():
+def _masks(folder: Path, images: list[Path]) -> dict[Path, Path]:
+    if not is_folder(folder):
         return {}
-    by_stem: dict[str, list[pathlib.Path]] = {}
+    by_stem: dict[str, list[Path]] = {}
     for mask in image_files(folder):
         by_stem.setdefault(mask.stem, []).append(mask)
     matches = {
@@ -124,6 +120,6 @@ def _masks(
     return {image: found[0] for image, found in matches.items()}
 
 
-def _listed(what: str, paths: list[pathlib.Path]) -> str:
+def _listed(what: str, paths: list[Path]) -> str:
     names = ", ".join(path.name for path in paths[:5])
     return f"{what} {names}" + f" and {len(paths) - 5} more" * (len(paths) > 5)

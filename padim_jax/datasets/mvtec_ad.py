@@ -9,11 +9,11 @@ Anomaly Detection", CVPR 2019. Licence: CC BY-NC-SA 4.0.
 """
 
 import difflib
-import pathlib
 
-from padim_jax.datasets.files import image_files, subfolders
+from padim_jax.datasets.files import file_names, image_files, subfolders
 from padim_jax.datasets.records import GOOD, Record
 from padim_jax.errors import UserError
+from padim_jax.paths import Path, is_folder
 
 CATEGORIES = (
     "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut",
@@ -22,7 +22,7 @@ CATEGORIES = (
 URL = "https://www.mvtec.com/company/research/datasets/mvtec-ad"
 
 
-def mvtec_ad(root: pathlib.Path, category: str) -> list[Record]:
+def mvtec_ad(root: Path, category: str) -> list[Record]:
     """Lists the images of one category, sorted by path.
 
     Args:
@@ -38,7 +38,7 @@ def mvtec_ad(root: pathlib.Path, category: str) -> list[Record]:
       UserError: the folder, the category, a split or a mask is not there.
     """
     folder = root / category
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(_no_category(root, category))
     records = [
         Record("train", path, None, 0, GOOD, path.relative_to(root).as_posix())
@@ -52,8 +52,10 @@ def mvtec_ad(root: pathlib.Path, category: str) -> list[Record]:
             f"{folder / 'test'}: holds no folder; expected good and one for each defect type"
         )
     for defect in defects:
+        masks = folder / "ground_truth" / defect.name
+        there = file_names(masks) if defect.name != GOOD else set()
         for path in image_files(defect):
-            mask = None if defect.name == GOOD else _mask(folder, defect.name, path)
+            mask = None if defect.name == GOOD else _mask(masks, there, path)
             records.append(
                 Record(
                     split="test",
@@ -67,9 +69,9 @@ def mvtec_ad(root: pathlib.Path, category: str) -> list[Record]:
     return records
 
 
-def _mask(folder: pathlib.Path, defect: str, image: pathlib.Path) -> pathlib.Path:
-    mask = folder / "ground_truth" / defect / f"{image.stem}_mask.png"
-    if not mask.is_file():
+def _mask(folder: Path, there: set[str], image: Path) -> Path:
+    mask = folder / f"{image.stem}_mask.png"
+    if mask.name not in there:
         raise UserError(
             f"{image}: its ground-truth mask {mask} does not exist. MVTec's layout has one "
             "for every defective test image; for images without masks use the layout of "
@@ -78,15 +80,15 @@ def _mask(folder: pathlib.Path, defect: str, image: pathlib.Path) -> pathlib.Pat
     return mask
 
 
-def _no_category(root: pathlib.Path, category: str) -> str:
-    if not root.is_dir():
+def _no_category(root: Path, category: str) -> str:
+    if not is_folder(root):
         return (
             f"config.dataset.root={root}: no such folder. Expected MVTec AD's folder, with "
             f"{category}/train/good and {category}/test below it. Get the data from {URL} "
             "(free for research, after accepting its licence), unpack it there, or point "
             "--config.dataset.root at where it is"
         )
-    found = [path.name for path in subfolders(root) if (path / "train").is_dir()]
+    found = [path.name for path in subfolders(root) if is_folder(path / "train")]
     known = found or (() if category in CATEGORIES else CATEGORIES)
     close = difflib.get_close_matches(category, known, n=1)
     guess = f"; did you mean {close[0]!r}?" if close else "."

@@ -1,8 +1,9 @@
 """What a dataset is made of: records, without any pixels read yet."""
 
 import dataclasses
-import pathlib
 from typing import Literal
+
+from padim_jax.paths import Path
 
 GOOD = "good"  # the defect type of normal images in every layout
 
@@ -24,8 +25,8 @@ class Record:
     """
 
     split: Literal["train", "test"]
-    image: pathlib.Path
-    mask: pathlib.Path | None
+    image: Path
+    mask: Path | None
     label: int
     defect_type: str
     relative_path: str

@@ -28,6 +28,7 @@ from padim_jax.datasets.mvtec_ad import mvtec_ad
 from padim_jax.datasets.records import GOOD, Record
 from padim_jax.datasets.synthetic_part import DEFECTS, photograph
 from padim_jax.errors import UserError
+from padim_jax.paths import Path
 
 CATEGORY = "part"
 VERSION = 1  # raise it with every change to the pixels: older folders are regenerated
@@ -35,7 +36,7 @@ MARKER = "synthetic.json"
 GENERATOR = "padim_jax.datasets.synthetic"
 
 
-def synthetic(root: pathlib.Path, category: str) -> list[Record]:
+def synthetic(root: Path, category: str) -> list[Record]:
     """Lists the images of the made-up category, drawing them first if they are not there.
 
     Args:
@@ -52,6 +53,12 @@ def synthetic(root: pathlib.Path, category: str) -> list[Record]:
         raise UserError(
             f"config.category={category!r}: the synthetic dataset has no such category; "
             f"allowed: {CATEGORY!r}"
+        )
+    if not isinstance(root, pathlib.Path):
+        raise UserError(
+            f"config.dataset.root={root}: the synthetic dataset is drawn into a folder of this "
+            "machine only; name one, and copy what is drawn there if you want it remote (it "
+            "is in the layout of config.dataset.name=mvtec_ad)"
         )
     generate(root)
     return mvtec_ad(root, category)

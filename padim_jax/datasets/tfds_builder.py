@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from padim_jax import paths
 from padim_jax.datasets.files import read_file
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
@@ -30,7 +31,7 @@ class PadimDataset(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, data_dir: pathlib.Path, records: Sequence[Record] = ()):
+    def __init__(self, *, data_dir: paths.Path, records: Sequence[Record] = ()):
         self._records = records
         super().__init__(data_dir=os.fspath(data_dir), file_format="array_record")
 
@@ -98,14 +99,26 @@ class TfdsSource:
         return example["image"], example["mask"] if self.records[index].mask else None
 
 
-def packed_dir(tfds_dir: pathlib.Path | None, title: str) -> pathlib.Path:
-    """Where the set called `title` is packed; None is TFDS's default folder."""
+def packed_dir(tfds_dir: paths.Path | None, title: str) -> paths.Path:
+    """Where the set called `title` is packed; None is TFDS's default folder.
+
+    Raises:
+      UserError: array_record files can't be read there.
+    """
+    name = "config.dataset.tfds_dir"
     if tfds_dir is None:
-        tfds_dir = pathlib.Path(os.environ.get("TFDS_DATA_DIR", _DEFAULT_DIR))
+        name = "TFDS_DATA_DIR (config.dataset.tfds_dir=None)"
+        tfds_dir = paths.parse(os.environ.get("TFDS_DATA_DIR", str(_DEFAULT_DIR)))
+    if str(tfds_dir).startswith("s3://"):
+        raise UserError(
+            f"{name}={tfds_dir}: array_record files are read on this machine and from gs:// "
+            "only. Copy the packed set to a folder here, or read the images where they are: "
+            "--config.dataset.source=folder"
+        )
     return tfds_dir.expanduser() / title
 
 
-def prepare(data_dir: pathlib.Path, records: Sequence[Record] | None) -> PadimDataset:
+def prepare(data_dir: paths.Path, records: Sequence[Record] | None) -> PadimDataset:
     """Packs records unless that is done already.
 
     Args:
@@ -118,7 +131,8 @@ def prepare(data_dir: pathlib.Path, records: Sequence[Record] | None) -> PadimDa
 
     Raises:
       UserError: the packed set is incomplete or was made from other files than the
-        source folder holds now, or there is neither, or a file cannot be read.
+        source folder holds now, or there is neither, or a file cannot be read; or it is to
+        be packed to an object store.
     """
     builder = PadimDataset(data_dir=data_dir, records=records or ())
     if not builder.is_prepared():
@@ -132,6 +146,12 @@ def prepare(data_dir: pathlib.Path, records: Sequence[Record] | None) -> PadimDa
             raise UserError(
                 f"config.dataset.source=tfds: no packed set in {data_dir} and no source folder "
                 "to make one from; check config.dataset.root and config.dataset.tfds_dir"
+            )
+        if not isinstance(data_dir, pathlib.Path):
+            raise UserError(
+                f"config.dataset.source=tfds: no packed set in {data_dir}, and array_record "
+                "files are written on this machine's disks only. Pack to a folder here "
+                f"(--config.dataset.tfds_dir) and copy its {data_dir.name} there"
             )
         if not sys.stderr.isatty():
             tfds.disable_progress_bar()
@@ -152,8 +172,8 @@ def open_split(builder: PadimDataset, split: str) -> TfdsSource:
         Record(
             **{
                 **fields,
-                "image": pathlib.Path(fields["image"]),
-                "mask": fields["mask"] and pathlib.Path(fields["mask"]),
+                "image": paths.parse(fields["image"], needed=False),
+                "mask": fields["mask"] and paths.parse(fields["mask"], needed=False),
             }
         )
         for fields in _metadata(builder)["records"]
