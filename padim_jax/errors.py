@@ -8,3 +8,7 @@ class UserError(Exception):
     found, what was expected and what to do. The command line prints it without a
     traceback and exits with code 2; from Python it is an ordinary exception.
     """
+
+
+class Stopped(Exception):  # noqa: N818 (none)
+    """A run that was asked to stop, and did as it should: no failure."""

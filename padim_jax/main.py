@@ -5,6 +5,8 @@ Modes:
   train           fit and save
   eval            evaluate a saved model
   predict         score images without labels: --input=IMAGE, FOLDER or 'GLOB'
+  update          extend a saved model by normal images: --input, or the configuration's
+  merge           join models of disjoint images: --models=A,B --checkpoint=JOINED
   export          write model.safetensors, for scoring alone; half the size with --half
 
 Examples:
@@ -22,13 +24,15 @@ to mend in the command, the settings or the files.
 """
 
 import atexit
+import contextlib
 import gc
+import importlib.metadata
 import os
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 # XLA runs small factorisations in parallel already; the threads of OpenBLAS, which it
@@ -39,10 +43,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import padim_jax
+from padim_jax import cluster, paths
 from padim_jax import config as config_lib
-from padim_jax.errors import UserError
+from padim_jax.errors import Stopped, UserError
 
-MODES = ("train_and_eval", "train", "eval", "predict", "export")
+MODES = ("train_and_eval", "train", "eval", "predict", "update", "merge", "export")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -59,7 +65,13 @@ _WORKDIR = flags.DEFINE_string(
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "The fitted model, a folder or file; default: <workdir>/checkpoint."
 )
-_INPUT = flags.DEFINE_string("input", None, "For predict: an image, a folder or a 'glob'.")
+_INPUT = flags.DEFINE_string(
+    "input",
+    None,
+    "For predict: an image, a folder or a 'glob'. For update: normal images, likewise; "
+    "without it those of --config.",
+)
+_MODELS = flags.DEFINE_list("models", [], "For merge: the checkpoints to join.")
 _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
@@ -72,6 +84,27 @@ _HALF = flags.DEFINE_bool(
 _DOWNLOAD = flags.DEFINE_bool(
     "download", False, "Download MVTec AD to config.dataset.root first, if it is not there."
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "For many processes: HOST:PORT, where all reach process 0."
+)
+_PROCESSES = flags.DEFINE_integer(
+    "processes",
+    None,
+    "How many processes run this command; default: as SLURM, Open MPI or the environment "
+    "tells (launch/README.md), else this one alone.",
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this one is, from 0; default: as for --processes."
+)
+_JOIN_SECONDS = flags.DEFINE_float(
+    "join_seconds", 300.0, "How long the processes wait for each other at the start."
+)
+_STOPPED_CODE = flags.DEFINE_integer(
+    "stopped_code",
+    0,
+    "Exit code after SIGTERM, when the unfinished fit is saved; not 0 for a scheduler that is "
+    "to start it again.",
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -81,17 +114,43 @@ def main(argv: Sequence[str]) -> None:
     mode = _MODE.value
     _check_flags(mode, config)
     workdir = _workdir(config)
-    checkpoint = pathlib.Path(_CHECKPOINT.value or workdir / "checkpoint")
+    given = _CHECKPOINT.value
+    checkpoint = paths.parse(given) if given else workdir / "checkpoint"
+
+    place = cluster.find(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, os.environ)
 
     # Only now what takes long to import: a mistake should not have to wait for it.
-    from padim_jax import experiment
+    from padim_jax import distributed, experiment, parallel
 
-    if _DOWNLOAD.value:
-        from padim_jax.datasets import download
+    settings = _shared_settings(config) if place else {}
+    with distributed.session(place, settings, _JOIN_SECONDS.value), _explained():
+        if _DOWNLOAD.value:
+            from padim_jax.datasets import download
 
-        assert config is not None
-        download.mvtec_ad(config.dataset.root, config.category)
-    experiment.run(mode, config, workdir, checkpoint, _INPUT.value, _WEIGHTS.value, _HALF.value)
+            assert config is not None
+            with parallel.first_process_first():
+                download.mvtec_ad(config.dataset.root, config.category)
+        experiment.run(
+            mode,
+            config,
+            workdir,
+            checkpoint,
+            _INPUT.value,
+            _WEIGHTS.value,
+            _HALF.value,
+            _MODELS.value,
+        )
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Clients of object stores raise all sorts of errors, of which most can be mended."""
+    try:
+        yield
+    except Exception as error:
+        if (reason := paths.explanation(error)) is None:
+            raise
+        raise UserError(reason) from error
 
 
 def _config() -> config_lib.Config | None:
@@ -114,26 +173,56 @@ def _check_flags(mode: str, config: config_lib.Config | None) -> None:
         raise UserError(
             f"--config: missing; --mode={mode} needs one, as in --config=configs/mvtec.py"
         )
+    if mode == "merge" and _CHECKPOINT.value is None:
+        raise UserError("--checkpoint: missing; expected the folder of the merged model")
+    if mode == "merge" and len(_MODELS.value) < 2:
+        raise UserError(
+            f"--models={','.join(_MODELS.value)}: expected two or more checkpoints to merge, "
+            "as in --models=a/checkpoint,b/checkpoint"
+        )
+    if mode == "merge" and config is not None:
+        raise UserError("--config: not for --mode=merge; the models have theirs")
+    if mode != "merge" and _MODELS.value:
+        raise UserError(f"--models: not for --mode={mode}; it names what to merge")
+    if mode == "update" and config is None and not _INPUT.value:
+        raise UserError("--input: missing; expected the normal images to add (or a --config)")
     if config is None and _WORKDIR.value is None and _CHECKPOINT.value is None:
         raise UserError(f"--mode={mode} needs --config, --workdir or --checkpoint")
     if mode == "predict" and not _INPUT.value:
         raise UserError("--input: missing; expected the image, folder or glob to predict")
-    if mode != "predict" and _INPUT.value is not None:
-        raise UserError(f"--input: not for --mode={mode}; it names what to predict")
+    if mode not in ("predict", "update") and _INPUT.value is not None:
+        raise UserError(f"--input: not for --mode={mode}; it names what to predict or to add")
     if _HALF.value and mode != "export":
         raise UserError(f"--half: not for --mode={mode}; it is a form of --mode=export")
     if _WEIGHTS.value is not None and mode in ("train", "train_and_eval"):
         raise UserError(f"--weights: not for --mode={mode}; set --config.model.weights")
+    if _WEIGHTS.value is not None and mode == "merge":
+        raise UserError("--weights: not for --mode=merge, which computes no features")
     if _DOWNLOAD.value and (config is None or config.dataset.name != "mvtec_ad"):
         raise UserError("--download: only for --config.dataset.name=mvtec_ad")
 
 
-def _workdir(config: config_lib.Config | None) -> pathlib.Path:
+def _shared_settings(config: config_lib.Config | None) -> dict[str, str]:
+    """What has to be the same in all processes, for comparison."""
+    given = (_MODE, _WORKDIR, _CHECKPOINT, _INPUT, _MODELS, _WEIGHTS, _HALF, _DOWNLOAD)
+    settings = {f"--{flag.name}": str(flag.value) for flag in given}
+    settings["version of padim_jax"] = padim_jax.__version__
+    settings["version of jax"] = importlib.metadata.version("jax")
+    if config is not None:
+        nested = config_lib.to_dict(config)
+        del nested["cache"]  # each machine's own affair
+        for name, value in nested.items():
+            for key, setting in value.items() if isinstance(value, dict) else [("", value)]:
+                settings[f"config.{name}.{key}".rstrip(".")] = str(setting)
+    return settings
+
+
+def _workdir(config: config_lib.Config | None) -> paths.Path:
     if _WORKDIR.value is not None:
-        return pathlib.Path(_WORKDIR.value)
+        return paths.parse(_WORKDIR.value)
     if config is not None:
         return pathlib.Path("results") / config.title
-    return pathlib.Path(_CHECKPOINT.value or "").absolute().parent
+    return paths.absolute(paths.parse(_CHECKPOINT.value or "")).parent
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -198,6 +287,9 @@ def _main(argv: Sequence[str]) -> None:
         main(argv)
     except UserError as error:
         _fail(str(error))
+    except Stopped as stop:
+        print(stop)
+        sys.exit(_STOPPED_CODE.value)
 
 
 def run() -> None:
