@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+Seconds = tuple[float, float]  # that passed, and that this process's threads worked
+
 
 def repeat(
     function: Callable[..., Any],
@@ -40,6 +42,35 @@ def repeat(
         before = time.perf_counter()
         function(*arguments)
         times.append(time.perf_counter() - before)
+    return times
+
+
+def alternate(
+    first: Callable[[], Any], second: Callable[[], Any], *, seconds: float, most: int = 200
+) -> tuple[list[Seconds], list[Seconds]]:
+    """Times two functions in turns, so that what else goes on meets both.
+
+    Args:
+      first: returns when its work is done.
+      second: the same.
+      seconds: how long to go on; no pair is begun after it.
+      most: pairs at most.
+
+    Returns:
+      Of each, pair by pair, the seconds that passed and those that this process's threads
+      worked; three pairs at least.
+    """
+    times: tuple[list[Seconds], list[Seconds]] = ([], [])
+    pairs = list(zip((first, second), times, strict=True))
+    for function, _ in pairs:  # compiles
+        function()
+    start = time.perf_counter()
+    while len(times[0]) < most and (len(times[0]) < 3 or time.perf_counter() - start < seconds):
+        for function, found in pairs:
+            before, worked = time.perf_counter(), time.process_time()
+            function()
+            found.append((time.perf_counter() - before, time.process_time() - worked))
+        pairs.reverse()  # neither is always the one that comes after the other
     return times
 
 

@@ -39,12 +39,14 @@ from padim_jax import (
     input_pipeline,
     low_rank,
     models,
+    parallel,
     results,
     scoring,
 )
 from padim_jax import config as config_lib
 from padim_jax.config import Config
 from padim_jax.models import pretrained, resnet
+from padim_jax.parallel import Devices
 from padim_jax.types import Moments, Samples
 
 _BATCHES = 4  # that are decoded: as many different images as the stages meet
@@ -145,7 +147,8 @@ def score(path: pathlib.Path, seconds: float) -> dict[str, Any]:
 
 
 def stages(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Times the stages in the order that data passes through them."""
+    """Times the stages on one device, in the order that data passes through them."""
+    devices = Devices(1)
     measured = Stages(options.seconds)
     add, size = measured.add, config.batch_size
     dataset = experiment.open_dataset(config)
@@ -162,7 +165,7 @@ def stages(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     variables, weights = pretrained.load(
         config.model.weights, config.model.backbone, config.model.layers
     )
-    variables = jax.device_put(variables)
+    variables = parallel.replicate(variables, devices)
     spec = models.BACKBONES[config.model.backbone]
     network = resnet.ResNet(spec, config.model.layers, config.model.precision)
     index = detector.channel_index(config.model)
@@ -174,32 +177,45 @@ def stages(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     select = jax.jit(functools.partial(embedding.select, pyramid=pyramid))
     levels = add("embed", "a batch", size, select, lambda: (features,))
     del features
+    levels = tuple(x[None] for x in levels)  # of one device
 
     # Levels -> statistics of all images -> fitted Gaussians.
-    statistics = detector.init(pyramid.shapes, options.images, config.model.statistics)
+    shapes, asked = pyramid.shapes, config.model.statistics
+    statistics = detector.init(shapes, options.images, asked, devices)
     form = gaussian if isinstance(statistics, Moments) else low_rank
-    update = jax.jit(form.update, donate_argnums=0)
+    update = parallel.mapped(form.update, donated=(0,))
     for start in range(0, options.images, size):
-        statistics = update(statistics, levels, jnp.arange(size) < options.images - start)
+        valid = np.arange(size) < options.images - start
+        statistics = update(statistics, levels, parallel.share(valid, devices))
+
+    zero, full = np.int32(0), np.int32(options.images)
 
     def emptied() -> tuple[Moments | Samples, Any, Any]:
         # Written in place: the last call's result is the next one's argument.
         nonlocal statistics
-        statistics = dataclasses.replace(statistics, count=jnp.zeros((), jnp.int32))
-        return statistics, levels, jnp.ones(size, bool)
+        statistics = dataclasses.replace(statistics, count=parallel.number(zero, devices))
+        return statistics, levels, np.ones((1, size), bool)
 
     def moments(*arguments: Any) -> None:
         nonlocal statistics
         statistics = jax.block_until_ready(update(*arguments))
 
     add("moments", "a batch", size, moments, emptied)
-    statistics = dataclasses.replace(statistics, count=jnp.asarray(options.images, jnp.int32))
+    statistics = dataclasses.replace(statistics, count=parallel.number(full, devices))
     with tempfile.TemporaryDirectory(dir=options.workdir) as folder:
         path = pathlib.Path(folder, "checkpoint")
-        state = checkpoint.Fitted(config, index, statistics, weights)
-        add("checkpoint: save", "the model", 0, lambda: checkpoint.save(path, state))
+        digests = np.zeros((options.images, 32), np.uint8)  # of which image is which
+        state = checkpoint.Fitted(config, index, statistics, weights, shapes[0][0], digests)
+
+        def save() -> None:
+            checkpoint.save(path, state, devices)
+
+        def load() -> Moments | Samples:
+            return checkpoint.load(path, devices)[0].statistics
+
+        add("checkpoint: save", "the model", 0, save)
         model_bytes = measure.disk_bytes(path)
-        add("checkpoint: load", "the model", 0, lambda: checkpoint.load(path).statistics)
+        add("checkpoint: load", "the model", 0, load)
         del state
 
     def copied() -> tuple[Moments | Samples, float]:
@@ -212,9 +228,9 @@ def stages(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
     # Levels -> distances -> maps and scores, and both from images.
     def maps(fitted: Any, levels: Any) -> Any:
-        distances = scoring.mahalanobis(fitted, levels, pyramid.patches)
+        distances = scoring.mahalanobis(fitted, levels)
         found = scoring.anomaly_maps(
-            distances,
+            scoring.on_grid(distances, pyramid.patches),
             grid=detector.patch_grid(config.image, config.model.layers),
             size=config.image.size,
             upsample=config.map.upsample,
@@ -222,9 +238,9 @@ def stages(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         )
         return found, scoring.image_scores(found)
 
-    add("score", "a batch", size, jax.jit(maps), lambda: (fitted, levels))
+    add("score", "a batch", size, parallel.mapped(maps), lambda: (fitted, levels))
     del levels
-    model = detector.Detector(config, index, variables, weights, fitted)
+    model = detector.Detector(config, index, variables, weights, fitted, "")
     add(
         "images to scores",
         "a batch",

@@ -13,18 +13,20 @@ Example:
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Anomalies", "Detector", "UserError", "load", "score"]
+__all__ = ["Anomalies", "Detector", "UserError", "load", "merge", "score"]
 
 if TYPE_CHECKING:
     from padim_jax.detector import Anomalies, Detector, score
     from padim_jax.errors import UserError
     from padim_jax.experiment import load
+    from padim_jax.fitting import merge
 
 _HOMES = {
     "Anomalies": "detector",
     "Detector": "detector",
     "UserError": "errors",
     "load": "experiment",
+    "merge": "fitting",
     "score": "detector",
 }
 

@@ -1,38 +1,55 @@
 """Fitted models on disk; the only module that knows Orbax.
 
-A checkpoint is one Orbax folder. Its state holds the statistics (of `Moments` count,
-mean and M2, of this the lower triangles where it is symmetric; of `Samples` the images'
-embeddings) and the channel index; its custom metadata, JSON, holds the configuration,
-the identity of the backbone's weights, the library's version and a checksum of it all.
-The statistics and not their factorisation are kept, so that models can be extended and
-merged. `model_file` has the form for scoring alone.
+A checkpoint is a folder of steps, 0, 1, ..., each written whole by Orbax: the newest
+finished one is the model, a newer unfinished one is a fit on its way. A step's state
+holds the statistics (of `Moments` count, mean and M2, of this the lower triangles where
+it is symmetric; of `Samples` the images' embeddings), the channel index and the digest
+of every image fitted; its custom metadata, JSON, holds the configuration, the identity of
+the backbone's weights, the library's version and a checksum of it all. The statistics and
+not their factorisation are kept, so that models can be extended and merged.
+`model_file` has the form for scoring alone.
+
+Every device writes and reads its own regions and no others, whatever number of devices
+wrote them: what is left over at the end of a region-wise array is cut off or filled up.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float32, Int, UInt8
 from orbax.checkpoint import v1 as ocp
 
 import padim_jax
 from padim_jax import config as config_lib
+from padim_jax import parallel, paths
 from padim_jax.config import Config
 from padim_jax.errors import UserError
 from padim_jax.models.pretrained import WeightsIdentity
+from padim_jax.parallel import Devices
+from padim_jax.paths import Path
 from padim_jax.types import Moments, Samples
 
 # Raised when a reader of the older form would misread the newer.
-_FORMAT = 2
+_FORMAT = 3
+_STEP = re.compile("0|[1-9][0-9]*")
+# Beside a step that is being deleted, until it is gone: what is left of it is no damage.
+_DELETED = ".deleted"
+# Of a save or a deletion that was killed.
+_LEFTOVER = re.compile(rf"[0-9]+(\.orbax-checkpoint-tmp.*|{re.escape(_DELETED)})")
+_DIGEST = hashlib.sha256
+# State that is the same everywhere; all else is one array for all regions each.
+_SMALL = ("count", "digests", "images", "index")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,33 +59,45 @@ class Fitted:
     Attributes:
       config: as the model was fitted with.
       index: the channels kept, in the embedding's order.
-      statistics: of all images fitted.
+      statistics: of all images fitted, on the devices.
       weights: identity of the backbone's weights, which the checkpoint does not hold.
+      regions: how many there are; the last device may have some on top, of zeros.
+      images: SHA-256 of every image's file, in the order they were fitted.
+      unfinished: of a fit on its way, what tells its images from others'.
     """
 
     config: Config
     index: Int[np.ndarray, " d"]
     statistics: Moments | Samples
     weights: WeightsIdentity
+    regions: int
+    images: UInt8[np.ndarray, "s 32"]
+    unfinished: str | None = None
 
 
-def save(path: pathlib.Path, fitted: Fitted) -> None:
-    """Writes a checkpoint; a crash leaves the old one, the new one or both, never half.
+def save(path: Path, fitted: Fitted, devices: Devices) -> str:
+    """Writes a checkpoint; a crash leaves the earlier one, the new one or both, never half.
+
+    An unfinished fit replaces an earlier unfinished one, a finished one all.
 
     Args:
-      path: the folder to write; an existing checkpoint there is replaced.
+      path: the folder to write.
       fitted: what to write.
+      devices: those of the statistics.
+
+    Returns:
+      The checkpoint's identity: a SHA-256 hex digest of all it says.
 
     Raises:
       UserError: see `check_destination`.
     """
-    with saving(path, fitted):
-        pass
+    with saving(path, fitted, devices) as identity:
+        return identity
 
 
 @contextlib.contextmanager
-def saving(path: pathlib.Path, fitted: Fitted) -> Iterator[None]:
-    """Writes a checkpoint beside `path`; the block's end puts it there, an error drops it.
+def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
+    """`save`, in which the earlier checkpoint goes at the block's end; an error keeps it.
 
     The block may use the statistics up, and so need no second copy of them.
 
@@ -76,96 +105,240 @@ def saving(path: pathlib.Path, fitted: Fitted) -> Iterator[None]:
       UserError: see `check_destination`.
     """
     check_destination(path)
-    path, new, old = _places(path)
-    state = _pack(fitted)
+    folder = _absolute(path)
+    step = parallel.agreed(max(_numbered(folder), default=-1) + 1)
     metadata: dict[str, Any] = {
         "format": _FORMAT,
         "version": padim_jax.__version__,
         "config": config_lib.to_dict(fitted.config),
         "weights": dataclasses.asdict(fitted.weights),
+        "regions": fitted.regions,
+        "unfinished": fitted.unfinished,
+    }
+    kept, made = _pack(fitted.statistics)
+    state: dict[str, Any] = {
+        "index": fitted.index,
+        "count": np.asarray(fitted.statistics.count[0]),
+        "images": fitted.images,
+        "digests": _region_digests(kept | made, fitted.regions, devices),
     }
     metadata["sha256"] = _digest(state, metadata)
-    # Orbax writes atomically, but deletes what it overwrites before it begins.
+    state |= parallel.as_global(kept, devices) | parallel.as_global(made, devices, donate=True)
+    del kept, made  # of the statistics, which could not be used up
+    if devices.process == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
     with _uncompressed():
-        ocp.save(os.fspath(new), state, overwrite=True, custom_metadata=metadata)
-    del state  # views of the statistics, which could not be used up
+        ocp.save(os.fspath(folder / str(step)), state, custom_metadata=metadata)
+    del state
     try:
-        yield
+        yield metadata["sha256"]
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        if devices.process == 0:
+            _remove(folder / str(step))
         raise
-    if path.exists():
-        path.rename(old)
-        new.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        new.rename(path)
+    if devices.process == 0:
+        for number in _numbered(folder):
+            earlier = folder / str(number)
+            if number < step and (fitted.unfinished is None or not _is_finished(earlier)):
+                _remove(earlier)
+    parallel.agreed(step)  # for no process to find what another one is deleting
 
 
-def check_destination(path: pathlib.Path) -> None:
+def check_destination(path: Path) -> None:
     """Makes sure that `save` would delete nothing but a checkpoint that it replaces.
 
     Raises:
-      UserError: `path` is something else than a checkpoint, or what `save` needs beside
-        it is taken.
+      UserError: `path` is something else than a checkpoint.
     """
-    path, new, old = _places(path)
-    for place in (path, new):
-        if place.exists() and _describe(place) is None:
-            raise UserError(f"{place}: exists and is no checkpoint; move it away first")
-    if path.exists() and old.exists():
-        raise UserError(
-            f"{old}: in the way, {path} is to be renamed to it while it is replaced. A backup, "
-            "or left by a save that was interrupted; move it away or delete it first"
-        )
+    folder = _absolute(path)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{path}: exists and is no checkpoint; move it away first")
+    for entry in folder.iterdir():
+        if _LEFTOVER.fullmatch(entry.name) or _is_deleted(entry):
+            continue
+        if not _STEP.fullmatch(entry.name) or _describe(entry) is None:
+            raise UserError(
+                f"{path}: exists and is no checkpoint of padim_jax {padim_jax.__version__} "
+                f"(it holds {entry.name}); move it away first"
+            )
 
 
-def load(path: str | os.PathLike[str]) -> Fitted:
-    """Reads a checkpoint.
+def load(path: str | os.PathLike[str], devices: Devices) -> tuple[Fitted, str]:
+    """Reads the newest finished checkpoint.
+
+    Args:
+      path: its folder.
+      devices: to have the statistics; any number, not only that which wrote it.
+
+    Returns:
+      It, and its identity.
 
     Raises:
       UserError: there is no checkpoint, or it is broken or of another format.
     """
-    folder = pathlib.Path(path).absolute()
-    info = _describe(folder)
-    if info is None:
+    folder = _absolute(path)
+    finished = [step for step in _steps(folder) if step[1].get("unfinished") is None]
+    chosen = parallel.agreed(finished[-1][0] if finished else -1)
+    if chosen < 0:
         raise UserError(_no_checkpoint(folder))
+    return _load(folder / str(chosen), devices)
+
+
+def load_unfinished(path: Path, devices: Devices) -> Fitted | None:
+    """Reads the unfinished fit that is newer than any finished one, if there is one.
+
+    Raises:
+      UserError: it is broken or of another format.
+    """
+    folder = _absolute(path)
+    steps = _steps(folder)
+    newest = steps[-1][0] if steps and steps[-1][1].get("unfinished") is not None else -1
+    chosen = parallel.agreed(newest)
+    return _load(folder / str(chosen), devices)[0] if chosen >= 0 else None
+
+
+def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
+    info = _describe(step)
+    assert info is not None
     metadata = info.custom_metadata
-    if metadata["format"] != _FORMAT:
-        raise UserError(
-            f"{folder}: checkpoint of format {metadata['format']} written by padim_jax "
-            f"{metadata.get('version')}; this is padim_jax {padim_jax.__version__}, which "
-            f"reads format {_FORMAT}"
-        )
     try:
         config = config_lib.validate(metadata["config"])
         weights = WeightsIdentity(**metadata["weights"])
+        regions = metadata["regions"]
         if info.metadata is None:
             raise ValueError("the list of its arrays cannot be read")
-        # Read into host arrays; unpacking moves them to the device.
-        leaves = info.metadata.items()
-        target = {key: np.empty(leaf.shape, leaf.dtype) for key, leaf in leaves}
-        arrays: Any = ocp.load(os.fspath(folder), target)
-        if _digest(arrays, metadata) != metadata["sha256"]:
+        if info.metadata["digests"].shape != (regions, 32):  # before room is made for them
+            raise ValueError(f"it is not of {regions} regions")
+        arrays = _read(step, dict(info.metadata), regions, devices)
+        small = {name: arrays.pop(name) for name in _SMALL}
+        packed = parallel.from_global(arrays, devices)
+        if _digest(small, metadata) != metadata["sha256"] or not np.array_equal(
+            _region_digests(packed, regions, devices), small["digests"]
+        ):
             raise ValueError("its contents are not what was saved")
-        return Fitted(config, arrays["index"], _unpack(arrays), weights)
-    except (KeyError, TypeError, ValueError, OSError, UserError) as error:
+        statistics = _unpack(packed, parallel.number(small["count"], devices))
+        fitted = Fitted(
+            config,
+            small["index"],
+            statistics,
+            weights,
+            regions,
+            small["images"],
+            metadata["unfinished"],
+        )
+        return fitted, metadata["sha256"]
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, UserError) as error:
         # TensorStore appends its whole specification.
         reason = str(error).partition(" [tensorstore_spec")[0]
         raise UserError(
-            f"{folder}: the checkpoint is broken ({type(error).__name__}: {reason}); fit again "
+            f"{step}: the checkpoint is broken ({type(error).__name__}: {reason}); fit again "
             "or restore it from a copy"
         ) from error
 
 
-def _places(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
-    """Where the checkpoint, the new one until it is complete and the old one go."""
+def _read(
+    step: Path, described: dict[str, Any], regions: int, devices: Devices
+) -> dict[str, Any]:
+    """The arrays by name; those of regions on the devices, each with its own."""
+    target = {}
+    for name, leaf in described.items():
+        if name in _SMALL:
+            target[name] = np.empty(leaf.shape, leaf.dtype)
+        else:
+            shape = (devices.padded(regions), *leaf.shape[1:])
+            place = parallel.sharding(devices)
+            target[name] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
+    context = ocp.Context()
+    context.array.loading.enable_padding_and_truncation = True
+    with context:
+        loaded: Any = ocp.load(os.fspath(step), target)
+    return loaded
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
     # What a link leads to is replaced, and not the link.
-    path = path.resolve()
-    return path, path.with_name(f"{path.name}.new"), path.with_name(f"{path.name}.old")
+    return paths.parse(os.fspath(path)).resolve()
 
 
-def _describe(folder: pathlib.Path) -> Any:
+def _numbered(folder: Path) -> list[int]:
+    """Steps by number, whatever state they are in."""
+    if not folder.is_dir():
+        return []
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(int(name) for name in names if _STEP.fullmatch(name))
+
+
+def _steps(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Steps and their metadata, the newest last.
+
+    Raises:
+      UserError: one is damaged, or of another format.
+    """
+    found = []
+    if (old := _describe(folder)) is not None:  # itself, without steps: formats 1 and 2
+        _require_format(folder, old.custom_metadata)
+    for number in _numbered(folder):
+        step = folder / str(number)
+        if _is_deleted(step):
+            continue
+        info = _describe(step)
+        if info is None:
+            raise UserError(
+                f"{step}: a damaged checkpoint; fit again to another --checkpoint, or restore "
+                "it from a copy"
+            )
+        _require_format(step, info.custom_metadata)
+        found.append((number, info.custom_metadata))
+    return found
+
+
+def _is_finished(step: Path) -> bool:
+    info = _describe(step)
+    return info is not None and info.custom_metadata.get("unfinished") is None
+
+
+def _require_format(place: Path, metadata: dict[str, Any]) -> None:
+    if metadata["format"] != _FORMAT:
+        raise UserError(
+            f"{place}: checkpoint of format {metadata['format']} written by padim_jax "
+            f"{metadata.get('version')}; this is padim_jax {padim_jax.__version__}, which "
+            f"reads format {_FORMAT}"
+        )
+
+
+def _remove(step: Path) -> None:
+    mark = step.with_name(step.name + _DELETED)
+    mark.touch()
+    _remove_tree(step)
+    mark.unlink()
+
+
+def _is_deleted(step: Path) -> bool:
+    return step.with_name(step.name + _DELETED).exists()
+
+
+def _remove_tree(folder: Path) -> None:
+    if isinstance(folder, pathlib.Path):
+        shutil.rmtree(folder)
+    else:
+        folder.rmtree()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name.endswith(_DELETED):
+            step = entry.with_name(entry.name.removesuffix(_DELETED))
+            if step.exists():
+                _remove_tree(step)
+            entry.unlink()
+        elif _LEFTOVER.fullmatch(entry.name):
+            _remove_tree(entry)
+
+
+def _describe(folder: Path) -> Any:
     """Orbax's description of a checkpoint of this program; None of anything else.
 
     `ocp.is_orbax_checkpoint` does not serve: it takes any folder for a checkpoint.
@@ -177,24 +350,51 @@ def _describe(folder: pathlib.Path) -> Any:
     return info if "format" in (info.custom_metadata or {}) else None
 
 
-def _no_checkpoint(folder: pathlib.Path) -> str:
-    old = _places(folder)[2]
-    if old.is_dir() and not folder.exists():
+def _no_checkpoint(folder: Path) -> str:
+    if not folder.exists():
+        what = "no such checkpoint"
+    elif _steps(folder):
         return (
-            f"{folder}: not there, but {old} is: saving was interrupted while the old "
-            f"checkpoint was being replaced. Rename {old} to {folder.name} to use it"
+            f"{folder}: holds a fit that was interrupted, and no model yet; the command that "
+            "began it goes on with it"
         )
-    what = "is no checkpoint, or a damaged one" if folder.exists() else "no such checkpoint"
+    else:
+        what = "is no checkpoint"
     return f"{folder}: {what}; fit a model first (--mode=train) or name one with --checkpoint"
 
 
-def _digest(state: dict[str, np.ndarray], metadata: dict[str, Any]) -> str:
+def _digest(state: dict[str, Any], metadata: dict[str, Any]) -> str:
     """SHA-256 of all that a checkpoint says; Orbax's files have no checksum of their own."""
     said = {key: value for key, value in metadata.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    for name in sorted(state):
-        digest.update(np.ascontiguousarray(state[name]).data)
+    digest = _DIGEST(json.dumps(said, sort_keys=True).encode())
+    for name in _SMALL:
+        array = np.ascontiguousarray(state[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.data)
     return digest.hexdigest()
+
+
+def _region_digests(
+    packed: dict[str, Array], regions: int, devices: Devices
+) -> UInt8[np.ndarray, "r 32"]:
+    """SHA-256 of every region's numbers, computed where they are, known everywhere."""
+    names = sorted(packed)
+    found = np.zeros((devices.padded(regions) // devices.processes, 32), np.uint8)
+    shapes = [(name, str(x.dtype), x.shape[2:]) for name, x in sorted(packed.items())]
+    begin = _DIGEST(repr(shapes).encode())
+    start = devices.process * len(found)
+    for first, arrays in parallel.parts(packed, devices):
+
+        def digest(region: int, first: int = first, arrays: Any = arrays) -> None:
+            own = begin.copy()
+            for name in names:
+                own.update(np.ascontiguousarray(arrays[name][region]).data)
+            found[first - start + region] = np.frombuffer(own.digest(), np.uint8)
+
+        # In threads: hashlib leaves Python's lock while it works.
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            list(threads.map(digest, range(len(arrays[names[0]]))))
+    return parallel.gather(found)[:regions]
 
 
 def _uncompressed() -> ocp.Context:
@@ -204,46 +404,44 @@ def _uncompressed() -> ocp.Context:
     return context
 
 
-def _pack(fitted: Fitted) -> dict[str, np.ndarray]:
-    """A checkpoint's arrays by name; level numbers follow an underscore."""
-    statistics = fitted.statistics
-    state = {"index": fitted.index, "count": np.asarray(statistics.count)}
+def _pack(statistics: Moments | Samples) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The statistics' own arrays by name, and new ones; level numbers follow an underscore."""
     if isinstance(statistics, Samples):
-        return state | {f"values_{i}": np.asarray(x) for i, x in enumerate(statistics.values)}
-    for i, (mean, (own, *cross)) in enumerate(zip(statistics.mean, statistics.m2, strict=True)):
-        state[f"mean_{i}"] = np.asarray(mean)
-        state[f"m2_{i}_{i}"] = np.asarray(_lower_triangle(own))
-        for j, block in enumerate(cross, i + 1):
-            state[f"m2_{i}_{j}"] = np.asarray(block)
-    return state
+        return {f"values_{i}": x for i, x in enumerate(statistics.values)}, {}
+    kept = {f"mean_{i}": mean for i, mean in enumerate(statistics.mean)}
+    made = {}
+    for i, (own, *cross) in enumerate(statistics.m2):
+        made[f"m2_{i}_{i}"] = _lower_triangle(own)
+        kept |= {f"m2_{i}_{j}": block for j, block in enumerate(cross, i + 1)}
+    return kept, made
 
 
-def _unpack(state: dict[str, np.ndarray]) -> Moments | Samples:
-    count = jnp.asarray(state["count"])
-    levels = range(sum(name.startswith(("mean", "values")) for name in state))
-    if "values_0" in state:
-        return Samples(count, tuple(jnp.asarray(state[f"values_{i}"]) for i in levels))
-    means = tuple(jnp.asarray(state[f"mean_{i}"]) for i in levels)
+def _unpack(packed: dict[str, Array], count: Array) -> Moments | Samples:
+    levels = range(sum(name.startswith(("mean", "values")) for name in packed))
+    if "values_0" in packed:
+        return Samples(count, tuple(packed[f"values_{i}"] for i in levels))
+    means = tuple(packed[f"mean_{i}"] for i in levels)
     m2 = tuple(
-        tuple(
-            _symmetric(state[f"m2_{i}_{j}"], means[i].shape[-1])
-            if i == j
-            else jnp.asarray(state[f"m2_{i}_{j}"])
-            for j in levels[i:]
+        (
+            _symmetric(packed[f"m2_{i}_{i}"], means[i].shape[-1]),
+            *(packed[f"m2_{i}_{j}"] for j in levels[i + 1 :]),
         )
         for i in levels
     )
     return Moments(count, means, m2)
 
 
-@jax.jit
-def _lower_triangle(m2: Float32[Array, "r n d d"]) -> Float32[Array, "r n k"]:
+def _lower_triangle_regions(m2: Float32[Array, "r n d d"]) -> Float32[Array, "r n e"]:
     rows, columns = np.tril_indices(m2.shape[-1])
     return m2[:, :, rows, columns]
 
 
-def _symmetric(packed: Float32[np.ndarray, "r n k"], size: int) -> Float32[Array, "r n d d"]:
+def _symmetric_regions(packed: Float32[Array, "r n e"], size: int) -> Float32[Array, "r n d d"]:
     rows, columns = np.tril_indices(size)
     where = np.zeros((size, size), np.int32)
     where[rows, columns] = where[columns, rows] = np.arange(len(rows))
-    return jnp.take(jnp.asarray(packed), where, axis=2)
+    return packed[:, :, where]
+
+
+_lower_triangle = parallel.mapped(_lower_triangle_regions)
+_symmetric = parallel.mapped(_symmetric_regions, static=(1,))

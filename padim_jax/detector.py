@@ -15,13 +15,14 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int, UInt8
+from jaxtyping import Array, Bool, Float32, Int, Int32, UInt8
 from PIL import Image
 
-from padim_jax import embedding, gaussian, input_pipeline, low_rank, models, scoring
+from padim_jax import embedding, gaussian, input_pipeline, low_rank, models, parallel, scoring
 from padim_jax.config import Config, ImageConfig, MapConfig, ModelConfig
 from padim_jax.embedding import Pyramid
 from padim_jax.models import pretrained, resnet
+from padim_jax.parallel import Devices
 from padim_jax.types import (
     AnomalyMaps,
     FeatureMap,
@@ -48,7 +49,8 @@ class Detector:
       index: the channels kept, in the embedding's order.
       variables: the backbone's.
       weights: where the backbone's weights come from.
-      gaussian: of every patch position.
+      gaussian: of every patch position, on the devices that score.
+      identity: digest of the statistics, as stored with them.
     """
 
     config: Config
@@ -56,6 +58,7 @@ class Detector:
     variables: Variables
     weights: pretrained.WeightsIdentity
     gaussian: Gaussian | LowRank
+    identity: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +77,13 @@ class Anomalies:
 def fingerprint(detector: Detector) -> str:
     """SHA-256 hex digest that tells detectors apart: thresholds belong to one of them.
 
-    Covers the mean embeddings, which change with every image fitted, and what turns
-    images into maps.
+    Covers the statistics, and what turns images into maps.
     """
-    config = dataclasses.replace(detector.config.model, weights=detector.weights.sha256)
-    described = repr((detector.config.image, config, detector.config.map))
-    digest = hashlib.sha256(described.encode())
-    for mean in detector.gaussian.mean:
-        digest.update(np.asarray(mean).data)
-    return digest.hexdigest()
+    config = detector.config
+    # Where the weights lie and which form the statistics have changes nothing.
+    model = dataclasses.replace(config.model, weights=detector.weights.sha256, statistics="")
+    said = (detector.identity, config.image, model, config.map)
+    return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
 def channel_index(config: ModelConfig) -> Int[np.ndarray, " d"]:
@@ -107,7 +108,9 @@ def pyramid(image: ImageConfig, model: ModelConfig, index: Sequence[int]) -> Pyr
     return embedding.pyramid(grids, channels, tuple(index))
 
 
-def init(shapes: Sequence[Shape], images: int, form: str) -> Moments | Samples:
+def init(
+    shapes: Sequence[Shape], images: int, form: str, devices: Devices
+) -> Moments | Samples:
     """Statistics of no image yet, in the form that suits the number of images.
 
     Both forms are exact. Fitted, `Samples` take s values a channel and s^2 a patch for s
@@ -118,9 +121,12 @@ def init(shapes: Sequence[Shape], images: int, form: str) -> Moments | Samples:
       shapes: `Pyramid.shapes`.
       images: how many there are to fit.
       form: "moments", "samples", or "auto" for the smaller.
+      devices: that take part.
     """
     form = choose_form(shapes, images, form)
-    return gaussian.init(shapes) if form == "moments" else low_rank.init(shapes, images)
+    room = images if form == "samples" else None
+    own = tuple((devices.padded(r) // devices.total, n, d) for r, n, d in shapes)
+    return _init(np.zeros(devices.local, np.int32), own, room)
 
 
 def choose_form(shapes: Sequence[Shape], images: int, form: str = "auto") -> str:
@@ -140,11 +146,74 @@ def fitted_size(shapes: Sequence[Shape], images: int, form: str) -> int:
     return sum(n * sum(channels[i:]) for i, n in enumerate(rows))
 
 
-def finalize(statistics: Moments | Samples, regularization: float) -> Gaussian | LowRank:
-    """The fitted Gaussians; the statistics are used up. See the forms' own functions."""
+def extend(
+    statistics: Moments | Samples, shapes: Sequence[Shape], images: int, form: str
+) -> Moments | Samples:
+    """The same statistics with room for more images, which are used up.
+
+    Args:
+      statistics: of all images fitted so far.
+      shapes: `Pyramid.shapes`.
+      images: how many there are to be, with those already fitted.
+      form: as in `init`. `Samples` become `Moments` where these are asked for or smaller;
+        `Moments` stay what they are, since single images are no longer in them.
+    """
     if isinstance(statistics, Moments):
-        return gaussian.finalize(statistics, regularization)
-    return low_rank.finalize(statistics, regularization)
+        return statistics
+    if choose_form(shapes, images, form) == "moments":
+        return _summarise(statistics)
+    return _resize(statistics, images)
+
+
+def merge(
+    a: Moments | Samples, b: Moments | Samples, shapes: Sequence[Shape], form: str
+) -> Moments | Samples:
+    """Statistics of two disjoint sets of images together; both are used up.
+
+    Args:
+      a: of the one, and of the first images of the result.
+      b: of the other.
+      shapes: `Pyramid.shapes`.
+      form: of the result, if both are `Samples`; see `extend`.
+    """
+    if isinstance(a, Samples) and isinstance(b, Samples):
+        images = int(a.count[0] + b.count[0])
+        if choose_form(shapes, images, form) == "samples":
+            return _merge_samples(a, b)
+    first, second = (_summarise(x) if isinstance(x, Samples) else x for x in (a, b))
+    return _merge_moments(first, second)
+
+
+def finalize(statistics: Moments | Samples, regularization: float) -> Gaussian | LowRank:
+    """The fitted Gaussians; the statistics are used up.
+
+    Args:
+      statistics: of at least two images.
+      regularization: epsilon, above 0.
+
+    Raises:
+      ValueError: fewer than two images, statistics that are not finite, or a covariance
+        that is not positive definite in float32 (the region is named).
+    """
+    count = int(np.asarray(statistics.count)[0])
+    if count < 2:
+        raise ValueError(f"a covariance needs at least 2 images, there are {count}")
+    if isinstance(statistics, Samples) and count != (room := statistics.values[0].shape[-2]):
+        raise ValueError(f"room for {room} images, of which {count} are there")
+    regularizations = np.full(len(statistics.count), regularization, np.float32)
+    fitted, finite, definite, _ = _finalize(statistics, regularizations)
+    finite, definite = np.asarray(finite)[0], np.asarray(definite)[0]
+    if not np.all(finite):
+        raise ValueError(
+            f"the embeddings of region {int(np.argmin(finite))} are not finite: the "
+            "backbone's features overflow or its weights are broken"
+        )
+    if not np.all(definite):
+        raise ValueError(
+            f"the covariance of region {int(np.argmin(definite))} is not positive definite in "
+            f"float32; raise the regularization ({regularization})"
+        )
+    return fitted
 
 
 @functools.partial(jax.jit, static_argnames=("image", "model", "index"))
@@ -169,41 +238,34 @@ def extract(
     return embedding.select(features, pyramid(image, model, index))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("image", "model", "index"), donate_argnames=("statistics",)
-)
-def fit_batch(
+def _fit_batch(
     statistics: Moments | Samples,
     variables: Variables,
     images: Images,
     valid: Valid,
-    *,
     image: ImageConfig,
     model: ModelConfig,
     index: tuple[int, ...],
 ) -> Moments | Samples:
-    """Adds a batch of normal images to the statistics (whose buffers are given up)."""
     levels = extract(variables, images, image=image, model=model, index=index)
-    if isinstance(statistics, Moments):
-        return gaussian.update(statistics, levels, valid)
-    return low_rank.update(statistics, levels, valid)
+    levels, valid = parallel.to_regions(levels), parallel.of_all_images(valid)
+    return _update(statistics, levels, valid)
 
 
-@functools.partial(jax.jit, static_argnames=("image", "model", "map_", "index"))
-def score_batch(
+def _score_batch(
     variables: Variables,
     fitted: Gaussian | LowRank,
     images: Images,
-    *,
     image: ImageConfig,
     model: ModelConfig,
     map_: MapConfig,
     index: tuple[int, ...],
 ) -> tuple[AnomalyMaps, Scores]:
-    """uint8 images (b, h, w, 3) to anomaly maps (b, h, w) and image scores (b,)."""
     levels = extract(variables, images, image=image, model=model, index=index)
+    by_region = scoring.mahalanobis(fitted, parallel.to_regions(levels))
+    patches = pyramid(image, model, index).patches
     maps = scoring.anomaly_maps(
-        scoring.mahalanobis(fitted, levels, pyramid(image, model, index).patches),
+        scoring.on_grid(parallel.to_images(by_region), patches),
         grid=patch_grid(image, model.layers),
         size=image.size,
         upsample=map_.upsample,
@@ -212,19 +274,86 @@ def score_batch(
     return maps, scoring.image_scores(maps)
 
 
+def _update(statistics: Moments | Samples, levels: Levels, valid: Valid) -> Moments | Samples:
+    if isinstance(statistics, Moments):
+        return gaussian.update(statistics, levels, valid)
+    return low_rank.update(statistics, levels, valid)
+
+
+def _init_regions(
+    zero: Int32[Array, ""], shapes: tuple[Shape, ...], images: int | None
+) -> Moments | Samples:
+    del zero  # mapped over, for the number of devices
+    return gaussian.init(shapes) if images is None else low_rank.init(shapes, images)
+
+
+def _moments(samples: Samples) -> Moments:
+    shapes = [(r, n, d) for r, n, _, d in (x.shape for x in samples.values)]
+    return gaussian.update(gaussian.init(shapes), *low_rank.levels(samples))
+
+
+def _finalize_regions(
+    statistics: Moments | Samples, regularization: Float32[Array, ""]
+) -> tuple[Gaussian | LowRank, Bool[Array, " r"], Bool[Array, " r"], Int32[Array, ""]]:
+    if isinstance(statistics, Moments):
+        fitted, *flags = gaussian.finalize(statistics, regularization)
+    else:
+        fitted, *flags = low_rank.finalize(statistics, regularization)
+    finite, definite = (parallel.of_all_regions(x) for x in flags)
+    return fitted, finite, definite, statistics.count  # which was given up as well
+
+
+_init = parallel.mapped(_init_regions, static=(1, 2))
+_resize = parallel.mapped(low_rank.resize, static=(1,))
+_summarise = parallel.mapped(_moments)
+_merge_samples = parallel.mapped(low_rank.merge)
+_merge_moments = parallel.mapped(gaussian.merge, donated=(0,))
+_finalize = parallel.mapped(_finalize_regions, donated=(0,))
+
+fit_batch = parallel.mapped(_fit_batch, replicated=(1,), static=(4, 5, 6), donated=(0,))
+"""Adds a batch of normal images to the statistics, whose buffers are given up.
+
+Args:
+  statistics: see `init`.
+  variables: the backbone's, on every device.
+  images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
+  valid: (k, b); False marks padding.
+  image, model, index: as for `extract`, static.
+"""
+
+score_batch = parallel.mapped(_score_batch, replicated=(0,), static=(3, 4, 5, 6))
+"""Images (k, b, h, w, 3) uint8 to anomaly maps (k, b, h, w) and image scores (k, b).
+
+Args:
+  variables: the backbone's, on every device.
+  fitted: see `finalize`.
+  images: b for each of this process's devices.
+  image, model, map_, index: static.
+"""
+
+
 def score_pixels(detector: Detector, images: UInt8[np.ndarray, "b h w 3"]) -> Anomalies:
-    """Scores images that are preprocessed already (resized and cropped, uint8)."""
-    config = detector.config
+    """Scores images that are preprocessed already (resized and cropped, uint8).
+
+    With several processes each gives as many images of its own, and gets their scores.
+    """
+    config, devices = detector.config, len(detector.gaussian.mean[0])
+    count, padding = len(images), -len(images) % devices
+    if padding:
+        images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
     maps, scores = score_batch(
         detector.variables,
         detector.gaussian,
-        jnp.asarray(images),
-        image=config.image,
-        model=config.model,
-        map_=config.map,
-        index=tuple(detector.index.tolist()),
+        images.reshape(devices, -1, *images.shape[1:]),
+        config.image,
+        config.model,
+        config.map,
+        tuple(detector.index.tolist()),
     )
-    return Anomalies(np.asarray(maps), np.asarray(scores))
+    return Anomalies(
+        np.asarray(maps).reshape(-1, *config.image.size)[:count],
+        np.asarray(scores).reshape(-1)[:count],
+    )
 
 
 def score(

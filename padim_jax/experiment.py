@@ -1,94 +1,120 @@
 """Train, evaluate, predict: where the stages meet, and where all side effects start."""
 
 import dataclasses
-import pathlib
-import shutil
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tqdm
+from jaxtyping import Bool, Float32, Int32
 
 from padim_jax import (
     checkpoint,
     compilation_cache,
     figures,
+    fitting,
     image_cache,
     input_pipeline,
-    memory,
     model_file,
+    parallel,
+    paths,
     predictions,
+    progress,
     results,
 )
 from padim_jax import config as config_lib
 from padim_jax import detector as detector_lib
 from padim_jax.config import Config
 from padim_jax.datasets import LAYOUTS
+from padim_jax.datasets.records import Record
 from padim_jax.detector import Detector
 from padim_jax.errors import UserError
 from padim_jax.input_pipeline import FolderSource, Source
-from padim_jax.models import pretrained
-from padim_jax.types import Moments
+from padim_jax.paths import Path
 
 
 def run(
     mode: str,
     config: Config | None,
-    workdir: pathlib.Path,
-    checkpoint_path: pathlib.Path,
+    workdir: Path,
+    checkpoint_path: Path,
     pattern: str | None = None,
     weights: str | None = None,
     half: bool = False,
+    models: Sequence[str] = (),
 ) -> None:
     """Does what the command line asks for.
 
     Args:
-      mode: "train_and_eval", "train", "eval", "predict" or "export".
+      mode: "train_and_eval", "train", "eval", "predict", "export", "update" or "merge".
       config: None, for all but training, takes the model's.
       workdir: folder of the results.
       checkpoint_path: where the fitted model is or goes.
-      pattern: for predict: an image file, a folder or a glob.
+      pattern: for predict and update: an image file, a folder or a glob.
       weights: for all but training: where the backbone's weights are now; see `load`.
       half: for export: see there.
+      models: for merge: the checkpoints to merge.
 
     Raises:
       UserError: something to mend in the settings or the files, or too little memory.
+      Stopped: by SIGTERM, during a fit.
     """
     try:
-        _run(mode, config, workdir, checkpoint_path, pattern, weights, half)
+        if mode in ("train", "train_and_eval"):
+            assert config is not None
+            _train(mode, config, workdir, checkpoint_path)
+        elif mode == "update":
+            _update(config, checkpoint_path, pattern, weights)
+        elif mode == "merge":
+            fitting.merge(models, checkpoint_path)
+        else:
+            _use(mode, config, workdir, checkpoint_path, pattern, weights, half)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            f"not enough memory ({' '.join(str(error).split())}). Statistics take patches x "
-            "channels^2 numbers: lower config.model.channels or config.image.resize, or start "
+            f"not enough memory ({' '.join(str(error).split())}). Statistics grow with patches "
+            "and channels: lower config.model.channels or config.image.resize, or start "
             "config.model.layers at a deeper one; config.batch_size bounds only the rest"
         ) from error
 
 
-def _run(
+def _train(mode: str, config: Config, workdir: Path, checkpoint_path: Path) -> None:
+    dataset = open_dataset(config)
+    if mode == "train_and_eval":
+        _require_test_images(config, dataset["test"])
+        _prepare(workdir)
+    with compilation_cache.enabled(config.cache):
+        detector = fitting.train(config, dataset["train"], checkpoint_path)
+        if mode == "train_and_eval":
+            evaluate(config, detector, dataset["test"], workdir)
+
+
+def _update(
+    config: Config | None,
+    checkpoint_path: Path,
+    pattern: str | None,
+    weights: str | None,
+) -> None:
+    if pattern is not None:
+        source: Source = FolderSource(predictions.find(pattern))
+    else:
+        assert config is not None
+        source = open_dataset(config)["train"]
+    fitting.update(checkpoint_path, source, config, weights)
+
+
+def _use(
     mode: str,
     config: Config | None,
-    workdir: pathlib.Path,
-    checkpoint_path: pathlib.Path,
+    workdir: Path,
+    checkpoint_path: Path,
     pattern: str | None,
     weights: str | None,
     half: bool,
 ) -> None:
-    if mode in ("train", "train_and_eval"):
-        assert config is not None
-        dataset = open_dataset(config)
-        if mode == "train_and_eval":
-            _require_test_images(config, dataset["test"])
-            _make_folder(workdir)
-            _require_own_results(workdir)
-        with compilation_cache.enabled(config.cache):
-            detector = train(config, dataset["train"], checkpoint_path)
-            if mode == "train_and_eval":
-                evaluate(config, detector, dataset["test"], workdir)
-        return
     source = FolderSource(predictions.find(pattern)) if pattern is not None else None
     if mode == "export" and checkpoint_path.is_file():  # which may be rounded already
         raise UserError(
@@ -120,89 +146,36 @@ def open_dataset(config: Config) -> dict[str, Source]:
     Raises:
       UserError: folders or files are missing.
     """
-    dataset = config.dataset
-    layout = LAYOUTS[dataset.name]
-    if dataset.source == "folder":
-        records = layout(dataset.root, config.category)
-        return {
-            split: FolderSource([record for record in records if record.split == split])
-            for split in ("train", "test")
-        }
-    # Imported here: TensorFlow Datasets takes its time, and few need it.
-    from padim_jax.datasets import tfds_builder
+    # What is missing yet one process draws and packs.
+    with parallel.first_process_first():
+        dataset = config.dataset
+        layout = LAYOUTS[dataset.name]
+        if dataset.source == "folder":
+            records = layout(dataset.root, config.category)
+            return {
+                split: FolderSource([record for record in records if record.split == split])
+                for split in ("train", "test")
+            }
+        # Imported here: TensorFlow Datasets takes its time, and few need it.
+        from padim_jax.datasets import tfds_builder
 
-    packed = tfds_builder.packed_dir(dataset.tfds_dir, config.title)
-    folder = dataset.root / config.category
-    if folder.is_dir() or dataset.name == "synthetic":  # which is drawn when missing
-        records = layout(dataset.root, config.category)
-    else:
-        records = None
-        print(f"config.dataset.root: no folder {folder}; reading what is packed in {packed}")
-    builder = tfds_builder.prepare(packed, records)
-    return {split: tfds_builder.open_split(builder, split) for split in ("train", "test")}
-
-
-def train(config: Config, source: Source, checkpoint_path: pathlib.Path) -> Detector:
-    """Fits a detector to normal images and saves it.
-
-    Args:
-      config: what to fit.
-      source: the normal images.
-      checkpoint_path: the folder to save it in.
-
-    Returns:
-      The fitted detector.
-
-    Raises:
-      UserError: too few images, an unreadable one, or weights that cannot be had.
-    """
-    if len(source.records) < 2:
-        raise UserError(
-            f"config.dataset.root={config.dataset.root}: {len(source.records)} normal image(s) "
-            "to fit; a covariance needs at least 2 (MVTec AD's categories have 60 to 391)"
-        )
-    # Now, rather than after hours of fitting.
-    _make_folder(checkpoint_path.parent)
-    checkpoint.check_destination(checkpoint_path)
-    memory.require(config, len(source.records))
-    index = detector_lib.channel_index(config.model)
-    variables, weights = pretrained.load(
-        config.model.weights, config.model.backbone, config.model.layers
-    )
-    print(f"weights: {weights.origin}")
-    variables = jax.device_put(variables)
-    shapes = detector_lib.pyramid(config.image, config.model, index.tolist()).shapes
-    statistics = detector_lib.init(shapes, len(source.records), config.model.statistics)
-    cache = image_cache.open_cache(config.cache)
-    for batch in _progress(source, config, "fit", cache):
-        images, valid = jnp.asarray(batch.images), jnp.asarray(batch.valid)
-        # Computation is asynchronous: unawaited, batches would pile up before it.
-        statistics = detector_lib.fit_batch(
-            jax.block_until_ready(statistics),
-            variables,
-            images,
-            valid,
-            image=config.image,
-            model=config.model,
-            index=tuple(index.tolist()),
-        )
-    fitted = checkpoint.Fitted(
-        config_lib.with_absolute_paths(config), index, statistics, weights
-    )
-    count = int(statistics.count)
-    with checkpoint.saving(checkpoint_path, fitted):
-        detector = _detector(fitted, config, variables)
-    height, width = detector_lib.patch_grid(config.image, config.model.layers)
-    form = "moments" if isinstance(statistics, Moments) else "samples"
-    print(
-        f"fitted {count} images, {height}x{width} patches of {len(index)} channels "
-        f"({form}) -> {checkpoint_path}"
-    )
-    return detector
+        packed = tfds_builder.packed_dir(dataset.tfds_dir, config.title)
+        folder = dataset.root / config.category
+        if (
+            paths.is_folder(folder) or dataset.name == "synthetic"
+        ):  # which is drawn when missing
+            records = layout(dataset.root, config.category)
+        else:
+            records = None
+            print(
+                f"config.dataset.root: no folder {folder}; reading what is packed in {packed}"
+            )
+        builder = tfds_builder.prepare(packed, records)
+        return {split: tfds_builder.open_split(builder, split) for split in ("train", "test")}
 
 
 def load(
-    path: str | pathlib.Path, config: Config | None = None, weights: str | None = None
+    path: str | Path, config: Config | None = None, weights: str | None = None
 ) -> Detector:
     """Loads a fitted detector.
 
@@ -218,33 +191,24 @@ def load(
       UserError: no model, or one fitted with another backbone, weights file,
         preprocessing or channel choice than the configuration asks for.
     """
-    path = pathlib.Path(path)
-    fitted = model_file.load(path) if path.is_file() else checkpoint.load(path)
-    if config is None:
-        config = fitted.config
-    _require_same(path, fitted.config, config)
+    place, devices = paths.parse(os.fspath(path)), parallel.every()
+    model = model_file.load(place, devices) if place.is_file() else None
+    fitted, identity = checkpoint.load(place, devices) if model is None else (model, "")
+    config = config or fitted.config
+    fitting.require_same(place, fitted.config, config)
     if config.title != fitted.config.title:
         print(f"{path} was fitted to {fitted.config.title}; now used for {config.title}")
-    wanted = f"{fitted.weights.origin}, sha256 {fitted.weights.sha256[:12]}..."
-    place = weights or config.model.weights
-    try:
-        variables, found = pretrained.load(place, config.model.backbone, config.model.layers)
-    except UserError as error:
-        raise UserError(
-            f"{error} (The model {path} was fitted with {wanted}; --weights names where "
-            "that file is now)"
-        ) from error
-    if found.sha256 != fitted.weights.sha256:
-        raise UserError(
-            f"weights {place}: other weights ({found.origin}, sha256 {found.sha256[:12]}...) "
-            f"than the model {path} was fitted with ({wanted}). Name that file with "
-            "--weights, or fit again"
-        )
-    return _detector(fitted, config, jax.device_put(variables))
+    variables = fitting.load_weights(place, fitted.weights, config, weights)
+    variables = parallel.replicate(variables, devices)
+    if isinstance(fitted, checkpoint.Fitted):
+        return fitting.ready(fitted, identity, config, variables)
+    return Detector(
+        config, fitted.index, variables, fitted.weights, fitted.fitted, fitted.identity
+    )
 
 
 def export(
-    detector: Detector, path: pathlib.Path, half: bool = False, test: Source | None = None
+    detector: Detector, path: Path, half: bool = False, test: Source | None = None
 ) -> None:
     """Writes a model file: for scoring alone, loaded without factorising.
 
@@ -258,7 +222,9 @@ def export(
     Raises:
       UserError: the file cannot be written, or `half` without test images.
     """
-    comparison = None
+    if parallel.every().processes > 1:
+        raise UserError("--mode=export: one process writes the file; start only one")
+    comparison, identity = None, detector.identity
     if half:
         if test is None or not test.records:
             raise UserError(
@@ -266,26 +232,37 @@ def export(
                 "(folder layout: val/good and val/bad)"
             )
         exact = _score(detector, test)
+        assert exact is not None
+        identity = f"{identity} in float16"  # a threshold of the one is not the other's
         try:
             detector = dataclasses.replace(
                 detector, gaussian=model_file.rounded(detector.gaussian)
             )
         except ValueError as error:
             raise UserError(f"--half: {error}; export without --half") from error
-        comparison = results.compare(exact, _score(detector, test))
+        rounded = _score(detector, test)
+        assert rounded is not None
+        comparison = results.compare(exact, rounded)
         print(f"\n{results.comparison_table(comparison)}\n")
-    _make_folder(path.parent)
+    fitting.make_folder(path.parent)
     config = config_lib.with_absolute_paths(detector.config)
-    model_file.save(
+    size = model_file.save(
         path,
         model_file.Model(
-            config, detector.index, detector.gaussian, detector.weights, half, comparison
+            config,
+            detector.index,
+            detector.gaussian,
+            detector.weights,
+            identity,
+            half,
+            comparison,
         ),
+        _regions(detector),
     )
-    print(f"model file, {path.stat().st_size / 1e6:.0f} MB -> {path}")
+    print(f"model file, {size / 1e6:.0f} MB -> {path}")
 
 
-def evaluate(config: Config, detector: Detector, source: Source, workdir: pathlib.Path) -> dict:
+def evaluate(config: Config, detector: Detector, source: Source, workdir: Path) -> dict:
     """Scores a test set and writes metrics, scores, maps and pictures.
 
     Args:
@@ -295,15 +272,16 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: pathli
       workdir: where the results go; files of an earlier evaluation are replaced.
 
     Returns:
-      What metrics.json holds.
+      What metrics.json holds; of several processes, in the first.
 
     Raises:
       UserError: no test images, or an unreadable one.
     """
     _require_test_images(config, source)
-    _make_folder(workdir)
-    _require_own_results(workdir)
+    _prepare(workdir)
     scored = _score(detector, source)
+    if scored is None:
+        return {}
     measured = results.measure(scored)
     scale = figures.color_scale(scored.maps, scored.labels.astype(int))
     measured["color_scale"] = [scale.low, scale.high]
@@ -322,7 +300,7 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: pathli
     return measured
 
 
-def predict(detector: Detector, source: Source, workdir: pathlib.Path) -> None:
+def predict(detector: Detector, source: Source, workdir: Path) -> None:
     """Scores images of which nothing is known; see `predictions.Writer` for the output.
 
     Thresholds and colours are those of this detector's evaluation in
@@ -352,40 +330,41 @@ def predict(detector: Detector, source: Source, workdir: pathlib.Path) -> None:
             f"threshold {calibration.image_threshold:.4g}: the best F1 on the test set of "
             f"{workdir / 'metrics.json'}"
         )
+    devices = parallel.every()
+    # Not cached: images that are seen once would push out those that are seen again.
+    found = _scores(detector, source, "predict", cache=None)
+    if devices.process > 0:
+        for _ in found:  # for the first process, which writes
+            pass
+        return
     folder, growing = workdir / "predictions", workdir / "predictions.incomplete"
     for place in (folder, growing):
         _require_own(place, place / "scores.csv")
-    shutil.rmtree(growing, ignore_errors=True)
-    _make_folder(growing)
+    paths.remove_folder(growing)
+    fitting.make_folder(growing)
     suffix = "npy" if config.outputs.maps == "npy" else "tiff"
     with predictions.Writer(growing, config.image, suffix, calibration) as writer:
-        # Not cached: images that are seen once would push out those that are seen again.
-        for batch in _progress(source, config, "predict", cache=None):
-            found = detector_lib.score_pixels(detector, batch.images)
-            valid = batch.valid
-            writer.add(batch.records, batch.sizes, found.maps[valid], found.scores[valid])
+        for part in found:
+            sizes = tuple((int(height), int(width)) for height, width in part.sizes)
+            writer.add(part.records, sizes, part.maps, part.scores)
     # Earlier predictions stay until these are whole.
-    shutil.rmtree(folder, ignore_errors=True)
-    growing.rename(folder)
+    paths.remove_folder(folder)
+    paths.move_folder(growing, folder, last="scores.csv")
     print(f"scored {len(source.records)} images\nresults: {folder}")
 
 
-def _make_folder(path: pathlib.Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be made a folder ({error.strerror}); name another place with "
-            "--workdir or --checkpoint"
-        ) from error
+def _prepare(workdir: Path) -> None:
+    if parallel.every().process == 0:
+        fitting.make_folder(workdir)
+        _require_own_results(workdir)
 
 
-def _require_own_results(workdir: pathlib.Path) -> None:
+def _require_own_results(workdir: Path) -> None:
     for name in ("maps", "figures"):
         _require_own(workdir / name, workdir / "metrics.json")
 
 
-def _require_own(folder: pathlib.Path, sign: pathlib.Path) -> None:
+def _require_own(folder: Path, sign: Path) -> None:
     """Results of an earlier run are replaced, anything else in their place is not."""
     if folder.exists() and not sign.exists():
         raise UserError(
@@ -394,50 +373,79 @@ def _require_own(folder: pathlib.Path, sign: pathlib.Path) -> None:
         )
 
 
-def _score(detector: Detector, source: Source) -> results.Scored:
-    config = detector.config
-    cache = image_cache.open_cache(config.cache)
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Scores of consecutive images of a source, of all processes'.
+
+    Attributes:
+      records: what the images are.
+      maps: anomaly maps.
+      scores: of the images.
+      masks: defect pixels; nothing where unknown.
+      known: whether the mask is.
+      sizes: original height and width.
+    """
+
+    records: Sequence[Record]
+    maps: Float32[np.ndarray, "n h w"]
+    scores: Float32[np.ndarray, " n"]
+    masks: Bool[np.ndarray, "n h w"]
+    known: Bool[np.ndarray, " n"]
+    sizes: Int32[np.ndarray, "n 2"]
+
+
+def _scores(
+    detector: Detector, source: Source, what: str, cache: image_cache.ImageCache | None
+) -> Iterator[_Part]:
+    """Scores a source batch by batch; every process gets all processes' scores."""
+    config, devices, start = detector.config, parallel.every(), 0
+    for batch in progress.batches(source, config, what, cache, devices):
+        found = detector_lib.score_pixels(detector, batch.images)
+        padding = len(batch.images) - len(batch.records)
+        nothing = np.zeros(config.image.size, bool)
+        masks = [nothing if mask is None else mask for mask in batch.masks]
+        own: dict[str, Any] = {
+            "maps": found.maps,
+            "scores": found.scores,
+            "masks": np.stack(masks + padding * [nothing]),
+            "known": np.array([mask is not None for mask in batch.masks] + padding * [False]),
+            "sizes": np.array([*batch.sizes, *padding * [(0, 0)]], np.int32),
+        }
+        valid, every = parallel.gather((batch.valid, own))
+        every = {name: x[valid] for name, x in every.items()}
+        end = start + int(np.sum(valid))
+        yield _Part(source.records[start:end], **every)
+        start = end
+
+
+def _score(detector: Detector, source: Source) -> results.Scored | None:
+    """Scores a test set, for the first process."""
+    cache = image_cache.open_cache(detector.config.cache)
     # While the device computes, for the results that follow.
     threading.Thread(target=results.import_libraries).start()
-    maps, scores, masks = [], [], []
-    for batch in _progress(source, config, "evaluate", cache):
-        found = detector_lib.score_pixels(detector, batch.images)
-        maps.append(found.maps[batch.valid])
-        scores.append(found.scores[batch.valid])
-        masks += batch.masks
-    return results.Scored(source.records, masks, np.concatenate(maps), np.concatenate(scores))
+    parts = []
+    for part in _scores(detector, source, "evaluate", cache):
+        if parallel.every().process == 0:
+            parts.append(part)
+    if not parts:
+        return None
+    masks = [
+        mask if known else None
+        for part in parts
+        for mask, known in zip(part.masks, part.known, strict=True)
+    ]
+    return results.Scored(
+        source.records,
+        masks,
+        np.concatenate([part.maps for part in parts]),
+        np.concatenate([part.scores for part in parts]),
+    )
 
 
-# What the statistics depend on; the weights are compared by their content.
-_FITTED = (
-    ("image", ("resize", "method", "crop", "mean", "std")),
-    ("model", ("backbone", "layers", "channels", "seed", "precision", "regularization")),
-)
-
-
-def _require_same(path: str | pathlib.Path, fitted: Config, wanted: Config) -> None:
-    for group, fields in _FITTED:
-        for field in fields:
-            ours = getattr(getattr(wanted, group), field)
-            theirs = getattr(getattr(fitted, group), field)
-            if ours != theirs:
-                raise UserError(
-                    f"config.{group}.{field}={ours}: the model {path} was fitted with "
-                    f"{theirs}. Ask for that, fit again, or leave out --config to take the "
-                    "model's configuration"
-                )
-
-
-def _detector(
-    fitted: checkpoint.Fitted | model_file.Model, config: Config, variables: dict
-) -> Detector:
-    if isinstance(fitted, model_file.Model):
-        return Detector(config, fitted.index, variables, fitted.weights, fitted.fitted)
-    try:
-        ready = detector_lib.finalize(fitted.statistics, fitted.config.model.regularization)
-    except ValueError as error:
-        raise UserError(f"config.model.regularization: {error}") from error
-    return Detector(config, fitted.index, variables, fitted.weights, ready)
+def _regions(detector: Detector) -> int:
+    config = detector.config
+    index = detector.index.tolist()
+    return detector_lib.pyramid(config.image, config.model, index).shapes[0][0]
 
 
 def _require_test_images(config: Config, source: Source) -> None:
@@ -447,15 +455,3 @@ def _require_test_images(config: Config, source: Source) -> None:
             "anomalous ones to evaluate on (folder layout: val/good and val/bad). To fit only, "
             "use --mode=train"
         )
-
-
-def _progress(
-    source: Source, config: Config, what: str, cache: image_cache.ImageCache | None
-) -> Iterator[input_pipeline.Batch]:
-    """The batches of a source with a progress bar, which is quiet in logs."""
-    with tqdm.tqdm(total=len(source.records), desc=what, unit="img", disable=None) as bar:
-        # A few images need not be padded to a whole batch.
-        size = min(config.batch_size, len(source.records))
-        for batch in input_pipeline.batches(source, config.image, size, cache):
-            yield batch
-            bar.update(len(batch.records))

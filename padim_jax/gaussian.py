@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
@@ -83,55 +82,40 @@ def merge(a: Moments, b: Moments) -> Moments:
     """Moments of two disjoint sets of images together (Chan et al., eq. 2.1)."""
     count = a.count + b.count
     weight = b.count / jnp.maximum(count, 1).astype(jnp.float32)
-    delta = jax.tree.map(lambda x, y: y - x, a.mean, b.mean)
-    outer = jax.vmap(lambda d: _products(tuple(x[..., None] for x in d)))(delta)
-    return Moments(
-        count,
-        jax.tree.map(lambda x, d: x + weight * d, a.mean, delta),
-        jax.tree.map(lambda x, y, o: x + y + a.count * weight * o, a.m2, b.m2, outer),
-    )
+    scale = a.count * weight
+    block = _block(a.mean[0])
+    merge_block = jax.vmap(_merge_region, in_axes=(0, 0, 0, 0, None, None))
+
+    # In place of `a`, as in `update`.
+    def step(i: Int32[Array, ""], state: tuple) -> tuple:
+        mean, m2, other, other_m2 = jax.tree.map(
+            lambda x: _slice(x, i, block), (*state, b.mean, b.m2)
+        )
+        changed = merge_block(mean, m2, other, other_m2, weight, scale)
+        return jax.tree.map(lambda x, y: _put(x, y, i, block), state, changed)
+
+    mean, m2 = lax.fori_loop(0, len(a.mean[0]) // block, step, (a.mean, a.m2))
+    return Moments(count, mean, m2)
 
 
-def finalize(moments: Moments, regularization: float) -> Gaussian:
+def finalize(
+    moments: Moments, regularization: Float[Array, ""] | float
+) -> tuple[Gaussian, Bool[Array, " r"], Bool[Array, " r"]]:
     """The Gaussians, factorised for scoring.
 
     The covariance is unbiased (divided by count - 1) plus `regularization` on its
     diagonal, as in the paper and in `numpy.cov`.
 
     Args:
-      moments: of at least two images. They are used up: their memory becomes the
-        result's.
+      moments: of at least two images. Under jit they should be donated: their memory
+        becomes the result's.
       regularization: epsilon, above 0.
 
     Returns:
-      Means and Cholesky factors.
-
-    Raises:
-      ValueError: fewer than two images, or moments that are not finite or a covariance
-        that is not positive definite in float32 (the region is named).
+      Means and Cholesky factors; of every region whether its moments are finite, and
+      whether its covariances are positive definite in float32.
     """
-    if int(moments.count) < 2:
-        raise ValueError(
-            f"a covariance needs at least 2 images, the moments hold {int(moments.count)}"
-        )
-    factor, finite, definite = _factorise(moments.m2, moments.count, regularization)
-    if not np.all(finite):
-        raise ValueError(
-            f"the moments of region {int(np.argmin(finite))} of {len(finite)} are not finite: "
-            "the backbone's features overflow or its weights are broken"
-        )
-    if not np.all(definite):
-        raise ValueError(
-            f"the covariance of region {int(np.argmin(definite))} of {len(definite)} is not "
-            f"positive definite in float32; raise the regularization ({regularization})"
-        )
-    return Gaussian(moments.mean, factor)
-
-
-@functools.partial(jax.jit, donate_argnames="m2")
-def _factorise(
-    m2: LevelMatrices, count: Int32[Array, ""], regularization: Float[Array, ""] | float
-) -> tuple[LevelMatrices, Bool[Array, " r"], Bool[Array, " r"]]:
+    m2, count = moments.m2, moments.count
     regions, block = len(m2[0][0]), _block(m2[0][0])
     factorise = jax.vmap(_factorise_region, in_axes=(0, None, None))
 
@@ -149,7 +133,7 @@ def _factorise(
     flags = jnp.ones(regions, bool)
     first = jax.tree.map(lambda x: x[:block], m2)
     state = lax.fori_loop(0, regions // block, step, (m2, first, flags, flags))
-    return state[0], state[2], state[3]
+    return Gaussian(moments.mean, state[0]), state[2], state[3]
 
 
 def _block(finest: Float32[Array, "r n *d"]) -> int:
@@ -193,6 +177,22 @@ def _update_region(
     return (
         tuple(old + weight * d for old, d in zip(mean, delta, strict=True)),
         jax.tree.map(jnp.add, m2, _products(rows)),
+    )
+
+
+def _merge_region(
+    mean: _Means,
+    m2: _Matrices,
+    other_mean: _Means,
+    other_m2: _Matrices,
+    weight: Float32[Array, ""],
+    scale: Float32[Array, ""],
+) -> tuple[_Means, _Matrices]:
+    delta = tuple(y - x for x, y in zip(mean, other_mean, strict=True))
+    outer = _products(tuple(d[..., None] for d in delta))
+    return (
+        tuple(x + weight * d for x, d in zip(mean, delta, strict=True)),
+        jax.tree.map(lambda x, y, o: x + y + scale * o, m2, other_m2, outer),
     )
 
 

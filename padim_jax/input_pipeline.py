@@ -7,6 +7,7 @@ comes from a cache, if one is given.
 """
 
 import dataclasses
+import hashlib
 import io
 import os
 import pathlib
@@ -18,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image, UnidentifiedImageError
 
-from padim_jax import image_cache
+from padim_jax import image_cache, paths
 from padim_jax.config import ImageConfig
 from padim_jax.datasets.files import read_file
 from padim_jax.datasets.records import Record
@@ -77,6 +78,7 @@ class Batch:
       records: what the valid images are, in order.
       masks: per valid image the defect's pixels, or None where unknown.
       sizes: per valid image the original (height, width).
+      digests: SHA-256 of the image's file; of padding zeros.
     """
 
     images: UInt8[np.ndarray, "b h w 3"]
@@ -84,6 +86,20 @@ class Batch:
     records: tuple[Record, ...]
     masks: tuple[Bool[np.ndarray, "h w"] | None, ...]
     sizes: tuple[tuple[int, int], ...]
+    digests: UInt8[np.ndarray, "b 32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A process's part of every batch.
+
+    Attributes:
+      process: which process, from 0.
+      processes: how many there are; each takes as many consecutive images of a batch.
+    """
+
+    process: int = 0
+    processes: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,34 +108,55 @@ class _Example:
     image: UInt8[np.ndarray, "h w 3"]
     mask: Bool[np.ndarray, "h w"] | None
     size: tuple[int, int]
+    digest: bytes
+
+
+_PADDING = "padding"  # Grain leaves out None
 
 
 def batches(
-    source: Source, config: ImageConfig, batch_size: int, cache: ImageCache | None = None
+    source: Source,
+    config: ImageConfig,
+    batch_size: int,
+    cache: ImageCache | None = None,
+    share: Share = Share(),
+    start: int = 0,
 ) -> Iterator[Batch]:
     """Decodes a dataset in order, in batches of one static shape.
 
     Args:
       source: the images.
       config: resizing and cropping.
-      batch_size: images a batch, padding included.
+      batch_size: images a batch of all processes, padding included; a multiple of their
+        number.
       cache: where decoded images are kept from run to run; None decodes each.
+      share: which part of every batch is wanted; no other image is read.
+      start: of the records, how many to leave out.
 
     Yields:
-      Batches in the records' order.
+      Batches in the records' order, as many for every process; one that is past the end
+      may have no valid image.
 
     Raises:
       UserError: an image cannot be read or decoded (the file is named).
     """
+    end, own = len(source.records), batch_size // share.processes
+    count = -(-(end - start) // batch_size)
+
+    def load(position: int) -> _Example | str:
+        batch, number = divmod(position, own)
+        index = start + batch * batch_size + share.process * own + number
+        return _load(source, config, index, cache) if index < end else _PADDING
+
     dataset = (
-        grain.MapDataset.range(len(source.records))
-        .map(lambda index: _load(source, config, index, cache))
+        grain.MapDataset.range(count * own)
+        .map(load)
         .to_iter_dataset(
             grain.ReadOptions(
-                num_threads=_threads(), prefetch_buffer_size=max(2 * batch_size, _threads())
+                num_threads=_threads(), prefetch_buffer_size=max(2 * own, _threads())
             )
         )
-        .batch(batch_size, batch_fn=_collate(batch_size))
+        .batch(own, batch_fn=_collate(config.size))
     )
     yield from dataset
 
@@ -137,7 +174,9 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
       UserError: the file cannot be read or is no image.
     """
-    return decode(read_file(pathlib.Path(path)), os.fspath(path))
+    name = os.fspath(path)
+    place = paths.parse(name) if "://" in name else pathlib.Path(name)
+    return decode(read_file(place), name)
 
 
 def decode(data: bytes, name: str) -> Image.Image:
@@ -177,7 +216,8 @@ def _load(
     defect = decoded.mask
     if mask is None and record.label == 0:
         defect = np.zeros(config.size, bool)
-    return _Example(record, decoded.image, defect, decoded.size)
+    digest = hashlib.sha256(image).digest()
+    return _Example(record, decoded.image, defect, decoded.size, digest)
 
 
 def _decode(
@@ -240,17 +280,21 @@ def crop_offset(config: ImageConfig) -> tuple[int, int]:
     return round((height - crop_height) / 2), round((width - crop_width) / 2)
 
 
-def _collate(batch_size: int) -> Callable[[Sequence[_Example]], Batch]:
-    def collate(examples: Sequence[_Example]) -> Batch:
-        images = np.zeros((batch_size, *examples[0].image.shape), np.uint8)
+def _collate(size: tuple[int, int]) -> Callable[[Sequence[_Example | str]], Batch]:
+    def collate(slots: Sequence[_Example | str]) -> Batch:
+        examples = [example for example in slots if isinstance(example, _Example)]
+        images = np.zeros((len(slots), *size, 3), np.uint8)
+        digests = np.zeros((len(slots), 32), np.uint8)
         for i, example in enumerate(examples):
             images[i] = example.image
+            digests[i] = np.frombuffer(example.digest, np.uint8)
         return Batch(
             images=images,
-            valid=np.arange(batch_size) < len(examples),
+            valid=np.arange(len(slots)) < len(examples),
             records=tuple(example.record for example in examples),
             masks=tuple(example.mask for example in examples),
             sizes=tuple(example.size for example in examples),
+            digests=digests,
         )
 
     return collate

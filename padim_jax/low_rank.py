@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
@@ -51,52 +50,41 @@ def update(samples: Samples, levels: Levels, valid: Valid) -> Samples:
     return Samples(samples.count + jnp.sum(valid, dtype=jnp.int32), values)
 
 
+def resize(samples: Samples, images: int) -> Samples:
+    """The same samples with room for so many images in all."""
+    more = images - samples.values[0].shape[2]
+    widths = ((0, 0), (0, 0), (0, max(more, 0)), (0, 0))
+    values = tuple(jnp.pad(x[:, :, :images], widths) for x in samples.values)
+    return Samples(samples.count, values)
+
+
 def merge(a: Samples, b: Samples) -> Samples:
     """Samples of two disjoint sets of images together; both full."""
     values = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=2), a.values, b.values)
     return Samples(a.count + b.count, values)
 
 
-def finalize(samples: Samples, regularization: float) -> LowRank:
+def levels(samples: Samples) -> tuple[Levels, Valid]:
+    """The embeddings as `update` took them, as one batch: for `gaussian.update`."""
+    room = samples.values[0].shape[2]
+    found = tuple(x.swapaxes(-1, -2) for x in samples.values)
+    return found, jnp.arange(room) < samples.count
+
+
+def finalize(
+    samples: Samples, regularization: Float[Array, ""] | float
+) -> tuple[LowRank, Bool[Array, " r"], Bool[Array, " r"]]:
     """The Gaussians, factorised for scoring; `gaussian.finalize`'s counterpart.
 
     Args:
-      samples: full, of at least two images. They are used up.
+      samples: full, of at least two images. Under jit they should be donated.
       regularization: epsilon, above 0.
 
-    Raises:
-      ValueError: fewer than two images, samples that are not finite, or a kernel that is
-        not positive definite in float32 (the region is named).
+    Returns:
+      The Gaussians; of every region whether its samples are finite, and whether its
+      kernels are positive definite in float32.
     """
-    images = samples.values[0].shape[2]
-    if int(samples.count) != images:
-        raise ValueError(f"room for {images} images, of which {int(samples.count)} are there")
-    if images < 2:
-        raise ValueError(f"a covariance needs at least 2 images, the samples hold {images}")
-    mean, deviations, root, finite, definite = _factorise(samples.values, regularization)
-    if not np.all(finite):
-        raise ValueError(
-            f"the embeddings of region {int(np.argmin(finite))} of {len(finite)} are not "
-            "finite: the backbone's features overflow or its weights are broken"
-        )
-    if not np.all(definite):
-        raise ValueError(
-            f"the covariance of region {int(np.argmin(definite))} of {len(definite)} is not "
-            f"positive definite in float32; raise the regularization ({regularization})"
-        )
-    return LowRank(mean, deviations, root, jnp.asarray(regularization, jnp.float32))
-
-
-@functools.partial(jax.jit, donate_argnames="values")
-def _factorise(
-    values: tuple[Float32[Array, "r _n s _d"], ...], regularization: Float[Array, ""] | float
-) -> tuple[
-    tuple[Float32[Array, "r _n _d"], ...],
-    tuple[Float32[Array, "r _n s _d"], ...],
-    Float32[Array, "r n s s"],
-    Bool[Array, " r"],
-    Bool[Array, " r"],
-]:
+    values = samples.values
     regions, cells, images, _ = values[0].shape
     most = max(1, _LARGEST_BLOCK // cells)
     block = max(n for n in range(1, most + 1) if regions % n == 0)
@@ -132,7 +120,8 @@ def _factorise(
     deviations, _, mean, root, finite, definite = lax.fori_loop(
         0, regions // block, step, (values, first, mean, root, flags, flags)
     )
-    return mean, deviations, root, finite, definite
+    fitted = LowRank(mean, deviations, root, jnp.asarray(regularization, jnp.float32))
+    return fitted, finite, definite
 
 
 def _centre_region(values: _Values) -> tuple[tuple[Float32[Array, "_n _d"], ...], _Values]:

@@ -4,13 +4,13 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 import psutil
 
-from padim_jax import detector, embedding, models
+from padim_jax import detector, embedding, models, parallel
 from padim_jax.config import Config, ModelConfig
 from padim_jax.errors import UserError
+from padim_jax.parallel import Devices
 
 _GB = 1e9
 # Python, JAX, the decoders and what they have in the works.
@@ -23,7 +23,7 @@ _CGROUPS = pathlib.Path("/sys/fs/cgroup")
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes that a fit takes at its peak.
+    """Bytes that a fit takes at its peak, of each memory: a GPU's, or the machine's.
 
     Attributes:
       form: of the statistics, "moments" or "samples".
@@ -40,12 +40,21 @@ class Estimate:
     total: int
 
 
-def estimate(config: Config, images: int) -> Estimate:
-    """Estimates what fitting a number of images takes; nothing is allocated."""
+def estimate(config: Config, images: int, devices: Devices) -> Estimate:
+    """Estimates what fitting a number of images takes; nothing is allocated.
+
+    Args:
+      config: what to fit.
+      images: how many.
+      devices: that share the statistics and a batch. CPU devices of a process share their
+        memory, too.
+    """
     model = config.model
     spec = models.BACKBONES[model.backbone]
     shapes = _shapes(config)
     form = detector.choose_form(shapes, images, model.statistics)
+    # As many for every device: some may have regions of zeros.
+    shapes = [(devices.padded(regions), cells, d) for regions, cells, d in shapes]
     # Every mean, or one image's embeddings.
     embeddings = 4 * sum(regions * cells * channels for regions, cells, channels in shapes)
     fitted = 4 * detector.fitted_size(shapes, images, form) + embeddings
@@ -55,21 +64,25 @@ def estimate(config: Config, images: int) -> Estimate:
     # CPUs compute basic blocks in float32 all the same.
     if model.precision == "bfloat16" and spec.block == "bottleneck":
         features //= 2
-    size, weights = min(config.batch_size, images), _weights(model)
-    batch = size * (features + embeddings) + 3 * weights
+    sharing = parallel.sharing_memory(devices)
+    part = sharing / devices.total
+    size = devices.padded(min(config.batch_size, images)) * part
+    statistics, fitted = int(statistics * part), int(fitted * part)
+    weights = sharing * _weights(model)
+    batch = int(size * (features + embeddings)) + 3 * weights
     # A copy of the statistics is on its way to the disk, or they become the model.
     finish = max(statistics, fitted - statistics) + weights
     total = int(_PROGRAM) + statistics + max(batch, finish)
     return Estimate(form, statistics, fitted, batch, total)
 
 
-def require(config: Config, images: int) -> None:
-    """Says what a fit will take, and stops one that there is no memory for.
+def require(config: Config, images: int, devices: Devices) -> None:
+    """Says what a fit will take of each memory, and stops one that there is too little for.
 
     Raises:
       UserError: what it takes, what there is, and what would take less.
     """
-    needed, free = estimate(config, images), available()
+    needed, free = estimate(config, images, devices), available()
     said = (
         f"about {needed.total / _GB:.1f} GB of memory to fit {images} images: "
         f"{needed.statistics / _GB:.2f} GB of statistics ({needed.form}), "
@@ -83,9 +96,11 @@ def require(config: Config, images: int) -> None:
         f"a smaller config.image.{'crop' if config.image.crop else 'resize'}",
         "config.model.layers that start at a deeper one",
     ]
-    if estimate(_with(config, precision="bfloat16"), images).total < needed.total:
+    if estimate(_with(config, precision="bfloat16"), images, devices).total < needed.total:
         advice.append("config.model.precision=bfloat16 (half the feature maps)")
-    if channels := _most_channels(config, images, free):
+    if parallel.memory_grows():
+        advice.append("more devices, which share the statistics out")
+    if channels := _most_channels(config, images, devices, free):
         advice.insert(0, f"config.model.channels={channels} (the most that fit)")
     raise UserError(
         f"not enough memory: {said}; {free / _GB:.1f} GB are free. Less is taken by "
@@ -101,9 +116,9 @@ def available(cgroups: pathlib.Path = _CGROUPS) -> int:
     Args:
       cgroups: where Linux has its control groups.
     """
-    stats = jax.local_devices()[0].memory_stats()  # None on CPUs
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
+    free = parallel.free_memory()
+    if free is not None:
+        return free
     return min([psutil.virtual_memory().available, *_container_limits(cgroups)])
 
 
@@ -154,11 +169,11 @@ def _shapes(config: Config) -> list[detector.Shape]:
     ]
 
 
-def _most_channels(config: Config, images: int, free: int) -> int:
+def _most_channels(config: Config, images: int, devices: Devices, free: int) -> int:
     """The most channels of which the fit has room; 0 if none."""
     # All of them are tried: where the form changes, more channels take less memory.
     for channels in range(config.model.channels - 1, 0, -1):
-        if estimate(_with(config, channels=channels), images).total <= free:
+        if estimate(_with(config, channels=channels), images, devices).total <= free:
             return channels
     return 0
 

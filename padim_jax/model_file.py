@@ -11,6 +11,8 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,13 +22,16 @@ from jaxtyping import Int
 
 import padim_jax
 from padim_jax import config as config_lib
+from padim_jax import parallel, paths
 from padim_jax.config import Config
 from padim_jax.errors import UserError
 from padim_jax.models.pretrained import WeightsIdentity
+from padim_jax.parallel import Devices
+from padim_jax.paths import Path
 from padim_jax.types import Gaussian, LowRank
 
 SUFFIX = ".safetensors"
-_FORMAT = "padim_jax model 1"
+_FORMAT = "padim_jax model 2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +41,9 @@ class Model:
     Attributes:
       config: as the model was fitted with.
       index: the channels kept, in the embedding's order.
-      fitted: the Gaussians, float32.
+      fitted: the Gaussians, float32, on the devices.
       weights: identity of the backbone's weights, which the file does not hold.
+      identity: of the statistics, and of their rounding.
       half: whether the file holds the factorisation in float16.
       comparison: of a half-size form: metrics of both forms on the test set; see
         `experiment.export`.
@@ -47,6 +53,7 @@ class Model:
     index: Int[np.ndarray, " d"]
     fitted: Gaussian | LowRank
     weights: WeightsIdentity
+    identity: str
     half: bool = False
     comparison: dict[str, Any] | None = None
 
@@ -66,8 +73,16 @@ def rounded(fitted: Gaussian | LowRank) -> Gaussian | LowRank:
     return dataclasses.replace(fitted, **parts)
 
 
-def save(path: pathlib.Path, model: Model) -> None:
+def save(path: Path, model: Model, regions: int) -> int:
     """Writes a model file; a crash leaves an earlier one as it was.
+
+    Args:
+      path: the file.
+      model: on the devices of a single process.
+      regions: how many there are.
+
+    Returns:
+      The size of its arrays in bytes.
 
     Raises:
       UserError: it cannot be written.
@@ -75,11 +90,12 @@ def save(path: pathlib.Path, model: Model) -> None:
     import safetensors.numpy
 
     fitted, large = model.fitted, _large(model.fitted)
-    arrays = {"index": model.index, **_named("mean", fitted.mean)}
+    parts = _named("mean", fitted.mean)
     for name, part in large.items():
-        arrays |= _named(name, part)
+        parts |= _named(name, part)
     if isinstance(fitted, LowRank):
-        arrays["regularization"] = np.asarray(fitted.regularization)
+        parts["regularization"] = fitted.regularization
+    arrays = {"index": model.index, **parallel.join(parts, regions)}
     if model.half:
         names = [name for name in arrays if name.partition("_")[0] in large]
         arrays |= {name: arrays[name].astype(np.float16) for name in names}
@@ -88,28 +104,46 @@ def save(path: pathlib.Path, model: Model) -> None:
         "version": padim_jax.__version__,
         "form": type(fitted).__name__,
         "half": model.half,
+        "identity": model.identity,
         "config": config_lib.to_dict(model.config),
         "weights": dataclasses.asdict(model.weights),
         "comparison": model.comparison,
     }
     described["sha256"] = _digest(arrays, described)
+    header = {"padim_jax": json.dumps(described)}
+    try:
+        if isinstance(path, pathlib.Path):
+            _replace(path, arrays, header)
+        else:
+            with tempfile.TemporaryDirectory() as work:
+                local = pathlib.Path(work, path.name)
+                safetensors.numpy.save_file(arrays, local, header)
+                paths.upload(local, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({error})") from error
+    return sum(array.nbytes for array in arrays.values())
+
+
+def _replace(path: pathlib.Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
+    import safetensors.numpy
+
     target = path.resolve()  # what a link leads to is replaced, and not the link
     growing = target.with_name(f"{target.name}.incomplete")
     try:
         growing.unlink(missing_ok=True)  # of a process that was killed
         growing.touch()
         mode = growing.stat().st_mode  # by the umask; the library makes files private
-        safetensors.numpy.save_file(arrays, growing, {"padim_jax": json.dumps(described)})
+        safetensors.numpy.save_file(arrays, growing, header)
         growing.chmod(mode)
         growing.replace(target)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError):
         with contextlib.suppress(OSError):
             growing.unlink()
-        raise UserError(f"{path}: cannot be written ({error})") from error
+        raise
 
 
-def load(path: pathlib.Path) -> Model:
-    """Reads a model file.
+def load(path: Path, devices: Devices) -> Model:
+    """Reads a model file onto the devices.
 
     Raises:
       UserError: the file is none, is broken or of another format.
@@ -117,7 +151,7 @@ def load(path: pathlib.Path) -> Model:
     import safetensors
 
     try:
-        with safetensors.safe_open(path, "np") as file:
+        with _local(path) as local, safetensors.safe_open(local, "np") as file:
             header = (file.metadata() or {}).get("padim_jax")
             if header is None:
                 raise UserError(
@@ -141,8 +175,9 @@ def load(path: pathlib.Path) -> Model:
         return Model(
             config,
             arrays["index"],
-            _restore(described["form"], arrays),
+            _restore(described["form"], arrays, devices),
             WeightsIdentity(**described["weights"]),
+            described["identity"],
             described["half"],
             described["comparison"],
         )
@@ -156,6 +191,18 @@ def load(path: pathlib.Path) -> Model:
         ) from error
 
 
+@contextlib.contextmanager
+def _local(path: Path) -> Iterator[pathlib.Path]:
+    """The file itself, or a copy of a remote one, which only local files are read from."""
+    if isinstance(path, pathlib.Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as work:
+        local = pathlib.Path(work, path.name)
+        paths.download(path, local)
+        yield local
+
+
 def _large(fitted: Gaussian | LowRank) -> dict[str, Any]:
     """The parts that take nearly all the memory, and what the half-size form halves."""
     if isinstance(fitted, Gaussian):
@@ -163,19 +210,20 @@ def _large(fitted: Gaussian | LowRank) -> dict[str, Any]:
     return {"deviations": fitted.deviations, "root": fitted.root}
 
 
-def _named(name: str, part: Any) -> dict[str, np.ndarray]:
+def _named(name: str, part: Any) -> dict[str, jax.Array]:
     """The arrays of a nested tuple, as "name_0_1": level 0 with the next coarser one."""
     if not isinstance(part, tuple):
-        return {name: np.asarray(part)}
+        return {name: part}
     return {k: v for i, item in enumerate(part) for k, v in _named(f"{name}_{i}", item).items()}
 
 
-def _restore(form: str, arrays: dict[str, np.ndarray]) -> Gaussian | LowRank:
+def _restore(form: str, arrays: dict[str, np.ndarray], devices: Devices) -> Gaussian | LowRank:
+    # Widened on the device: in NumPy that takes more than twice as long.
     floats = {
-        # Widened on the device: in NumPy that takes more than twice as long.
-        name: jnp.asarray(array).astype(jnp.float32)
-        for name, array in arrays.items()
-        if name != "index"
+        name: array.astype(jnp.float32)
+        for name, array in parallel.split(
+            {name: array for name, array in arrays.items() if name != "index"}, devices
+        ).items()
     }
     levels = range(sum(name.startswith("mean_") for name in floats))
     mean = tuple(floats[f"mean_{i}"] for i in levels)

@@ -22,26 +22,33 @@ _TRUNCATE = 4.0
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
-def mahalanobis(
-    fitted: Gaussian | LowRank, levels: Levels, patches: Int[np.ndarray, " p"]
-) -> Distances:
+def mahalanobis(fitted: Gaussian | LowRank, levels: Levels) -> Float32[Array, "r n b"]:
     """Distance of every patch from its Gaussian (paper eq. 2).
 
     Args:
       fitted: the Gaussians.
       levels: embeddings by level, (r, n, d, b) float32.
-      patches: `embedding.Pyramid.patches`.
 
     Returns:
-      (b, p) float32, in standard deviations; the square root of the quadratic form.
+      (r, n, b) float32 of the finest level's cells, in standard deviations; the square
+      root of the quadratic form. `on_grid` brings them into the patches' order.
     """
     if isinstance(fitted, Gaussian):
-        squared = jax.vmap(_full_rank)(fitted.mean, fitted.factor, levels)
-    else:
-        squared = jax.vmap(_low_rank, in_axes=(0, 0, 0, None, 0))(
-            fitted.mean, fitted.deviations, fitted.root, fitted.regularization, levels
-        )
-    return jnp.sqrt(squared.reshape(-1, squared.shape[-1])[patches].T)
+        return jnp.sqrt(jax.vmap(_full_rank)(fitted.mean, fitted.factor, levels))
+    squared = jax.vmap(_low_rank, in_axes=(0, 0, 0, None, 0))(
+        fitted.mean, fitted.deviations, fitted.root, fitted.regularization, levels
+    )
+    return jnp.sqrt(squared)
+
+
+def on_grid(distances: Float32[Array, "r n b"], patches: Int[np.ndarray, " p"]) -> Distances:
+    """Distances by region, (r, n, b), as (b, p): patch by patch, row by row.
+
+    Args:
+      distances: see `mahalanobis`.
+      patches: `embedding.Pyramid.patches`.
+    """
+    return distances.reshape(-1, distances.shape[-1])[patches].T
 
 
 def anomaly_maps(

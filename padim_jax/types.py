@@ -5,6 +5,10 @@ Axis names used throughout: b images in a batch, h/w height and width in pixels
 stage's grid, row-major), d selected channels (of a level, or of them all: the
 embedding's length), r regions and n cells of a level in a region (see `embedding`),
 e selected channels of the same or a coarser level.
+
+Statistics and fitted Gaussians are written for one device. Outside of functions that are
+mapped over devices they have one more axis in front, k devices of this process; r are then
+a device's regions (see `parallel`).
 """
 
 import dataclasses
@@ -17,7 +21,7 @@ FeatureMap = Float[Array, "b _h _w _c"]  # _: differs from stage to stage
 Embeddings = Float32[Array, "b p d"]
 Levels = tuple[Float32[Array, "r _n _d b"], ...]  # the embeddings, finest level first
 # Of every level, the finest first, a matrix with each level from itself to the coarsest.
-LevelMatrices = tuple[tuple[Float32[Array, "r _n _d _e"], ...], ...]
+LevelMatrices = tuple[tuple[Float32[Array, "*k r _n _d _e"], ...], ...]
 Distances = Float32[Array, "b p"]
 AnomalyMaps = Float32[Array, "b h w"]
 Scores = Float32[Array, " b"]
@@ -37,8 +41,8 @@ class Moments:
         covariances, whose blocks that patches share are there once.
     """
 
-    count: Int32[Array, ""]
-    mean: tuple[Float32[Array, "r _n _d"], ...]
+    count: Int32[Array, "*k"]
+    mean: tuple[Float32[Array, "*k r _n _d"], ...]
     m2: LevelMatrices
 
 
@@ -54,7 +58,7 @@ class Gaussian:
         Mahalanobis distance.
     """
 
-    mean: tuple[Float32[Array, "r _n _d"], ...]
+    mean: tuple[Float32[Array, "*k r _n _d"], ...]
     factor: LevelMatrices
 
 
@@ -68,8 +72,8 @@ class Samples:
       values: their embeddings by level; rows from `count` on are unused.
     """
 
-    count: Int32[Array, ""]
-    values: tuple[Float32[Array, "r _n s _d"], ...]
+    count: Int32[Array, "*k"]
+    values: tuple[Float32[Array, "*k r _n s _d"], ...]
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +89,7 @@ class LowRank:
       regularization: epsilon.
     """
 
-    mean: tuple[Float32[Array, "r _n _d"], ...]
-    deviations: tuple[Float32[Array, "r _n s _d"], ...]
-    root: Float32[Array, "r n s s"]
-    regularization: Float32[Array, ""]
+    mean: tuple[Float32[Array, "*k r _n _d"], ...]
+    deviations: tuple[Float32[Array, "*k r _n s _d"], ...]
+    root: Float32[Array, "*k r n s s"]
+    regularization: Float32[Array, "*k"]

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as main.py does, and why
 
@@ -19,9 +20,22 @@ from jaxtyping import install_import_hook
 # Every shape written in a signature is checked at run time, in every test.
 install_import_hook("padim_jax", "beartype.beartype")
 
+from padim_jax import parallel  # noqa: E402 (after the hook)
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Virtual ones, for the tests of many; all others have one (see `one_device`).
+jax.config.update("jax_num_cpu_devices", 8)
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_device() -> Iterator[None]:
+    """Runs use a single device, as they would without the virtual ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "every", lambda: parallel.Devices(1))
+        yield
+
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 

@@ -1,13 +1,15 @@
 """What levels stand for, patch by patch in NumPy: the slow and obvious reference."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from padim_jax import gaussian, low_rank
 from padim_jax.embedding import Pyramid, pyramid
-from padim_jax.types import Levels, Valid
+from padim_jax.types import Gaussian, Levels, LowRank, Moments, Samples, Valid
 
 # Stages as (height, width, channels), the finest first, and the channels to keep.
 Case = tuple[list[tuple[int, int, int]], list[int]]
@@ -87,6 +89,23 @@ def batches(
         padded = (np.pad(x, widths, constant_values=1e6) for x in taken)
         yield tuple(jnp.asarray(x) for x in padded), jnp.arange(room) < size
         start += size
+
+
+def finalize(statistics: Moments | Samples, regularization: float) -> Gaussian | LowRank:
+    """The fitted Gaussians, all of them sound; the statistics are used up."""
+    fitted, finite, definite, _ = _finalize(statistics, regularization)
+    assert np.all(finite)
+    assert np.all(definite)
+    return fitted
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _finalize(statistics: Moments | Samples, regularization: float | jax.Array) -> tuple:
+    if isinstance(statistics, Moments):
+        found = gaussian.finalize(statistics, regularization)
+    else:
+        found = low_rank.finalize(statistics, regularization)
+    return *found, statistics.count  # of which JAX would warn that it is given up for nothing
 
 
 def distances(

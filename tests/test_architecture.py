@@ -62,24 +62,28 @@ def test_imports_form_no_cycle():
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the cycle
 
 
-# What each stage may import of this package besides its own modules.
+# What each stage may import of this package besides its own modules; with the stages, what
+# shares their work out and shows how far it is.
 STAGES = {
-    "datasets": {"errors"},
-    "image_cache": {"config"},
+    "datasets": {"errors", "paths"},
+    "image_cache": {"config", "paths"},
     "input_pipeline": {
         "config",
         "datasets.files",
         "datasets.records",
         "errors",
         "image_cache",
+        "paths",
     },
+    "progress": {"config", "errors", "image_cache", "input_pipeline", "parallel"},
     "models": {"errors"},
+    "parallel": {"types"},
     "embedding": {"types"},
     "gaussian": {"types"},
     "low_rank": {"types"},
     "scoring": {"types"},
     "metrics": {"errors"},
-    "figures": {"errors"},
+    "figures": {"errors", "paths"},
 }
 
 
@@ -107,8 +111,13 @@ def test_numeric_stages_import_jax_and_numpy_only(stage):
         ("ml_collections.config_flags", "main"),
         ("padim_jax.experiment", "main"),
         ("padim_jax.main", None),
+        ("padim_jax.fitting", "experiment"),
+        ("padim_jax.distributed", "main"),
         ("orbax", "checkpoint"),
         ("psutil", "memory"),
+        ("jax.sharding", "parallel"),
+        ("jax.experimental.multihost_utils", "parallel"),
+        ("jax.experimental.shard_map", "parallel"),
     ],
 )
 def test_imported_by_its_owner_only(imported, owner):
@@ -116,6 +125,45 @@ def test_imported_by_its_owner_only(imported, owner):
         name for name in MODULES if any(within(found, imported) for found, _ in IMPORTS[name])
     }
     assert importers <= {f"{FACADE}.{owner}"}
+
+
+# What tells devices and processes apart, by the last part of its name.
+DEVICES = {
+    *("pmap", "shard_map", "Mesh", "NamedSharding", "PartitionSpec", "multihost_utils"),
+    *("SingleDeviceSharding", "PositionalSharding", "make_mesh", "set_mesh"),
+    *("devices", "local_devices", "device_count", "local_device_count", "default_backend"),
+    *("device_put", "device_put_sharded", "device_put_replicated", "default_device"),
+    *("process_index", "process_count", "host_id", "host_count"),
+    *("psum", "pmean", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "axis_index"),
+    *("psum_scatter", "axis_size", "memory_stats"),
+}
+
+
+def names(tree: ast.AST) -> Iterator[str]:
+    """Names in a source that stand for something of JAX: `jax.pmap`, `lax.psum`, `Mesh`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            root = node.value
+            while isinstance(root, ast.Attribute | ast.Call | ast.Subscript):
+                root = root.func if isinstance(root, ast.Call) else root.value
+            if isinstance(root, ast.Name) and root.id in ("jax", "lax"):
+                yield node.attr
+        elif isinstance(node, ast.ImportFrom) and within(node.module or "", "jax"):
+            yield from (alias.name for alias in node.names)
+
+
+# Joins the processes, before there is anything to share out.
+EXCEPTIONS = {f"{FACADE}.distributed": {"local_device_count"}}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_parallel_is_the_only_module_that_knows_devices(module):
+    found = DEVICES & set(names(ast.parse(SOURCES[module].read_text(encoding="utf-8"))))
+    if module == f"{FACADE}.parallel":
+        # What the test looks for is found where it is.
+        assert {"pmap", "all_to_all", "NamedSharding", "local_devices"} <= found
+    else:
+        assert found <= EXCEPTIONS.get(module, set())
 
 
 @pytest.mark.parametrize("module", SOURCES)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from padim_jax import checkpoint, defaults, detector, experiment, models
+from padim_jax import checkpoint, defaults, detector, experiment, fitting, models, parallel
 from padim_jax.config import validate
 from padim_jax.datasets.synthetic import generate
 from padim_jax.datasets.synthetic_part import DEFECTS
@@ -41,7 +41,7 @@ def run(values: Any, workdir: pathlib.Path, images: int | None = None) -> dict[s
     config = validate(values)
     dataset = experiment.open_dataset(config)
     training = FolderSource(dataset["train"].records[:images])
-    fitted = experiment.train(config, training, workdir / "checkpoint")
+    fitted = fitting.train(config, training, workdir / "checkpoint")
     return experiment.evaluate(config, fitted, dataset["test"], workdir)
 
 
@@ -120,13 +120,13 @@ def test_the_form_follows_the_number_of_images(
     values = settings(root, channels=channels)
     config = validate(values)
     training = FolderSource(experiment.open_dataset(config)["train"].records[:images])
-    experiment.train(config, training, tmp_path / "checkpoint")
+    fitting.train(config, training, tmp_path / "checkpoint")
     name = form.__name__.lower()
     said = f"fitted {images} images, 16x16 patches of {channels} channels ({name}) -> "
     assert said in capsys.readouterr().out
-    fitted = checkpoint.load(tmp_path / "checkpoint")
+    fitted, _ = checkpoint.load(tmp_path / "checkpoint", parallel.every())
     assert isinstance(fitted.statistics, form)
-    assert int(fitted.statistics.count) == images
+    assert np.all(np.asarray(fitted.statistics.count) == images)
     # Which form it is, is the checkpoint's: any configuration may use it.
     for statistics in ("auto", "moments", "samples"):
         values.model.statistics = statistics
@@ -138,13 +138,13 @@ def test_a_fit_that_fails_keeps_the_earlier_model(
     form: str, root: pathlib.Path, tmp_path: pathlib.Path
 ):
     run(settings(root), tmp_path)
-    earlier = checkpoint.load(tmp_path / "checkpoint")
+    _, earlier = checkpoint.load(tmp_path / "checkpoint", parallel.every())
     # Lost beside features of any size.
     values = settings(root, statistics=form, regularization=1e-30)
-    with pytest.raises(UserError, match=r"config\.model\.regularization: .* region \d+ of 16 "):
+    with pytest.raises(UserError, match=r"config\.model\.regularization: .* region \d+ "):
         run(values, tmp_path)
-    kept = checkpoint.load(tmp_path / "checkpoint")
-    assert kept.config == earlier.config
+    _, kept = checkpoint.load(tmp_path / "checkpoint", parallel.every())
+    assert kept == earlier
     assert not list(tmp_path.glob("checkpoint.*"))
 
 
@@ -193,11 +193,32 @@ def test_less_memory_than_estimated(
     assert not (tmp_path / "checkpoint").exists()
 
 
-def test_one_trace_per_function(root: pathlib.Path, tmp_path: pathlib.Path):
+def test_one_trace_per_function(
+    root: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
     """Static shapes: batches, runs and the last, short batch share one compilation."""
+    traces = []
+
+    def traced(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            traces.append(name)
+            return function(*arguments, **settings)
+
+        return call
+
+    # Called while a device's function is traced, and never else.
+    monkeypatch.setattr(detector, "_update", traced("fit", detector._update))
+    score = traced("score", detector.scoring.mahalanobis)
+    monkeypatch.setattr(detector.scoring, "mahalanobis", score)
     jax.clear_caches()
-    for _ in range(2):
-        run(settings(root), tmp_path)
-    # jit's wrapper has this method without declaring it.
-    assert detector.fit_batch._cache_size() == 1  # pyright: ignore
-    assert detector.score_batch._cache_size() == 1  # pyright: ignore
+    for compiles in (True, False):
+        caplog.clear()
+        with jax.log_compiles():
+            run(settings(root), tmp_path)
+        assert traces == ["fit", "score"]
+        said = [record.getMessage() for record in caplog.records]
+        # Of what is mapped over devices, by the name that JAX gives it.
+        assert any(x.startswith("Compiling jit(_fun)") for x in said) == compiles

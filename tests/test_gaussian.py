@@ -8,8 +8,9 @@ import numpy as np
 import patchwise
 import pytest
 
-from padim_jax import gaussian
-from padim_jax.types import Moments
+from padim_jax import detector, gaussian, parallel
+from padim_jax.parallel import Devices
+from padim_jax.types import Gaussian, Moments
 
 ROUNDOFF = 2.0**-24  # of float32
 
@@ -175,9 +176,10 @@ def factor_error(images, fitted, regularization):
 def test_factor_is_that_of_every_regularized_covariance(name, images):
     # With 2 and mostly with 5 images only the regularization makes them invertible.
     found = Images(name, images)
-    fitted = gaussian.finalize(found.fit([8] * (images // 8) + [images % 8]), 0.01)
+    fitted = patchwise.finalize(found.fit([8] * (images // 8) + [images % 8]), 0.01)
     error = factor_error(found, fitted, 0.01)
     assert error < 1
+    assert isinstance(fitted, Gaussian)
     for i, (own, *_) in enumerate(fitted.factor):
         assert np.all(np.triu(own, 1) == 0), f"level {i} is not triangular"
 
@@ -185,7 +187,7 @@ def test_factor_is_that_of_every_regularized_covariance(name, images):
 @pytest.mark.parametrize("regularization", [1e-4, 1.0])
 def test_regularization(regularization):
     found = Images("no nested grids", 5)
-    fitted = gaussian.finalize(found.fit([5]), regularization)
+    fitted = patchwise.finalize(found.fit([5]), regularization)
     error = factor_error(found, fitted, regularization)
     assert error < 1
 
@@ -196,7 +198,7 @@ def test_many_regions_are_computed_in_several_blocks():
     images = Images(images=8, case=case)
     moments = images.fit([5, 3])
     assert_moments(moments, images)
-    assert factor_error(images, gaussian.finalize(moments, 0.01), 0.01) < 1
+    assert factor_error(images, patchwise.finalize(moments, 0.01), 0.01) < 1
 
 
 def test_products_are_of_float32():
@@ -206,7 +208,7 @@ def test_products_are_of_float32():
     (batch,) = patchwise.batches(images.levels, [8])
     found = patchwise.products(gaussian.update, moments, *batch)
     found += patchwise.products(gaussian.merge, moments, moments)
-    found += patchwise.products(gaussian._factorise, moments.m2, 8, 0.01)
+    found += patchwise.products(gaussian.finalize, moments, 0.01)
     assert len(found) >= 3
     assert all("HIGHEST, HIGHEST" in product for product in found)
 
@@ -214,14 +216,19 @@ def test_products_are_of_float32():
 def test_finalize_keeps_the_mean():
     moments = Images().fit([8, 8, 8])
     expected = [np.array(mean) for mean in moments.mean]
-    assert_same(gaussian.finalize(moments, 0.01).mean, expected)
+    assert_same(patchwise.finalize(moments, 0.01).mean, expected)
+
+
+def finalize(moments, regularization, devices=1):
+    """As it is called, on a number of devices."""
+    return detector.finalize(parallel.split(moments, Devices(devices)), regularization)
 
 
 @pytest.mark.parametrize("images", [0, 1])
 def test_fewer_than_two_images_raise(images):
     moments = Images().fit([1] * images)
-    with pytest.raises(ValueError, match=rf"at least 2 images, the moments hold {images}"):
-        gaussian.finalize(moments, 0.01)
+    with pytest.raises(ValueError, match=rf"at least 2 images, there are {images}"):
+        finalize(moments, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -234,24 +241,26 @@ def test_broken_covariance_raises_naming_the_region(bad, problem, level):
     own, *cross = moments.m2[level]
     broken = list(moments.m2)
     broken[level] = (own.at[1, -1, 1, 1].set(bad), *cross)
-    with pytest.raises(ValueError, match=rf"region 1 of 4 (is|are) {problem}"):
-        gaussian.finalize(Moments(moments.count, moments.mean, tuple(broken)), 0.01)
+    moments = Moments(moments.count, moments.mean, tuple(broken))
+    for devices in (1, 2, 4, 8):
+        with pytest.raises(ValueError, match=rf"region 1 (is|are) {problem}"):
+            finalize(moments, 0.01, devices)
 
 
 def test_overflow_is_called_so():
     # Finite features, whose squares are not: no regularization would help.
     found = Images()
     found.levels[1][2, 0, 1] *= 1e25
-    with pytest.raises(ValueError, match=r"region 2 of 4 are not finite.*overflow"):
-        gaussian.finalize(found.fit([8, 8, 8]), 0.01)
+    with pytest.raises(ValueError, match=r"region 2 are not finite.*overflow"):
+        finalize(found.fit([8, 8, 8]), 0.01)
 
 
 def test_broken_cross_covariance_raises():
     moments = Images().fit([8, 8, 8])
     own, coarser, coarsest = moments.m2[0]
     finest = (own, coarser, coarsest.at[3, 5, 0, 1].set(np.nan))
-    with pytest.raises(ValueError, match="region 3 of 4 are not finite"):
-        gaussian.finalize(Moments(moments.count, moments.mean, (finest, *moments.m2[1:])), 0.01)
+    with pytest.raises(ValueError, match="region 3 are not finite"):
+        finalize(Moments(moments.count, moments.mean, (finest, *moments.m2[1:])), 0.01)
 
 
 @pytest.mark.parametrize("levels", ["one level", "two levels"])
@@ -263,10 +272,8 @@ def test_regularization_lost_in_rounding_raises(levels):
     data = (x,) if levels == "one level" else (x[:, :, :1], x[:, :, 1:])
     moments = gaussian.init([(2, 1, level.shape[2]) for level in data])
     moments = update(moments, data, jnp.ones(3, bool))
-    with pytest.raises(
-        ValueError, match=r"region 1 of 2 .* raise the regularization \(1e-09\)"
-    ):
-        gaussian.finalize(moments, 1e-9)
+    with pytest.raises(ValueError, match=r"region 1 .* raise the regularization \(1e-09\)"):
+        finalize(moments, 1e-9)
 
 
 # A wide_resnet50_2 at 256 x 256 with 550 channels. Compiled only: nothing is computed.
@@ -289,8 +296,10 @@ def large_statistics():
 
 
 def test_finalize_makes_no_second_copy():
-    _, m2 = large_statistics()
-    held, reused, between = memory_of(gaussian._factorise, m2, 209, 0.01)
+    def finalize(statistics, *given):
+        return gaussian.finalize(Moments(jnp.array(209), *statistics), *given)
+
+    held, reused, between = memory_of(finalize, large_statistics(), 0.01)
     assert reused >= held
     assert between < held / 6
 

@@ -5,12 +5,13 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import patchwise
 import pytest
 
-from padim_jax import defaults, detector, embedding, experiment, input_pipeline
+from padim_jax import defaults, detector, embedding, experiment, input_pipeline, parallel
 from padim_jax.config import Config, validate
 from padim_jax.types import Gaussian, LowRank
 
@@ -65,6 +66,9 @@ class Run:
         assert isinstance(self.detector.gaussian, LowRank if form == "samples" else Gaussian)
         index = self.detector.index.tolist()
         self.pyramid = detector.pyramid(self.config.image, self.config.model, index)
+        leaves, structure = jax.tree.flatten(self.detector.gaussian)
+        joined = parallel.join(leaves, self.pyramid.shapes[0][0])
+        self.fitted = structure.unflatten(map(jnp.asarray, joined))  # of all devices
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -82,7 +86,7 @@ def test_channel_index_is_the_published_one(run: Run):
 
 def test_mean(run: Run):
     # Two float32 implementations of 17 convolutions; values are of order 1.
-    levels = tuple(jnp.asarray(mean)[..., None] for mean in run.detector.gaussian.mean)
+    levels = tuple(mean[..., None] for mean in run.fitted.mean)
     (mean,) = embedding.concatenate(levels, run.pyramid)
     np.testing.assert_allclose(mean, run.golden["mean"], atol=1e-4, rtol=0)
 
@@ -121,7 +125,7 @@ def inverse_covariances(fitted: Gaussian | LowRank, pyramid: embedding.Pyramid) 
 def test_inverse_covariance(run: Run):
     chosen = run.pyramid.patches[run.golden["patches"]]
     pyramid = dataclasses.replace(run.pyramid, patches=chosen)
-    inverse = inverse_covariances(run.detector.gaussian, pyramid)
+    inverse = inverse_covariances(run.fitted, pyramid)
     golden = run.golden["inverse_covariance"]
     # Conditioned by up to 1e3 (variances of order 10 against the 0.01 that is added):
     # float32's 1e-7 becomes 1e-4, times the channels' square root.

@@ -1,6 +1,7 @@
 """Decoding, resizing, cropping and batching against plain Pillow and NumPy."""
 
 import dataclasses
+import hashlib
 import io
 import os
 import pathlib
@@ -48,9 +49,9 @@ def save(path, pixels):
     return path
 
 
-def run(records, config, batch_size, cache=None):
+def run(records, config, batch_size, cache=None, **part):
     source = input_pipeline.FolderSource(records)
-    return list(input_pipeline.batches(source, config, batch_size, cache))
+    return list(input_pipeline.batches(source, config, batch_size, cache, **part))
 
 
 def load_one(path, config, **known):
@@ -165,6 +166,101 @@ def test_batches_keep_the_order_and_pad_the_last(numbered, batch_size):
 
 def test_no_images_give_no_batches():
     assert run([], image_config(), 4) == []
+
+
+class Counting:
+    """A source that notes which images are read."""
+
+    def __init__(self, records):
+        self.records, self.reads = records, []
+
+    def read(self, index):
+        self.reads.append(index)
+        return input_pipeline.FolderSource(self.records).read(index)
+
+
+@pytest.mark.parametrize("start", [0, 4, 10])
+@pytest.mark.parametrize("images", [1, 6, 11])
+@pytest.mark.parametrize(
+    ("processes", "batch_size"), [(1, 4), (2, 4), (2, 2), (3, 3), (3, 6), (2, 24), (11, 11)]
+)
+class TestShares:
+    """Processes that take a part of every batch each: side by side they are the batches."""
+
+    def parts(self, numbered, images, processes, batch_size, start):
+        sources = [Counting(numbered[:images]) for _ in range(processes)]
+        return sources, [
+            list(
+                input_pipeline.batches(
+                    source,
+                    image_config(),
+                    batch_size,
+                    share=input_pipeline.Share(process, processes),
+                    start=start,
+                )
+            )
+            for process, source in enumerate(sources)
+        ]
+
+    def test_together_they_are_the_batches(
+        self, numbered, images, processes, batch_size, start
+    ):
+        _, parts = self.parts(numbered, images, processes, batch_size, start)
+        expected = run(numbered[start:images], image_config(), batch_size)
+        # Equally many for every process: each batch is computed by all of them together.
+        assert {len(part) for part in parts} == {len(expected)}
+        for number, whole in enumerate(expected):
+            found = [part[number] for part in parts]
+            for one in found:
+                assert len(one.images) == len(one.valid) == batch_size // processes
+                assert len(one.digests) == batch_size // processes
+                assert len(one.records) == len(one.masks) == len(one.sizes) == sum(one.valid)
+            for name in ("images", "valid", "digests"):
+                together = np.concatenate([getattr(one, name) for one in found])
+                np.testing.assert_array_equal(together, getattr(whole, name))
+            for name in ("records", "sizes"):
+                assert sum((getattr(one, name) for one in found), ()) == getattr(whole, name)
+            masks = sum((one.masks for one in found), ())
+            for mask, expected_mask in zip(masks, whole.masks, strict=True):
+                np.testing.assert_array_equal(mask, expected_mask)
+
+    def test_each_reads_its_own_images_only(
+        self, numbered, images, processes, batch_size, start
+    ):
+        sources, parts = self.parts(numbered, images, processes, batch_size, start)
+        for source, part in zip(sources, parts, strict=True):
+            read = [source.records[index] for index in sorted(source.reads)]
+            assert read == [r for batch in part for r in batch.records]
+        every = sorted(index for source in sources for index in source.reads)
+        assert every == list(range(start, images))
+
+
+def test_a_process_past_the_end_has_a_batch_of_padding(numbered):
+    share = input_pipeline.Share(1, 2)
+    (batch,) = run(numbered[:3], image_config(), 8, share=share)
+    assert batch.images.shape == (4, 40, 56, 3)
+    assert not np.any(batch.images)
+    assert not np.any(batch.valid)
+    assert not np.any(batch.digests)
+    assert (batch.records, batch.masks, batch.sizes) == ((), (), ())
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_digests_are_the_files(numbered, cached, tmp_path):
+    cache = ImageCache(tmp_path / "cache", 10**9) if cached else None
+    for _ in range(2):  # decoded, and out of the cache
+        found = np.concatenate([b.digests for b in run(numbered, image_config(), 4, cache)])
+        expected = [hashlib.sha256(r.image.read_bytes()).digest() for r in numbered]
+        assert [digest.tobytes() for digest in found] == [*expected, bytes(32)]
+
+
+def test_digests_are_of_the_image_not_of_its_mask(tmp_path):
+    image, mask = save(tmp_path / "a.png", noise(40, 56)), tmp_path / "mask.png"
+    found = []
+    for value in (0, 255):
+        save(mask, np.full((40, 56), value, np.uint8))
+        found.append(load_one(image, image_config(), mask=mask, label=1).digests)
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 def test_one_image_is_as_in_its_batch(numbered):
@@ -468,6 +564,7 @@ class TestCache:
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one.images, other.images)
             np.testing.assert_array_equal(one.valid, other.valid)
+            np.testing.assert_array_equal(one.digests, other.digests)
             assert (one.records, one.sizes) == (other.records, other.sizes)
             for mask, expected_mask in zip(one.masks, other.masks, strict=True):
                 assert (mask is None) == (expected_mask is None)

@@ -6,7 +6,8 @@ import numpy as np
 import patchwise
 import pytest
 
-from padim_jax import gaussian, low_rank, scoring
+from padim_jax import detector, gaussian, low_rank, parallel, scoring
+from padim_jax.parallel import Devices
 from padim_jax.types import Samples
 
 ROUNDOFF = 2.0**-24  # of float32
@@ -31,8 +32,8 @@ def fit_moments(pyramid, levels):
 
 
 def distances(fitted, levels, pyramid):
-    score = jax.jit(lambda fitted, x: scoring.mahalanobis(fitted, x, pyramid.patches))
-    return np.asarray(score(fitted, tuple(map(jnp.asarray, levels))), np.float64)
+    found = jax.jit(scoring.mahalanobis)(fitted, tuple(map(jnp.asarray, levels)))
+    return np.asarray(scoring.on_grid(found, pyramid.patches), np.float64)
 
 
 def assert_distances(found, training, x, regularization):
@@ -56,7 +57,7 @@ def test_distances_are_the_dense_ones(name):
     pyramid = patchwise.lay(patchwise.CASES[name])
     levels, training = patchwise.random_levels(patchwise.CASES[name], 5)
     others, x = patchwise.random_levels(patchwise.CASES[name], 7, seed=1)
-    fitted = low_rank.finalize(fit(pyramid, levels, [2, 3]), 0.01)
+    fitted = patchwise.finalize(fit(pyramid, levels, [2, 3]), 0.01)
     assert_distances(distances(fitted, others, pyramid), training, x, 0.01)
 
 
@@ -67,8 +68,8 @@ def test_distances_are_those_of_the_moments(images):
     pyramid = patchwise.lay(case)
     levels, training = patchwise.random_levels(case, images)
     others, x = patchwise.random_levels(case, 7, seed=1)
-    samples = low_rank.finalize(fit(pyramid, levels, [images]), 0.01)
-    moments = gaussian.finalize(fit_moments(pyramid, levels), 0.01)
+    samples = patchwise.finalize(fit(pyramid, levels, [images]), 0.01)
+    moments = patchwise.finalize(fit_moments(pyramid, levels), 0.01)
     found, expected = (distances(form, others, pyramid) for form in (samples, moments))
     assert_distances(found, training, x, 0.01)
     # The moments' roundoffs are amplified by the covariance's condition number.
@@ -86,7 +87,7 @@ def test_regularization(regularization, images):
     pyramid = patchwise.lay(case)
     levels, training = patchwise.random_levels(case, images)
     others, x = patchwise.random_levels(case, 7, seed=1)
-    fitted = low_rank.finalize(fit(pyramid, levels, [images]), regularization)
+    fitted = patchwise.finalize(fit(pyramid, levels, [images]), regularization)
     assert_distances(distances(fitted, others, pyramid), training, x, regularization)
 
 
@@ -97,7 +98,7 @@ def test_a_training_image(regularization, scale):
     pyramid = patchwise.lay(case)
     levels, training = patchwise.random_levels(case, 5)
     levels, training = [scale * x for x in levels], scale * training
-    fitted = low_rank.finalize(fit(pyramid, levels, [5]), regularization)
+    fitted = patchwise.finalize(fit(pyramid, levels, [5]), regularization)
     found = distances(fitted, levels, pyramid)
     assert_distances(found, training, training, regularization)
 
@@ -144,6 +145,60 @@ def test_merge_of_two_models_is_one_fit():
         np.testing.assert_array_equal(found, expected)
 
 
+def test_levels_are_the_images_as_they_came():
+    pyramid = patchwise.lay(patchwise.CASES[ALIKE])
+    levels, _ = patchwise.random_levels(patchwise.CASES[ALIKE], 7)
+    found, valid = low_rank.levels(fit(pyramid, levels, [4, 3]))
+    np.testing.assert_array_equal(valid, np.ones(7, bool))
+    for x, expected in zip(found, levels, strict=True):
+        np.testing.assert_array_equal(x, expected)
+
+
+@pytest.mark.parametrize(("there", "room"), [(0, 3), (1, 3), (3, 5), (5, 5)])
+def test_levels_of_samples_that_are_not_full(there, room):
+    """As moments they are those of the images that are there, whatever else the rows hold."""
+    pyramid = patchwise.lay(patchwise.CASES[ALIKE])
+    levels, _ = patchwise.random_levels(patchwise.CASES[ALIKE], room)
+    samples = fit(pyramid, levels, [room])
+    samples = Samples(jnp.array(there), samples.values)
+    found, valid = low_rank.levels(samples)
+    np.testing.assert_array_equal(valid, np.arange(room) < there)
+    moments = jax.jit(gaussian.update)(gaussian.init(pyramid.shapes), found, valid)
+    expected = fit_moments(pyramid, [x[..., :there] for x in levels])
+    assert int(moments.count) == there
+    for x, y in zip(*map(jax.tree.leaves, (moments, expected)), strict=True):
+        # The same terms and as many zeros: measured 5e-8 of the largest.
+        np.testing.assert_allclose(
+            x, y, rtol=0, atol=room * ROUNDOFF * np.abs(y).max(initial=0)
+        )
+
+
+@pytest.mark.parametrize("room", [3, 4, 7])
+def test_resize_makes_room_for_more_images(room):
+    """Half way through a fit or after it, and what is there stays."""
+    pyramid = patchwise.lay(patchwise.CASES["two levels"])
+    levels, _ = patchwise.random_levels(patchwise.CASES["two levels"], 7)
+    first, rest = [x[..., :3] for x in levels], [x[..., 3:room] for x in levels]
+    samples = low_rank.resize(fit(pyramid, first, [3]), room)
+    assert int(samples.count) == 3
+    assert all(not np.any(x[:, :, 3:]) for x in samples.values)
+    for batch in patchwise.batches(rest, [room - 3]):
+        samples = update(samples, *batch)
+    assert_same(samples, fit(pyramid, [x[..., :room] for x in levels], [room]))
+
+
+def test_resize_takes_back_room_that_is_not_used():
+    pyramid = patchwise.lay(patchwise.CASES["two levels"])
+    levels, _ = patchwise.random_levels(patchwise.CASES["two levels"], 3)
+    samples = fit(pyramid, levels, [3])
+    assert_same(low_rank.resize(low_rank.resize(samples, 9), 3), samples)
+
+
+def assert_same(found, expected):
+    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_same_shapes_are_traced_once():
     traces = 0
 
@@ -167,7 +222,7 @@ def test_many_regions_are_computed_in_several_blocks():
     pyramid = patchwise.lay(case)
     levels, training = patchwise.random_levels(case, 4)
     others, x = patchwise.random_levels(case, 2, seed=1)
-    fitted = low_rank.finalize(fit(pyramid, levels, [4]), 0.01)
+    fitted = patchwise.finalize(fit(pyramid, levels, [4]), 0.01)
     assert_distances(distances(fitted, others, pyramid), training, x, 0.01)
     mean = patchwise.vectors(fitted.mean, pyramid)
     # Four terms are off by four roundoffs of the largest.
@@ -176,7 +231,7 @@ def test_many_regions_are_computed_in_several_blocks():
 
 
 def test_products_are_of_float32():
-    found = patchwise.products(low_rank._factorise, samples_of().values, 0.01)
+    found = patchwise.products(low_rank.finalize, samples_of(), 0.01)
     assert found
     assert all("HIGHEST, HIGHEST" in product for product in found)
 
@@ -187,12 +242,19 @@ def samples_of(images=5):
     return fit(pyramid, levels, [images])
 
 
+def finalize(samples, regularization, devices=1):
+    """As it is called, on a number of devices."""
+    return detector.finalize(parallel.split(samples, Devices(devices)), regularization)
+
+
 @pytest.mark.parametrize("images", [0, 1])
 def test_fewer_than_two_images_raise(images):
     shapes = patchwise.lay(patchwise.CASES[ALIKE]).shapes
-    samples = samples_of(1) if images else low_rank.init(shapes, 0)
-    with pytest.raises(ValueError, match=rf"at least 2 images, the samples hold {images}"):
-        low_rank.finalize(samples, 0.01)
+    samples = detector.init(shapes, images, "samples", Devices(1))
+    if images:
+        samples = parallel.split(samples_of(1), Devices(1))
+    with pytest.raises(ValueError, match=rf"at least 2 images, there are {images}"):
+        detector.finalize(samples, 0.01)
 
 
 @pytest.mark.parametrize("images", [4, 6])
@@ -203,7 +265,7 @@ def test_room_for_other_than_all_images_raises(images):
     for batch in patchwise.batches(levels, [images]):
         samples = update(samples, *batch)
     with pytest.raises(ValueError, match=rf"room for 5 images, of which {images} are there"):
-        low_rank.finalize(samples, 0.01)
+        finalize(samples, 0.01)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e25], ids=str)
@@ -213,25 +275,27 @@ def test_not_finite_embeddings_raise_naming_the_region(bad, level):
     samples = samples_of()
     values = list(samples.values)
     values[level] = values[level].at[1, -1, 3, 0].set(bad)
-    with pytest.raises(ValueError, match=r"region 1 of 4 are not finite.*overflow"):
-        low_rank.finalize(Samples(samples.count, tuple(values)), 0.01)
+    for devices in (1, 2, 4, 8):
+        with pytest.raises(ValueError, match=r"region 1 are not finite.*overflow"):
+            finalize(Samples(samples.count, tuple(values)), 0.01, devices)
 
 
 def test_regularization_lost_in_rounding_raises():
     # Two images whose deviations in region 1 are 1 and -1: the kernel is [[1, -1], [-1, 1]]
     # and what is added is lost beside 1.
     x = jnp.array([1e-6, 1.0]).reshape(2, 1, 1, 1) * jnp.array([2.0, 0.0]).reshape(1, 1, 2, 1)
-    with pytest.raises(
-        ValueError, match=r"region 1 of 2 .* raise the regularization \(1e-09\)"
-    ):
-        low_rank.finalize(Samples(jnp.array(2), (x,)), 1e-9)
+    with pytest.raises(ValueError, match=r"region 1 .* raise the regularization \(1e-09\)"):
+        finalize(Samples(jnp.array(2), (x,)), 1e-9)
 
 
 def test_finalize_makes_no_second_copy():
     # 60 images of a wide_resnet50_2 at 256 x 256 with 550 channels, compiled only.
     shapes = [(256, 16, 86), (256, 4, 170), (256, 1, 294)]
     values = jax.eval_shape(lambda: low_rank.init(shapes, 60).values)
-    memory = low_rank._factorise.lower(values, 0.01).compile().memory_analysis()
+    finalize = jax.jit(
+        lambda values: low_rank.finalize(Samples(jnp.array(60), values), 0.01), donate_argnums=0
+    )
+    memory = finalize.lower(values).compile().memory_analysis()
     assert memory is not None
     held = sum(4 * x.size for x in values)
     assert memory.alias_size_in_bytes >= held

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from padim_jax import defaults, detector, memory, models
+from padim_jax import defaults, detector, gaussian, low_rank, memory, models, parallel
 from padim_jax.config import Config, validate
 from padim_jax.errors import UserError
 from padim_jax.models import resnet
+from padim_jax.parallel import Devices
 from padim_jax.types import Moments, Samples
 
 GB = 10**9
+ONE = Devices(1)
 
 
 def make_config(backbone: str = "resnet18", **settings: Any) -> Config:
@@ -32,10 +34,13 @@ def size(tree: Any) -> int:
 
 
 def statistics(config: Config, images: int) -> Moments | Samples:
-    """As `experiment.train` starts with."""
+    """As `fitting.train` starts with, on one device."""
+    return detector.init(shapes_of(config), images, config.model.statistics, ONE)
+
+
+def shapes_of(config: Config) -> tuple[detector.Shape, ...]:
     index = detector.channel_index(config.model)
-    shapes = detector.pyramid(config.image, config.model, tuple(index.tolist())).shapes
-    return detector.init(shapes, images, config.model.statistics)
+    return detector.pyramid(config.image, config.model, tuple(index.tolist())).shapes
 
 
 class TestArrays:
@@ -62,7 +67,7 @@ class TestArrays:
     )
     def test_statistics(self, backbone: str, settings: dict, images: int, form: str):
         config = make_config(backbone, **settings)
-        found = memory.estimate(config, images)
+        found = memory.estimate(config, images, ONE)
         assert found.form == form
         leaves = jax.eval_shape(lambda: jax.tree.leaves(statistics(config, images)))
         assert found.statistics == size(leaves) - 4  # the count
@@ -73,15 +78,15 @@ class TestArrays:
         settings: dict[str, Any] = {"image.resize": resize, "model.statistics": form}
         config = make_config("resnet18", **settings, **{"model.channels": 20})
         images, empty = 7, statistics(config, 7)
-        full = dataclasses.replace(empty, count=jnp.asarray(images, jnp.int32))
+        full = dataclasses.replace(empty, count=jnp.asarray([images], jnp.int32))
         fitted = detector.finalize(full, config.model.regularization)
         regularization = 4 * (form == "samples")
-        assert memory.estimate(config, images).fitted == size(fitted) - regularization
+        assert memory.estimate(config, images, ONE).fitted == size(fitted) - regularization
 
     def test_an_image_of_any_size(self):
         """Nothing is allocated: 31250 x 31250 patches, of which a list alone is 8 GB."""
         found = memory.estimate(
-            make_config("resnet18", **{"image.resize": (125_000, 125_000)}), 209
+            make_config("resnet18", **{"image.resize": (125_000, 125_000)}), 209, ONE
         )
         assert found.statistics > 10**13
 
@@ -113,21 +118,23 @@ class TestBatch:
         # Flat, since JAX would fill the statistics' class with descriptions of arrays.
         leaves, structure = jax.tree.flatten(statistics(config, batch_size))
 
-        @functools.partial(jax.jit, donate_argnums=0)
-        def fit(leaves, *batch):
-            return detector.fit_batch(
-                jax.tree.unflatten(structure, leaves),
-                *batch,
-                image=config.image,
-                model=config.model,
-                index=index,
+        def fit(leaves, variables, images, valid):
+            return detector._fit_batch(
+                structure.unflatten(leaves),
+                variables,
+                images,
+                valid,
+                config.image,
+                config.model,
+                index,
             )
 
-        shape = (batch_size, *config.image.size, 3)
+        shape = (1, batch_size, *config.image.size, 3)
         images = jax.ShapeDtypeStruct(shape, jnp.uint8)
-        valid = jax.ShapeDtypeStruct((batch_size,), bool)
-        compiled = fit.lower(leaves, weights(config), images, valid).compile()
-        found = memory.estimate(config, batch_size).batch
+        valid = jax.ShapeDtypeStruct((1, batch_size), bool)
+        mapped: Any = parallel.mapped(fit, replicated=(1,), donated=(0,))
+        compiled = mapped.lower(leaves, weights(config), images, valid).compile()
+        found = memory.estimate(config, batch_size, ONE).batch
         taken = compiled.memory_analysis()
         assert taken is not None
         # Enough, and of the feature maps 1.07 to 1.47 times what is needed (measured with
@@ -142,7 +149,7 @@ class TestBatch:
         """They are counted three times, of the stages that are there."""
         config = make_config(backbone, **{"model.layers": (deepest,), "model.channels": 20})
         empty = dataclasses.replace(config, batch_size=0)
-        counted = memory.estimate(empty, 9).batch / 3
+        counted = memory.estimate(empty, 9, ONE).batch / 3
         # By the widest kernels; the stem, the downsampling and the biases are not.
         assert counted == pytest.approx(size(weights(config)), rel=0.13)
 
@@ -156,6 +163,7 @@ class TestGrowth:
                     "resnet18", **{"model.channels": channels, "model.statistics": form}
                 ),
                 100,
+                ONE,
             ).total
             for channels in range(10, 448, 20)
         ]
@@ -165,24 +173,120 @@ class TestGrowth:
         counts = (40, 200, 1000, 4000)
         for form, grows in (("samples", True), ("moments", False)):
             config = make_config("resnet18", **{"model.statistics": form})
-            totals = [memory.estimate(config, images).total for images in counts]
+            totals = [memory.estimate(config, images, ONE).total for images in counts]
             assert totals == sorted(totals)
             assert len(set(totals)) == (len(counts) if grows else 1)
 
     def test_with_the_batch_size(self):
         """Up to all images: no batch is larger."""
         sizes = (1, 16, 64, 256)
-        totals = [memory.estimate(make_config(batch_size=n), 100).batch for n in (*sizes, 999)]
+        totals = [
+            memory.estimate(make_config(batch_size=n), 100, ONE).batch for n in (*sizes, 999)
+        ]
         assert totals[:-1] == sorted(set(totals))
-        assert totals[-1] == memory.estimate(make_config(batch_size=100), 100).batch
+        assert totals[-1] == memory.estimate(make_config(batch_size=100), 100, ONE).batch
 
     def test_auto_is_never_above_both(self):
         for images in (20, 100, 500):
             auto, *forms = (
-                memory.estimate(make_config("resnet18", **{"model.statistics": form}), images)
+                memory.estimate(
+                    make_config("resnet18", **{"model.statistics": form}), images, ONE
+                )
                 for form in ("auto", "moments", "samples")
             )
             assert auto.fitted == min(form.fitted for form in forms)
+
+
+DEVICES = [Devices(2), Devices(8), Devices(4, processes=16), Devices(1, processes=3)]
+
+
+class TestDevices:
+    """Statistics and batches are shared out; CPU devices of a process share one memory."""
+
+    @pytest.fixture
+    def gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As if every device had a memory of its own."""
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    @pytest.mark.parametrize("devices", DEVICES, ids=str)
+    @pytest.mark.parametrize(
+        ("settings", "images"),
+        [
+            ({}, 209),
+            ({}, 20),
+            # 12 regions: on 8 devices there are 16 of them, on 64 there are 64.
+            ({"image.resize": (64, 48)}, 209),
+            ({"image.resize": (64, 48)}, 3),
+        ],
+        ids=str,
+    )
+    def test_statistics_of_a_gpu(
+        self, settings: dict, images: int, devices: Devices, gpus: None
+    ):
+        config = make_config("resnet18", **settings)
+        found = memory.estimate(config, images, devices)
+        # The form does not depend on the devices.
+        assert found.form == memory.estimate(config, images, ONE).form
+        own = [(devices.padded(r) // devices.total, n, d) for r, n, d in shapes_of(config)]
+        form = gaussian.init if found.form == "moments" else room_for(images)
+        leaves = jax.eval_shape(lambda: jax.tree.leaves(form(own)))
+        assert found.statistics == size(leaves) - 4  # the count
+
+    @pytest.mark.parametrize("devices", DEVICES, ids=str)
+    def test_statistics_of_a_machine(self, devices: Devices):
+        config = make_config()
+        whole = memory.estimate(config, 209, ONE).statistics
+        found = memory.estimate(config, 209, devices).statistics
+        # 256 regions, of which 3 processes have 86 each.
+        assert found == pytest.approx(whole / devices.processes, rel=0.01)
+
+    @pytest.mark.parametrize("devices", DEVICES, ids=str)
+    def test_a_batch(self, devices: Devices, monkeypatch: pytest.MonkeyPatch):
+        """What every device has of it, and the backbone, which each has whole."""
+        config = make_config(batch_size=32)
+        one_image = memory.estimate(dataclasses.replace(config, batch_size=1), 209, ONE).batch
+        backbone = memory.estimate(dataclasses.replace(config, batch_size=0), 209, ONE).batch
+        own = -(-32 // devices.total)  # rounded up, as are the regions by a process in 86
+        expected = own * (one_image - backbone) + backbone
+        on_a_machine = memory.estimate(config, 209, devices).batch
+        assert on_a_machine == pytest.approx(devices.local * expected, rel=0.01)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        on_a_gpu = memory.estimate(config, 209, devices).batch
+        assert on_a_gpu == pytest.approx(expected, rel=0.01)
+
+    @pytest.mark.parametrize("form", ["moments", "samples"])
+    def test_what_a_device_has_fitted(self, form: str, gpus: None):
+        settings: dict[str, Any] = {"image.resize": (64, 48), "model.statistics": form}
+        config = make_config("resnet18", **settings, **{"model.channels": 20})
+        for devices in (Devices(2), Devices(8)):
+            images, shapes = 7, shapes_of(config)
+            empty = detector.init(shapes, images, form, devices)
+            count = jnp.full_like(empty.count, images)
+            fitted = detector.finalize(dataclasses.replace(empty, count=count), 0.01)
+            regularization = 4 * (form == "samples")
+            found = memory.estimate(config, images, devices).fitted
+            assert found == size(fitted) / devices.total - regularization
+
+    @pytest.mark.parametrize("form", ["moments", "samples"])
+    def test_more_of_them_take_less_each(self, form: str, gpus: None):
+        config = make_config("resnet18", **{"model.statistics": form})
+        counts = (1, 2, 4, 8, 16, 32)
+        totals = [memory.estimate(config, 209, Devices(n)).total for n in counts]
+        assert totals == sorted(set(totals), reverse=True)
+
+    @pytest.mark.parametrize(("backend", "advised"), [("cpu", False), ("gpu", True)])
+    def test_more_devices_are_advised_where_they_help(
+        self, backend: str, advised: bool, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        monkeypatch.setattr(memory, "available", lambda: GB // 10)
+        with pytest.raises(UserError) as caught:
+            memory.require(make_config(), 209, Devices(2))
+        assert ("more devices" in str(caught.value)) == advised
+
+
+def room_for(images: int) -> Any:
+    return lambda shapes: low_rank.init(shapes, images)
 
 
 class TestRequire:
@@ -197,9 +301,9 @@ class TestRequire:
 
     def test_enough(self, free, capsys: pytest.CaptureFixture[str]):
         config = make_config()
-        needed = memory.estimate(config, 209)
+        needed = memory.estimate(config, 209, ONE)
         free(needed.total)
-        memory.require(config, 209)
+        memory.require(config, 209, ONE)
         out = capsys.readouterr().out
         assert re.fullmatch(
             r"about (\d\.\d) GB of memory to fit 209 images: 0.04 GB of statistics "
@@ -209,10 +313,10 @@ class TestRequire:
 
     def test_a_byte_too_little(self, free, capsys: pytest.CaptureFixture[str]):
         config = make_config("wide_resnet50_2", **{"model.channels": 550})
-        needed = memory.estimate(config, 100)
+        needed = memory.estimate(config, 100, ONE)
         free(needed.total - 1)
         with pytest.raises(UserError) as caught:
-            memory.require(config, 100)
+            memory.require(config, 100, ONE)
         message, gigabytes = str(caught.value), f"{needed.total / GB:.1f} GB"
         assert message.startswith(f"not enough memory: about {gigabytes} of memory")
         assert f"; {gigabytes} are free" in message
@@ -245,11 +349,11 @@ class TestRequire:
 
         def total(channels: int) -> int:
             model = dataclasses.replace(config.model, channels=channels)
-            return memory.estimate(dataclasses.replace(config, model=model), images).total
+            return memory.estimate(dataclasses.replace(config, model=model), images, ONE).total
 
         free(most)
         with pytest.raises(UserError) as caught:
-            memory.require(config, images)
+            memory.require(config, images, ONE)
         found = re.search(r"config\.model\.channels=(\d+) \(the most", str(caught.value))
         assert found
         channels = int(found[1])
@@ -260,7 +364,7 @@ class TestRequire:
     def test_no_number_of_channels_fits(self, free):
         free(GB // 10)
         with pytest.raises(UserError, match=r"0\.1 GB are free") as caught:
-            memory.require(make_config(), 209)
+            memory.require(make_config(), 209, ONE)
         assert "config.model.channels" not in str(caught.value)
         assert "config.batch_size" in str(caught.value)
 
@@ -278,7 +382,7 @@ class TestRequire:
     ):
         free(GB // 10)
         with pytest.raises(UserError) as caught:
-            memory.require(make_config(backbone, **settings), 209)
+            memory.require(make_config(backbone, **settings), 209, ONE)
         assert there in str(caught.value)
         assert missing not in str(caught.value)
 
@@ -349,6 +453,6 @@ class TestAvailable:
         gpu = types.SimpleNamespace(
             memory_stats=lambda: {"bytes_limit": 60 * GB, "bytes_in_use": GB}
         )
-        monkeypatch.setattr(memory.jax, "local_devices", lambda: [gpu])
+        monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
         write_cgroup(tmp_path, V2, str(4 * GB), used=GB, droppable=0)
         assert memory.available(tmp_path) == 59 * GB

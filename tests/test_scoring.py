@@ -7,6 +7,7 @@ import patchwise
 import pytest
 from scipy import ndimage
 
+from padim_jax import scoring
 from padim_jax.scoring import anomaly_maps, image_scores, mahalanobis
 from padim_jax.types import Gaussian, LowRank
 
@@ -73,15 +74,14 @@ def deviations_from(mean, levels, pyramid):
 
 
 def distances(fitted, levels, pyramid):
-    score = jax.jit(lambda fitted, x: mahalanobis(fitted, x, pyramid.patches))
-    return score(fitted, levels)
+    return scoring.on_grid(jax.jit(mahalanobis)(fitted, levels), pyramid.patches)
 
 
 def assert_products_of_float32(fitted, levels, pyramid):
     """On GPUs, too, which multiply in TF32, of a 10-bit mantissa, unless told not to."""
 
     def score(fitted, levels):
-        found = mahalanobis(fitted, levels, pyramid.patches)
+        found = scoring.on_grid(mahalanobis(fitted, levels), pyramid.patches)
         side = found.shape[1]
         return anomaly_maps(found, (side, 1), (side, 5), "bilinear", 1.0)
 
@@ -138,13 +138,24 @@ def test_distance_is_that_of_the_dense_samples(name):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@on_all_pyramids
+def test_distances_come_into_the_patches_order(name):
+    pyramid = patchwise.lay(patchwise.CASES[name])
+    regions, cells, _ = pyramid.shapes[0]
+    by_region = np.arange(regions * cells * 2.0).reshape(regions, cells, 2)
+    # Devices that do not divide the regions have more at the end, of no patch.
+    by_region = np.pad(by_region, ((0, 3), (0, 0), (0, 0)), constant_values=np.nan)
+    found = scoring.on_grid(jnp.asarray(by_region, jnp.float32), pyramid.patches)
+    np.testing.assert_array_equal(found, [2 * pyramid.patches, 2 * pyramid.patches + 1])
+
+
 def test_rounding_leaves_no_less_than_nothing():
     # An image like a training one, of which the rounded root explains more than there is.
     deviations = jnp.array([3.0, -3.0]).reshape(1, 1, 2, 1)
     root = jnp.diag(jnp.array([0.334, 0.334]))[None, None]
     fitted = LowRank((jnp.ones((1, 1, 1)),), (deviations,), root, jnp.float32(1e-4))
-    found = mahalanobis(fitted, (jnp.full((1, 1, 1, 1), 4.0),), np.array([0]))
-    np.testing.assert_array_equal(found, [[0]])
+    found = mahalanobis(fitted, (jnp.full((1, 1, 1, 1), 4.0),))
+    np.testing.assert_array_equal(found, [[[0]]])
 
 
 def test_distance_counts_standard_deviations():
@@ -152,9 +163,9 @@ def test_distance_counts_standard_deviations():
     inverse = jnp.asarray(np.diag(1 / deviation), jnp.float32)[None, None]
     fitted = Gaussian((jnp.ones((1, 1, 3)),), ((inverse,),))
     x = 1 + np.stack([np.zeros(3), [0.5, 0, 0], [0, -6, 0], [1, 2, -8], deviation])
-    found = mahalanobis(fitted, (jnp.asarray(x.T[None, None], jnp.float32),), np.array([0]))
+    found = mahalanobis(fitted, (jnp.asarray(x.T[None, None], jnp.float32),))
     # Squares of small whole numbers: exact, up to the square root's rounding.
-    np.testing.assert_allclose(found[:, 0], np.sqrt([0, 1, 9, 4 + 1 + 4, 3]), rtol=2e-7)
+    np.testing.assert_allclose(found[0, 0], np.sqrt([0, 1, 9, 4 + 1 + 4, 3]), rtol=2e-7)
 
 
 @sizes

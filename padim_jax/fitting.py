@@ -1,0 +1,448 @@
+"""Normal images -> a fitted model on disk: fit, go on with a fit, extend it, merge several."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from padim_jax import (
+    checkpoint,
+    compilation_cache,
+    image_cache,
+    memory,
+    parallel,
+    paths,
+    progress,
+)
+from padim_jax import config as config_lib
+from padim_jax import detector as detector_lib
+from padim_jax.checkpoint import Fitted
+from padim_jax.config import Config
+from padim_jax.datasets.records import Record
+from padim_jax.detector import Detector
+from padim_jax.errors import Stopped, UserError
+from padim_jax.input_pipeline import Source
+from padim_jax.models import pretrained
+from padim_jax.parallel import Devices
+from padim_jax.paths import Path
+from padim_jax.types import Gaussian, LowRank, Moments
+
+
+def train(config: Config, source: Source, path: Path) -> Detector:
+    """Fits a detector to normal images and saves it.
+
+    A fit of the same images and settings that was interrupted goes on where it was last
+    saved; its result is the same. On SIGTERM it is saved and stopped.
+
+    Args:
+      config: what to fit.
+      source: the normal images.
+      path: the checkpoint's folder.
+
+    Returns:
+      The fitted detector.
+
+    Raises:
+      UserError: too few images, an unreadable one, weights that cannot be had, or an
+        interrupted fit of something else.
+      Stopped: by SIGTERM.
+    """
+    count, devices = len(source.records), parallel.every()
+    if count < 2:
+        raise UserError(
+            f"config.dataset.root={config.dataset.root}: {count} normal image(s) to fit; a "
+            "covariance needs at least 2 (MVTec AD's categories have 60 to 391)"
+        )
+    _check_place(path, devices)
+    memory.require(config, count, devices)
+    index = detector_lib.channel_index(config.model)
+    variables, weights = pretrained.load(
+        config.model.weights, config.model.backbone, config.model.layers
+    )
+    print(f"weights: {weights.origin}")
+    listed = f"train {progress.listing(source, devices)}"
+    fitted = checkpoint.load_unfinished(path, devices) if path.is_dir() else None
+    if fitted is not None:
+        _require_resumable(path, fitted, config, weights, listed)
+        print(f"going on with an interrupted fit, after {len(fitted.images)} of {count} images")
+    else:
+        shapes = detector_lib.pyramid(config.image, config.model, index.tolist()).shapes
+        fitted = Fitted(
+            config_lib.with_absolute_paths(config),
+            index,
+            detector_lib.init(shapes, count, config.model.statistics, devices),
+            weights,
+            shapes[0][0],
+            np.zeros((0, 32), np.uint8),
+            listed,
+        )
+    start = len(fitted.images)
+    return _fit(fitted, source, start, config, variables, path, devices)
+
+
+def update(
+    path: Path, source: Source, config: Config | None = None, weights: str | None = None
+) -> None:
+    """Extends a fitted model by normal images that are not in it yet.
+
+    The result is that of one fit to all, up to rounding.
+
+    Args:
+      path: the checkpoint's folder; the extended model replaces it.
+      source: normal images. Those that the model was fitted to are left out: their
+        files' contents are known.
+      config: None takes the model's own; see `require_same`.
+      weights: where the backbone's weights are now; see `experiment.load`.
+
+    Raises:
+      UserError: no checkpoint, other settings or weights than it was fitted with, an
+        unreadable image, or too little memory.
+      Stopped: by SIGTERM.
+    """
+    devices = parallel.every()
+    fitted, identity = checkpoint.load(path, devices)
+    config = config or fitted.config
+    require_same(path, fitted.config, config)
+    variables = load_weights(path, fitted.weights, config, weights)
+    known = {digest.tobytes() for digest in fitted.images}
+    digests = _hash(source, devices)
+    new = [i for i, digest in enumerate(digests) if digest.tobytes() not in known]
+    if len(new) < len(source.records):
+        left_out = len(source.records) - len(new)
+        print(f"{left_out} of {len(source.records)} images are in {path} already: left out")
+    start, marker = 0, f"update {identity}"
+    unfinished = checkpoint.load_unfinished(path, devices)
+    if unfinished is not None:
+        done = unfinished.images[len(fitted.images) :]
+        start = len(done)
+        if unfinished.unfinished != marker or not np.array_equal(done, digests[new[:start]]):
+            raise UserError(_other_unfinished(path))
+        print(f"going on with an interrupted update, after {start} of {len(new)} images")
+    elif not new:
+        print(f"nothing to add: {path} is as it was")
+        return
+    total = len(fitted.images) + len(new)
+    memory.require(config, total, devices)
+    shapes = detector_lib.pyramid(config.image, config.model, fitted.index.tolist()).shapes
+    fitted = unfinished or fitted
+    extended = dataclasses.replace(
+        fitted,
+        statistics=detector_lib.extend(
+            fitted.statistics, shapes, total, fitted.config.model.statistics
+        ),
+        unfinished=marker,
+    )
+    del fitted, unfinished  # whose statistics are used up, or would be there twice
+    with compilation_cache.enabled(config.cache):
+        _fit(extended, _Part(source, new), start, config, variables, path, devices)
+
+
+def merge(
+    models: Sequence[str | os.PathLike[str]], destination: str | os.PathLike[str]
+) -> None:
+    """Joins models that were fitted to disjoint images of the same kind.
+
+    The result is that of one fit to all images, up to rounding. It can be merged or
+    extended again.
+
+    Args:
+      models: checkpoints' folders, at least two; a model file does not do, it has no
+        statistics.
+      destination: the merged checkpoint's folder; one that is there is replaced.
+
+    Raises:
+      UserError: a checkpoint is missing, models differ in settings, channels or weights,
+        or share an image.
+    """
+    if len(models) < 2:
+        raise UserError(f"{len(models)} model(s) to merge; expected at least 2")
+    devices = parallel.every()
+    _check_place(paths.parse(os.fspath(destination)), devices)
+    names = [paths.parse(os.fspath(model)) for model in models]
+    merged, _ = checkpoint.load(names[0], devices)
+    owners = {digest.tobytes(): names[0] for digest in merged.images}
+    for name in names[1:]:
+        other, _ = checkpoint.load(name, devices)
+        require_same(name, other.config, merged.config)
+        if not np.array_equal(other.index, merged.index):
+            raise UserError(
+                f"{name}: other channels than those of {names[0]}; cannot be merged"
+            )
+        if other.weights.sha256 != merged.weights.sha256:
+            raise UserError(
+                f"{name}: fitted with the weights {other.weights.origin}, sha256 "
+                f"{other.weights.sha256[:12]}..., and {names[0]} with {merged.weights.origin}, "
+                f"sha256 {merged.weights.sha256[:12]}...; only models of the same weights can "
+                "be merged"
+            )
+        shared = [digest for digest in other.images if digest.tobytes() in owners]
+        if shared:
+            raise UserError(
+                f"{name}: {len(shared)} of its {len(other.images)} images are in "
+                f"{owners[shared[0].tobytes()]} as well, and would count twice; fit models to "
+                "disjoint images, or extend one by the images it lacks (--mode=update)"
+            )
+        owners |= {digest.tobytes(): name for digest in other.images}
+        model = merged.config.model
+        shapes = detector_lib.pyramid(merged.config.image, model, merged.index.tolist()).shapes
+        merged = Fitted(
+            merged.config,
+            merged.index,
+            detector_lib.merge(merged.statistics, other.statistics, shapes, model.statistics),
+            merged.weights,
+            merged.regions,
+            np.concatenate([merged.images, other.images]),
+        )
+        del other
+    count = len(merged.images)
+    with checkpoint.saving(paths.parse(os.fspath(destination)), merged, devices):
+        _finalize(merged)
+    print(f"merged {len(models)} models of {count} images in all -> {destination}")
+
+
+def ready(fitted: Fitted, identity: str, config: Config, variables: Any) -> Detector:
+    """The detector of a checkpoint, whose statistics are used up.
+
+    Raises:
+      UserError: see `detector.finalize`.
+    """
+    gaussian = _finalize(fitted)
+    return Detector(config, fitted.index, variables, fitted.weights, gaussian, identity)
+
+
+# What the statistics depend on; the weights are compared by their content.
+_FITTED = (
+    ("image", ("resize", "method", "crop", "mean", "std")),
+    ("model", ("backbone", "layers", "channels", "seed", "precision", "regularization")),
+)
+
+
+def require_same(path: Path, fitted: Config, wanted: Config) -> None:
+    """Makes sure that a model serves a configuration.
+
+    Raises:
+      UserError: what its statistics depend on differs.
+    """
+    for group, fields in _FITTED:
+        for field in fields:
+            ours = getattr(getattr(wanted, group), field)
+            theirs = getattr(getattr(fitted, group), field)
+            if ours != theirs:
+                raise UserError(
+                    f"config.{group}.{field}={ours}: the model {path} was fitted with "
+                    f"{theirs}. Ask for that, fit again, or leave out --config to take the "
+                    "model's configuration"
+                )
+
+
+def load_weights(
+    path: Path,
+    identity: pretrained.WeightsIdentity,
+    config: Config,
+    weights: str | None,
+) -> Any:
+    """The backbone's variables, if they are those that a model was fitted with.
+
+    Args:
+      path: the model.
+      identity: its weights'.
+      config: the one in use, which names a place for the weights.
+      weights: another place.
+
+    Raises:
+      UserError: they cannot be had, or are others.
+    """
+    wanted = f"{identity.origin}, sha256 {identity.sha256[:12]}..."
+    place = weights or config.model.weights
+    try:
+        variables, found = pretrained.load(place, config.model.backbone, config.model.layers)
+    except UserError as error:
+        raise UserError(
+            f"{error} (The model {path} was fitted with {wanted}; --weights names where "
+            "that file is now)"
+        ) from error
+    if found.sha256 != identity.sha256:
+        raise UserError(
+            f"weights {place}: other weights ({found.origin}, sha256 {found.sha256[:12]}...) "
+            f"than the model {path} was fitted with ({wanted}). Name that file with "
+            "--weights, or fit again"
+        )
+    return variables
+
+
+def _fit(
+    fitted: Fitted,
+    source: Source,
+    start: int,
+    config: Config,
+    variables: Any,
+    path: Path,
+    devices: Devices,
+) -> Detector:
+    """Adds the images from `start` on, saving now and then, and saves the finished model."""
+    variables = parallel.replicate(variables, devices)
+    statistics, digests = fitted.statistics, [fitted.images]
+    index, total = tuple(fitted.index.tolist()), len(source.records)
+
+    def so_far() -> Fitted:
+        # Awaited: of several processes' computations only one at a time is to communicate.
+        now = jax.block_until_ready(statistics)
+        return dataclasses.replace(fitted, statistics=now, images=np.concatenate(digests))
+
+    with _sigterm() as asked:
+        cache = image_cache.open_cache(config.cache)
+        saved, done = time.monotonic(), start
+        for batch in progress.batches(source, config, "fit", cache, devices, start):
+            # Computation is asynchronous: unawaited, batches would pile up before it.
+            jax.block_until_ready(statistics)
+            due = time.monotonic() - saved >= config.train.checkpoint_every
+            said = parallel.gather(
+                {
+                    "digests": batch.digests,
+                    "valid": batch.valid,
+                    "asked": np.array([asked()]),
+                    "due": np.array([due]),
+                }
+            )
+            stop = bool(np.any(said["asked"]))
+            if done > start and (stop or said["due"][0]):  # by the clock of process 0
+                checkpoint.save(path, so_far(), devices)
+                saved = time.monotonic()
+            if stop:
+                raise Stopped(
+                    f"stopped by SIGTERM after {done} of {total} images, saved in {path}; the "
+                    "same command goes on from there"
+                )
+            statistics = detector_lib.fit_batch(
+                statistics,
+                variables,
+                parallel.share(batch.images, devices),
+                parallel.share(batch.valid, devices),
+                config.image,
+                config.model,
+                index,
+            )
+            digests.append(said["digests"][said["valid"]])
+            done += len(digests[-1])
+        finished = dataclasses.replace(so_far(), unfinished=None)
+        count, form = len(finished.images), "samples"
+        if isinstance(statistics, Moments):
+            form = "moments"
+        with checkpoint.saving(path, finished, devices) as identity:
+            detector = ready(finished, identity, config, variables)
+        stop = bool(np.any(parallel.gather(np.array([asked()]))))
+    height, width = detector_lib.patch_grid(config.image, config.model.layers)
+    print(
+        f"fitted {count} images, {height}x{width} patches of {len(index)} channels "
+        f"({form}) -> {path}"
+    )
+    if stop:
+        raise Stopped(f"stopped by SIGTERM; the fit is finished and saved in {path}")
+    return detector
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Tells whether SIGTERM came in the block, which it does not end."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set  # only the main thread can handle signals
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Some images of a source."""
+
+    source: Source
+    chosen: Sequence[int]
+
+    @property
+    def records(self) -> Sequence[Record]:
+        return [self.source.records[i] for i in self.chosen]
+
+    def read(self, index: int) -> tuple[bytes, bytes | None]:
+        return self.source.read(self.chosen[index])
+
+
+def _hash(source: Source, devices: Devices) -> UInt8[np.ndarray, "n 32"]:
+    """SHA-256 of every image's file, of which each process reads its share."""
+    own = range(devices.process, len(source.records), devices.processes)
+    found = np.zeros((-(-len(source.records) // devices.processes), 32), np.uint8)
+
+    def digest(i: int) -> None:
+        read = hashlib.sha256(source.read(own[i])[0]).digest()
+        found[i] = np.frombuffer(read, np.uint8)
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        list(threads.map(digest, range(len(own))))
+    every = parallel.gather(found).reshape(devices.processes, -1, 32)
+    return np.concatenate(every.swapaxes(0, 1))[: len(source.records)]
+
+
+def _check_place(path: Path, devices: Devices) -> None:
+    # Now, rather than after hours of fitting.
+    if devices.process == 0:
+        make_folder(path.parent)
+        checkpoint.check_destination(path)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder for results.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    try:
+        paths.make_folder(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be made a folder ({error.strerror}); name another place with "
+            "--workdir or --checkpoint"
+        ) from error
+
+
+def _finalize(fitted: Fitted) -> Gaussian | LowRank:
+    try:
+        return detector_lib.finalize(fitted.statistics, fitted.config.model.regularization)
+    except ValueError as error:
+        raise UserError(f"config.model.regularization: {error}") from error
+
+
+def _require_resumable(
+    path: Path,
+    fitted: Fitted,
+    config: Config,
+    weights: pretrained.WeightsIdentity,
+    listed: str,
+) -> None:
+    if fitted.unfinished != listed:
+        raise UserError(_other_unfinished(path))
+    if fitted.weights.sha256 != weights.sha256:
+        raise UserError(f"{_other_unfinished(path)} (its weights: {fitted.weights.origin})")
+    try:
+        require_same(path, fitted.config, config)
+    except UserError as error:
+        raise UserError(f"{_other_unfinished(path)} ({error})") from error
+
+
+def _other_unfinished(path: Path) -> str:
+    return (
+        f"{path}: holds an interrupted fit of other images or settings. Finish it with the "
+        "command that began it, move it away, or name another --checkpoint"
+    )

@@ -1,0 +1,66 @@
+"""Progress bars: quiet in logs, and for all processes but the first."""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import tqdm
+
+from padim_jax import input_pipeline, parallel
+from padim_jax.config import Config
+from padim_jax.errors import UserError
+from padim_jax.image_cache import ImageCache
+from padim_jax.input_pipeline import Batch, Share, Source
+from padim_jax.parallel import Devices
+
+
+def listing(source: Source, devices: Devices) -> str:
+    """SHA-256 hex digest of which images a source has.
+
+    Raises:
+      UserError: the processes see different ones.
+    """
+    names = "\0".join(record.relative_path for record in source.records)
+    digest = hashlib.sha256(names.encode("utf-8", "surrogateescape")).digest()
+    every = parallel.gather(np.frombuffer(digest, np.uint8)[None])
+    if np.any(every != every[0]):
+        raise UserError(
+            f"process {devices.process} of {devices.processes} sees {len(source.records)} "
+            "images, and another process other ones; expected the same folder for all, as on "
+            "a shared file system"
+        )
+    return digest.hex()
+
+
+def batches(
+    source: Source,
+    config: Config,
+    what: str,
+    cache: ImageCache | None,
+    devices: Devices,
+    start: int = 0,
+) -> Iterator[Batch]:
+    """This process's part of a source's batches, with a bar of all processes' images.
+
+    Args:
+      source: the images.
+      config: batch size and preprocessing.
+      what: the bar's name.
+      cache: see `input_pipeline.batches`.
+      devices: that a batch is shared out to.
+      start: of the records, how many to leave out.
+
+    Raises:
+      UserError: an image cannot be read or decoded, or the processes see different ones.
+    """
+    listing(source, devices)
+    total = len(source.records)
+    # A few images need not be padded to a whole batch. What is left of a fit is, as it would
+    # have been without the interruption: to the last bit.
+    size = devices.padded(max(1, min(config.batch_size, total)))
+    share = Share(devices.process, devices.processes)
+    quiet = None if devices.process == 0 else True  # None: where there is no terminal
+    with tqdm.tqdm(total=total, initial=start, desc=what, unit="img", disable=quiet) as bar:
+        for batch in input_pipeline.batches(source, config.image, size, cache, share, start):
+            yield batch
+            bar.update(min(size, total - bar.n))

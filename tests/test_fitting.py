@@ -1,0 +1,241 @@
+"""Models that grow: extended and merged ones are those of one fit to all images."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from padim_jax import checkpoint, defaults, experiment, fitting, input_pipeline, parallel
+from padim_jax.checkpoint import Fitted
+from padim_jax.config import Config, validate
+from padim_jax.datasets.synthetic import generate
+from padim_jax.errors import UserError
+from padim_jax.input_pipeline import FolderSource
+from padim_jax.parallel import Devices
+from padim_jax.types import Moments, Samples
+
+ONE = Devices(1)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("synthetic")
+    generate(folder, n_train=12, n_test_good=2, n_test_per_defect=1, size=96)
+    return folder
+
+
+def make_config(root: pathlib.Path, **model: Any) -> Config:
+    values: Any = defaults.get_config()
+    values.dataset.name, values.dataset.root, values.category = "mvtec_ad", str(root), "part"
+    values.image.resize = (64, 64)
+    values.model.weights, values.model.channels = "random", 8
+    values.model.update(model)
+    values.batch_size = 5
+    values.outputs.figures = "none"
+    return validate(values)
+
+
+def images(config: Config, start: int, stop: int) -> FolderSource:
+    """Some of the twelve normal images."""
+    return FolderSource(experiment.open_dataset(config)["train"].records[start:stop])
+
+
+def fit(config: Config, start: int, stop: int, path: pathlib.Path) -> pathlib.Path:
+    fitting.train(config, images(config, start, stop), path)
+    return path
+
+
+def read(path: pathlib.Path) -> Fitted:
+    return checkpoint.load(path, ONE)[0]
+
+
+def require_same_model(path: pathlib.Path, expected: pathlib.Path) -> None:
+    """To 1e-5 in the moments and 1e-4 in the scores, as if it were one fit."""
+    found, one = read(path), read(expected)
+    assert {x.tobytes() for x in found.images} == {x.tobytes() for x in one.images}
+    assert len(found.images) == len(one.images) == int(found.statistics.count[0])
+    if isinstance(found.statistics, Moments) and isinstance(one.statistics, Moments):
+        for x, y in zip(*map(jax.tree.leaves, (found.statistics, one.statistics)), strict=True):
+            # Sums of float32 in another order; measured 1.2e-6, and 1.9e-6 of the scores.
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * float(np.abs(y).max()))
+    source = experiment.open_dataset(one.config)["test"]
+    pixels = next(input_pipeline.batches(source, one.config.image, 8)).images
+    maps = [
+        experiment.detector_lib.score_pixels(experiment.load(model), pixels).maps
+        for model in (path, expected)
+    ]
+    np.testing.assert_allclose(maps[0], maps[1], rtol=1e-4)
+
+
+# The form of the model and of the one that is extended: samples stay, moments stay, and
+# samples become moments where these are smaller.
+GROWTH = {
+    "moments": (6, {"statistics": "moments"}, Moments, Moments),
+    "samples": (6, {"statistics": "samples"}, Samples, Samples),
+    "samples that become moments": (2, {"channels": 12}, Samples, Moments),
+}
+
+
+@pytest.mark.parametrize("name", GROWTH)
+def test_extended_is_fitted_at_once(name: str, root: pathlib.Path, tmp_path: pathlib.Path):
+    first, model, before, after = GROWTH[name]
+    config = make_config(root, **model)
+    path, whole = tmp_path / "grown", tmp_path / "whole"
+    fit(config, 0, first, path)
+    assert isinstance(read(path).statistics, before)
+    fitting.update(path, images(config, first, 12))
+    assert isinstance(read(path).statistics, after)
+    require_same_model(path, fit(config, 0, 12, whole))
+
+
+@pytest.mark.parametrize("name", GROWTH)
+def test_merged_is_fitted_at_once(name: str, root: pathlib.Path, tmp_path: pathlib.Path):
+    first, model, *forms = GROWTH[name]
+    config = make_config(root, **model)
+    parts = [(0, first), (first, first + 2), (first + 2, 12)]
+    models = [fit(config, a, b, tmp_path / str(a)) for a, b in parts]
+    merged = tmp_path / "merged"
+    fitting.merge(models, merged)
+    assert [type(read(path).statistics) for path in (models[0], merged)] == forms
+    require_same_model(merged, fit(config, 0, 12, tmp_path / "whole"))
+
+
+def test_moments_and_samples_merge(root: pathlib.Path, tmp_path: pathlib.Path):
+    a = fit(make_config(root, statistics="moments"), 0, 7, tmp_path / "a")
+    b = fit(make_config(root, statistics="samples"), 7, 12, tmp_path / "b")
+    whole = fit(make_config(root, statistics="moments"), 0, 12, tmp_path / "whole")
+    for order in ([a, b], [b, a]):
+        fitting.merge(order, tmp_path / "merged")
+        require_same_model(tmp_path / "merged", whole)
+
+
+def test_a_merged_model_grows_on(root: pathlib.Path, tmp_path: pathlib.Path):
+    config = make_config(root)
+    parts = [fit(config, a, b, tmp_path / str(a)) for a, b in ((0, 4), (4, 8))]
+    fitting.merge(parts, parts[0])  # in the place of one of them
+    fitting.update(parts[0], images(config, 8, 12))
+    require_same_model(parts[0], fit(config, 0, 12, tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("form", ["moments", "samples"])
+def test_devices_may_change_meanwhile(
+    form: str, root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = make_config(root, statistics=form)
+    models = []
+    for count, part in ((8, (0, 4)), (2, (4, 8))):
+        monkeypatch.setattr(parallel, "every", lambda count=count: Devices(count))
+        models.append(fit(config, *part, tmp_path / str(count)))
+    monkeypatch.setattr(parallel, "every", lambda: Devices(4))
+    fitting.merge(models, tmp_path / "merged")
+    monkeypatch.setattr(parallel, "every", lambda: Devices(3))  # which divide nothing here
+    fitting.update(tmp_path / "merged", images(config, 8, 12))
+    monkeypatch.setattr(parallel, "every", lambda: ONE)
+    require_same_model(tmp_path / "merged", fit(config, 0, 12, tmp_path / "whole"))
+
+
+def test_images_that_are_known_are_left_out(
+    root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    config = make_config(root)
+    path = fit(config, 0, 8, tmp_path / "grown")
+    renamed = tmp_path / "renamed.png"  # content counts
+    source = images(config, 0, 12)
+    renamed.write_bytes(source.read(3)[0])
+    records = [dataclasses.replace(source.records[0], image=renamed), *source.records]
+    capsys.readouterr()
+    fitting.update(path, FolderSource(records))
+    assert f"9 of 13 images are in {path} already" in capsys.readouterr().out
+    require_same_model(path, fit(config, 0, 12, tmp_path / "whole"))
+
+
+def test_nothing_new_changes_nothing(
+    root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    config = make_config(root)
+    path = fit(config, 0, 8, tmp_path / "model")
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    fitting.update(path, images(config, 2, 5))
+    assert "nothing to add" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
+def test_models_that_do_not_go_together(root: pathlib.Path, tmp_path: pathlib.Path):
+    config = make_config(root)
+    model = fit(config, 0, 4, tmp_path / "model")
+    for name, changed, message in (
+        (
+            "seed",
+            {"seed": 7},
+            r"config\.model\.seed=7: .* was fitted with|config\.model\.seed=42",
+        ),
+        ("channels", {"channels": 7}, r"config\.model\.channels"),
+        ("epsilon", {"regularization": 0.1}, r"config\.model\.regularization"),
+    ):
+        other = fit(make_config(root, **changed), 4, 8, tmp_path / name)
+        for order in ([model, other], [other, model]):
+            with pytest.raises(UserError, match=message):
+                fitting.merge(order, tmp_path / "merged")
+        with pytest.raises(UserError, match=message):
+            fitting.update(model, images(config, 4, 8), make_config(root, **changed))
+    assert not (tmp_path / "merged").exists()
+
+
+def altered(fitted: Fitted, path: pathlib.Path, **changes: Any) -> pathlib.Path:
+    checkpoint.save(path, dataclasses.replace(fitted, **changes), ONE)
+    return path
+
+
+def test_channels_and_weights_are_compared(root: pathlib.Path, tmp_path: pathlib.Path):
+    config = make_config(root)
+    model = fit(config, 0, 4, tmp_path / "model")
+    other = read(fit(config, 4, 8, tmp_path / "other"))
+    index = altered(other, tmp_path / "index", index=other.index[::-1].copy())
+    with pytest.raises(UserError, match=r"index: other channels than .*model"):
+        fitting.merge([model, index], tmp_path / "merged")
+    weights = dataclasses.replace(other.weights, sha256="0" * 64, origin="elsewhere")
+    changed = altered(other, tmp_path / "weights", weights=weights)
+    with pytest.raises(UserError, match=r"weights: fitted with the weights elsewhere"):
+        fitting.merge([model, changed], tmp_path / "merged")
+    with pytest.raises(UserError, match=r"other weights .* than the model"):
+        fitting.update(changed, images(config, 8, 12))
+
+
+def test_images_count_once(root: pathlib.Path, tmp_path: pathlib.Path):
+    config = make_config(root)
+    a = fit(config, 0, 5, tmp_path / "a")
+    b = fit(config, 3, 8, tmp_path / "b")
+    with pytest.raises(UserError, match=r"b: 2 of its 5 images are in .*a as well"):
+        fitting.merge([a, b], tmp_path / "merged")
+    with pytest.raises(UserError, match=r"5 of its 5 images"):
+        fitting.merge([a, a], tmp_path / "merged")
+
+
+def test_only_statistics_can_be_merged_or_extended(root: pathlib.Path, tmp_path: pathlib.Path):
+    config = make_config(root)
+    model = fit(config, 0, 4, tmp_path / "model")
+    exported = tmp_path / "model.safetensors"
+    experiment.export(experiment.load(model), exported)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        fitting.merge([model, exported], tmp_path / "merged")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        fitting.update(exported, images(config, 4, 8))
+    with pytest.raises(UserError, match="at least 2"):
+        fitting.merge([model], tmp_path / "merged")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        fitting.merge([model, tmp_path / "nowhere"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_processes_that_see_different_images(
+    root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = make_config(root)
+    # As if another process had listed other files.
+    gather = parallel.gather
+    monkeypatch.setattr(parallel, "gather", lambda x: np.concatenate([gather(x), 1 + x]))
+    with pytest.raises(UserError, match="sees 4 images, and another process other ones"):
+        fitting.train(config, images(config, 0, 4), tmp_path / "model")
