@@ -47,6 +47,8 @@ _STEP = re.compile("0|[1-9][0-9]*")
 _DELETED = ".deleted"
 # Of a save or a deletion that was killed.
 _LEFTOVER = re.compile(rf"[0-9]+(\.orbax-checkpoint-tmp.*|{re.escape(_DELETED)})")
+# What Orbax writes last where folders cannot be renamed.
+_COMMITTED = "commit_success.txt"
 _DIGEST = hashlib.sha256
 # State that is the same everywhere; all else is one array for all regions each.
 _SMALL = ("count", "digests", "images", "index")
@@ -86,7 +88,7 @@ def save(path: Path, fitted: Fitted, devices: Devices) -> str:
       devices: those of the statistics.
 
     Returns:
-      The checkpoint's identity: a SHA-256 hex digest of all it says.
+      The model's identity: a SHA-256 hex digest of its statistics.
 
     Raises:
       UserError: see `check_destination`.
@@ -122,7 +124,7 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
         "images": fitted.images,
         "digests": _region_digests(kept | made, fitted.regions, devices),
     }
-    metadata["sha256"] = _digest(state, metadata)
+    metadata["sha256"], identity = _digest(state, metadata), _identity(state, fitted.weights)
     state |= parallel.as_global(kept, devices) | parallel.as_global(made, devices, donate=True)
     del kept, made  # of the statistics, which could not be used up
     if devices.process == 0:
@@ -132,7 +134,7 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
         ocp.save(os.fspath(folder / str(step)), state, custom_metadata=metadata)
     del state
     try:
-        yield metadata["sha256"]
+        yield identity
     except BaseException:
         if devices.process == 0:
             _remove(folder / str(step))
@@ -152,12 +154,12 @@ def check_destination(path: Path) -> None:
       UserError: `path` is something else than a checkpoint.
     """
     folder = _absolute(path)
-    if not folder.exists():
+    if not paths.is_folder(folder):
+        if folder.exists():
+            raise UserError(f"{path}: exists and is no checkpoint; move it away first")
         return
-    if not folder.is_dir():
-        raise UserError(f"{path}: exists and is no checkpoint; move it away first")
     for entry in folder.iterdir():
-        if _LEFTOVER.fullmatch(entry.name) or _is_deleted(entry):
+        if _is_leftover(entry) or _is_deleted(entry):
             continue
         if not _STEP.fullmatch(entry.name) or _describe(entry) is None:
             raise UserError(
@@ -229,7 +231,7 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
             small["images"],
             metadata["unfinished"],
         )
-        return fitted, metadata["sha256"]
+        return fitted, _identity(small, weights)
     except (AttributeError, KeyError, TypeError, ValueError, OSError, UserError) as error:
         # TensorStore appends its whole specification.
         reason = str(error).partition(" [tensorstore_spec")[0]
@@ -259,13 +261,20 @@ def _read(
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:
-    # What a link leads to is replaced, and not the link.
-    return paths.parse(os.fspath(path)).resolve()
+    found = paths.parse(os.fspath(path))
+    if isinstance(found, pathlib.Path):
+        return found.resolve()  # what a link leads to is replaced, and not the link
+    if str(found).startswith("s3://"):
+        raise UserError(
+            f"{path}: Orbax keeps no checkpoints on s3://; name a place for it on gs:// or on "
+            "a file system with --checkpoint"
+        )
+    return found
 
 
 def _numbered(folder: Path) -> list[int]:
     """Steps by number, whatever state they are in."""
-    if not folder.is_dir():
+    if not paths.is_folder(folder):
         return []
     names = (entry.name for entry in folder.iterdir())
     return sorted(int(name) for name in names if _STEP.fullmatch(name))
@@ -282,7 +291,7 @@ def _steps(folder: Path) -> list[tuple[int, dict[str, Any]]]:
         _require_format(folder, old.custom_metadata)
     for number in _numbered(folder):
         step = folder / str(number)
-        if _is_deleted(step):
+        if _is_deleted(step) or _is_leftover(step):
             continue
         info = _describe(step)
         if info is None:
@@ -320,6 +329,14 @@ def _is_deleted(step: Path) -> bool:
     return step.with_name(step.name + _DELETED).exists()
 
 
+def _is_leftover(entry: Path) -> bool:
+    """Whether a save that was killed left it; what Orbax finished is none."""
+    if isinstance(entry, pathlib.Path):
+        return _LEFTOVER.fullmatch(entry.name) is not None
+    # On object stores, where nothing is renamed, a file says that all is there.
+    return _STEP.fullmatch(entry.name) is not None and not (entry / _COMMITTED).exists()
+
+
 def _remove_tree(folder: Path) -> None:
     if isinstance(folder, pathlib.Path):
         shutil.rmtree(folder)
@@ -328,13 +345,15 @@ def _remove_tree(folder: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    for entry in folder.iterdir():
+    if not paths.is_folder(folder):  # mkdir does nothing on object stores
+        return
+    for entry in list(folder.iterdir()):
         if entry.name.endswith(_DELETED):
             step = entry.with_name(entry.name.removesuffix(_DELETED))
             if step.exists():
                 _remove_tree(step)
             entry.unlink()
-        elif _LEFTOVER.fullmatch(entry.name):
+        elif _is_leftover(entry):
             _remove_tree(entry)
 
 
@@ -371,6 +390,14 @@ def _digest(state: dict[str, Any], metadata: dict[str, Any]) -> str:
         array = np.ascontiguousarray(state[name])
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _identity(state: dict[str, Any], weights: WeightsIdentity) -> str:
+    """SHA-256 of the statistics: wherever the images lay, and whatever wrote them down."""
+    digest = _DIGEST(weights.sha256.encode())
+    for name in _SMALL:
+        digest.update(np.ascontiguousarray(state[name]).data)
     return digest.hexdigest()
 
 

@@ -319,10 +319,10 @@ def _fit(
                 checkpoint.save(path, so_far(), devices)
                 saved = time.monotonic()
             if stop:
-                raise Stopped(
-                    f"stopped by SIGTERM after {done} of {total} images, saved in {path}; the "
-                    "same command goes on from there"
-                )
+                kept = f"saved in {path}; the same command goes on from there"
+                if done == 0:
+                    kept = "nothing to keep yet; the same command begins anew"
+                raise Stopped(f"stopped by SIGTERM after {done} of {total} images, {kept}")
             statistics = detector_lib.fit_batch(
                 statistics,
                 variables,

@@ -1,4 +1,7 @@
-"""Model files: nothing is lost or mistaken, any program can map them, nothing is computed."""
+"""Model files: nothing is lost or mistaken, any program can map them, nothing is computed.
+
+Runs on virtual CPU devices, of which `conftest.py` asks for eight.
+"""
 
 import dataclasses
 import json
@@ -17,17 +20,30 @@ import pytest
 import safetensors.numpy
 
 import padim_jax
-from padim_jax import defaults, detector, experiment, gaussian, low_rank, model_file
+from padim_jax import (
+    defaults,
+    detector,
+    experiment,
+    fitting,
+    gaussian,
+    low_rank,
+    model_file,
+    parallel,
+)
 from padim_jax.config import Config, validate
 from padim_jax.datasets.synthetic import generate
 from padim_jax.errors import UserError
 from padim_jax.input_pipeline import FolderSource
 from padim_jax.model_file import Model
 from padim_jax.models.pretrained import WeightsIdentity
+from padim_jax.parallel import Devices
 from padim_jax.types import Gaussian, LowRank
 
 FORMS = {"moments": Gaussian, "samples": LowRank}
 both_forms = pytest.mark.parametrize("form", FORMS)
+CASE = patchwise.CASES["three levels"]
+REGIONS = patchwise.lay(CASE).shapes[0][0]
+ONE = Devices(1)
 
 
 def make_config(**settings: Any) -> Config:
@@ -37,14 +53,24 @@ def make_config(**settings: Any) -> Config:
     return validate(values)
 
 
-def make_fitted(form: str) -> Gaussian | LowRank:
-    case, images = patchwise.CASES["three levels"], 5
-    statistics: Any = detector.init(patchwise.lay(case).shapes, images, form)
-    levels, _ = patchwise.random_levels(case, images)
-    update: Any = jax.jit(gaussian.update if form == "moments" else low_rank.update)
-    for batch in patchwise.batches(levels, [images]):
-        statistics = update(statistics, *batch)
-    return detector.finalize(statistics, 0.01)
+def make_fitted(form: str, devices: Devices = ONE) -> Gaussian | LowRank:
+    shapes, images = patchwise.lay(CASE).shapes, 5
+    levels, _ = patchwise.random_levels(CASE, images)
+    (batch,) = patchwise.batches(levels, [images])
+    statistics: Any
+    if form == "moments":
+        statistics = jax.jit(gaussian.update)(gaussian.init(shapes), *batch)
+    else:
+        statistics = jax.jit(low_rank.update)(low_rank.init(shapes, images), *batch)
+    return detector.finalize(parallel.split(statistics, devices), 0.01)
+
+
+def save(path: pathlib.Path, model: Model, regions: int = REGIONS) -> None:
+    model_file.save(path, model, regions)
+
+
+def load(path: pathlib.Path) -> Model:
+    return model_file.load(path, ONE)
 
 
 def make_model(fitted: Gaussian | LowRank, half: bool) -> Model:
@@ -54,6 +80,7 @@ def make_model(fitted: Gaussian | LowRank, half: bool) -> Model:
         np.array([7, 63, 0, 42, 3, 8, 300, 9, 10], np.int64),
         model_file.rounded(fitted) if half else fitted,
         WeightsIdentity("huggingface.co/timm/ä b", "0123456789abcdef" * 4),
+        "fedcba9876543210" * 4 + (" in float16" if half else ""),
         half,
         comparison if half else None,
     )
@@ -84,9 +111,15 @@ def same_arrays(a: Any, b: Any) -> bool:
 
 def same(a: Model, b: Model) -> bool:
     def rest(model: Model) -> tuple:
-        return (model.config, model.weights, model.half, model.comparison)
+        return (model.config, model.weights, model.identity, model.half, model.comparison)
 
     return rest(a) == rest(b) and same_arrays((a.index, a.fitted), (b.index, b.fitted))
+
+
+def on_host(fitted: Gaussian | LowRank) -> Any:
+    """Of all regions."""
+    leaves, structure = jax.tree.flatten(fitted)
+    return structure.unflatten(map(jnp.asarray, parallel.join(leaves, REGIONS)))
 
 
 def header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
@@ -98,8 +131,8 @@ def header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
 
 class TestRoundTrip:
     def test_bit_for_bit(self, model: Model, tmp_path: pathlib.Path):
-        model_file.save(tmp_path / "a.safetensors", model)
-        assert same(model_file.load(tmp_path / "a.safetensors"), model)
+        save(tmp_path / "a.safetensors", model)
+        assert same(load(tmp_path / "a.safetensors"), model)
 
     def test_values_that_text_or_rounding_would_change(
         self, models: dict, tmp_path: pathlib.Path
@@ -109,14 +142,14 @@ class TestRoundTrip:
         values.flat[:5] = [-0.0, 1e-42, np.finfo(np.float32).max, np.pi, 1 / 3]
         mean = (jnp.asarray(values), *model.fitted.mean[1:])
         model = dataclasses.replace(model, fitted=dataclasses.replace(model.fitted, mean=mean))
-        model_file.save(tmp_path / "a.safetensors", model)
-        assert same(model_file.load(tmp_path / "a.safetensors"), model)
+        save(tmp_path / "a.safetensors", model)
+        assert same(load(tmp_path / "a.safetensors"), model)
 
     def test_replaces(self, models: dict, tmp_path: pathlib.Path):
         path = tmp_path / "a.safetensors"
         for model in models.values():
-            model_file.save(path, model)
-            assert same(model_file.load(path), model)
+            save(path, model)
+            assert same(load(path), model)
             assert list(tmp_path.iterdir()) == [path]
 
     def test_what_a_link_leads_to_is_replaced(self, models: dict, tmp_path: pathlib.Path):
@@ -124,9 +157,9 @@ class TestRoundTrip:
         place, link = tmp_path / "elsewhere" / "b.safetensors", tmp_path / "a.safetensors"
         link.symlink_to(place)
         for form in FORMS:
-            model_file.save(link, models[form, False])
+            save(link, models[form, False])
             assert link.is_symlink()
-            assert same(model_file.load(place), models[form, False])
+            assert same(load(place), models[form, False])
 
     @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
     def test_permissions_follow_the_umask(
@@ -134,10 +167,41 @@ class TestRoundTrip:
     ):
         before = os.umask(umask)
         try:
-            model_file.save(tmp_path / "a.safetensors", models["samples", False])
+            save(tmp_path / "a.safetensors", models["samples", False])
         finally:
             os.umask(before)
         assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+@both_forms
+class TestDevices:
+    """Which of them wrote a file makes no difference, and none has more than its share."""
+
+    def test_loaded_onto(
+        self, count: int, form: str, models: dict[tuple[str, bool], Model], tmp_path
+    ):
+        for half in (False, True):
+            model, devices = models[form, half], Devices(count)
+            save(tmp_path / "a", model)
+            loaded = model_file.load(tmp_path / "a", devices)
+            expected = parallel.split(on_host(model.fitted), devices)
+            assert same(loaded, dataclasses.replace(model, fitted=expected))
+            for leaf, wanted in zip(
+                *map(jax.tree.leaves, (loaded.fitted, expected)), strict=True
+            ):
+                assert leaf.sharding.device_set == wanted.sharding.device_set
+                shapes = [shard.data.shape for shard in leaf.addressable_shards]
+                assert shapes == [(1, *wanted.shape[1:])] * count
+
+    def test_saved_from(self, count: int, form: str, models: dict, tmp_path: pathlib.Path):
+        for half in (False, True):
+            model, devices = models[form, half], Devices(count)
+            spread = parallel.split(on_host(model.fitted), devices)
+            spread = dataclasses.replace(model, fitted=spread)
+            save(tmp_path / "a", spread)
+            save(tmp_path / "b", model)
+            assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 class TestHalf:
@@ -160,11 +224,11 @@ class TestHalf:
     def test_size(self, tmp_path: pathlib.Path):
         """Half, but for means, index and header: here of 64 patches of 40 channels."""
         rng = np.random.default_rng(0)
-        mean = jnp.asarray(rng.normal(size=(64, 1, 40)), jnp.float32)
-        factor = jnp.asarray(rng.normal(size=(64, 1, 40, 40)), jnp.float32)
+        mean = jnp.asarray(rng.normal(size=(1, 64, 1, 40)), jnp.float32)
+        factor = jnp.asarray(rng.normal(size=(1, 64, 1, 40, 40)), jnp.float32)
         sizes = []
         for half in (False, True):
-            model_file.save(tmp_path / "a", make_model(Gaussian((mean,), ((factor,),)), half))
+            save(tmp_path / "a", make_model(Gaussian((mean,), ((factor,),)), half), 64)
             sizes.append((tmp_path / "a").stat().st_size)
         aside = mean.nbytes + 4000
         assert factor.nbytes < sizes[0] < factor.nbytes + aside
@@ -178,8 +242,8 @@ class TestHalf:
         fitted: Any = model_file.rounded(dataclasses.replace(model.fitted, root=root))
         np.testing.assert_allclose(fitted.root, 1e-6, rtol=0.03)
         model = dataclasses.replace(model, fitted=fitted)
-        model_file.save(tmp_path / "a", model)
-        assert same(model_file.load(tmp_path / "a"), model)
+        save(tmp_path / "a", model)
+        assert same(load(tmp_path / "a"), model)
 
     @both_forms
     def test_too_large(self, form: str, models: dict):
@@ -194,10 +258,10 @@ class TestFormat:
     def test_arrays_can_be_mapped(self, model: Model, tmp_path: pathlib.Path):
         """By any program: from the 8 bytes of length, the JSON header, raw arrays."""
         path = tmp_path / "a.safetensors"
-        model_file.save(path, model)
+        save(path, model)
         entries, start = header(path)
         described = json.loads(entries.pop("__metadata__")["padim_jax"])
-        assert described["format"] == "padim_jax model 1"
+        assert described["format"] == "padim_jax model 2"
         assert described["version"] == padim_jax.__version__
         assert described["half"] is model.half
         types = {"I64": np.dtype("<i8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
@@ -209,10 +273,10 @@ class TestFormat:
             assert (start + first) % dtype.itemsize == 0
             mapped[name] = np.memmap(path, dtype, "r", start + first, tuple(entry["shape"]))
             assert mapped[name].nbytes == last - first
-        fitted = model.fitted
+        fitted = on_host(model.fitted)
         expected = {"index": model.index}
         expected |= {f"mean_{i}": np.asarray(x) for i, x in enumerate(fitted.mean)}
-        if isinstance(fitted, Gaussian):
+        if isinstance(model.fitted, Gaussian):
             large = {
                 f"factor_{i}_{j}": x
                 for i, row in enumerate(fitted.factor)
@@ -245,7 +309,7 @@ def flips(content: bytes) -> Iterator[tuple[int, int]]:
 class TestBroken:
     def refuse(self, path: pathlib.Path) -> str:
         with pytest.raises(UserError) as caught:
-            model_file.load(path)
+            load(path)
         message = str(caught.value)
         assert message.startswith(f"{path}: ")
         assert "--mode=export" in message or "padim_jax model" in message
@@ -253,14 +317,14 @@ class TestBroken:
 
     def test_flipped_bits(self, model: Model, tmp_path: pathlib.Path):
         path = tmp_path / "a.safetensors"
-        model_file.save(path, model)
+        save(path, model)
         whole, named, harmless = path.read_bytes(), 0, 0
         for place, bit in flips(whole):
             broken = bytearray(whole)
             broken[place] ^= 1 << bit
             path.write_bytes(broken)
             try:
-                loaded = model_file.load(path)
+                loaded = load(path)
             except UserError as error:
                 named += str(error).startswith(f"{path}: ")
             else:  # as with 1e-05 and 1E-05 in the header, \u00fc and \u00FC
@@ -269,11 +333,11 @@ class TestBroken:
         assert named + harmless == len(list(flips(whole)))
         assert harmless <= 1
         path.write_bytes(whole)
-        assert same(model_file.load(path), model)
+        assert same(load(path), model)
 
     def test_truncated(self, models: dict, tmp_path: pathlib.Path):
         path = tmp_path / "a.safetensors"
-        model_file.save(path, models["samples", False])
+        save(path, models["samples", False])
         whole = path.read_bytes()
         _, start = header(path)
         for length in (0, 1, 7, 8, 9, start - 1, start, start + 5, len(whole) - 1):
@@ -298,7 +362,8 @@ class TestBroken:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"format": "padim_jax model 2", "version": "9.8"}, "'padim_jax model 2', .* 9.8;"),
+            ({"format": "padim_jax model 1", "version": "0.1"}, "'padim_jax model 1', .* 0.1;"),
+            ({"format": "padim_jax model 3", "version": "9.8"}, "'padim_jax model 3', .* 9.8;"),
             ({"form": "Mixture"}, "no model file, or a broken one"),
             ({"weights": None}, "no model file, or a broken one"),
             ({"config": {"batch_size": 4}}, "broken one .*config"),
@@ -310,7 +375,7 @@ class TestBroken:
     ):
         """By a program that knows the format; the last one not the checksum."""
         path = tmp_path / "a.safetensors"
-        model_file.save(path, models["samples", False])
+        save(path, models["samples", False])
         arrays = safetensors.numpy.load_file(path)
         described = json.loads(header(path)[0]["__metadata__"]["padim_jax"]) | change
         if "half" not in change:
@@ -341,7 +406,7 @@ class TestWriting:
     ):
         path = tmp_path / "a.safetensors"
         first, second = models["moments", False], models["samples", False]
-        model_file.save(path, first)
+        save(path, first)
 
         def write_a_part(arrays, place, metadata):
             pathlib.Path(place).write_bytes(b"part of")
@@ -350,15 +415,15 @@ class TestWriting:
         with monkeypatch.context() as patch:
             patch.setattr(safetensors.numpy, "save_file", write_a_part)
             with pytest.raises((Crash, UserError)) as caught:
-                model_file.save(path, second)
-        assert same(model_file.load(path), first)
+                save(path, second)
+        assert same(load(path), first)
         if isinstance(caught.value, UserError):
             assert str(caught.value).startswith(f"{path}: cannot be written (")
             assert "No space left" in str(caught.value)
             assert list(tmp_path.iterdir()) == [path]
         # And what was left is in nobody's way.
-        model_file.save(path, second)
-        assert same(model_file.load(path), second)
+        save(path, second)
+        assert same(load(path), second)
         assert list(tmp_path.iterdir()) == [path]
 
     def test_the_librarys_own_error(
@@ -369,7 +434,7 @@ class TestWriting:
 
         monkeypatch.setattr(safetensors.numpy, "save_file", fail)
         with pytest.raises(UserError, match=r"a: cannot be written .*File too large"):
-            model_file.save(tmp_path / "a", models["samples", False])
+            save(tmp_path / "a", models["samples", False])
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("place", ["folder", "no folder/a", "file/a"])
@@ -377,7 +442,7 @@ class TestWriting:
         (tmp_path / "folder").mkdir()
         (tmp_path / "file").write_text("mine")
         with pytest.raises(UserError, match=f"{place}: cannot be written"):
-            model_file.save(tmp_path / place, models["samples", False])
+            save(tmp_path / place, models["samples", False])
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
@@ -400,7 +465,7 @@ class Fit:
     test: FolderSource
 
     @property
-    def images(self) -> list[pathlib.Path]:
+    def images(self) -> list[Any]:
         return [record.image for record in self.test.records]
 
 
@@ -422,7 +487,7 @@ def fits(root: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         )
         dataset: Any = experiment.open_dataset(config)
         place = tmp_path_factory.mktemp(form) / "checkpoint"
-        experiment.train(config, dataset["train"], place)
+        fitting.train(config, dataset["train"], place)
         found[form] = Fit(experiment.load(place), place, dataset["test"])
     return found
 
@@ -457,8 +522,38 @@ class TestExport:
         np.testing.assert_array_equal(found.maps, expected.maps)
         np.testing.assert_array_equal(found.scores, expected.scores)
         assert loaded.config == fit.detector.config
-        # A threshold found with the one may be used with the other.
-        assert detector.fingerprint(loaded) == detector.fingerprint(fit.detector)
+        # A threshold found with the exact form is of no use for the other, and only for it.
+        same_thresholds = detector.fingerprint(loaded) == detector.fingerprint(fit.detector)
+        assert same_thresholds is not half
+
+    def test_every_model_has_its_own_thresholds(
+        self, fits: dict[str, Fit], tmp_path: pathlib.Path
+    ):
+        """The exact file its checkpoint's, the half-size one none of another's."""
+        found = {}
+        for form, fit in fits.items():
+            found[form] = {detector.fingerprint(experiment.load(fit.checkpoint))}
+            for half in (False, True):
+                path = tmp_path / f"{form} {half}.safetensors"
+                experiment.export(fit.detector, path, half, fit.test)
+                found[form, half] = {detector.fingerprint(experiment.load(path))}
+            assert found[form] == found[form, False] != found[form, True]
+        assert len(set.union(*found.values())) == 4
+
+    def test_scores_on_other_devices(
+        self, fits: dict[str, Fit], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Of one file, loaded by a program that has 1, 2 or 4 devices."""
+        for form, fit in fits.items():
+            path = tmp_path / f"{form}.safetensors"
+            experiment.export(fit.detector, path)
+            expected = detector.score(fit.detector, fit.images)
+            for count in (1, 2, 4):
+                with monkeypatch.context() as patch:
+                    patch.setattr(parallel, "every", lambda count=count: Devices(count))
+                    found = detector.score(experiment.load(path), fit.images)
+                # Images are batched otherwise: float32 sums in another order.
+                np.testing.assert_allclose(found.maps, expected.maps, rtol=1e-4)
 
     def test_both_kinds_as_text_or_path(self, fits: dict[str, Fit], tmp_path: pathlib.Path):
         fit, path = fits["samples"], tmp_path / "model.safetensors"
@@ -473,7 +568,7 @@ class TestExport:
         [
             ("nowhere", "no such checkpoint; fit a model first"),
             ("model.safetensors", "no such checkpoint; fit a model first"),
-            ("folder", "is no checkpoint, or a damaged one"),
+            ("folder", "is no checkpoint; fit a model first"),
             ("notes.txt", "no model file, or a broken one"),
         ],
     )
@@ -495,7 +590,7 @@ class TestExport:
         fit, path = fits[form], tmp_path / "model.safetensors"
         experiment.export(fit.detector, path, half=True, test=fit.test)
         out = capsys.readouterr().out
-        stored: Any = model_file.load(path).comparison
+        stored: Any = load(path).comparison
         assert stored["images"] == len(fit.test.records) == 7
         found = {"exact": fit.detector, "half": experiment.load(path)}
         maps = {}
@@ -526,7 +621,7 @@ class TestExport:
     ):
         path = tmp_path / "model.safetensors"
         experiment.export(fits["samples"].detector, path)
-        assert model_file.load(path).comparison is None
+        assert load(path).comparison is None
         assert capsys.readouterr().out.count("\n") == 1
 
     @pytest.mark.parametrize("test", [None, FolderSource([])])
@@ -572,10 +667,8 @@ class TestWholeDetector:
         self, path: pathlib.Path, tmp_path: pathlib.Path
     ) -> Callable[..., pathlib.Path]:
         def alter(**changes: Any) -> pathlib.Path:
-            model_file.save(
-                tmp_path / "a.safetensors",
-                dataclasses.replace(model_file.load(path), **changes),
-            )
+            model = dataclasses.replace(load(path), **changes)
+            save(tmp_path / "a.safetensors", model, model.fitted.mean[0].shape[1])
             return tmp_path / "a.safetensors"
 
         return alter

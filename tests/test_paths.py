@@ -25,6 +25,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from PIL import Image
 
 from padim_jax import (
+    checkpoint,
     compilation_cache,
     defaults,
     input_pipeline,
@@ -748,3 +749,25 @@ class TestCompilationCache:
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"warning: {store.url}/cache/compilation: compiled programs ")
         assert "no more room" in line
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_checkpoints_go_where_orbax_can_write(store: Any):
+    with pytest.raises(UserError, match=r"s3://bucket/model: Orbax keeps no checkpoints on s3"):
+        checkpoint.check_destination(paths.parse(f"{store.url}/model"))
+
+
+@pytest.mark.parametrize("store", ["gs"], indirect=True)
+def test_a_save_that_was_killed_on_a_store_is_no_checkpoint(store: Any):
+    folder = paths.parse(f"{store.url}/run/checkpoint")
+    checkpoint.check_destination(folder)
+    paths.write(folder / "0" / "_METADATA", b"half")
+    checkpoint.check_destination(folder)
+    with pytest.raises(UserError, match="is no checkpoint; fit a model first"):
+        checkpoint.load(folder, parallel.every())
+    assert checkpoint.load_unfinished(folder, parallel.every()) is None
+    checkpoint._remove_leftovers(folder)
+    assert not paths.is_folder(folder)
+    paths.write(folder / "notes.txt", b"mine")
+    with pytest.raises(UserError, match="is no checkpoint of padim_jax"):
+        checkpoint.check_destination(folder)
