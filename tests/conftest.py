@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as main.py does, and why
 
+# As many devices everywhere; a GPU, if there is one, would be shared by many processes.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
 # Nothing is read from or written to the caches of who runs the tests, by child processes
 # neither. Before the imports, of which one may ask for the place.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="padim_jax_tests_")

@@ -100,7 +100,7 @@ def test_interrupted_environment_is_made_anew(project: Project):
 def test_tests_bring_their_extra(project: Project):
     _, _, asked = project.run("test.sh")
     assert asked[0].endswith("-e .[test]")
-    assert asked[1:] == ["-m pytest"]
+    assert asked[1:] == ["-m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal"]
 
 
 def test_nvidia_driver_brings_cuda(project: Project):
