@@ -3,6 +3,7 @@
     python launch/benchmark.py --data=data/mvtec_ad/bottle --weights=resnet18.tv_in1k
     python launch/benchmark.py --against=torch --against=anomalib --json=results/benchmark.json
     python launch/benchmark.py --measure=growth --cases=resnet18-100
+    python launch/benchmark.py --measure=devices --devices=1,2,4,8
 
 What is measured (--measure; but for startup all of one case before the next):
 
@@ -12,6 +13,10 @@ What is measured (--measure; but for startup all of one case before the next):
   stages     each stage alone, with warm-up and repetitions, and its peak memory.
   growth     a fit, and the stages, at four or more numbers of images, channels, image sizes
              and batch sizes, with the exponent k of cost = c size^k fitted to them.
+  devices    1, 2, ... devices (--devices): what they send each other, read from the compiled
+             programs, beside the theory; whether they agree with one; their times. What
+             jax.pmap costs on one device beside plain jax.jit. Then what 1 to 64 H100s are
+             predicted to take, and what of the prediction this machine bears out.
 
 Peers run in environments of their own, .venv-torch and .venv-anomalib, which are made with
 pip on first use (with what Python runs this; PyTorch for Linux from PyPI brings gigabytes
@@ -20,6 +25,10 @@ of CUDA). --torch-python and --anomalib-python name interpreters to use instead.
 Times are medians; the spread is the distance between the quartiles. A process's peak memory
 is what the kernel reports when it ends: of the largest of the process and its workers, not
 of their sum. Nothing else should run meanwhile. Linux only.
+
+Without a GPU, devices are virtual: parts of one processor, which show what is right and what
+is sent, not how fast. With GPUs the same command takes 1, 2, ... of them, and the H100's
+measured times stand beside the predicted ones; --batch-size is of all devices together.
 """
 
 import argparse
@@ -42,6 +51,8 @@ from benchmark_processes import (
     PEERS,
     ROOT,
     Case,
+    device_settings,
+    devices_command,
     execute,
     make_environment,
     our_command,
@@ -87,9 +98,16 @@ def main() -> None:
             found["growth"] = growth(case, options)
             for axis, points in found["growth"].items():
                 print(f"\n{case.name}, by {axis}\n\n{tables.growth(axis, points)}")
-        if options.json:  # after every case: the next may take long
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(report, indent=1))
+        if "devices" in options.measure:
+            found |= devices(case, options)
+            print(f"\n{case.name}, one device\n\n{tables.overhead(found['single'])}")
+        write(report, options.json)  # after every case: the next may take long
+    if "devices" in options.measure:
+        report["prediction"] = predicted = prediction(report, options)
+        print(f"\ndevices\n\n{tables.devices(report)}")
+        print(f"\npredicted, never measured\n\n{tables.prediction(predicted)}")
+        print(f"\nhow good such a prediction is\n\n{tables.validation(predicted)}")
+        write(report, options.json)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -100,9 +118,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--measure",
-        type=names("startup", "processes", "stages", "growth"),
+        type=names("startup", "processes", "stages", "growth", "devices"),
         default=("startup", "processes", "stages"),
-        help="some of startup,processes,stages,growth; default: all but growth",
+        help="some of startup,processes,stages,growth,devices; default: the first three",
     )
     add("--cases", type=names(), default=CASES, help="BACKBONE-CHANNELS, comma-separated")
     add("--against", action="append", choices=PEERS, default=[], help="a peer; repeatable")
@@ -112,6 +130,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--seconds", type=float, default=3.0, help="how long each stage is repeated")
     add("--size", type=int, default=256, help="height and width of the resized images")
     add("--batch-size", type=int, default=32)
+    add("--devices", type=counts, default=(1, 2, 4, 8), help="how many; comma-separated")
     add("--json", type=pathlib.Path, help="file for all that was measured")
     add("--workdir", type=pathlib.Path, default=ROOT / "results" / "benchmark")
     add("--torch-python", help="an interpreter with PyTorch and torchvision")
@@ -119,7 +138,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--quick", action="store_true", help="tiny and meaningless: to try the benchmark out")
     if "--quick" in arguments:
         parser.set_defaults(
-            cases=("resnet18-20",), rounds=1, seconds=0.0, size=64, batch_size=4
+            cases=("resnet18-20",),
+            rounds=1,
+            seconds=0.0,
+            size=64,
+            batch_size=4,
+            devices=(1, 2),
         )
     return parser.parse_args(arguments)
 
@@ -135,6 +159,14 @@ def names(*allowed: str) -> Any:
         return found
 
     return parse_names
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Parses comma-separated numbers of devices."""
+    found = tuple(int(count) for count in text.split(","))
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers from 1 on")
+    return found
 
 
 def machine() -> str:
@@ -242,6 +274,39 @@ def growth(case: Case, options: argparse.Namespace) -> dict[str, list[dict[str, 
             found[axis].append({axis: value, "fit": fit, "stages": parts})
             tell(f"{case.name} {axis}={value} fit", fit)
     return found
+
+
+def devices(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Measures one device, and some numbers of them."""
+    log, place = options.workdir / "devices.log", options.workdir / "devices" / case.name
+    place.mkdir(parents=True, exist_ok=True)
+
+    def run(task: str, count: int) -> dict[str, Any]:
+        command = devices_command(case, task, count, place, options.seconds)
+        found = execute(command, log, settings=device_settings(count))
+        tell(f"{case.name} {task} {count}", found)
+        return found
+
+    return {
+        **{name: getattr(case, name) for name in ("backbone", "channels", "size")},
+        "single": run("single", 1),
+        "devices": [run("devices", count) for count in options.devices],
+    }
+
+
+def prediction(report: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Predicts many GPUs from what was measured."""
+    measured = options.workdir / "devices.json"
+    write(report, measured)
+    command = (sys.executable, str(HERE / "benchmark_predict.py"), f"--measured={measured}")
+    return execute(command, options.workdir / "prediction.log")
+
+
+def write(report: dict[str, Any], path: pathlib.Path | None) -> None:
+    """Writes what was measured so far, if it is wanted."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1))
 
 
 def tell(what: str, result: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -95,6 +96,23 @@ def stages_command(
     return (*script, *arguments(case, workdir, seconds), f"--images={case.images}")
 
 
+def devices_command(
+    case: Case, task: str, count: int, workdir: pathlib.Path, seconds: float
+) -> tuple[str, ...]:
+    """One device's measurement, or several devices', in a process of their own."""
+    script = (sys.executable, str(HERE / "benchmark_devices.py"), task)
+    given = (*arguments(case, workdir, seconds), f"--images={case.images}")
+    return (*script, *given, f"--devices={count}")
+
+
+def device_settings(count: int) -> dict[str, str]:
+    """The environment in which JAX has so many devices: GPUs, or parts of the processor."""
+    # Of GPUs that somebody chose already, the first.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    gpus = ",".join(visible.split(",")[:count])
+    return {"JAX_NUM_CPU_DEVICES": str(count), "CUDA_VISIBLE_DEVICES": gpus}
+
+
 def arguments(case: Case, workdir: pathlib.Path, seconds: float) -> tuple[str, ...]:
     """A case as the scripts beside this one take it."""
     fields = ("backbone", "channels", "data", "weights", "size", "batch_size")
@@ -151,8 +169,19 @@ def make_environment(peer: str) -> str:
     return str(python)
 
 
-def execute(command: Sequence[str], log: pathlib.Path, exit_code: int = 0) -> dict[str, Any]:
+def execute(
+    command: Sequence[str],
+    log: pathlib.Path,
+    exit_code: int = 0,
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Runs a process to its end, and ends this one if it does not end with `exit_code`.
+
+    Args:
+      command: its command line.
+      log: file for its output.
+      exit_code: expected.
+      settings: of its environment, beside this process's own.
 
     Returns:
       "seconds" of wall time, "peak_bytes" of memory, "others" (the share of all cores that
@@ -160,7 +189,7 @@ def execute(command: Sequence[str], log: pathlib.Path, exit_code: int = 0) -> di
       object, what that holds.
     """
     # The package is found from a checkout too, without being installed.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
     with log.open("w+") as output:
         start, busy = time.perf_counter(), busy_seconds()
         process = subprocess.Popen(

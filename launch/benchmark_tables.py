@@ -1,5 +1,6 @@
 """What the benchmark prints: Markdown tables of what was measured. Standard library only."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -120,6 +121,172 @@ def growth(axis: str, points: Sequence[dict[str, Any]]) -> str:
     ]
     exponents = [f"{measure.exponent(values, column):.2f}" for column in columns.values()]
     return table([axis, *columns], [*rows, ["exponent", *exponents]])
+
+
+def overhead(single: dict[str, Any]) -> str:
+    """What is mapped over one device, beside the same under plain jit."""
+    rows = [
+        [
+            what,
+            f"{times['mapped'] * 1e3:.1f}",
+            f"{times['plain'] * 1e3:.1f}",
+            f"{times['ratio'] - 1:+.1%}",
+            f"{times['spread']:.1%}",
+            f"{times['work_ratio'] - 1:+.1%}",
+            str(times["pairs"]),
+        ]
+        for what, times in single["overhead"].items()
+    ]
+    head = ["of a batch", "pmap ms", "jit ms", "pmap adds", "spread", "to the cores' work"]
+    shown = table([*head, "pairs"], rows)
+    if single["others"] > QUIET:
+        shown += f"\n\nOther processes took {single['others']:.0%} of the machine."
+    return shown
+
+
+def devices(report: dict[str, Any]) -> str:
+    """What devices send beside the theory, and how they agree with one."""
+    rows = []
+    for name, case in report.items():
+        for number, point in enumerate(points_of(case)):
+            beside = report["prediction"]["batches"][name][number]
+            theory = beside["theory"]
+            fit, fit_flags = sent(point, "fit")
+            score, _ = sent(point, "score")
+            rows.append(
+                [
+                    name if number == 0 else "",
+                    str(point["devices"]),
+                    f"{point['statistics_bytes'] / 1e6:.1f}",
+                    f"{fit / 1e3:.1f}",
+                    f"{theory['embeddings'] / 1e3:.1f}",
+                    f"{score / 1e3:.1f}",
+                    f"{(theory['embeddings'] + theory['distances']) / 1e3:.1f}",
+                    f"{fit_flags:.0f}",
+                    f"{point['statistics_difference']:.0e}",
+                    f"{max(point['map_difference'], point['score_difference']):.0e}",
+                    f"{point['fit']['median'] * 1e3:.1f}",
+                    ", ".join(f"{s * 1e3:.1f} ({of})" for of, s in beside["seconds"].items()),
+                ]
+            )
+    head = ["", "devices", "statistics MB a device", "fit sends kB/image", "theory"]
+    head += ["scoring sends kB/image", "theory", "flags B/image", "statistics differ"]
+    head += ["maps, scores differ", "fit ms a batch", "predicted ms"]
+    if any(p["device_kind"] != "cpu" for c in report.values() for p in points_of(c)):
+        return table(head, rows)
+    shown = table(head[:-2], [row[:-2] for row in rows])
+    return (
+        f"{shown}\n\nDevices are parts of one processor: they show what is right and what is "
+        "sent, not how fast."
+    )
+
+
+def points_of(case: Any) -> Sequence[dict[str, Any]]:
+    """A case's numbers of devices; nothing of what else is in a report."""
+    return case["devices"] if isinstance(case, dict) and "single" in case else ()
+
+
+def sent(point: dict[str, Any], what: str) -> tuple[float, float]:
+    """Bytes that leave all devices for an image: of all-to-alls, and of all else."""
+    exchanged = rest = 0.0
+    for collective in point[what]["collectives"]:
+        each = collective["bytes"] * point["devices"] / point["batch"]
+        if collective["name"] == "all-to-all":
+            exchanged += each
+        else:
+            rest += each
+    return exchanged, rest
+
+
+def prediction(found: dict[str, Any]) -> str:
+    """Predicted fits: in all and memory, then what they are made of."""
+    limit, gpus = found["memory_limit"], (1, 8, 64)
+    groups: dict[tuple[str, int], dict[tuple[int, int], Any]] = {}
+    for row in found["rows"]:
+        if row["channels"] < 1792:  # of which only the memory is of interest
+            key = (f"{row['backbone']}-{row['channels']}", row["size"])
+            groups.setdefault(key, {})[row["images"], row["gpus"]] = row
+    counts = sorted({row["images"] for row in found["rows"]})
+
+    def total(row: dict[str, Any], kind: str) -> str:
+        return duration(row[kind]["total"]) if row["memory"] <= limit else "-"
+
+    def totals(kind: str) -> str:
+        lines = [
+            [
+                case,
+                str(size),
+                *(" / ".join(total(rows[n, k], kind) for k in gpus) for n in counts),
+            ]
+            for (case, size), rows in groups.items()
+        ]
+        return table(["", "pixels", *(f"{n:,} images" for n in counts)], lines)
+
+    sizes = sorted({size for _, size in groups})
+    held = [
+        [
+            case,
+            *(
+                " / ".join(gigabytes(groups[case, size][counts[-1], k]["memory"]) for k in gpus)
+                for size in sizes
+            ),
+        ]
+        for case in dict.fromkeys(case for case, _ in groups)
+    ]
+    parts = []
+    stages_ = ("decode", "all_to_all", "moments", "finalise", "checkpoint")
+    for (case, size), rows in groups.items():
+        for k in gpus if size in (256, 1024) else ():
+            row = rows[100_000, k]
+            decode, *rest = (duration(row["cautious"][stage]) for stage in stages_)
+            cells = [case, str(size), str(k), decode]
+            cells += [duration(row["cautious, cached"]["decode"])]
+            cells += [duration(row[kind]["backbone"]) for kind in ("cautious", "hopeful")]
+            parts.append([*cells, *rest])
+    head = ["", "pixels", "GPUs", "decode", "cached", "backbone", "backbone, hopeful"]
+    return (
+        f"Fits on {' / '.join(map(str, gpus))} GPUs, cautious, images decoded\n\n"
+        f"{totals('cautious')}\n\nThe same, images cached\n\n{totals('cautious, cached')}\n\n"
+        f"100,000 images, cautious, by stage\n\n"
+        f"{table([*head, 'all-to-all', 'moments', 'finalise', 'checkpoint'], parts)}\n\n"
+        f"GB of memory a GPU at the peak, of {' / '.join(map(str, gpus))} GPUs\n\n"
+        f"{table(['', *(f'{size} pixels' for size in sizes)], held)}\n\n"
+        f"More than {limit / 1e9:.0f} GB on a single GPU: {unfit(found)}."
+    )
+
+
+def unfit(found: dict[str, Any]) -> str:
+    """What needs more than one GPU, and from how many on it fits."""
+    least: dict[str, int | None] = {}
+    for row in found["rows"]:
+        name = f"{row['backbone']}-{row['channels']} at {row['size']}"
+        least.setdefault(name, None)
+        if row["memory"] <= found["memory_limit"]:
+            known = least[name]
+            least[name] = min(row["gpus"], known) if known else row["gpus"]
+    said = [
+        f"{name} from {gpus or 'more'} GPUs on" for name, gpus in least.items() if gpus != 1
+    ]
+    return "; ".join(said) or "nothing"
+
+
+def validation(found: dict[str, Any]) -> str:
+    """The same model with this machine's numbers, beside what was measured on it."""
+    cases: dict[str, dict[str, str]] = {}
+    for row in found["validation"]:
+        predicted, measured = row["predicted"], row["measured"]
+        cases.setdefault(row["case"], {})[row["what"]] = (
+            f"{predicted:.3g} / {measured:.3g} ({predicted / measured:.2f})"
+        )
+    head = ["predicted / measured seconds", *next(iter(cases.values()))]
+    return table(head, [[case, *stages_.values()] for case, stages_ in cases.items()])
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    units = ((0.1, 1e-3, "ms"), (100, 1, "s"), (6000, 60, "min"), (math.inf, 3600, "h"))
+    size, unit = next((size, unit) for limit, size, unit in units if seconds < limit)
+    return f"{float(f'{seconds / size:.2g}'):g} {unit}"  # two digits, no exponent
 
 
 def gigabytes(count: float) -> str:

@@ -1,6 +1,7 @@
 """The benchmark's arithmetic, and a smallest run of it."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -13,7 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from padim_jax.models import pretrained
+from padim_jax import models
+from padim_jax.models import pretrained, resnet
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -63,6 +65,22 @@ class TestMeasure:
         assert summary([3, 1, 2, 5, 4]) == {"median": 3, "spread": 2, "repeats": 5}
         assert summary([3, 1, 2, 500, 4]) == {"median": 3, "spread": 2, "repeats": 5}
         assert summary([7]) == {"median": 7, "spread": 0, "repeats": 1}
+
+    def test_alternated_functions_take_turns_at_being_first(self):
+        calls: list[str] = []
+        first, second = module("benchmark_measure").alternate(
+            lambda: calls.append("a"), lambda: calls.append("b"), seconds=0
+        )
+        assert "".join(calls) == "ab" + "abbaab"  # the first pair compiles
+        assert len(first) == len(second) == 3
+
+    def test_alternated_times_stay_with_their_function(self, monkeypatch):
+        clock = Clock(monkeypatch)
+        first, second = module("benchmark_measure").alternate(
+            clock.takes(9, 1, 2, 3), clock.takes(9, 10, 20, 30), seconds=0
+        )
+        assert [seconds for seconds, _ in first] == [1, 2, 3]
+        assert [seconds for seconds, _ in second] == [10, 20, 30]
 
     @pytest.mark.parametrize("k", [0.0, 1.0, 1.5, 3.0])
     def test_exponent_of_a_power_law(self, k: float):
@@ -233,6 +251,29 @@ class TestTables:
             ["finalise", "the model", "64.0", "2.0", "7", "", "2.50"],
         ]
 
+    def test_overhead_is_told_as_what_is_added(self):
+        times = {"mapped": 0.103, "plain": 0.1, "ratio": 1.03, "spread": 0.01}
+        single = {"overhead": {"fit": {**times, "work_ratio": 0.99, "pairs": 7}}, "others": 0.0}
+        (row,) = self.cells(module("benchmark_tables").overhead(single))
+        assert row == ["fit", "103.0", "100.0", "+3.0%", "1.0%", "-1.0%", "7"]
+
+    def test_predictions_say_where_a_fit_does_not_fit(self):
+        def row(gpus: int, memory: float) -> dict:
+            return {"backbone": "b", "channels": 9, "size": 8, "gpus": gpus, "memory": memory}
+
+        unfit = module("benchmark_tables").unfit
+        rows = [row(1, 9e10), row(2, 5e10), row(4, 3e10)]
+        assert unfit({"rows": rows, "memory_limit": 6e10}) == "b-9 at 8 from 2 GPUs on"
+        assert unfit({"rows": rows, "memory_limit": 1e10}) == "b-9 at 8 from more GPUs on"
+        assert unfit({"rows": rows, "memory_limit": 9e10}) == "nothing"
+
+    @pytest.mark.parametrize(
+        ("seconds", "shown"),
+        [(0.0123, "12 ms"), (1.26, "1.3 s"), (359, "6 min"), (7e3, "1.9 h"), (4e6, "1100 h")],
+    )
+    def test_duration(self, seconds: float, shown: str):
+        assert module("benchmark_tables").duration(seconds) == shown
+
     def test_growth_ends_with_the_exponents(self):
         def point(size: int) -> dict:
             fit = {"seconds": size / 100, "peak_bytes": 1e9, "model_bytes": 4e4 * size**2}
@@ -242,6 +283,192 @@ class TestTables:
         rows = self.cells(module("benchmark_tables").growth("size", points))
         assert rows[0] == ["100", "1", "1", "0.4", "1e+03"]
         assert rows[-1] == ["exponent", "1.00", "0.00", "2.00", "3.00"]
+
+
+# As XLA wrote them for four devices: its CPU backend, and (from its documents) GPUs.
+CPU_PROGRAM = """
+  %all_gather.3 = pred[8]{0} all-gather(%bitcast.1), channel_id=1, replica_groups={{0,1,2,3}}
+  %all-to-all = (f32[4,1,54,2]{3,2,1,0}, f32[4,1,54,2]{3,2,1,0}, f32[4,1,54,2]{3,2,1,0}, \
+f32[4,1,54,2]{3,2,1,0}) all-to-all(%a, %b, %c, %d), metadata={op_name="jit/all_to_all"}
+  %get-tuple-element = f32[4,1,54,2]{3,2,1,0} get-tuple-element(%all-to-all), index=0
+"""
+GPU_PROGRAM = """
+  %s = (f32[16,16]{1,0:T(8,128)}, f32[64,16]{1,0}) all-gather-start(%p), dimensions={0}
+  %d = f32[64,16]{1,0} all-gather-done(%s)
+  %a = bf16[16,4,54,2]{3,2,1,0} all-to-all(%x), dimensions={0}
+  %r = f32[] all-reduce(%y), to_apply=%add
+  %e = f32[2]{0} reduce-scatter(%z), to_apply=%add
+"""
+
+
+class TestCollectives:
+    def test_what_leaves_a_device(self):
+        read = module("benchmark_devices").collectives
+        # Of a tuple of four slices three are for others; a gathered byte goes to three.
+        assert read(CPU_PROGRAM, 4) == [
+            {"name": "all-gather", "bytes": 8 // 4 * 3},
+            {"name": "all-to-all", "bytes": 4 * 4 * 54 * 2 * 3},
+        ]
+
+    def test_shapes_of_other_backends(self):
+        found = module("benchmark_devices").collectives(GPU_PROGRAM, 4)
+        assert {each["name"]: each["bytes"] for each in found} == {
+            "all-gather": 16 * 16 * 4 * 3,  # the operand is in the tuple, too
+            "all-to-all": 16 * 4 * 54 * 2 * 2 * 3 / 4,
+            "all-reduce": 2 * 4 * 3 / 4,
+            "reduce-scatter": 2 * 4 * 3,
+        }
+
+    def test_a_device_alone_sends_nothing(self):
+        found = module("benchmark_devices").collectives(CPU_PROGRAM, 1)
+        assert sum(each["bytes"] for each in found) == 0
+
+    def test_children_get_their_devices(self, monkeypatch: pytest.MonkeyPatch):
+        settings = module("benchmark_processes").device_settings
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        assert settings(2)["CUDA_VISIBLE_DEVICES"] == "0,1"
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+        assert settings(2) == {"JAX_NUM_CPU_DEVICES": "2", "CUDA_VISIBLE_DEVICES": "4,6"}
+
+
+class TestPrediction:
+    def machine(self, **of: Any) -> Any:
+        given = {"decode": 0.03, "disk": 5e8, **of}
+        return module("benchmark_predict").h100(0.1, 0.1, 0.01, 0.5, **given)
+
+    def config(self, size: int = 256, batch: int = 32) -> Any:
+        return module("benchmark_predict").configuration("resnet18", 100, size, batch)
+
+    def test_network_is_counted_as_xla_counts_it(self):
+        predict = module("benchmark_predict")
+        spec = models.BACKBONES["resnet18"]
+        network = resnet.ResNet(spec, ("layer1", "layer2"), "float32")
+        image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+        variables = jax.eval_shape(network.init, jax.random.key(0), image)
+        analysis: Any = jax.jit(network.apply).lower(variables, image).cost_analysis()
+        counted = analysis["flops"]
+        flops, _ = predict.backbone("resnet18", ("layer1", "layer2"), (64, 64))
+        # Products with padding's zeros are ours alone: up to a row and a column in 16.
+        assert counted < flops < 1.13 * counted
+
+    def test_feature_maps_of_one_layer(self):
+        # conv1 reads 32x32x3 and writes 16x16x64; layer1, at 8x8x64: four times both.
+        _, read_and_written = module("benchmark_predict").backbone(
+            "resnet18", ("layer1",), (32, 32)
+        )
+        assert read_and_written == 4 * (32 * 32 * 3 + 16 * 16 * 64 + 8 * 8 * 8 * 64)
+
+    @pytest.mark.parametrize("devices", [1, 2, 3, 8])
+    def test_volumes_are_those_of_the_embeddings(self, devices: int):
+        predict = module("benchmark_predict")
+        config = self.config(size=224)  # 14x14 regions: 3 and 8 do not divide them
+        shapes = predict.levels(config, devices)
+        whole = -(-196 // devices) * devices
+        d = sum(n * channels for _, n, channels in shapes)
+        found = predict.volumes(shapes, devices)
+        assert found["embeddings"] == pytest.approx(4 * whole * d * (1 - 1 / devices))
+        assert found["distances"] == pytest.approx(4 * whole * 16 * (1 - 1 / devices))
+
+    def test_update_is_bounded_by_its_two_kinds_of_work(self):
+        predict = module("benchmark_predict")
+        shapes = predict.levels(self.config(), 1)
+        numbers = sum(
+            r * n * d * sum(e for _, _, e in shapes[i:]) for i, (r, n, d) in enumerate(shapes)
+        )
+        work = predict.moments(shapes, 1, 31)
+        assert work.flops == 2 * 32 * numbers
+        assert work.bytes == 8 * numbers
+        assert work.loops == 16  # of 256 regions of 16 cells, 256 cells a step
+        shared = predict.moments(predict.levels(self.config(), 4), 4, 31)
+        assert (shared.flops, shared.bytes) == (work.flops / 4, work.bytes / 4)
+        assert shared.loops == 4
+
+    def test_one_level_is_factorised_in_four_thirds_of_cubes(self):
+        assert module("benchmark_predict").finalise([(5, 2, 30)], 1).flops == 10 * 30**3 * 4 / 3
+
+    def test_checkpoint_is_as_large_as_what_is_packed(self):
+        # Two levels: symmetric 3x3 and 2x2 blocks as 6 and 3 numbers, and 3x2 ones.
+        found = module("benchmark_predict").checkpoint_bytes([(4, 4, 3), (4, 1, 2)])
+        means = 4 * (4 * 3 + 2)
+        assert found == 4 * (4 * (4 * (6 + 6) + 3) + means)
+
+    def test_more_devices_take_less_time_at_the_same_batch_each(self):
+        predict = module("benchmark_predict")
+        fits = [
+            predict.fit(self.config(batch=32 * k), 10**5, k, self.machine())
+            for k in (1, 2, 4, 8, 16, 32, 64)
+        ]
+        for part in ("total", "decode", "backbone", "moments", "finalise"):
+            times = [fit[part] for fit in fits]
+            assert times == sorted(times, reverse=True)
+        assert fits[0]["all_to_all"] == 0
+        # Half of the images each; of the batches half as many, on half of the regions.
+        assert fits[1]["decode"] == pytest.approx(fits[0]["decode"] / 2)
+        assert fits[1]["backbone"] == pytest.approx(fits[0]["backbone"] / 2, rel=1e-3)
+        assert fits[1]["moments"] < fits[0]["moments"] / 2
+
+    def test_time_grows_with_images_and_their_size(self):
+        predict = module("benchmark_predict")
+        few, many = (
+            predict.fit(self.config(), images, 1, self.machine()) for images in (3200, 32000)
+        )
+        for part in ("decode", "backbone", "moments"):
+            assert many[part] == pytest.approx(10 * few[part])
+        assert many["finalise"] == few["finalise"]
+        large = predict.fit(self.config(size=512), 3200, 1, self.machine())
+        assert large["backbone"] == pytest.approx(4 * few["backbone"])
+
+    def test_decoding_hides_behind_the_devices_or_they_behind_it(self):
+        predict = module("benchmark_predict")
+        for decode in (1e-4, 1.0):
+            found = predict.fit(self.config(), 3200, 1, self.machine(decode=decode))
+            computed = found["backbone"] + found["moments"]
+            rest = found["finalise"] + found["checkpoint"]
+            assert found["total"] == pytest.approx(max(found["decode"], computed) + rest)
+        ours = dataclasses.replace(self.machine(), apart=False)
+        found = predict.fit(self.config(), 3200, 1, ours)
+        assert found["total"] == pytest.approx(
+            sum(value for part, value in found.items() if part != "total")
+        )
+
+    def test_other_nodes_are_reached_through_the_network(self):
+        predict = module("benchmark_predict")
+        machine = dataclasses.replace(self.machine(), collective=0.0)
+        slow = dataclasses.replace(machine, network=machine.network / 2)
+
+        def sending(devices: int, machine: Any) -> float:
+            config = self.config(batch=32 * devices)
+            return predict.batch_seconds(config, devices, 32 * devices, machine)["all_to_all"]
+
+        assert sending(8, slow) == sending(8, machine)
+        sent = 32 * predict.volumes(predict.levels(self.config(), 16), 16)["embeddings"]
+        # Of 15 other devices 7 are on the same node.
+        expected = sent * (7 / 15 / machine.link + 8 / 15 / machine.network)
+        assert sending(16, machine) == pytest.approx(expected)
+        assert sending(16, slow) > sending(16, machine)
+
+    def test_memory_is_shared_out_as_the_fit_itself_estimates_it(self):
+        predict = module("benchmark_predict")
+        one, eight = (predict.needed(self.config(), 10**4, k) for k in (1, 8))
+        assert eight.statistics == pytest.approx(one.statistics / 8, rel=1e-6)
+
+    def test_what_a_machine_reached_is_predicted_of_it(self):
+        predict = module("benchmark_predict")
+        stages = {"backbone": 0.5, "moments": 0.03, "finalise": 0.06, "checkpoint": 0.1}
+        single = {
+            "batch": 32,
+            "images": 320,
+            "cores": 4,
+            "speed": {"backbone": 3e11, "products": 3e11, "memory": 4e10},
+            "decode": {"files": 0.006, "cached": 0.001},
+            "stages": {**stages, "checkpoint_bytes": 36e6},
+            "train": {"median": 8.0},
+        }
+        machine = predict.this_machine([single], [self.config()])
+        rows = predict.validate({"case": single}, {"case": self.config()}, machine)
+        found = {row["what"]: row["predicted"] for row in rows}
+        assert found.pop("fit") == pytest.approx(320 * 0.006 + 10 * 0.53 + 0.16, rel=1e-3)
+        assert found == pytest.approx(stages, rel=1e-2)
 
 
 class TestInputs:
@@ -295,8 +522,41 @@ class TestCommandLine:
         assert all(stage["median"] > 0 for stage in stages.values())
         assert all(f"| {name} " in done.stdout for name in stages)
 
+    def test_smallest_run_of_devices(self, tmp_path: pathlib.Path):
+        found = tmp_path / "found.json"
+        done = subprocess.run(
+            [
+                *(sys.executable, ROOT / "launch" / "benchmark.py", "--quick"),
+                *("--measure=devices", "--devices=1,2"),
+                *(f"--workdir={tmp_path}", f"--json={found}"),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONWARNINGS": "default", "JAX_PLATFORMS": "cpu"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert "not how fast" in done.stdout
+        assert "predicted, never measured" in done.stdout
+        report = json.loads(found.read_text())
+        one, two = report["resnet18-20"]["devices"]
+        assert (one["devices"], two["devices"]) == (1, 2)
+        tables = module("benchmark_tables")
+        beside = report["prediction"]["batches"]["resnet18-20"]
+        for point, theory in zip((one, two), (of["theory"] for of in beside), strict=True):
+            # The theory of the program that XLA made, to the byte.
+            assert tables.sent(point, "fit")[0] == theory["embeddings"]
+            assert tables.sent(point, "score")[0] == sum(theory.values())
+        assert two["statistics_bytes"] <= one["statistics_bytes"] / 2 + 4  # each has the count
+        # Summed in another order: some rounding errors of float32, 6e-8.
+        assert two["statistics_difference"] < 1e-5
+        assert two["map_difference"] < 1e-4
+
     def test_mistakes(self, capsys: pytest.CaptureFixture[str]):
         benchmark = module("benchmark")
+        with pytest.raises(SystemExit):
+            benchmark.parse(["--devices=1,0"])
+        assert "expected numbers from 1 on" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             benchmark.parse(["--measure=stages,everything"])
         assert "'everything': expected" in capsys.readouterr().err
