@@ -133,6 +133,7 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
     with _uncompressed():
         ocp.save(os.fspath(folder / str(step)), state, custom_metadata=metadata)
     del state
+    _flush(folder / str(step))
     try:
         yield identity
     except BaseException:
@@ -145,6 +146,15 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
             if number < step and (fitted.unfinished is None or not _is_finished(earlier)):
                 _remove(earlier)
     parallel.agreed(step)  # for no process to find what another one is deleting
+
+
+def _flush(step: Path) -> None:
+    """To the disk itself, before the earlier one goes: there may be a power cut."""
+    if isinstance(step, pathlib.Path):
+        for path in (*step.rglob("*"), step, step.parent):
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            os.close(file)
 
 
 def check_destination(path: Path) -> None:
@@ -196,10 +206,19 @@ def load_unfinished(path: Path, devices: Devices) -> Fitted | None:
       UserError: it is broken or of another format.
     """
     folder = _absolute(path)
-    steps = _steps(folder)
-    newest = steps[-1][0] if steps and steps[-1][1].get("unfinished") is not None else -1
-    chosen = parallel.agreed(newest)
-    return _load(folder / str(chosen), devices)[0] if chosen >= 0 else None
+    steps = [(number, metadata.get("unfinished")) for number, metadata in _steps(folder)]
+    finished = max((number for number, marker in steps if marker is None), default=-1)
+    newer = [number for number, _ in steps if number > finished]
+    while (chosen := parallel.agreed(newer.pop() if newer else -1)) >= 0:
+        try:
+            return _load(folder / str(chosen), devices)[0]
+        except UserError as error:
+            # A power cut can leave the last one incomplete; until then there was one before.
+            # Several processes may differ in what they can read, and end together.
+            if not newer or devices.processes > 1:
+                raise
+            print(f"{error}. Going back to what was saved before it")
+    return None
 
 
 def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
@@ -296,8 +315,8 @@ def _steps(folder: Path) -> list[tuple[int, dict[str, Any]]]:
         info = _describe(step)
         if info is None:
             raise UserError(
-                f"{step}: a damaged checkpoint; fit again to another --checkpoint, or restore "
-                "it from a copy"
+                f"{step}: a damaged checkpoint (a power cut?); delete this folder to go back to "
+                "one before it, restore it from a copy, or fit to another --checkpoint"
             )
         _require_format(step, info.custom_metadata)
         found.append((number, info.custom_metadata))

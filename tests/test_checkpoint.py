@@ -923,6 +923,26 @@ class TestLoadingFails:
         assert path / "0" / "_CHECKPOINT_METADATA" in refused
         assert same(load(path), fitted)
 
+    def test_torn_by_a_power_cut(
+        self, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    ):
+        """The save before it is there until the disk has the new one: it goes on from there."""
+        path = tmp_path / "checkpoint"
+        earlier, torn = (make_fitted(seed, unfinished="train") for seed in (1, 2))
+        save(path, earlier)
+        save(tmp_path / "other", torn)
+        (tmp_path / "other" / "0").rename(path / "1")
+        largest = max((path / "1").rglob("*"), key=lambda x: x.is_file() and x.stat().st_size)
+        largest.write_bytes(bytes(largest.stat().st_size))
+        found = checkpoint.load_unfinished(path, ONE)
+        assert found is not None
+        assert same(found, earlier)
+        assert "Going back to what was saved before it" in capsys.readouterr().out
+        # Without one before it there is nothing to go back to.
+        shutil.rmtree(path / "0")
+        with pytest.raises(UserError, match="the checkpoint is broken"):
+            checkpoint.load_unfinished(path, ONE)
+
     @both_forms
     def test_flipped_bits(self, form: str, tmp_path: pathlib.Path):
         """Wherever a bit flips: an error that names the checkpoint, or no harm done."""
