@@ -315,8 +315,8 @@ def _steps(folder: Path) -> list[tuple[int, dict[str, Any]]]:
         info = _describe(step)
         if info is None:
             raise UserError(
-                f"{step}: a damaged checkpoint (a power cut?); delete this folder to go back to "
-                "one before it, restore it from a copy, or fit to another --checkpoint"
+                f"{step}: a damaged checkpoint (a power cut?); delete this folder to go back "
+                "to one before it, restore it from a copy, or fit to another --checkpoint"
             )
         _require_format(step, info.custom_metadata)
         found.append((number, info.custom_metadata))

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from padim_jax import parallel
 from padim_jax.cluster import Place
 from padim_jax.errors import Stopped, UserError
 
@@ -114,7 +115,7 @@ def _start_jax(place: Place, address: str) -> None:
 
 
 def _require_same_devices(group: "_Group") -> None:
-    counts = group.exchange(jax.local_device_count())
+    counts = group.exchange(parallel.every().local)
     if len(set(counts)) > 1:
         numbers = ", ".join(str(count) for count in counts)
         raise UserError(

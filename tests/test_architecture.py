@@ -152,10 +152,6 @@ def names(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-# Joins the processes, before there is anything to share out.
-EXCEPTIONS = {f"{FACADE}.distributed": {"local_device_count"}}
-
-
 @pytest.mark.parametrize("module", MODULES)
 def test_parallel_is_the_only_module_that_knows_devices(module):
     found = DEVICES & set(names(ast.parse(SOURCES[module].read_text(encoding="utf-8"))))
@@ -163,7 +159,7 @@ def test_parallel_is_the_only_module_that_knows_devices(module):
         # What the test looks for is found where it is.
         assert {"pmap", "all_to_all", "NamedSharding", "local_devices"} <= found
     else:
-        assert found <= EXCEPTIONS.get(module, set())
+        assert not found
 
 
 @pytest.mark.parametrize("module", SOURCES)
