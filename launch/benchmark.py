@@ -3,7 +3,7 @@
     python launch/benchmark.py --data=data/mvtec_ad/bottle --weights=resnet18.tv_in1k
     python launch/benchmark.py --against=torch --against=anomalib --json=results/benchmark.json
     python launch/benchmark.py --measure=growth --cases=resnet18-100
-    python launch/benchmark.py --measure=devices --devices=1,2,4,8
+    python launch/benchmark.py --devices=1,2,4,8
 
 What is measured (--measure; but for startup all of one case before the next):
 
@@ -119,8 +119,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add(
         "--measure",
         type=names("startup", "processes", "stages", "growth", "devices"),
-        default=("startup", "processes", "stages"),
-        help="some of startup,processes,stages,growth,devices; default: the first three",
+        help="some of startup,processes,stages,growth,devices; default: the first three, or "
+        "devices alone if --devices is given",
     )
     add("--cases", type=names(), default=CASES, help="BACKBONE-CHANNELS, comma-separated")
     add("--against", action="append", choices=PEERS, default=[], help="a peer; repeatable")
@@ -130,7 +130,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--seconds", type=float, default=3.0, help="how long each stage is repeated")
     add("--size", type=int, default=256, help="height and width of the resized images")
     add("--batch-size", type=int, default=32)
-    add("--devices", type=counts, default=(1, 2, 4, 8), help="how many; comma-separated")
+    add("--devices", type=counts, help="how many; comma-separated; default: 1,2,4,8")
     add("--json", type=pathlib.Path, help="file for all that was measured")
     add("--workdir", type=pathlib.Path, default=ROOT / "results" / "benchmark")
     add("--torch-python", help="an interpreter with PyTorch and torchvision")
@@ -143,9 +143,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             seconds=0.0,
             size=64,
             batch_size=4,
-            devices=(1, 2),
         )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.measure = options.measure or (
+        ("devices",) if options.devices else ("startup", "processes", "stages")
+    )
+    options.devices = options.devices or ((1, 2) if options.quick else (1, 2, 4, 8))
+    return options
 
 
 def names(*allowed: str) -> Any:

@@ -552,6 +552,15 @@ class TestCommandLine:
         assert two["statistics_difference"] < 1e-5
         assert two["map_difference"] < 1e-4
 
+    def test_devices_alone_are_measured_when_they_are_named(self):
+        benchmark = module("benchmark")
+        named = benchmark.parse(["--devices=1,4"])
+        assert (named.measure, named.devices) == (("devices",), (1, 4))
+        assert "devices" not in benchmark.parse([]).measure
+        both = benchmark.parse(["--measure=stages,devices", "--devices=2"])
+        assert both.measure == ("stages", "devices")
+        assert benchmark.parse(["--measure=devices"]).devices == (1, 2, 4, 8)
+
     def test_mistakes(self, capsys: pytest.CaptureFixture[str]):
         benchmark = module("benchmark")
         with pytest.raises(SystemExit):

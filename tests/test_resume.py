@@ -528,14 +528,22 @@ def test_killed_ten_times(
         assert sum(threads.map(survive, FORMS)) >= 1
 
 
-@pytest.mark.parametrize("mode", ["train", "update"])
-def test_terminated_for_real(
+@pytest.mark.parametrize(
+    ("mode", "number"),
+    [
+        ("train", signal.SIGTERM),
+        ("update", signal.SIGTERM),
+        ("update", signal.SIGKILL),  # train: above
+    ],
+)
+def test_ended_for_real(
     mode: str,
+    number: signal.Signals,
     root: pathlib.Path,
     whole_runs: dict[str, tuple[Saved, float]],
     tmp_path: pathlib.Path,
 ):
-    """Ends with 0 and a message; the same command finishes it."""
+    """SIGTERM ends it with 0 and a message; the same command finishes it in any case."""
     path, newest = tmp_path / "checkpoint", -1
     expected = whole_runs["moments"][0]
     if mode == "update":
@@ -548,10 +556,15 @@ def test_terminated_for_real(
         expected = saved(tmp_path / "other" / "checkpoint")
     process = start(mode, root, tmp_path, "moments")
     wait_for_a_save(process, path, newest)
-    process.terminate()
-    out = finish(process)
-    assert re.search(r"^stopped by SIGTERM after \d+ of \d+ images, saved in ", out, re.M), out
-    assert "Traceback" not in out
+    process.send_signal(number)
+    if number == signal.SIGTERM:
+        out = finish(process)
+        expression = r"^stopped by SIGTERM after \d+ of \d+ images, saved in "
+        assert re.search(expression, out, re.MULTILINE), out
+        assert "Traceback" not in out
+    else:
+        process.communicate()
+        assert process.returncode == -number
     out = finish(start(mode, root, tmp_path, "moments"))
     assert GOING_ON in out
     require_identical(saved(path), expected)
