@@ -71,9 +71,15 @@ def train(config: Config, source: Source, path: Path) -> Detector:
     )
     print(f"weights: {weights.origin}")
     listed = f"train {progress.listing(source, devices)}"
-    fitted = checkpoint.load_unfinished(path, devices) if path.is_dir() else None
+    fitted = checkpoint.load_unfinished(path, devices)
     if fitted is not None:
         _require_resumable(path, fitted, config, weights, listed)
+        # Names are not enough: files may have been replaced meanwhile.
+        done = _hash(_Part(source, range(len(fitted.images))), devices)
+        if not np.array_equal(done, fitted.images):
+            changed = int(np.argmax(np.any(done != fitted.images, axis=1)))
+            name = source.records[changed].image
+            raise UserError(f"{_other_unfinished(path)} ({name} has changed since)")
         print(f"going on with an interrupted fit, after {len(fitted.images)} of {count} images")
     else:
         shapes = detector_lib.pyramid(config.image, config.model, index.tolist()).shapes
@@ -389,8 +395,12 @@ def _hash(source: Source, devices: Devices) -> UInt8[np.ndarray, "n 32"]:
         read = hashlib.sha256(source.read(own[i])[0]).digest()
         found[i] = np.frombuffer(read, np.uint8)
 
-    with concurrent.futures.ThreadPoolExecutor() as threads:
-        list(threads.map(digest, range(len(own))))
+    with (
+        concurrent.futures.ThreadPoolExecutor() as threads,
+        progress.bar(len(own), "compare", devices) as shown,
+    ):
+        for _ in threads.map(digest, range(len(own))):
+            shown.update()
     every = parallel.gather(found).reshape(devices.processes, -1, 32)
     return np.concatenate(every.swapaxes(0, 1))[: len(source.records)]
 

@@ -59,8 +59,13 @@ def batches(
     # have been without the interruption: to the last bit.
     size = devices.padded(max(1, min(config.batch_size, total)))
     share = Share(devices.process, devices.processes)
-    quiet = None if devices.process == 0 else True  # None: where there is no terminal
-    with tqdm.tqdm(total=total, initial=start, desc=what, unit="img", disable=quiet) as bar:
+    with bar(total, what, devices, start) as shown:
         for batch in input_pipeline.batches(source, config.image, size, cache, share, start):
             yield batch
-            bar.update(min(size, total - bar.n))
+            shown.update(min(size, total - shown.n))
+
+
+def bar(total: int, what: str, devices: Devices, start: int = 0) -> tqdm.tqdm:
+    """A bar of images, of which `start` are done; its `update` counts on."""
+    quiet = None if devices.process == 0 else True  # None: where there is no terminal
+    return tqdm.tqdm(total=total, initial=start, desc=what, unit="img", disable=quiet)

@@ -160,7 +160,8 @@ class TestGoesOn:
         require_identical(saved(path), uninterrupted[form])
         done = 16 * batches
         assert f"{GOING_ON} fit, after {done} of {IMAGES} images" in capsys.readouterr().out
-        assert not {record.image for record in normal(config).records[:done]} & set(read)
+        # Each once: those that were fitted to be compared, the others to be fitted.
+        assert sorted(read) == sorted(record.image for record in normal(config).records)
 
     def test_interrupted_over_and_over(
         self,
@@ -383,6 +384,22 @@ class TestAnother:
             "another order": records[::-1],
         }[change]
         self.refuse(path, lambda: fit(config, path, FolderSource(chosen)))
+
+    def test_contents(self, root: pathlib.Path, path: pathlib.Path, tmp_path: pathlib.Path):
+        """Under the same name another image: of those fitted, or of those to come."""
+        config = make_config(root)
+        source = normal(config)
+        other = tmp_path / "other.png"
+        other.write_bytes(source.read(0)[0] + b"appended")
+
+        def exchanged(number: int) -> FolderSource:
+            records = list(source.records)
+            records[number] = dataclasses.replace(records[number], image=other)
+            return FolderSource(records)
+
+        message = self.refuse(path, lambda: fit(config, path, exchanged(3)))
+        assert message.endswith(f"({other} has changed since)")
+        fit(config, path, exchanged(-1))
 
     def test_settings_that_do_not_matter(
         self, root: pathlib.Path, path: pathlib.Path, uninterrupted: dict[str, Saved]
