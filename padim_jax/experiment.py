@@ -161,9 +161,8 @@ def open_dataset(config: Config) -> dict[str, Source]:
 
         packed = tfds_builder.packed_dir(dataset.tfds_dir, config.title)
         folder = dataset.root / config.category
-        if (
-            paths.is_folder(folder) or dataset.name == "synthetic"
-        ):  # which is drawn when missing
+        # A synthetic one is drawn when missing.
+        if paths.is_folder(folder) or dataset.name == "synthetic":
             records = layout(dataset.root, config.category)
         else:
             records = None

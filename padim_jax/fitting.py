@@ -75,7 +75,7 @@ def train(config: Config, source: Source, path: Path) -> Detector:
     if fitted is not None:
         _require_resumable(path, fitted, config, weights, listed)
         # Names are not enough: files may have been replaced meanwhile.
-        done = _hash(_Part(source, range(len(fitted.images))), devices)
+        done = _hash(_part(source, range(len(fitted.images))), devices)
         if not np.array_equal(done, fitted.images):
             changed = int(np.argmax(np.any(done != fitted.images, axis=1)))
             name = source.records[changed].image
@@ -121,6 +121,7 @@ def update(
     require_same(path, fitted.config, config)
     variables = load_weights(path, fitted.weights, config, weights)
     known = {digest.tobytes() for digest in fitted.images}
+    progress.listing(source, devices)  # or they could not tell each other their parts
     digests = _hash(source, devices)
     new = [i for i, digest in enumerate(digests) if digest.tobytes() not in known]
     if len(new) < len(source.records):
@@ -150,7 +151,7 @@ def update(
     )
     del fitted, unfinished  # whose statistics are used up, or would be there twice
     with compilation_cache.enabled(config.cache):
-        _fit(extended, _Part(source, new), start, config, variables, path, devices)
+        _fit(extended, _part(source, new), start, config, variables, path, devices)
 
 
 def merge(
@@ -373,17 +374,18 @@ def _sigterm() -> Iterator[Callable[[], bool]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Some images of a source."""
+    """Some images of a source; see `_part`."""
 
     source: Source
     chosen: Sequence[int]
-
-    @property
-    def records(self) -> Sequence[Record]:
-        return [self.source.records[i] for i in self.chosen]
+    records: Sequence[Record]
 
     def read(self, index: int) -> tuple[bytes, bytes | None]:
         return self.source.read(self.chosen[index])
+
+
+def _part(source: Source, chosen: Sequence[int]) -> _Part:
+    return _Part(source, chosen, [source.records[i] for i in chosen])
 
 
 def _hash(source: Source, devices: Devices) -> UInt8[np.ndarray, "n 32"]:
