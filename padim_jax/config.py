@@ -22,6 +22,13 @@ SOURCES = ("folder", "tfds")
 METHODS = ("nearest", "bilinear", "bicubic", "lanczos")
 PRECISIONS = get_args(models.Precision)
 STATISTICS = ("auto", "moments", "samples")
+REDUCTIONS = ("random", "pca", "semi_orthogonal", "none")
+STAGE_UPSAMPLINGS = ("nearest", "bilinear")
+CROPS = ("centre", "random")
+THRESHOLDS = ("auto", "leave_one_out", "held_out", "none")
+# Below, float32 cannot tell the covariance of features from a singular one.
+MIN_REGULARIZATION = 1e-4
+ALL = "all"  # config.category: one run after the other
 UPSAMPLINGS = ("bilinear", "bicubic")
 FIGURES = ("none", "some", "all")
 MAPS = ("none", "npy", "tiff")
@@ -37,6 +44,8 @@ class DatasetConfig:
     root: paths.Path
     source: str
     tfds_dir: paths.Path | None
+    train_images: int
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +57,9 @@ class ImageConfig:
     crop: Size | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    rotation: float
+    crop_at: str
+    seed: int
 
     @property
     def size(self) -> Size:
@@ -64,6 +76,9 @@ class ModelConfig:
     weights: str
     channels: int
     seed: int
+    reduction: str
+    pooling: int
+    upsample: str
     precision: models.Precision
     regularization: float
     statistics: str
@@ -75,6 +90,16 @@ class MapConfig:
 
     upsample: str
     sigma: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ThresholdConfig:
+    """Thresholds from normal images alone."""
+
+    normal: str
+    held_out: float
+    image_rate: float
+    pixel_rate: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +115,7 @@ class OutputsConfig:
 
     figures: str
     maps: str
+    report: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +149,19 @@ class CacheConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole, valid configuration."""
+    """A whole, valid configuration.
+
+    Of a sweep `category` is "all" or names with commas between, `repeats` above 1; `sweep`
+    makes configurations of single runs of it.
+    """
 
     category: str
+    repeats: int
     dataset: DatasetConfig
     image: ImageConfig
     model: ModelConfig
     map: MapConfig
+    threshold: ThresholdConfig
     batch_size: int
     train: TrainConfig
     outputs: OutputsConfig
@@ -142,7 +174,12 @@ class Config:
         Without a category the root's own name tells one part's folder from another's.
         """
         category = self.category or paths.absolute(self.dataset.root).name
-        return f"{self.dataset.name}_{category}"
+        return f"{self.dataset.name}_{category.replace(',', '_')}"
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether this is more than one run: of several categories, or repeated."""
+        return self.category == ALL or "," in self.category or self.repeats > 1
 
 
 def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
@@ -161,21 +198,27 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
     groups: Any = values  # unchecked yet: anything
     dataset, image = groups["dataset"], groups["image"]
     model, map_, outputs = groups["model"], groups["map"], groups["outputs"]
-    train, cache = groups["train"], groups["cache"]
+    train, cache, threshold = groups["train"], groups["cache"], groups["threshold"]
     _fields("config.dataset", dataset, DatasetConfig)
     _fields("config.image", image, ImageConfig)
     _fields("config.model", model, ModelConfig)
     _fields("config.map", map_, MapConfig)
+    _fields("config.threshold", threshold, ThresholdConfig)
     _fields("config.train", train, TrainConfig)
     _fields("config.outputs", outputs, OutputsConfig)
     _fields("config.cache", cache, CacheConfig)
     config = Config(
         category=_category(values["category"]),
+        repeats=_integer("config.repeats", values["repeats"], minimum=1),
         dataset=DatasetConfig(
             name=_one_of("config.dataset.name", dataset["name"], LAYOUTS),
             root=_path("config.dataset.root", dataset["root"]),
             source=_one_of("config.dataset.source", dataset["source"], SOURCES),
             tfds_dir=_optional_path("config.dataset.tfds_dir", dataset["tfds_dir"]),
+            train_images=_integer(
+                "config.dataset.train_images", dataset["train_images"], minimum=0
+            ),
+            seed=_integer("config.dataset.seed", dataset["seed"], minimum=0),
         ),
         image=ImageConfig(
             resize=_size("config.image.resize", image["resize"]),
@@ -183,6 +226,9 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
             crop=_crop(image["crop"]),
             mean=_rgb("config.image.mean", image["mean"], positive=False),
             std=_rgb("config.image.std", image["std"], positive=True),
+            rotation=_within("config.image.rotation", image["rotation"], 0.0, 180.0),
+            crop_at=_one_of("config.image.crop_at", image["crop_at"], CROPS),
+            seed=_integer("config.image.seed", image["seed"], minimum=0),
         ),
         model=ModelConfig(
             backbone=_one_of("config.model.backbone", model["backbone"], models.BACKBONES),
@@ -190,18 +236,30 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
             weights=_text("config.model.weights", model["weights"]),
             channels=_integer("config.model.channels", model["channels"], minimum=1),
             seed=_integer("config.model.seed", model["seed"], minimum=0),
+            reduction=_one_of("config.model.reduction", model["reduction"], REDUCTIONS),
+            pooling=_pooling(model["pooling"]),
+            upsample=_one_of("config.model.upsample", model["upsample"], STAGE_UPSAMPLINGS),
             precision=cast(
                 models.Precision,
                 _one_of("config.model.precision", model["precision"], PRECISIONS),
             ),
-            regularization=_number(
-                "config.model.regularization", model["regularization"], positive=True
+            regularization=_within(
+                "config.model.regularization",
+                model["regularization"],
+                MIN_REGULARIZATION,
+                math.inf,
             ),
             statistics=_one_of("config.model.statistics", model["statistics"], STATISTICS),
         ),
         map=MapConfig(
             upsample=_one_of("config.map.upsample", map_["upsample"], UPSAMPLINGS),
             sigma=_number("config.map.sigma", map_["sigma"], positive=False),
+        ),
+        threshold=ThresholdConfig(
+            normal=_one_of("config.threshold.normal", threshold["normal"], THRESHOLDS),
+            held_out=_fraction("config.threshold.held_out", threshold["held_out"]),
+            image_rate=_fraction("config.threshold.image_rate", threshold["image_rate"]),
+            pixel_rate=_fraction("config.threshold.pixel_rate", threshold["pixel_rate"]),
         ),
         batch_size=_integer("config.batch_size", values["batch_size"], minimum=1),
         train=TrainConfig(
@@ -212,6 +270,7 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
         outputs=OutputsConfig(
             figures=_one_of("config.outputs.figures", outputs["figures"], FIGURES),
             maps=_one_of("config.outputs.maps", outputs["maps"], MAPS),
+            report=_flag("config.outputs.report", outputs["report"]),
         ),
         cache=CacheConfig(
             dir=_optional_path("config.cache.dir", cache["dir"]),
@@ -219,6 +278,7 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
             compilation=_flag("config.cache.compilation", cache["compilation"]),
         ),
     )
+    config = _keep_all(config)
     _check_together(config)
     return config
 
@@ -254,12 +314,27 @@ def with_absolute_paths(config: Config) -> Config:
     )
 
 
+def _keep_all(config: Config) -> Config:
+    """Without a reduction `channels` is what there is."""
+    model = config.model
+    if model.reduction != "none":
+        return config
+    spec = models.BACKBONES[model.backbone]
+    total = sum(models.stage_channels(spec, layer) for layer in model.layers)
+    return dataclasses.replace(config, model=dataclasses.replace(model, channels=total))
+
+
 def _check_together(config: Config) -> None:
     resize, crop = config.image.resize, config.image.crop
     if crop and (crop[0] > resize[0] or crop[1] > resize[1]):
         raise UserError(
             f"config.image.crop={crop}: larger than config.image.resize={resize}; expected "
             "(height, width), each at most the resized one, or None for no crop"
+        )
+    if config.image.crop_at == "random" and crop is None:
+        raise UserError(
+            "config.image.crop_at=random: without config.image.crop there is nothing to place; "
+            "the paper crops 224x224 of 256x256 (--config=...:rd)"
         )
     cache = config.cache
     if cache.images_gb and cache.dir and not isinstance(cache.dir, pathlib.Path):
@@ -332,13 +407,23 @@ def _optional_path(name: str, value: Any) -> paths.Path | None:
 
 
 def _category(value: Any) -> str:
+    listed = list(value) if isinstance(value, tuple | list) else [value]
+    if not listed or not all(isinstance(item, str) for item in listed):
+        names: list[str] = [".."]  # no name at all
+    else:
+        names = [name.strip() for item in listed for name in item.split(",")]
     # A category becomes part of paths; it must not lead out of the dataset's root.
-    if not isinstance(value, str) or value in (".", "..") or set(value) & set("/\\\0"):
+    if any(name in (".", "..") or set(name) & set("/\\\0") for name in names):
         raise UserError(
             f"config.category={_shown(value)}: expected the name of one folder below "
-            "config.dataset.root, without path separators"
+            "config.dataset.root, without path separators; several with commas between, or all"
         )
-    return value
+    if len(names) > 1 and ("" in names or ALL in names or len(set(names)) < len(names)):
+        raise UserError(
+            f"config.category={_shown(value)}: expected different names with commas between, "
+            "or all alone"
+        )
+    return ",".join(names)
 
 
 def _integer(name: str, value: Any, minimum: int) -> int:
@@ -355,6 +440,31 @@ def _number(name: str, value: Any, *, positive: bool) -> float:
         wanted = "above 0" if positive else "of at least 0"
         raise UserError(f"{name}={_shown(value)}: expected a number {wanted}")
     return float(value)
+
+
+def _within(name: str, value: Any, low: float, high: float) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        wanted = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise UserError(f"{name}={_shown(value)}: expected a number {wanted}")
+    return float(value)
+
+
+def _fraction(name: str, value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < 1:
+        raise UserError(f"{name}={_shown(value)}: expected a number above 0 and below 1")
+    return float(value)
+
+
+def _pooling(value: Any) -> int:
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if not number or value < 1 or value % 2 == 0:
+        raise UserError(
+            f"config.model.pooling={_shown(value)}: expected an odd number of cells, as in 3 "
+            "for a neighbourhood of 3x3; 1 is the cell itself"
+        )
+    return value
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -15,16 +15,17 @@ from ml_collections import config_dict
 
 from padim_jax.errors import UserError
 
-PRESETS = ("anomalib", "seed", "paper")
+PRESETS = ("anomalib", "seed", "paper", "rd")
 
 
 def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
-    """The default configuration in one of three published variants.
+    """The default configuration in one of four published variants.
 
     Args:
       preset: "anomalib" (bilinear 256, no crop), "seed" (nearest 256, crop 224: the
-        PyTorch project Lornatang/PaDiM) or "paper" (bicubic 256, crop 224, bicubic
-        map upsampling).
+        PyTorch project Lornatang/PaDiM), "paper" (bicubic 256, crop 224, bicubic
+        map upsampling) or "rd" (the same with the paper's random rotations and crops:
+        Rd-MVTec AD).
 
     Raises:
       UserError: another preset.
@@ -35,8 +36,12 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
         )
     config = ml_collections.ConfigDict()
 
-    # The folder below dataset.root: one of MVTec AD's fifteen, or your own.
+    # The folder below dataset.root: one of MVTec AD's fifteen, or your own. all, or names
+    # with commas between: one after the other, with a table of them all.
     config.category = "bottle"
+    # Runs of each category, of which model.seed, and image.seed for random crops and
+    # rotations, are 1 higher each time; the table then has means and standard deviations.
+    config.repeats = 1
 
     config.dataset = ml_collections.ConfigDict()
     # Folder layout: mvtec_ad, folder or synthetic (see padim_jax/datasets).
@@ -49,14 +54,26 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # Where packed datasets lie; "" is TensorFlow Datasets' default,
     # $TFDS_DATA_DIR or ~/tensorflow_datasets.
     config.dataset.tfds_dir = ""
+    # At most so many training images, drawn with dataset.seed; 0 takes them all.
+    config.dataset.train_images = 0
+    # Of what is drawn from a dataset: train_images, threshold.held_out, and the split of
+    # datasets that have none.
+    config.dataset.seed = 0
 
     config.image = ml_collections.ConfigDict()
     # Height and width that every image is resized to, whatever its aspect.
     config.image.resize = (256, 256)
     # Pillow's filter: nearest, bilinear, bicubic or lanczos.
     config.image.method = "bilinear"
-    # Height and width of the centre crop after resizing, or None.
+    # Height and width of the crop after resizing, or None.
     config.image.crop = config_dict.placeholder(tuple)
+    # Where it lies: centre, or random (the paper's Rd-MVTec AD; drawn for each image of
+    # training and evaluation with image.seed).
+    config.image.crop_at = "centre"
+    # Each of these images is turned by a random angle of at most so many degrees either
+    # way, before cropping; 0 for none.
+    config.image.rotation = 0.0
+    config.image.seed = 0
     # Per-channel mean and standard deviation (RGB, of values in 0..1) that the
     # backbone was trained with: ImageNet's.
     config.image.mean = (0.485, 0.456, 0.406)
@@ -76,10 +93,18 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     config.model.channels = 100
     # Seed of that draw: random.Random(seed).sample, as in the PyTorch projects.
     config.model.seed = 42
+    # How channels become fewer. random: that draw. none: all are kept, whatever `channels`
+    # says. semi_orthogonal: `channels` random orthonormal mixtures of all (Kim et al. 2021).
+    # pca: the `channels` principal components of the normal patches.
+    config.model.reduction = "random"
+    # Each stage's features averaged over so many cells by so many, an odd number.
+    config.model.pooling = 1
+    # How deeper stages come to the first one's grid: nearest (as published) or bilinear.
+    config.model.upsample = "nearest"
     # Arithmetic of the backbone: float32, tf32 (float32 on CPUs; PyTorch's default
     # on NVIDIA GPUs) or bfloat16. Statistics and distances are always float32.
     config.model.precision = "tf32"
-    # Added to the covariance's diagonal (the paper's epsilon).
+    # Added to the covariance's diagonal (the paper's epsilon); at least 1e-4.
     config.model.regularization = 0.01
     # What is kept of the normal images: moments (mean and covariance), samples (the
     # embeddings themselves, which take less for few images), or auto for the smaller.
@@ -91,6 +116,19 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     config.map.upsample = "bilinear"
     # Standard deviation of the Gaussian blur, in pixels of the input; 0 for none.
     config.map.sigma = 4.0
+
+    # Thresholds from normal images alone, for scores that say how rare they are.
+    config.threshold = ml_collections.ConfigDict()
+    # Which normal images: leave_one_out (each training image as the model without it would
+    # score it), held_out (images that are not fitted: the dataset's validation images, or
+    # where it has none a part of the training images), auto (validation images where there
+    # are any, else leave_one_out) or none.
+    config.threshold.normal = "auto"
+    # The part of the training images that held_out keeps back, where it has to.
+    config.threshold.held_out = 0.2
+    # Of normal images, and of their pixels, this part may be called anomalous.
+    config.threshold.image_rate = 0.01
+    config.threshold.pixel_rate = 0.001
 
     # Images per step, of all devices together; bounds memory, does not change results.
     config.batch_size = 32
@@ -107,6 +145,8 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # Raw anomaly maps, one file an image, float32: none, npy or tiff. --mode=predict
     # always writes them; for none as tiff.
     config.outputs.maps = "none"
+    # report.html: all that an evaluation found, in one page to open.
+    config.outputs.report = True
 
     # What is kept between runs for speed alone; results do not depend on it, and it may
     # be deleted at any time.
@@ -122,8 +162,11 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     if preset == "seed":
         config.image.method = "nearest"
         config.image.crop = (224, 224)
-    elif preset == "paper":
+    elif preset in ("paper", "rd"):
         config.image.method = "bicubic"
         config.image.crop = (224, 224)
         config.map.upsample = "bicubic"
+    if preset == "rd":
+        config.image.rotation = 10.0
+        config.image.crop_at = "random"
     return config

@@ -18,7 +18,7 @@ from padim_jax import defaults, models, paths
 from padim_jax.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-PRESETS = ("anomalib", "seed", "paper")
+PRESETS = ("anomalib", "seed", "paper", "rd")
 
 
 def values(preset="anomalib") -> dict[str, Any]:

@@ -13,20 +13,24 @@ class Record:
     """One image of a dataset and what is known about it.
 
     Attributes:
-      split: "train" (normal images that the model is fitted to) or "test".
+      split: "train" (normal images that the model is fitted to), "validation" (normal
+        images that it is not fitted to, for thresholds) or "test".
       image: path of the image file.
-      mask: path of the ground-truth mask (defect pixels > 127), or None where
-        there is none: for a normal image that means "no defect pixel", for an
-        anomalous one "the defect's place is unknown".
+      mask: where the ground-truth mask is, or None where there is none: for a normal
+        image that means "no defect pixel", for an anomalous one "the defect's place is
+        unknown". An image file, a folder of image files (a pixel is a defect's if one of
+        them says so), or, with `mask_frame`, an .npy file; see `masks`.
       label: 0 normal, 1 anomalous.
       defect_type: "good" for normal images, else the defect's folder name.
       relative_path: POSIX path below the dataset's root; identifies the image in
         tables and file names.
+      mask_frame: of a mask file with one mask for each frame of a video (n, h, w), which.
     """
 
-    split: Literal["train", "test"]
+    split: Literal["train", "validation", "test"]
     image: Path
     mask: Path | None
     label: int
     defect_type: str
     relative_path: str
+    mask_frame: int | None = None
