@@ -11,6 +11,12 @@ Presets, as the config file's argument (every override applies on top):
     configs/mvtec.py:anomalib   bilinear 256, no crop: how the published tables were made
     configs/mvtec.py:seed       nearest 256, centre crop 224: as Lornatang/PaDiM
     configs/mvtec.py:paper      bicubic 256, centre crop 224, bicubic map upsampling
+    configs/mvtec.py:rd         the paper's Rd-MVTec AD: as :paper, with every image of training
+                                and test turned by up to 10 degrees and cropped at random
+
+All categories, one after the other, with a table of them all beside the published numbers:
+
+    python -m padim_jax.main --config=configs/mvtec.py --config.category=all
 
 Every setting, with its default and its meaning: padim_jax/defaults.py.
 """

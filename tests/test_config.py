@@ -87,13 +87,24 @@ def test_settings_arrive_where_they_belong():
     # Two fields swapped on the way would pass every other test.
     settings = {
         "category": "cap nut",
-        "dataset": {"name": "folder", "root": "a/b", "source": "tfds", "tfds_dir": "c"},
+        "repeats": 3,
+        "dataset": {
+            "name": "folder",
+            "root": "a/b",
+            "source": "tfds",
+            "tfds_dir": "c",
+            "train_images": 60,
+            "seed": 8,
+        },
         "image": {
             "resize": [192, 320],
             "method": "lanczos",
             "crop": [160, 256],
             "mean": [0, 0.25, 0.5],
             "std": [1, 2, 3],
+            "rotation": 10,
+            "crop_at": "random",
+            "seed": 9,
         },
         "model": {
             "backbone": "wide_resnet50_2",
@@ -101,14 +112,23 @@ def test_settings_arrive_where_they_belong():
             "weights": "a.npz",
             "channels": 550,
             "seed": 7,
+            "reduction": "pca",
+            "pooling": 3,
+            "upsample": "bilinear",
             "precision": "bfloat16",
             "regularization": 0.5,
             "statistics": "moments",
         },
         "map": {"upsample": "bicubic", "sigma": 2},
+        "threshold": {
+            "normal": "held_out",
+            "held_out": 0.3,
+            "image_rate": 0.05,
+            "pixel_rate": 0.002,
+        },
         "batch_size": 5,
         "train": {"checkpoint_every": 12.5},
-        "outputs": {"figures": "all", "maps": "tiff"},
+        "outputs": {"figures": "all", "maps": "tiff", "report": False},
         "cache": {"dir": "d", "images_gb": 0.5, "compilation": False},
     }
     config = config_lib.validate(settings)
@@ -125,22 +145,27 @@ def test_fields_are_these():
         for name, group in config_lib.to_dict(config_lib.validate(values())).items()
     } == {
         "category": None,
-        "dataset": ["name", "root", "source", "tfds_dir"],
-        "image": ["crop", "mean", "method", "resize", "std"],
+        "repeats": None,
+        "dataset": ["name", "root", "seed", "source", "tfds_dir", "train_images"],
+        "image": ["crop", "crop_at", "mean", "method", "resize", "rotation", "seed", "std"],
         "model": [
             "backbone",
             "channels",
             "layers",
+            "pooling",
             "precision",
+            "reduction",
             "regularization",
             "seed",
             "statistics",
+            "upsample",
             "weights",
         ],
         "map": ["sigma", "upsample"],
+        "threshold": ["held_out", "image_rate", "normal", "pixel_rate"],
         "batch_size": None,
         "train": ["checkpoint_every"],
-        "outputs": ["figures", "maps"],
+        "outputs": ["figures", "maps", "report"],
         "cache": ["compilation", "dir", "images_gb"],
     }
 
@@ -157,6 +182,10 @@ ONE_OF = [
     ("config.model.precision", "float64", ["float32, tf32, bfloat16"]),
     ("config.model.statistics", "sample", ["did you mean 'samples'?", "auto, moments"]),
     ("config.map.upsample", "nearest", ["bilinear, bicubic"]),
+    ("config.image.crop_at", "center", ["did you mean 'centre'?"]),
+    ("config.model.reduction", "PCA", ["random, pca, semi_orthogonal, none"]),
+    ("config.model.upsample", "bicubic", ["nearest, bilinear"]),
+    ("config.threshold.normal", "leave-one-out", ["did you mean 'leave_one_out'?"]),
     ("config.outputs.figures", "many", ["none, some, all"]),
     ("config.outputs.maps", "png", ["none, npy, tiff"]),
 ]
@@ -167,9 +196,20 @@ NUMBERS = [
     ("config.model.channels", 0, ["at least 1"]),
     ("config.model.channels", 100.5, ["whole number"]),
     ("config.model.seed", -1, ["at least 0"]),
-    ("config.model.regularization", 0, ["above 0"]),
-    ("config.model.regularization", -0.01, ["above 0"]),
-    ("config.model.regularization", float("nan"), ["number above 0"]),
+    ("config.model.regularization", 0, ["at least 0.0001"]),
+    ("config.model.regularization", 9e-5, ["at least 0.0001"]),
+    ("config.model.regularization", -0.01, ["at least 0.0001"]),
+    ("config.model.regularization", float("nan"), ["number of at least"]),
+    ("config.model.pooling", 2, ["odd"]),
+    ("config.model.pooling", 0, ["odd"]),
+    ("config.model.pooling", 3.0, ["odd"]),
+    ("config.image.rotation", 181, ["from 0 to 180"]),
+    ("config.image.rotation", -1.0, ["from 0 to 180"]),
+    ("config.repeats", 0, ["at least 1"]),
+    ("config.dataset.train_images", -1, ["at least 0"]),
+    ("config.threshold.held_out", 1, ["above 0 and below 1"]),
+    ("config.threshold.image_rate", 0.0, ["above 0 and below 1"]),
+    ("config.threshold.pixel_rate", "0.1", ["above 0 and below 1"]),
     ("config.map.sigma", -1.0, ["at least 0"]),
     ("config.map.sigma", float("inf"), ["number"]),
     ("config.train.checkpoint_every", -1.0, ["at least 0"]),
@@ -254,8 +294,10 @@ STRANGE = {
 @pytest.mark.parametrize("kind", STRANGE)
 @pytest.mark.parametrize("field", list(leaves(values())))
 def test_a_value_of_a_wrong_type_is_refused(field, kind):
-    if (field, kind) == ("config.cache.compilation", "bool"):
-        assert config_lib.validate(changed(field, STRANGE[kind])).cache.compilation
+    if kind == "bool" and field in ("config.cache.compilation", "config.outputs.report"):
+        _, group, name = field.split(".")
+        config = config_lib.validate(changed(field, STRANGE[kind]))
+        assert getattr(getattr(config, group), name) is STRANGE[kind]
     else:
         assert message_of(changed(field, STRANGE[kind])).startswith(f"{field}=")
 
@@ -390,7 +432,11 @@ def test_mvtec_presets_are_as_its_docstring_says():
         "anomalib": ("bilinear", (256, 256), None, "bilinear"),
         "seed": ("nearest", (256, 256), (224, 224), "bilinear"),
         "paper": ("bicubic", (256, 256), (224, 224), "bicubic"),
+        "rd": ("bicubic", (256, 256), (224, 224), "bicubic"),
     }
+    assert {
+        preset: (c.image.rotation, c.image.crop_at) for preset, c in chosen.items()
+    } == dict.fromkeys(PRESETS, (0.0, "centre")) | {"rd": (10.0, "random")}
     # And all else is common to them, as in the goldens of the PyTorch implementations.
     for config in chosen.values():
         assert (config.model, config.map.sigma) == (
@@ -400,6 +446,9 @@ def test_mvtec_presets_are_as_its_docstring_says():
                 weights="resnet18.tv_in1k",
                 channels=100,
                 seed=42,
+                reduction="random",
+                pooling=1,
+                upsample="nearest",
                 precision="tf32",
                 regularization=0.01,
                 statistics="auto",
@@ -515,3 +564,32 @@ class TestCacheFolder:
             _ = cache.folder
         # As the message says, both are off then.
         assert "--config.cache.images_gb=0" in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["carpet, grid", ["carpet", "grid"], ("carpet,grid",)])
+def test_several_categories_are_one_sweep(given):
+    config = config_lib.validate(changed("config.category", given))
+    assert config.category == "carpet,grid"
+    assert config.is_sweep
+    assert config.title == "mvtec_ad_carpet_grid"
+
+
+def test_what_is_a_sweep():
+    assert not config_lib.validate(values()).is_sweep
+    assert config_lib.validate(changed("config.category", "all")).is_sweep
+    assert config_lib.validate(changed("config.repeats", 2)).is_sweep
+
+
+@pytest.mark.parametrize("given", ["a,a", "a,", "all,a", ["a", ""], [], [1], "a,../b"])
+def test_categories_that_are_no_list_of_names(given):
+    assert message_of(changed("config.category", given)).startswith("config.category=")
+
+
+def test_a_random_crop_needs_a_crop():
+    said = message_of(changed("config.image.crop_at", "random"))
+    assert said.startswith("config.image.crop_at=random")
+
+
+def test_without_a_reduction_all_channels_are_kept():
+    config = config_lib.validate(changed("config.model.reduction", "none"))
+    assert config.model.channels == 448
