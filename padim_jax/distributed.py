@@ -174,6 +174,7 @@ class _Coordinator:
         self._complete = asyncio.Event()
         self._left = False
         self._over: dict[str, Any] | None = None  # why all end
+        self._reserved = _reserve_port()  # for JAX
         # After the reason of an end is sent: the others have read it, or had the time to.
         self.closed = asyncio.Event()
 
@@ -187,6 +188,10 @@ class _Coordinator:
         self._server = await asyncio.start_server(
             _each(self._serve), None, port, limit=_LONGEST_MESSAGE
         )
+
+    def release(self) -> None:
+        """Gives the port for JAX back."""
+        self._reserved.close()
 
     async def run(self, timeout: float) -> None:
         """Waits for all to come, then for signs of life, until cancelled."""
@@ -228,7 +233,7 @@ class _Coordinator:
         self._members[process], self._hosts[process] = link, hello["host"]
         if len(self._members) == self._place.processes:
             self._complete.set()
-            self._broadcast(port=_free_port())
+            self._broadcast(port=self._reserved.getsockname()[1])
         while (message := await link.receive()) is not None:
             if "failed" in message:
                 self._end_of(process, message["failed"], message["code"])
@@ -499,6 +504,8 @@ class _Group:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._coordinator is not None:
+            self._coordinator.release()
         self._link.close()
 
 
@@ -518,6 +525,12 @@ async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> Non
         await sink.drain()
 
 
-def _free_port() -> int:
-    with socket.create_server(("", 0)) as found:
-        return found.getsockname()[1]
+def _reserve_port() -> socket.socket:
+    """A port for JAX, which until the end no other process of this machine is given.
+
+    It is bound and nobody listens: who shares it, as JAX's gRPC does, may bind it again.
+    """
+    found = socket.socket()
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    found.bind(("", 0))
+    return found

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from padim_jax import cluster
+from padim_jax import cluster, distributed
 from padim_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -420,6 +420,16 @@ class TestStart:
                 _, err = process.communicate(timeout=TIMEOUT)
         assert process.returncode == 2
         assert "is not process 0 of a run; choose another port" in err
+
+    def test_the_port_for_jax_is_given_to_nobody_else(self):
+        """Or another process's relay could get it, and be connected with itself."""
+        with distributed._reserve_port() as reserved:
+            address = ("", reserved.getsockname()[1])
+            with pytest.raises(OSError, match="in use"):
+                socket.create_server(address)
+            # As JAX's gRPC does.
+            with socket.create_server(address, reuse_port=True):
+                pass
 
     def test_strangers_do_not_disturb(self, worker: pathlib.Path):
         """Port scanners, and what asks whether a service is up."""
