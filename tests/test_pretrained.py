@@ -12,7 +12,8 @@ import pytest
 import safetensors.numpy
 
 from padim_jax.errors import UserError
-from padim_jax.models import BACKBONES, STAGES, WEIGHTS, pretrained
+from padim_jax.models import BACKBONES, WEIGHTS, ResNetSpec, pretrained
+from padim_jax.models.naming import Convolution
 
 LAYER1 = ("layer1",)
 NAMES = ["conv1", *(f"layer1.{block}.conv{i}" for block in (0, 1) for i in (1, 2))]
@@ -103,7 +104,8 @@ def test_batch_norm_is_folded_into_the_convolution():
         "bn1.running_mean": one,
         "bn1.running_var": (4 - 1e-5) * one,
     }
-    found = pretrained._fold("conv1", tensors)
+    layer = Convolution(("conv1",), (1, 1, 1, 1), "conv1", "bn1")
+    found = pretrained._fold(layer, tensors, epsilon=1e-5)
     np.testing.assert_allclose(found["conv1.weight"], 3, rtol=1e-6)
     np.testing.assert_allclose(found["conv1.bias"], 4, rtol=1e-6)
 
@@ -175,7 +177,7 @@ def test_every_fault_of_a_file_is_named_at_once(tmp_path, unfolded):
 
 def test_a_file_of_another_backbone_is_refused(tmp_path, unfolded):
     path = save(tmp_path / "resnet18.npz", unfolded)
-    message = refusal(path, "wide_resnet50_2", STAGES)
+    message = refusal(path, "wide_resnet50_2", ResNetSpec.stages)
     assert "layer1.0.conv1.weight has shape (64, 64, 3, 3), not (128, 64, 1, 1)" in message
     assert "more" in message  # hundreds are missing
     assert len(message) < 2000

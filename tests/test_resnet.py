@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from padim_jax import models
-from padim_jax.models import BACKBONES, pretrained
+from padim_jax.models import RESNETS, pretrained
 from padim_jax.models.resnet import ResNet
 
 STAGES = ("layer1", "layer2", "layer3")
@@ -22,7 +22,7 @@ STAGES = ("layer1", "layer2", "layer3")
 def features(tensors, backbone, stages, images, precision: models.Precision = "float32"):
     """Feature maps of NHWC images with the given tensors (torchvision's names)."""
     variables = pretrained.convert(tensors, backbone, stages, "test")
-    model = ResNet(BACKBONES[backbone], stages, precision)
+    model = ResNet(RESNETS[backbone], stages, precision)
     return jax.jit(model.apply)(variables, jnp.asarray(images, jnp.float32))
 
 
@@ -39,7 +39,7 @@ def golden(shared):
     return shapes, np.load(folder / "backbones.npz"), array
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", RESNETS)
 def test_equals_torchvision(golden, backbone):
     shapes, outputs, array = golden
     tensors = {
@@ -111,7 +111,7 @@ def reference(tensors, x):
 def unfolded_tensors(backbone, seed):
     """Random tensors of a ResNet up to layer2, under torchvision's names and in its shapes."""
     rng = np.random.default_rng(seed)
-    spec = BACKBONES[backbone]
+    spec = RESNETS[backbone]
     tensors = {}
 
     def add(name, norm, shape):
@@ -168,7 +168,7 @@ def test_real_weights_give_the_features_of_the_pytorch_padim(shared):
     variables, _ = pretrained.load(
         str(shared / "weights" / "resnet18.tv_in1k.folded.npz"), "resnet18", STAGES
     )
-    model = ResNet(BACKBONES["resnet18"], STAGES, "float32")
+    model = ResNet(RESNETS["resnet18"], STAGES, "float32")
     maps = jax.jit(model.apply)(variables, (pixels - mean)[None] / std)
     # layer2 and layer3 nearest-upsampled to layer1's 56x56 grid.
     grid = [
@@ -189,11 +189,11 @@ def test_real_weights_give_the_features_of_the_pytorch_padim(shared):
     ],
 )
 def test_shapes_are_torchvisions(backbone, size, expected):
-    spec = BACKBONES[backbone]
-    model = ResNet(spec, models.STAGES, "float32")
+    spec = RESNETS[backbone]
+    model = ResNet(spec, spec.stages, "float32")
     images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
     found, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
-    channels = [models.stage_channels(spec, stage) for stage in models.STAGES]
+    channels = [spec.channels(stage) for stage in spec.stages]
     assert channels == (
         [64, 128, 256, 512] if backbone == "resnet18" else [256, 512, 1024, 2048]
     )
@@ -215,14 +215,14 @@ def test_stages_come_in_the_order_asked_for_and_nothing_lies_behind_the_cut():
     )
     assert sorted(variables["params"]) == ["conv1", "layer1_0", "layer1_1"]
     # Flax would refuse to apply if it wanted any more parameters than these.
-    model = ResNet(BACKBONES["resnet18"], ("layer1",), "float32")
+    model = ResNet(RESNETS["resnet18"], ("layer1",), "float32")
     alone = model.apply(variables, jnp.asarray(images, jnp.float32))[0]
     np.testing.assert_allclose(alone, layer1, rtol=1e-5, atol=1e-5)
 
 
 def convolutions(precision: models.Precision):
     """The convolutions that are traced, as JAX's equations."""
-    model = ResNet(BACKBONES["resnet18"], ("layer1",), precision)
+    model = ResNet(RESNETS["resnet18"], ("layer1",), precision)
     images = jnp.zeros((1, 32, 32, 3))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     jaxpr = jax.make_jaxpr(model.apply)(variables, images)

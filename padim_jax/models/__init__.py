@@ -6,12 +6,21 @@ before anything heavy is loaded.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
-STAGES = ("layer1", "layer2", "layer3", "layer4")
+# Of every stage whose feature map can be had: pixels of the input to a cell of it.
+STRIDES = {
+    "layer1": 4,
+    "layer2": 8,
+    "layer3": 16,
+    "layer4": 32,
+    "block7": 4,
+    "block20": 16,
+    "block26": 16,
+}
 
-# The stride of layer4: the smallest input whose deepest feature map is a whole cell.
-MIN_INPUT = 32
+# The smallest input whose deepest feature map is a whole cell.
+MIN_INPUT = max(STRIDES.values())
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -21,6 +30,7 @@ class ResNetSpec:
     """One member of the ResNet family (He et al., arXiv 1512.03385, as torchvision has it).
 
     Attributes:
+      stages: names of the feature maps that can be had, the shallowest first.
       block: "basic" is two 3x3 convolutions; "bottleneck" is 1x1, 3x3, 1x1 with the
         stride in the 3x3 (the v1.5 variant) and four times the channels at its end.
       depths: number of blocks in each of the four stages.
@@ -29,12 +39,114 @@ class ResNetSpec:
         number of channels all the same.
     """
 
+    stages: ClassVar = ("layer1", "layer2", "layer3", "layer4")
+
     block: Literal["basic", "bottleneck"]
     depths: tuple[int, int, int, int]
     width: int = 64
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is computed one after the other, behind the stem."""
+        return self.stages
 
-BACKBONES: dict[str, ResNetSpec] = {
+    def channels(self, stage: str) -> int:
+        """Number of channels of a stage's feature map."""
+        expansion = 4 if self.block == "bottleneck" else 1
+        return 64 * 2 ** self.stages.index(stage) * expansion
+
+    def kernels(self, stage: str) -> int:
+        """Roughly how many weights a stage has: those of its blocks' widest kernels."""
+        i = self.stages.index(stage)
+        inner = self.width * 2**i
+        if self.block == "basic":
+            return self.depths[i] * 2 * 9 * inner**2
+        return self.depths[i] * (9 * inner**2 + 2 * inner * self.channels(stage))
+
+
+@dataclasses.dataclass(frozen=True)
+class MBConvSpec:
+    """A mobile inverted bottleneck with squeeze-and-excitation; see `efficientnet.MBConv`.
+
+    Attributes:
+      inputs: channels that come in.
+      outputs: channels that go out.
+      expansion: the depthwise convolution has so many times `inputs` channels; 1 leaves
+        the 1x1 convolution before it out.
+      kernel: height and width of the depthwise convolution.
+      stride: of the depthwise convolution.
+    """
+
+    inputs: int
+    outputs: int
+    expansion: int
+    kernel: int
+    stride: int
+
+    @property
+    def hidden(self) -> int:
+        """Channels of the depthwise convolution."""
+        return self.inputs * self.expansion
+
+    @property
+    def squeezed(self) -> int:
+        """Channels between squeeze and excitation: a quarter of those that come in."""
+        return self.inputs // 4
+
+    @property
+    def residual(self) -> bool:
+        """Whether what comes in is added to what goes out."""
+        return self.stride == 1 and self.inputs == self.outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class EfficientNetSpec:
+    """One EfficientNet (Tan and Le, arXiv 1905.11946, as torchvision has it).
+
+    Attributes:
+      block: the kind of all blocks.
+      stages: names of the feature maps that can be had, the shallowest first: blocks,
+        counted from 0 over all groups.
+      stem: channels of the first convolution.
+      groups: blocks that differ only in where the first one comes from: how many, and
+        their `expansion`, `kernel`, first `stride` and `outputs`.
+    """
+
+    block: ClassVar = "mbconv"
+
+    stages: tuple[str, ...]
+    stem: int
+    groups: tuple[tuple[int, int, int, int, int], ...]
+
+    @property
+    def blocks(self) -> tuple[MBConvSpec, ...]:
+        """All blocks, in the order they are computed."""
+        found, inputs = [], self.stem
+        for depth, expansion, kernel, stride, outputs in self.groups:
+            found.append(MBConvSpec(inputs, outputs, expansion, kernel, stride))
+            found += [MBConvSpec(outputs, outputs, expansion, kernel, 1)] * (depth - 1)
+            inputs = outputs
+        return tuple(found)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is computed one after the other, behind the stem."""
+        return tuple(f"block{i}" for i in range(len(self.blocks)))
+
+    def channels(self, stage: str) -> int:
+        """Number of channels of the feature map of any of `parts`."""
+        return self.blocks[self.parts.index(stage)].outputs
+
+    def kernels(self, stage: str) -> int:
+        """How many weights any of `parts` has, biases aside."""
+        block = self.blocks[self.parts.index(stage)]
+        expand = block.inputs if block.expansion > 1 else 0
+        return block.hidden * (expand + block.kernel**2 + 2 * block.squeezed + block.outputs)
+
+
+Spec = ResNetSpec | EfficientNetSpec
+
+RESNETS: dict[str, ResNetSpec] = {
     "resnet18": ResNetSpec("basic", (2, 2, 2, 2)),
     "resnet34": ResNetSpec("basic", (3, 4, 6, 3)),
     "resnet50": ResNetSpec("bottleneck", (3, 4, 6, 3)),
@@ -44,9 +156,29 @@ BACKBONES: dict[str, ResNetSpec] = {
     "wide_resnet101_2": ResNetSpec("bottleneck", (3, 4, 23, 3), width=128),
 }
 
-# Weights that can be had by name: torchvision's, as timm re-published them in the
-# Hugging Face hub under `timm/<name>`; tv is torchvision's V1, tv2 its V2 training
-# recipe. See third_party/pretrained_weights.md for where they come from and their terms.
+EFFICIENTNETS: dict[str, EfficientNetSpec] = {
+    # Width 1.6, depth 2.2; the stages that the PaDiM paper takes.
+    "efficientnet_b5": EfficientNetSpec(
+        stages=("block7", "block20", "block26"),
+        stem=48,
+        groups=(
+            (3, 1, 3, 1, 24),
+            (5, 6, 3, 2, 40),
+            (5, 6, 5, 2, 64),
+            (7, 6, 3, 2, 128),
+            (7, 6, 5, 1, 176),
+            (9, 6, 5, 2, 304),
+            (3, 6, 3, 1, 512),
+        ),
+    ),
+}
+
+BACKBONES: dict[str, Spec] = {**RESNETS, **EFFICIENTNETS}
+
+# Weights that can be had by name from the Hugging Face hub, under `timm/<name>`: of the
+# ResNets torchvision's, as timm re-published them (tv is torchvision's V1, tv2 its V2
+# training recipe), of EfficientNet-B5 timm's own. See third_party/pretrained_weights.md for
+# where they come from and their terms.
 WEIGHTS: dict[str, tuple[str, ...]] = {
     "resnet18": ("resnet18.tv_in1k",),
     "resnet34": ("resnet34.tv_in1k",),
@@ -55,6 +187,7 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
     "resnet152": ("resnet152.tv_in1k", "resnet152.tv2_in1k"),
     "wide_resnet50_2": ("wide_resnet50_2.tv_in1k", "wide_resnet50_2.tv2_in1k"),
     "wide_resnet101_2": ("wide_resnet101_2.tv_in1k", "wide_resnet101_2.tv2_in1k"),
+    "efficientnet_b5": ("efficientnet_b5.sw_in12k_ft_in1k",),
 }
 
 RANDOM_WEIGHTS = "random"
@@ -63,12 +196,6 @@ RANDOM_WEIGHTS = "random"
 WEIGHT_FILES = (".safetensors", ".npz", ".pth", ".pt")
 
 
-def stage_channels(spec: ResNetSpec, stage: str) -> int:
-    """Number of channels of the feature map of one of `STAGES`."""
-    expansion = 4 if spec.block == "bottleneck" else 1
-    return 64 * 2 ** STAGES.index(stage) * expansion
-
-
-def stages_to_compute(stages: Sequence[str]) -> tuple[str, ...]:
-    """The stages from the first to the deepest of `stages`, in the order they are computed."""
-    return STAGES[: max(STAGES.index(stage) for stage in stages) + 1]
+def parts_to_compute(spec: Spec, stages: Sequence[str]) -> tuple[str, ...]:
+    """The parts from the first to the deepest of `stages`, in the order they are computed."""
+    return spec.parts[: max(spec.parts.index(stage) for stage in stages) + 1]

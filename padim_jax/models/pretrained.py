@@ -9,26 +9,24 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from padim_jax.errors import UserError
 from padim_jax.models import (
     BACKBONES,
-    MIN_INPUT,
     RANDOM_WEIGHTS,
-    STAGES,
     WEIGHTS,
     ResNetSpec,
-    stages_to_compute,
+    Spec,
+    naming,
+    parts_to_compute,
 )
-from padim_jax.models.resnet import ResNet
+from padim_jax.models.naming import Convolution
 
-Tensors = dict[str, np.ndarray]  # by torchvision's names, convolutions OIHW
+Tensors = dict[str, np.ndarray]  # by a file's names, convolutions OIHW
 Variables = dict[str, Any]
 
-BATCH_NORM_EPSILON = 1e-5  # torch.nn.BatchNorm2d's default, which all these networks use
 HUB_FILE = "model.safetensors"
 RANDOM_ORIGIN = "random (not ImageNet: for trying the program out)"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -57,13 +55,13 @@ def load(
     Args:
       name_or_path: a name from `padim_jax.models.WEIGHTS` (downloaded from the Hugging
         Face hub once, then taken from its cache), a `.safetensors`, `.npz`, `.pth` or
-        `.pt` file with torchvision's tensor names (with batch norm, or with batch norm
-        already folded into each convolution's weight and bias), or "random".
+        `.pt` file with torchvision's or timm's tensor names (with batch norm, or with
+        batch norm already folded into each convolution's weight and bias), or "random".
       backbone: a key of `padim_jax.models.BACKBONES`.
-      stages: stages in use, of `padim_jax.models.STAGES`.
+      stages: stages in use, of the backbone's.
 
     Returns:
-      `{"params": ...}` for `ResNet.apply`, float32 NumPy arrays (put them on devices
+      `{"params": ...}` for the network's `apply`, float32 NumPy arrays (put them on devices
       once, not at each call), and what identifies the weights.
 
     Raises:
@@ -71,11 +69,14 @@ def load(
         read, or its tensors are not exactly what the backbone needs.
     """
     if name_or_path == RANDOM_WEIGHTS:
-        tensors = _random(_convolutions(backbone, stages), BACKBONES[backbone])
+        named = _used(
+            naming.convolutions(backbone, naming.namings(backbone)[0]), backbone, stages
+        )
+        tensors = _random(named, BACKBONES[backbone])
         digest = hashlib.sha256()
         for name in sorted(tensors):
             digest.update(tensors[name].tobytes())
-        return _variables(tensors), WeightsIdentity(RANDOM_ORIGIN, digest.hexdigest())
+        return _variables(tensors, named), WeightsIdentity(RANDOM_ORIGIN, digest.hexdigest())
     if any(name_or_path in names for names in WEIGHTS.values()):
         if name_or_path not in WEIGHTS[backbone]:
             raise UserError(_expectation(name_or_path, backbone, "belongs to another backbone"))
@@ -91,37 +92,35 @@ def load(
 
 
 def convert(tensors: Tensors, backbone: str, stages: tuple[str, ...], source: str) -> Variables:
-    """Checks tensors by torchvision's names and makes variables of them.
+    """Checks the tensors of a weights file and makes variables of them.
 
     Args:
-      tensors: what a weights file holds: convolutions (OIHW) each with its batch norm, or
-        each with batch norm already folded into weight and bias; decided from all names.
-        Float16, bfloat16, float32 or float64.
+      tensors: what a weights file holds, by torchvision's names or timm's (decided by which
+        more are there of): convolutions (OIHW) each with its batch norm, or each with
+        batch norm already folded into weight and bias; decided from all names. Float16,
+        bfloat16, float32 or float64.
       backbone: a key of `padim_jax.models.BACKBONES`.
       stages: stages in use; tensors behind the deepest may be there and are left out.
       source: where the tensors are from, as an error message begins.
 
     Returns:
-      `{"params": ...}` for `ResNet.apply`: kernels (HWIO) and biases, float32.
+      `{"params": ...}` for the network's `apply`: kernels (HWIO) and biases, float32.
 
     Raises:
       UserError: names every tensor that is missing, unexpected, set twice, of the wrong
         shape or dtype, or not finite.
     """
-    network = _convolutions(backbone, STAGES)
-    computed = ("conv1", *stages_to_compute(stages))
-    used = {name: shape for name, shape in network.items() if name.split(".")[0] in computed}
-    biases = _expected(network, folded=True).keys() - _expected(network, folded=False).keys()
-    norms = _expected(network, folded=False).keys() - _expected(network, folded=True).keys()
-    folded = norms.isdisjoint(tensors)
+    origin, network = _recognise(tensors, backbone)
+    used = _used(network, backbone, stages)
+    biases = {f"{layer.name}.bias" for layer in network if layer.norm}
+    folded = (_expected(network, False).keys() - _expected(network, True)).isdisjoint(tensors)
     expected = _expected(used, folded)
     # What lies behind the cut may be there; batch norm's counters serve training only,
     # and torchvision's oldest files have none.
-    allowed = {*_expected(network, folded), "fc.weight", "fc.bias"}
+    allowed = _expected(network, folded).keys() | origin.behind(folded)
     if not folded:
-        allowed |= biases | {
-            f"{_batch_norm_name(name)}.num_batches_tracked" for name in network
-        }
+        norms = [layer.norm for layer in network] + [norm for _, norm in origin.head]
+        allowed |= biases | {f"{norm}.num_batches_tracked" for norm in norms if norm}
     problems = {
         "missing": [name for name in expected if name not in tensors],
         "set twice, by batch norm too": [
@@ -136,18 +135,43 @@ def convert(tensors: Tensors, backbone: str, stages: tuple[str, ...], source: st
     }
     if any(problems.values()):
         layout = "batch norm folded, as it holds none" if folded else "with batch norm"
+        known = " or ".join(f"{found.origin}'s" for found in naming.namings(backbone))
         raise UserError(
             f"{source} does not hold what {backbone} needs up to "
-            f"{stages_to_compute(stages)[-1]} (read as {layout}).\n"
+            f"{parts_to_compute(BACKBONES[backbone], stages)[-1]} (read as {layout}, by "
+            f"{origin.origin}'s names).\n"
             + "".join(
                 f"  {kind}: {_some(found)}\n" for kind, found in problems.items() if found
             )
-            + f"Expected torchvision's names and shapes; is the file of a {backbone}, "
+            + f"Expected {known} names and shapes; is it a file of {backbone}, "
             "as config.model.backbone says?"
         )
-    if folded:
-        return _variables({name: np.asarray(tensors[name], np.float32) for name in expected})
-    return _variables({k: v for name in used for k, v in _fold(name, tensors).items()})
+    values = {}
+    for layer in used:
+        if folded or layer.norm is None:
+            for name in layer.tensors(folded):
+                values[name] = np.asarray(tensors[name], np.float32)
+        else:
+            values |= _fold(layer, tensors, origin.epsilon)
+    return _variables(values, used)
+
+
+def _recognise(tensors: Tensors, backbone: str) -> tuple[naming.Naming, list[Convolution]]:
+    """Whose names the tensors have, and the whole network by them."""
+    found = [
+        (origin, naming.convolutions(backbone, origin)) for origin in naming.namings(backbone)
+    ]
+    return max(found, key=lambda x: sum(f"{layer.name}.weight" in tensors for layer in x[1]))
+
+
+def _used(
+    network: Sequence[Convolution], backbone: str, stages: Sequence[str]
+) -> list[Convolution]:
+    """The convolutions up to the deepest stage in use."""
+    spec = BACKBONES[backbone]
+    behind = set(spec.parts) - set(parts_to_compute(spec, stages))
+    # A ResNet's parts have several blocks: layer1_0, layer1_1.
+    return [layer for layer in network if layer.path[0].split("_")[0] not in behind]
 
 
 def _expectation(found: str, backbone: str, problem: str) -> str:
@@ -270,53 +294,9 @@ READERS = {  # of models.WEIGHT_FILES
 }
 
 
-def _convolutions(backbone: str, stages: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Names (torchvision's) and OIHW kernel shapes of all convolutions up to the cut."""
-    model = ResNet(BACKBONES[backbone], tuple(stages), "float32")
-    params = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.zeros((1, MIN_INPUT, MIN_INPUT, 3)))
-    )["params"]
-    shapes = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        *modules, parameter = (key.key for key in path)
-        if parameter == "kernel":
-            height, width, inputs, outputs = leaf.shape
-            shapes[_convolution_name(modules)] = (outputs, inputs, height, width)
-    return shapes
-
-
-def _convolution_name(modules: Sequence[str]) -> str:
-    """From Flax to torchvision, e.g. layer2_0/downsample to layer2.0.downsample.0."""
-    name = ".".join(modules).replace("_", ".")
-    return f"{name}.0" if name.endswith("downsample") else name
-
-
-def _module_path(convolution: str) -> list[str]:
-    """The inverse of `_convolution_name`."""
-    parts = convolution.split(".")
-    return parts if len(parts) == 1 else [f"{parts[0]}_{parts[1]}", parts[2]]
-
-
-def _batch_norm_name(convolution: str) -> str:
-    """The batch norm after a convolution: conv2 -> bn2, downsample.0 -> downsample.1."""
-    if convolution.endswith("downsample.0"):
-        return convolution[:-1] + "1"
-    return convolution.replace("conv", "bn")
-
-
-def _expected(
-    convolutions: Mapping[str, tuple[int, ...]], folded: bool
-) -> dict[str, tuple[int, ...]]:
+def _expected(network: Sequence[Convolution], folded: bool) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that a file has to hold for these convolutions."""
-    shapes = {}
-    for name, shape in convolutions.items():
-        shapes[f"{name}.weight"] = shape
-        if folded:
-            shapes[f"{name}.bias"] = shape[:1]
-        else:
-            for part in ("weight", "bias", "running_mean", "running_var"):
-                shapes[f"{_batch_norm_name(name)}.{part}"] = shape[:1]
-    return shapes
+    return {k: v for layer in network for k, v in layer.tensors(folded).items()}
 
 
 def _some(names: Sequence[str]) -> str:
@@ -337,57 +317,68 @@ def _problem(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _fold(convolution: str, tensors: Tensors) -> Tensors:
+def _fold(layer: Convolution, tensors: Tensors, epsilon: float) -> Tensors:
     """Folds batch norm into the convolution before it.
 
     gamma (w * x - mean) / sqrt(var + eps) + beta = (s w) * x + (beta - s mean) with
     s = gamma / sqrt(var + eps), in float64.
     """
-    norm = _batch_norm_name(convolution)
     gamma, beta, mean, variance = (
-        tensors[f"{norm}.{part}"].astype(np.float64)
+        tensors[f"{layer.norm}.{part}"].astype(np.float64)
         for part in ("weight", "bias", "running_mean", "running_var")
     )
-    scale = gamma / np.sqrt(variance + BATCH_NORM_EPSILON)
-    weight = tensors[f"{convolution}.weight"].astype(np.float64)
+    scale = gamma / np.sqrt(variance + epsilon)
+    weight = tensors[f"{layer.name}.weight"].astype(np.float64)
     return {
-        f"{convolution}.weight": (weight * scale[:, None, None, None]).astype(np.float32),
-        f"{convolution}.bias": (beta - mean * scale).astype(np.float32),
+        f"{layer.name}.weight": (weight * scale[:, None, None, None]).astype(np.float32),
+        f"{layer.name}.bias": (beta - mean * scale).astype(np.float32),
     }
 
 
-def _random(convolutions: Mapping[str, tuple[int, ...]], spec: ResNetSpec) -> Tensors:
-    """He-normal weights (fan-in), zero biases, residual branches scaled by blocks ** -0.5.
-
-    Without that scale and without batch norm's statistics, activations would double at
-    each block: to 1e7 in a resnet152, past what a float32 covariance can hold.
+def _random(network: Sequence[Convolution], spec: Spec) -> Tensors:
+    """Normal weights that keep the scale of activations, zero biases.
 
     Each tensor has a generator of its own, seeded by its name, so that it is the same
     wherever the network is cut.
     """
-    last = "conv2" if spec.block == "basic" else "conv3"
     tensors = {}
-    for name, (outputs, inputs, height, width) in convolutions.items():
-        rng = np.random.default_rng(zlib.crc32(f"{name}.weight".encode()))
-        weight = rng.standard_normal((outputs, inputs, height, width), np.float32)
-        scale = np.sqrt(2 / (inputs * height * width))
-        if name.endswith(last):
-            scale /= np.sqrt(sum(spec.depths))
-        tensors[f"{name}.weight"] = weight * np.float32(scale)
-        tensors[f"{name}.bias"] = np.zeros(outputs, np.float32)
+    for layer in network:
+        rng = np.random.default_rng(zlib.crc32(f"{layer.name}.weight".encode()))
+        weight = rng.standard_normal(layer.shape, np.float32)
+        scale = np.sqrt(_gain(layer.path, spec) / np.prod(layer.shape[1:]))
+        tensors[f"{layer.name}.weight"] = weight * np.float32(scale)
+        tensors[f"{layer.name}.bias"] = np.zeros(layer.shape[0], np.float32)
     return {name: tensor.astype("<f4") for name, tensor in tensors.items()}
 
 
-def _variables(tensors: Tensors) -> Variables:
-    """Folded tensors by torchvision's names, OIHW -> Flax's nested parameters, HWIO."""
+def _gain(path: Sequence[str], spec: Spec) -> float:
+    """Variance of random weights times fan-in.
+
+    One over the mean square of what comes in, for outputs of variance 1: 2 behind a ReLU
+    (He et al., arXiv 1502.01852), 2.8 behind a SiLU. Excitation is around 1/2 of it.
+    Residual branches are scaled by blocks ** -0.5: without that, and without batch norm's
+    statistics, activations would double at each block, to 1e7 in a resnet152, past what
+    a float32 covariance can hold.
+    """
+    if isinstance(spec, ResNetSpec):
+        last = "conv2" if spec.block == "basic" else "conv3"
+        return 2 / sum(spec.depths) if path[-1] == last else 2.0
+    if path[-1] == "depthwise":
+        return 2.8
+    if path[-1] != "project":
+        return 1.0
+    block = spec.blocks[spec.parts.index(path[0])]
+    return 4 * 2.8 / (len(spec.blocks) if block.residual else 1)
+
+
+def _variables(tensors: Tensors, network: Sequence[Convolution]) -> Variables:
+    """Folded tensors by a file's names, OIHW -> the network's nested parameters, HWIO."""
     params: dict[str, Any] = {}
-    for key, tensor in tensors.items():
-        convolution, _, part = key.rpartition(".")
+    for layer in network:
         module = params
-        for name in _module_path(convolution):
+        for name in layer.path:
             module = module.setdefault(name, {})
-        if part == "weight":
-            module["kernel"] = np.ascontiguousarray(tensor.transpose(2, 3, 1, 0))
-        else:
-            module["bias"] = tensor
+        weight = tensors[f"{layer.name}.weight"]
+        module["kernel"] = np.ascontiguousarray(weight.transpose(2, 3, 1, 0))
+        module["bias"] = tensors[f"{layer.name}.bias"]
     return {"params": params}

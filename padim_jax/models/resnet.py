@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from padim_jax.models import STAGES, Precision, ResNetSpec, stage_channels, stages_to_compute
+from padim_jax.models import Precision, ResNetSpec, parts_to_compute
 
 # Layout and formulation were measured on XLA's CPU backend (ResNet-18 to layer3, 4 cores):
 # NHWC convolutions run 20 % faster than NCHW, near the machine's peak; 1x1 convolutions
@@ -81,15 +81,15 @@ class ResNet(nn.Module):
 
     Parameters are named as torchvision names its tensors, `layer2.0.conv1.weight` being
     `params["layer2_0"]["conv1"]["kernel"]` (HWIO) and `layer2.0.downsample.0.weight`
-    `params["layer2_0"]["downsample"]["kernel"]`; see `pretrained.load`. Stages behind
-    the cut have no parameters.
+    `params["layer2_0"]["downsample"]["kernel"]`; see `naming`. Stages behind the cut
+    have no parameters.
 
     Padding is torchvision's, never 'SAME': with stride 2 that pads even sizes by one less
     at the top and the left, which shifts every feature map.
 
     Attributes:
       spec: which ResNet.
-      stages: stages to return, of `padim_jax.models.STAGES`.
+      stages: stages to return, of `spec.stages`.
       precision: of the convolutions. "float32" is full precision everywhere; "tf32" is
         what PyTorch does by default: TF32 products on NVIDIA GPUs (float32 on CPUs);
         "bfloat16" computes and keeps everything in bfloat16 on the way.
@@ -131,9 +131,8 @@ class ResNet(nn.Module):
             x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding=(no, one, one, no)
         )
         maps = {}
-        for stage in stages_to_compute(self.stages):
-            i = STAGES.index(stage)
-            channels = stage_channels(self.spec, stage)
+        for i, stage in enumerate(parts_to_compute(self.spec, self.stages)):
+            channels = self.spec.channels(stage)
             for j in range(self.spec.depths[i]):
                 stride = 2 if i > 0 and j == 0 else 1
                 name = f"{stage}_{j}"
