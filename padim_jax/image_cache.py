@@ -29,7 +29,7 @@ from PIL import features
 from padim_jax.config import CacheConfig, ImageConfig
 
 # To be raised when the same sources and settings give other pixels or another file.
-_FORMAT = 1
+_FORMAT = 2
 # Two builds of one Pillow may bring different decoders. The lossless ones have no choice.
 _DECODERS = ("jpg", "libjpeg_turbo", "jpg_2000", "libtiff", "webp", "avif")
 _VERSIONS = [PIL.__version__, *(features.version(name) for name in _DECODERS)]
@@ -81,6 +81,11 @@ class ImageCache:
         self._lock = threading.Lock()
         self._room = 0  # bytes that may be written before the folder is listed again
         self._writable = True
+
+    @property
+    def limit(self) -> int:
+        """Bytes that all entries may take."""
+        return self._limit
 
     def get(self, key: str) -> Decoded | None:
         """What was put under this key, if it is still there and intact."""
@@ -151,7 +156,9 @@ def open_cache(config: CacheConfig) -> ImageCache | None:
     return ImageCache(folder, limit)
 
 
-def entry_key(image: bytes, mask: bytes | None, config: ImageConfig) -> str:
+def entry_key(
+    image: bytes, mask: bytes | None, config: ImageConfig, view: tuple[float, int, int]
+) -> str:
     """A name for what decoding gives: the same for the same input, and for no other.
 
     SHA-256, because CPUs have instructions for it: with them it was the fastest of
@@ -161,9 +168,11 @@ def entry_key(image: bytes, mask: bytes | None, config: ImageConfig) -> str:
       image: the source file's bytes.
       mask: the mask file's bytes, or None.
       config: the preprocessing.
+      view: what is seen of the resized image: angle, top and left of the crop.
     """
     sizes = [len(image), None if mask is None else len(mask)]
-    pixels = [config.resize, config.method, config.crop]  # mean and std come later
+    # Mean and std come later; of what is drawn only the outcome counts.
+    pixels = [config.resize, config.method, config.crop, view]
     digest = hashlib.sha256(json.dumps([_FORMAT, _VERSIONS, pixels, sizes]).encode())
     digest.update(image)
     digest.update(mask or b"")

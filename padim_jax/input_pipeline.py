@@ -4,23 +4,30 @@ Pixels leave this module exactly as Pillow makes them; normalisation happens on 
 device (see `detector`). Decoding runs in Grain's threads, which Pillow leaves free
 of Python's lock, in a deterministic order. What they made of a file in an earlier run
 comes from a cache, if one is given.
+
+The images of a dataset may be seen in random views (`view`), their masks in the same ones;
+an image keeps its label even if the crop leaves its defect out.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
-import io
 import os
 import pathlib
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from jaxtyping import Bool, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from padim_jax import image_cache, paths
 from padim_jax.config import ImageConfig
+from padim_jax.datasets import masks
+from padim_jax.datasets.decoding import open_image
 from padim_jax.datasets.files import read_file
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
@@ -32,10 +39,21 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-# Pillow's modes of 8 bits a channel or less. Deeper ones would be clipped (grey: I;16,
-# I, F) or lose their low bytes (colour, which it calls RGB all the same), and no one
-# would notice.
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+# Pillow turns images with no other filter.
+_TURNING = {**_FILTERS, "lanczos": Image.Resampling.BICUBIC}
+
+
+class View(NamedTuple):
+    """What is seen of a resized image.
+
+    Attributes:
+      angle: degrees that it is turned by about its centre, counter-clockwise.
+      top, left: where the crop begins, in pixels of the turned image.
+    """
+
+    angle: float
+    top: int
+    left: int
 
 
 @runtime_checkable  # the tests check argument types at run time
@@ -59,13 +77,13 @@ class FolderSource:
     records: Sequence[Record]
 
     def read(self, index: int) -> tuple[bytes, bytes | None]:
-        """The bytes of the image's and the mask's file.
+        """The encoded image of `records[index]` and its mask's; see `masks.read`.
 
         Raises:
           UserError: a file cannot be read.
         """
         record = self.records[index]
-        return read_file(record.image), record.mask and read_file(record.mask)
+        return read_file(record.image), masks.read(record)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +144,8 @@ def batches(
 
     Args:
       source: the images.
-      config: resizing and cropping.
+      config: resizing and what is seen then (see `view`; new images, which are no dataset's,
+        are given with `centred(config)`).
       batch_size: images a batch of all processes, padding included; a multiple of their
         number.
       cache: where decoded images are kept from run to run; None decodes each.
@@ -168,6 +187,37 @@ def load_image(
     return _load(source, config, index, cache).image
 
 
+def warm(source: Source, config: ImageConfig, cache: ImageCache, stop: threading.Event) -> None:
+    """Decodes a dataset into the cache, for `batches` to find there later.
+
+    Meant for a thread in the background: it takes little of the processor while others want
+    it, and no more than half of the cache, so that what they use stays. An image that cannot
+    be read is left out here, for `batches` to report.
+
+    Args:
+      source: the images, taken from the first on.
+      config: as for `batches`.
+      cache: filled.
+      stop: once set, this returns as soon as the images in hand are decoded.
+    """
+    height, width = config.size
+    end = min(len(source.records), cache.limit // 2 // (3 * height * width))
+    threads = max(1, _threads() // 4)
+
+    def work(first: int) -> None:
+        _yield_to_others()
+        for index in range(first, end, threads):
+            if stop.is_set():
+                return
+            try:
+                _load(source, config, index, cache)
+            except UserError:
+                continue
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
+
+
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """Reads and decodes one image file to RGB; see `decode`.
 
@@ -182,8 +232,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 def decode(data: bytes, name: str) -> Image.Image:
     """Decodes an image file to RGB.
 
-    Alpha is dropped, palettes and grey levels are expanded, of an animation the first
-    frame is taken; an EXIF orientation is not applied, as in the PyTorch projects.
+    Alpha is dropped, palettes and grey levels are expanded; else see `open_image`.
 
     Args:
       data: the file's bytes.
@@ -192,12 +241,54 @@ def decode(data: bytes, name: str) -> Image.Image:
     Raises:
       UserError: not an image, a broken one, or one deeper than 8 bits a channel.
     """
-    return _open(data, name).convert("RGB")
+    return open_image(data, name).convert("RGB")
 
 
-def preprocess(image: Image.Image, config: ImageConfig) -> UInt8[np.ndarray, "h w 3"]:
-    """Resizes and centre-crops, as torchvision does on Pillow images."""
-    return np.asarray(_resize_crop(image, config, _FILTERS[config.method]))
+def preprocess(
+    image: Image.Image, config: ImageConfig, view: View | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Resizes, turns and crops, as torchvision does on Pillow images.
+
+    Args:
+      image: RGB, of any size.
+      config: the sizes, and the filter for resizing and turning (bicubic for turning where
+        that is lanczos).
+      view: what is seen; None is the centre, unturned, whatever `config` says.
+    """
+    view = view or _centre(config)
+    method = config.method
+    return np.asarray(_resize_crop(image, config, view, _FILTERS[method], _TURNING[method]))
+
+
+def view(config: ImageConfig, name: str) -> View:
+    """What is seen of an image of a dataset: Rd-MVTec AD (PaDiM, section IV-A).
+
+    The angle is uniform in [-rotation, rotation], the crop's corner among all places in the
+    resized image (with `crop_at` random; else it is the centre). Both are drawn by hashing:
+    they depend on seed and name alone, not on order, process or library.
+
+    Args:
+      config: how much is drawn, and the seed.
+      name: a record's `relative_path`.
+    """
+    angle, top, left = _centre(config)
+    # File names may hold bytes that are no text.
+    text = f"{config.seed} {name}".encode(errors="surrogateescape")
+    digest = hashlib.sha256(text).digest()
+    # Of 53 bits, so that none is rounded up to 1.
+    draws = [(int.from_bytes(digest[i : i + 8], "little") >> 11) / 2**53 for i in (0, 8, 16)]
+    if config.rotation:
+        angle = config.rotation * (2 * draws[0] - 1)
+    if config.crop_at == "random":
+        (height, width), (crop_height, crop_width) = config.resize, config.size
+        top = int(draws[1] * (height - crop_height + 1))
+        left = int(draws[2] * (width - crop_width + 1))
+    return View(angle, top, left)
+
+
+def centred(config: ImageConfig) -> ImageConfig:
+    """The same without random views: for new images, which are in no dataset."""
+    return dataclasses.replace(config, rotation=0.0, crop_at="centre", seed=0)
 
 
 def _load(
@@ -205,13 +296,14 @@ def _load(
 ) -> _Example:
     record = source.records[index]
     image, mask = source.read(index)
+    seen = view(config, record.relative_path)
     if cache is None:
-        decoded = _decode(record, image, mask, config)
+        decoded = _decode(record, image, mask, config, seen)
     else:
-        key = image_cache.entry_key(image, mask, config)
+        key = image_cache.entry_key(image, mask, config, seen)
         decoded = cache.get(key)
         if decoded is None:
-            decoded = _decode(record, image, mask, config)
+            decoded = _decode(record, image, mask, config, seen)
             cache.put(key, decoded)
     defect = decoded.mask
     if mask is None and record.label == 0:
@@ -221,57 +313,46 @@ def _load(
 
 
 def _decode(
-    record: Record, image_bytes: bytes, mask_bytes: bytes | None, config: ImageConfig
+    record: Record,
+    image_bytes: bytes,
+    mask_bytes: bytes | None,
+    config: ImageConfig,
+    seen: View,
 ) -> Decoded:
     image = decode(image_bytes, str(record.image))
     mask = None
     if mask_bytes is not None:
-        mask_image = _open(mask_bytes, str(record.mask)).convert("L")
+        defect = masks.decode(mask_bytes, str(record.mask))
+        mask_image = Image.fromarray(defect.astype(np.uint8))
         if mask_image.size != image.size:
             raise UserError(
                 f"{record.mask}: a mask of {_size_text(mask_image)} pixels for the image "
                 f"{record.image} of {_size_text(image)}; expected equal sizes"
             )
-        brightest = int(np.asarray(mask_image).max())
-        if 0 < brightest <= 127:
-            raise UserError(
-                f"{record.mask}: a mask of values up to {brightest}; expected defect pixels "
-                "above 127 (255, usually) and all others 0"
-            )
-        mask = np.asarray(_resize_crop(mask_image, config, Image.Resampling.NEAREST)) > 127
-    return Decoded(preprocess(image, config), mask, (image.height, image.width))
-
-
-def _open(data: bytes, name: str) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data))
-        encoding = str(image.tile)  # names the file's own depth; gone after load()
-        image.load()
-    except UnidentifiedImageError as error:
-        raise UserError(f"{name}: not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow raises SyntaxError and ValueError for some broken files.
-        raise UserError(f"{name}: the image cannot be decoded: {error}") from error
-    if image.mode not in _MODES or ";16" in encoding:
-        raise UserError(
-            f"{name}: more than 8 bits a channel (Pillow mode {image.mode}); convert it to "
-            "8-bit grey or RGB first"
-        )
-    # Transparency is dropped; Pillow would warn that a palette's is.
-    image.info.pop("transparency", None)
-    return image
+        nearest = Image.Resampling.NEAREST
+        mask = np.asarray(_resize_crop(mask_image, config, seen, nearest, nearest)) > 0
+    return Decoded(preprocess(image, config, seen), mask, (image.height, image.width))
 
 
 def _resize_crop(
-    image: Image.Image, config: ImageConfig, resample: Image.Resampling
+    image: Image.Image,
+    config: ImageConfig,
+    seen: View,
+    resize_by: Image.Resampling,
+    turn_by: Image.Resampling,
 ) -> Image.Image:
     height, width = config.resize
-    image = image.resize((width, height), resample)
+    image = image.resize((width, height), resize_by)
+    if seen.angle:
+        image = image.rotate(seen.angle, turn_by)  # the corners become black
     if config.crop is None:
         return image
     crop_height, crop_width = config.crop
-    top, left = crop_offset(config)
-    return image.crop((left, top, left + crop_width, top + crop_height))
+    return image.crop((seen.left, seen.top, seen.left + crop_width, seen.top + crop_height))
+
+
+def _centre(config: ImageConfig) -> View:
+    return View(0.0, *crop_offset(config))
 
 
 def crop_offset(config: ImageConfig) -> tuple[int, int]:
@@ -306,3 +387,9 @@ def _size_text(image: Image.Image) -> str:
 
 def _threads() -> int:
     return min(32, os.cpu_count() or 1)
+
+
+def _yield_to_others() -> None:
+    """Lowers the priority of this thread alone, for good."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -1,49 +1,16 @@
 """Folder layouts -> records, on small made trees and on MVTec AD's bottle."""
 
 import collections
-import pathlib
 import re
 import shutil
 
-import numpy as np
 import pytest
-from PIL import Image
+from trees import fails, listing, rows, write
 
 from padim_jax.datasets import LAYOUTS
 from padim_jax.datasets.folder import folder
 from padim_jax.datasets.mvtec_ad import mvtec_ad
 from padim_jax.errors import UserError
-
-
-def write(root: pathlib.Path, *names: str) -> None:
-    """Writes a small image under each name below `root`."""
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path, format="PNG")
-
-
-def listing(root: pathlib.Path) -> dict[str, int]:
-    """Every path below `root` with its time of change."""
-    return {str(path): path.stat().st_mtime_ns for path in root.rglob("*")}
-
-
-def rows(records):
-    """(split, type, label, relative path, mask's name) of each record."""
-    return [
-        (r.split, r.defect_type, r.label, r.relative_path, r.mask and r.mask.name)
-        for r in records
-    ]
-
-
-def fails(expected, function, *arguments):
-    """Checks that a one-line UserError contains each of the expected texts."""
-    with pytest.raises(UserError) as caught:
-        function(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    for text in expected:
-        assert str(text) in message
 
 
 @pytest.fixture
@@ -89,7 +56,7 @@ def test_mvtec_ad_lists_splits_types_and_masks_in_order(mvtec):
 def test_hidden_and_other_files_are_no_images(tmp_path, layout):
     test = {"mvtec_ad": "test", "folder": "val"}[layout]
     write(tmp_path, "c/train/good/a.png", f"c/{test}/good/b.png")
-    plain = LAYOUTS[layout](tmp_path, "c")
+    plain = LAYOUTS[layout].records(tmp_path, "c", 0)
     write(
         tmp_path,
         "c/train/good/._a.png",
@@ -99,7 +66,7 @@ def test_hidden_and_other_files_are_no_images(tmp_path, layout):
     )
     (tmp_path / "c/train/good/Thumbs.db").write_bytes(b"no image")
     (tmp_path / f"c/{test}/.DS_Store").write_bytes(b"no image")
-    assert LAYOUTS[layout](tmp_path, "c") == plain
+    assert LAYOUTS[layout].records(tmp_path, "c", 0) == plain
 
 
 def test_mvtec_ad_without_its_root(tmp_path):

@@ -61,7 +61,11 @@ def test_gives_back_what_was_put(shape, mask, tmp_path):
 
 
 class TestKey:
-    CONFIG = ImageConfig((64, 48), "bilinear", (32, 40), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    CONFIG = ImageConfig(
+        *((64, 48), "bilinear", (32, 40), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        *(0.0, "centre", 0),
+    )
+    VIEW = (2.5, 3, 4)
 
     def change(self, **values: Any) -> ImageConfig:
         settings = vars(self.CONFIG) | values
@@ -69,7 +73,7 @@ class TestKey:
 
     def test_differs_with_all_that_decides_on_the_pixels(self, monkeypatch):
         keys = [
-            entry_key(image, mask, config)
+            entry_key(image, mask, config, self.VIEW)
             for image, mask, config in [
                 (b"image", None, self.CONFIG),
                 (b"imagf", None, self.CONFIG),
@@ -87,24 +91,30 @@ class TestKey:
                 (b"image", None, self.change(resize=(64, 48), crop=(3, 240))),
             ]
         ]
+        for view in ((2.5, 4, 3), (-2.5, 3, 4), (2.5000000001, 3, 4), (0.0, 3, 4)):
+            keys.append(entry_key(b"image", None, self.CONFIG, view))
         monkeypatch.setattr(image_cache, "_VERSIONS", ["another Pillow"])
-        keys.append(entry_key(b"image", None, self.CONFIG))
+        keys.append(entry_key(b"image", None, self.CONFIG, self.VIEW))
         monkeypatch.setattr(image_cache, "_FORMAT", image_cache._FORMAT + 1)
-        keys.append(entry_key(b"image", None, self.CONFIG))
+        keys.append(entry_key(b"image", None, self.CONFIG, self.VIEW))
         assert len(set(keys)) == len(keys)
 
     def test_is_the_same_for_what_comes_after(self):
         # Normalisation happens on the device: another one need not decode again.
+        expected = entry_key(b"image", b"mask", self.CONFIG, self.VIEW)
         other = self.change(mean=(0.5, 0.5, 0.5), std=(2.0, 2.0, 2.0))
-        same = entry_key(b"image", b"mask", other)
-        assert same == entry_key(b"image", b"mask", self.CONFIG)
+        assert entry_key(b"image", b"mask", other, self.VIEW) == expected
+        # Nor does it matter from where and with what seed a view was drawn.
+        other = self.change(rotation=10.0, crop_at="random", seed=3)
+        assert entry_key(b"image", b"mask", other, self.VIEW) == expected
 
     def test_is_the_same_in_another_process(self, tmp_path):
         code = """if True:
             from padim_jax.config import ImageConfig
             from padim_jax.image_cache import entry_key
-            config = ImageConfig((64, 48), "bilinear", (32, 40), (0.,) * 3, (1.,) * 3)
-            print(entry_key(b"image", b"mask", config))
+            sizes = (64, 48), "bilinear", (32, 40)
+            config = ImageConfig(*sizes, (0.,) * 3, (1.,) * 3, 0.0, "centre", 0)
+            print(entry_key(b"image", b"mask", config, (2.5, 3, 4)))
         """
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -113,7 +123,7 @@ class TestKey:
             text=True,
             check=True,
         )
-        assert done.stdout.strip() == entry_key(b"image", b"mask", self.CONFIG)
+        assert done.stdout.strip() == entry_key(b"image", b"mask", self.CONFIG, self.VIEW)
 
 
 class TestDamage:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 import zlib
 
@@ -31,8 +32,11 @@ RESAMPLING = {
 }
 
 
-def image_config(resize=(40, 56), method="bilinear", crop=None):
-    return ImageConfig(resize, method, crop, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+def image_config(
+    resize=(40, 56), method="bilinear", crop=None, rotation=0.0, crop_at="centre", seed=0
+):
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return ImageConfig(resize, method, crop, mean, std, rotation, crop_at, seed)
 
 
 def noise(height, width, seed=0):
@@ -272,6 +276,226 @@ def test_one_image_is_as_in_its_batch(numbered):
         np.testing.assert_array_equal(one, batch.images[index])
 
 
+def named(number):
+    return f"bottle/test/good/{number:03}.png"
+
+
+class TestView:
+    """Random views: Rd-MVTec AD of the paper, section IV-A."""
+
+    CONFIG = image_config((256, 256), "bicubic", (224, 224), 10.0, "random")
+
+    def change(self, **values):
+        return dataclasses.replace(self.CONFIG, **values)
+
+    def test_depends_on_seed_and_name_alone(self):
+        seen = [
+            input_pipeline.view(self.change(seed=seed), named(number))
+            for seed in range(5)
+            for number in range(100)
+        ]
+        assert len(set(seen)) == 500
+        other = self.change(method="nearest", mean=(1.0, 1.0, 1.0))
+        assert [input_pipeline.view(other, named(n)) for n in range(100)] == seen[:100]
+        # Angle and place are drawn apart: the one does not move with the other's setting.
+        for number in range(20):
+            turned = input_pipeline.view(self.change(crop_at="centre"), named(number))
+            placed = input_pipeline.view(self.change(rotation=0.0), named(number))
+            assert turned == (seen[number].angle, 16, 16)
+            assert placed == (0.0, *seen[number][1:])
+
+    def test_stays_as_it_is(self):
+        # A published seed gives the published views, in every process and version.
+        found = input_pipeline.view(self.CONFIG, "bottle/test/good/000.png")
+        digest = hashlib.sha256(b"0 bottle/test/good/000.png").digest()
+        first, second, third = struct.unpack("<QQQ", digest[:24])
+        assert found.angle == pytest.approx(20 * first / 2**64 - 10, abs=1e-12)
+        assert found[1:] == (second * 33 // 2**64, third * 33 // 2**64)
+
+    def test_is_uniform(self):
+        seen = np.array([input_pipeline.view(self.CONFIG, named(n)) for n in range(20_000)])
+        angles, corners = seen[:, 0], seen[:, 1:].astype(int)
+        assert np.all(np.abs(angles) < 10)
+        # Kolmogorov-Smirnov: exceeds 1.95 / sqrt(n) once in a thousand draws.
+        gaps = np.sort(angles) - np.linspace(-10, 10, len(angles))
+        assert np.abs(gaps).max() / 20 < 1.95 / len(angles) ** 0.5
+        for side in corners.T:  # chi-squared with 32 degrees of freedom: as rarely above 62.5
+            counts = np.bincount(side, minlength=33)
+            assert len(counts) == 33  # from 0 to 256 - 224
+            expected = len(side) / 33
+            assert np.sum((counts - expected) ** 2 / expected) < 62.5
+        # Apart from each other, within 3.3 standard deviations.
+        correlations = np.corrcoef(np.column_stack([angles, corners]), rowvar=False)
+        assert np.abs(correlations[np.triu_indices(3, 1)]).max() < 3.3 / len(angles) ** 0.5
+
+    def test_names_that_are_no_text(self):
+        name = os.fsdecode(b"caf\xe9.png")
+        assert input_pipeline.view(self.CONFIG, name) != self.view_of("café.png")
+
+    def view_of(self, name):
+        return input_pipeline.view(self.CONFIG, name)
+
+    @pytest.mark.parametrize("crop", [None, (32, 24)])
+    def test_off_it_is_the_centre(self, crop):
+        config = image_config((40, 57), crop=crop, seed=3)
+        seen = {input_pipeline.view(config, named(number)) for number in range(20)}
+        assert seen == {(0.0, *input_pipeline.crop_offset(config))}
+        on = dataclasses.replace(config, rotation=5.0, crop_at="random" if crop else "centre")
+        found = input_pipeline.centred(on)
+        assert {input_pipeline.view(found, named(number)) for number in range(9)} == seen
+
+
+def turned_by_hand(pixels, angle):
+    """Nearest: each pixel's source, about the centre of the image; black outside."""
+    height, width = pixels.shape
+    y, x = np.mgrid[:height, :width]
+    y, x = y + 0.5 - height / 2, x + 0.5 - width / 2
+    radians = np.deg2rad(angle)  # counter-clockwise as one sees it, y pointing down
+    source_x = np.cos(radians) * x - np.sin(radians) * y + width / 2
+    source_y = np.sin(radians) * x + np.cos(radians) * y + height / 2
+    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+    rows, columns = source_y.clip(0, height - 1), source_x.clip(0, width - 1)
+    return np.where(inside, pixels[rows.astype(int), columns.astype(int)], 0)
+
+
+class TestViews:
+    """Images and masks in them."""
+
+    CONFIG = image_config((64, 80), "nearest", (48, 56), 30.0, "random", seed=1)
+
+    def dataset(self, folder, count=6):
+        """Images of black and white, and the same as their masks; of different sizes."""
+        records = []
+        for number in range(count):
+            size = (50 + 9 * number, 70 + 5 * number)
+            pixels = np.kron(noise(7, 7, number)[..., 0] > 127, np.ones((20, 20), bool))
+            image = Image.fromarray(np.where(pixels, 255, 0).astype(np.uint8))
+            path = save(folder / f"{number}.png", image.resize(size, RESAMPLING["nearest"]))
+            records.append(record(path, path, label=1))
+        return records
+
+    def test_masks_move_with_their_images(self, tmp_path):
+        records = self.dataset(tmp_path)
+        (batch,) = run(records, self.CONFIG, len(records))
+        for image, mask in zip(batch.images, batch.masks, strict=True):
+            np.testing.assert_array_equal(image, np.where(mask, 255, 0)[..., None].repeat(3, 2))
+        centred = input_pipeline.centred(self.CONFIG)
+        (plain,) = run(records, centred, len(records))
+        for image, still in zip(batch.images, plain.images, strict=True):
+            assert np.mean(image != still) > 0.1
+
+    def test_turned_about_the_centre_then_cropped(self, tmp_path):
+        records = self.dataset(tmp_path)
+        (batch,) = run(records, self.CONFIG, len(records))
+        for one, image in zip(records, batch.images, strict=True):
+            angle, top, left = input_pipeline.view(self.CONFIG, one.relative_path)
+            with Image.open(one.image) as opened:
+                resized = np.asarray(opened.resize((80, 64), Image.Resampling.NEAREST))
+            turned = turned_by_hand(resized, angle)
+            expected = turned[top : top + 48, left : left + 56]
+            # Sources within rounding of a pixel's edge may be taken from either side.
+            assert np.mean(image[..., 0] != expected) < 0.005
+
+    @pytest.mark.parametrize("method", RESAMPLING)
+    def test_filters(self, method):
+        config = image_config((64, 80), method, (48, 56), 30.0, "random")
+        pixels = noise(70, 90)
+        view = input_pipeline.View(-17.25, 3, 11)
+        found = input_pipeline.preprocess(Image.fromarray(pixels), config, view)
+        resized = Image.fromarray(pixels).resize((80, 64), RESAMPLING[method])
+        by = RESAMPLING["bicubic" if method == "lanczos" else method]
+        turned = np.asarray(resized.rotate(-17.25, by, fillcolor=(0, 0, 0)))
+        np.testing.assert_array_equal(found, turned[3:51, 11:67])
+        # New images are seen as they are.
+        plain = input_pipeline.preprocess(Image.fromarray(pixels), config)
+        np.testing.assert_array_equal(plain, np.asarray(resized)[8:56, 12:68])
+
+    def test_every_way_to_an_image_shows_the_same(self, tmp_path):
+        records = self.dataset(tmp_path, 5)
+        (batch,) = run(records, self.CONFIG, 5)
+        source = input_pipeline.FolderSource(records)
+        for index in (0, 4):
+            one = input_pipeline.load_image(source, self.CONFIG, index)
+            np.testing.assert_array_equal(one, batch.images[index])
+        (back,) = run(records[::-1], self.CONFIG, 5)
+        np.testing.assert_array_equal(back.images, batch.images[::-1])
+
+    def test_the_cache_keeps_views_apart(self, tmp_path):
+        records = self.dataset(tmp_path, 3)
+        cache = ImageCache(tmp_path / "cache", 10**9)
+        entries = 0
+        for config, more in [
+            (self.CONFIG, 3),
+            (self.CONFIG, 0),
+            (dataclasses.replace(self.CONFIG, seed=2), 3),
+            (input_pipeline.centred(self.CONFIG), 3),
+            # Whatever the seed: there is nothing to draw.
+            (dataclasses.replace(input_pipeline.centred(self.CONFIG), seed=7), 0),
+        ]:
+            (expected,) = run(records, config, 3)
+            for _ in range(2):
+                (found,) = run(records, config, 3, cache)
+                np.testing.assert_array_equal(found.images, expected.images)
+                np.testing.assert_array_equal(np.stack(found.masks), np.stack(expected.masks))
+            entries += more
+            assert len(list((tmp_path / "cache").iterdir())) == entries
+
+
+class TestWarm:
+    """Decoding ahead, into the cache."""
+
+    def test_leaves_nothing_to_decode(self, numbered, tmp_path, monkeypatch):
+        cache = ImageCache(tmp_path / "cache", 10**9)
+        config = image_config((40, 56), "bilinear", (32, 48), 10.0, "random")
+        expected = run(numbered, config, 4)
+        input_pipeline.warm(
+            input_pipeline.FolderSource(numbered), config, cache, threading.Event()
+        )
+        monkeypatch.setattr(Image, "open", None)
+        for one, other in zip(run(numbered, config, 4, cache), expected, strict=True):
+            np.testing.assert_array_equal(one.images, other.images)
+
+    def test_stops_when_asked(self, numbered, tmp_path):
+        stop = threading.Event()
+
+        class Stopping(Counting):
+            def read(self, index):
+                if len(self.reads) == 3:
+                    stop.set()
+                return super().read(index)
+
+        cache, source = ImageCache(tmp_path / "cache", 10**9), Stopping(10 * numbered)
+        input_pipeline.warm(source, image_config(), cache, stop)
+        in_hand = max(1, input_pipeline._threads() // 4)
+        assert 3 < len(source.reads) <= 3 + in_hand
+        before = len(source.reads)
+        input_pipeline.warm(source, image_config(), cache, stop)  # it is set already
+        assert len(source.reads) == before
+
+    def test_leaves_unreadable_images_to_who_needs_them(self, numbered, tmp_path):
+        numbered[4].image.write_bytes(b"text")
+        cache = ImageCache(tmp_path / "cache", 10**9)
+        source = input_pipeline.FolderSource(numbered)
+        input_pipeline.warm(source, image_config(), cache, threading.Event())
+        assert len(list((tmp_path / "cache").iterdir())) == 10
+        with pytest.raises(UserError, match=r"4\.png: not an image"):
+            run(numbered, image_config(), 4, cache)
+
+    def test_leaves_half_of_the_cache(self, numbered, tmp_path):
+        size = 40 * 56 * 3
+        cache = ImageCache(tmp_path / "cache", 9 * size)
+        source = Counting(numbered)
+        input_pipeline.warm(source, image_config(), cache, threading.Event())
+        assert sorted(source.reads) == [0, 1, 2, 3]
+
+    def test_gives_this_threads_priority_to_no_one(self, numbered, tmp_path):
+        before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        cache = ImageCache(tmp_path / "cache", 10**9)
+        source = input_pipeline.FolderSource(numbered)
+        input_pipeline.warm(source, image_config(), cache, threading.Event())
+        assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
 def palette_image(pixels):
     """Grey levels as indices into a palette that maps v to (255 - v, v, 7)."""
     image = Image.fromarray(pixels)
@@ -452,7 +676,8 @@ def test_a_failure_ends_the_program(tmp_path):
         def batches(*names):
             records = [Record("test", pathlib.Path(n), None, 0, "good", n) for n in names]
             source = input_pipeline.FolderSource(records)
-            config = ImageConfig((32, 32), "nearest", None, (0., 0., 0.), (1., 1., 1.))
+            sizes = (32, 32), "nearest", None
+            config = ImageConfig(*sizes, (0.,) * 3, (1.,) * 3, 0.0, "centre", 0)
             return input_pipeline.batches(source, config, 2)
 
         good, bad = sys.argv[1:]
@@ -485,15 +710,48 @@ def test_a_mask_of_another_size_is_refused(tmp_path):
         assert text in str(caught.value)
 
 
-def test_a_mask_of_zeros_and_ones_is_refused(tmp_path):
-    # Cut above 127 it would be empty, and every defect pixel counted as normal.
+def test_masks_are_read_by_the_rule_for_them_before_they_are_resized(tmp_path):
+    # Numbered regions, of which nearest may lose the areas by which they are known.
+    values = np.array([0, 60, 0, 240, 0], np.uint8)
+    regions = np.repeat(values, [20, 3, 20, 3, 10])[:, None]
+    path = save(tmp_path / "m.png", regions.repeat(50, 1))
+    image = save(tmp_path / "a.png", noise(56, 50))
+    config = image_config((28, 50))
+    batch = load_one(image, config, mask=path, label=1)
+    expected = (regions[1::2] > 0).repeat(50, 1)
+    np.testing.assert_array_equal(batch.masks[0], expected)
+    assert np.any(expected[:15])
+
+
+def test_a_mask_without_a_defect_pixel_is_known(tmp_path):
     image = save(tmp_path / "a.png", noise(30, 50))
-    mask = save(tmp_path / "m.png", np.eye(30, 50, dtype=np.uint8))
-    with pytest.raises(UserError, match="values up to 1; expected defect pixels above 127"):
-        load_one(image, image_config(), mask=mask, label=1)
     empty = save(tmp_path / "m.png", np.zeros((30, 50), np.uint8))
     batch = load_one(image, image_config(), mask=empty, label=1)
     np.testing.assert_array_equal(batch.masks[0], np.zeros((40, 56), bool))
+
+
+def test_masks_of_other_forms(tmp_path):
+    image = save(tmp_path / "a.png", noise(40, 56))
+    masks = np.zeros((3, 40, 56), np.uint8)
+    masks[1, 3:9, 5:30] = masks[2, 20:25, 8:50] = 1
+    np.save(tmp_path / "video.npy", masks)
+    (tmp_path / "000").mkdir()
+    for number, mask in enumerate(masks):
+        save(tmp_path / "000" / f"{number:03}.png", mask)
+    known = {"mask": tmp_path / "000", "label": 1}
+    batch = load_one(image, image_config(), **known)
+    np.testing.assert_array_equal(batch.masks[0], masks.any(axis=0))
+    records = [
+        dataclasses.replace(record(image, tmp_path / "video.npy", 1), mask_frame=number)
+        for number in (2, 0, 1)
+    ]
+    cache = ImageCache(tmp_path / "cache", 10**9)  # of one image and one file of masks
+    for _ in range(2):
+        (batch,) = run(records, image_config(), 3, cache)
+        np.testing.assert_array_equal(np.stack(batch.masks), masks[[2, 0, 1]])
+    other = save(tmp_path / "b.png", noise(56, 40))
+    with pytest.raises(UserError, match=r"video.npy: a mask of 56x40 pixels .* of 40x56"):
+        run([dataclasses.replace(records[0], image=other)], image_config(), 1)
 
 
 @pytest.mark.parametrize(
@@ -637,7 +895,8 @@ class TestCache:
         elif fault == "size":
             save(masked[0].mask, np.zeros((50, 30), np.uint8))
         elif fault == "values":
-            save(masked[0].mask, np.ones((30, 50), np.uint8))
+            ramp = np.arange(1500, dtype=np.uint8).reshape(30, 50) % 100
+            save(masked[0].mask, ramp)
         else:
             path = masked[0].image if fault == "image" else masked[0].mask
             path.write_bytes(path.read_bytes()[:99])

@@ -19,6 +19,7 @@ from padim_jax.datasets.mvtec_ad import mvtec_ad
 from padim_jax.errors import UserError
 
 CATEGORY = "Flasche groß"
+ALIGNED = (0.0, "centre", 0)  # neither turned nor cropped at random
 
 
 def draw(path: pathlib.Path, rng: np.random.Generator, mode: str = "RGB") -> None:
@@ -78,7 +79,9 @@ def test_packs_and_reads_the_same_records_and_bytes_in_order(records, packed):
 
 
 def test_batches_are_the_same_from_both_sources(records, packed):
-    config = ImageConfig((48, 64), "bicubic", (32, 41), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    config = ImageConfig(
+        (48, 64), "bicubic", (32, 41), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), *ALIGNED
+    )
     builder = tfds_builder.prepare(packed, records)
     for name in ("train", "test"):
         sources = (
@@ -187,7 +190,7 @@ def test_an_image_without_a_known_mask_stays_so(records, packed):
 
 
 def test_a_broken_image_fails_as_from_the_folder(records, packed):
-    config = ImageConfig((32, 32), "nearest", None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    config = ImageConfig((32, 32), "nearest", None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), *ALIGNED)
     test = split(records, "test")
     test[0].image.write_bytes(b"")
     test[1].mask.write_bytes(b"")  # must not be taken for "no mask"

@@ -1,13 +1,23 @@
 """Datasets: a folder layout is a pure function from a root folder to records.
 
-`LAYOUTS[name](root, category)` lists a dataset's images; `tfds_builder` packs the
-same records into files of another format. Nothing here imports JAX.
+`LAYOUTS[name].records(root, category, seed)` lists a dataset's images; `tfds_builder` packs
+the same records into files of another format. Nothing here imports JAX.
 """
 
-from collections.abc import Callable
-
-from padim_jax.datasets.folder import folder
-from padim_jax.datasets.mvtec_ad import mvtec_ad
+from padim_jax.datasets import (
+    btad,
+    folder,
+    ksdd2,
+    magnetic_tile,
+    mpdd,
+    mvtec_3d_ad,
+    mvtec_ad,
+    mvtec_ad_2,
+    mvtec_loco,
+    stc,
+    visa,
+)
+from padim_jax.datasets.layout import Layout, split_given
 from padim_jax.datasets.records import Record
 from padim_jax.paths import Path
 
@@ -19,8 +29,17 @@ def _synthetic(root: Path, category: str) -> list[Record]:
     return synthetic(root, category)
 
 
-LAYOUTS: dict[str, Callable[[Path, str], list[Record]]] = {
-    "mvtec_ad": mvtec_ad,
-    "folder": folder,
-    "synthetic": _synthetic,
+LAYOUTS: dict[str, Layout] = {
+    "mvtec_ad": mvtec_ad.TREE.layout,
+    "mvtec_loco": mvtec_loco.TREE.layout,
+    "mvtec_3d_ad": mvtec_3d_ad.TREE.layout,
+    "mvtec_ad_2": mvtec_ad_2.TREE.layout,
+    "visa": visa.LAYOUT,
+    "btad": btad.TREE.layout,
+    "mpdd": mpdd.TREE.layout,
+    "ksdd2": ksdd2.LAYOUT,
+    "stc": stc.LAYOUT,
+    "magnetic_tile": magnetic_tile.LAYOUT,
+    "folder": Layout(split_given(folder.folder), folder.categories),
+    "synthetic": Layout(split_given(_synthetic), lambda _: ["part"]),
 }

@@ -1,6 +1,7 @@
 """Listing and reading image files: the one rule for what counts as an image in a folder."""
 
 import pathlib
+from collections.abc import Sequence
 
 from padim_jax import paths
 from padim_jax.errors import UserError
@@ -45,6 +46,20 @@ def image_files(folder: Path) -> list[Path]:
     return found
 
 
+def folders_only(folder: Path) -> list[Path]:
+    """The folders, of defect types, in a folder that should hold nothing else.
+
+    Raises:
+      UserError: `folder` is no folder, or images lie beside the folders.
+    """
+    if astray := images_outside_folders(folder):
+        raise UserError(
+            f"{astray[0]}: lies directly in {folder.name}/; expected a folder for each defect "
+            f"type in between, as in {folder / 'bad' / astray[0].name}"
+        )
+    return subfolders(folder)
+
+
 def images_outside_folders(folder: Path) -> list[Path]:
     """The image files that lie directly in `folder`, sorted by name; folders are none.
 
@@ -52,6 +67,22 @@ def images_outside_folders(folder: Path) -> list[Path]:
       UserError: `folder` is no folder.
     """
     return [path for path in _listing(folder)[1] if is_image(path)]
+
+
+def by_stem(folder: Path) -> dict[str, list[Path]]:
+    """The image files in `folder` by their names without suffix; none if it is no folder."""
+    found: dict[str, list[Path]] = {}
+    for name in sorted(file_names(folder)):
+        path = folder / name
+        if is_image(path):
+            found.setdefault(path.stem, []).append(path)
+    return found
+
+
+def quoted(paths: Sequence[Path]) -> str:
+    """The names of a few files, for a message, and how many more there are."""
+    names = ", ".join(path.name for path in paths[:5])
+    return names + f" and {len(paths) - 5} more" * (len(paths) > 5)
 
 
 def file_names(folder: Path) -> set[str]:

@@ -11,7 +11,7 @@ tif, tiff and webp, in any case. The layout of the PyTorch project Lornatang/PaD
 
 import collections
 
-from padim_jax.datasets.files import image_files, images_outside_folders, subfolders
+from padim_jax.datasets.files import folders_only, image_files, quoted, subfolders
 from padim_jax.datasets.records import GOOD, Record
 from padim_jax.errors import UserError
 from padim_jax.paths import Path, is_folder
@@ -51,7 +51,7 @@ def folder(root: Path, category: str = "") -> list[Record]:
     ]
     if not (base / "val").exists():
         return records
-    defects = _only_folders(base / "val")
+    defects = folders_only(base / "val")
     if not defects:
         raise UserError(
             f"{base / 'val'}: holds no folder; expected good and bad (or one for each defect "
@@ -59,7 +59,7 @@ def folder(root: Path, category: str = "") -> list[Record]:
         )
     if (base / "masks").exists():
         names = [defect.name for defect in defects]
-        for left_over in _only_folders(base / "masks"):
+        for left_over in folders_only(base / "masks"):
             if left_over.name not in names:
                 raise UserError(
                     f"{left_over}: masks for no images; expected the name of a folder in "
@@ -82,13 +82,21 @@ def folder(root: Path, category: str = "") -> list[Record]:
     return records
 
 
-def _only_folders(folder: Path) -> list[Path]:
-    if astray := images_outside_folders(folder):
+def categories(root: Path) -> list[str]:
+    """The folders below `root` in this layout, sorted; [""] if it is one itself.
+
+    Raises:
+      UserError: neither.
+    """
+    if is_folder(root / "train"):
+        return [""]
+    found = [path.name for path in subfolders(root) if is_folder(path / "train")]
+    if not found:
         raise UserError(
-            f"{astray[0]}: lies directly in {folder.name}/; expected a folder for each defect "
-            f"type in between, as in {folder / 'bad' / astray[0].name}"
+            f"config.dataset.root={root}: holds neither train/good nor folders with train/good "
+            "in them; expected the images of one part, or a folder for each of several parts"
         )
-    return subfolders(folder)
+    return found
 
 
 def _masks(folder: Path, images: list[Path]) -> dict[Path, Path]:
@@ -113,13 +121,8 @@ def _masks(folder: Path, images: list[Path]) -> dict[Path, Path]:
     if any(problems.values()):
         raise UserError(
             f"{folder}: masks and images do not match: "
-            + "; ".join(_listed(what, paths) for what, paths in problems.items() if paths)
+            + "; ".join(f"{what} {quoted(paths)}" for what, paths in problems.items() if paths)
             + ". Name a mask like its image (name.png or name_mask.png), or remove the folder "
             "to do without masks"
         )
     return {image: found[0] for image, found in matches.items()}
-
-
-def _listed(what: str, paths: list[Path]) -> str:
-    names = ", ".join(path.name for path in paths[:5])
-    return f"{what} {names}" + f" and {len(paths) - 5} more" * (len(paths) > 5)

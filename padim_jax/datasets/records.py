@@ -5,6 +5,7 @@ from typing import Literal
 
 from padim_jax.paths import Path
 
+Split = Literal["train", "validation", "test"]
 GOOD = "good"  # the defect type of normal images in every layout
 
 
@@ -27,7 +28,7 @@ class Record:
       mask_frame: of a mask file with one mask for each frame of a video (n, h, w), which.
     """
 
-    split: Literal["train", "validation", "test"]
+    split: Split
     image: Path
     mask: Path | None
     label: int

@@ -19,7 +19,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from padim_jax import paths
-from padim_jax.datasets.files import read_file
+from padim_jax.datasets import masks
+from padim_jax.datasets.files import is_image, read_file
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
 
@@ -42,7 +43,8 @@ class PadimDataset(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, None)),
-                    # Bytes and not an Image: empty where there is no mask.
+                    # Bytes and not an Image: empty where there is no mask. A mask of several
+                    # files, or of a video's, is packed as one image (see `masks.read`).
                     "mask": tfds.features.Text(),
                     "label": tfds.features.Scalar(np.int64),
                     "defect_type": tfds.features.Text(),
@@ -78,7 +80,7 @@ class PadimDataset(tfds.core.GeneratorBasedBuilder):
                 number,
                 {
                     "image": io.BytesIO(read_file(record.image)),
-                    "mask": read_file(record.mask) if record.mask else b"",
+                    "mask": masks.read(record) or b"",
                     "label": record.label,
                     "defect_type": record.defect_type,
                     "relative_path": record.relative_path,
@@ -167,7 +169,12 @@ def prepare(data_dir: paths.Path, records: Sequence[Record] | None) -> PadimData
 
 
 def open_split(builder: PadimDataset, split: str) -> TfdsSource:
-    """The packed images of one split ("train" or "test"), in the layout's order."""
+    """The packed images of one split, in the layout's order; none where it has none.
+
+    Args:
+      builder: from `prepare`.
+      split: "train", "validation" or "test".
+    """
     records = [
         Record(
             **{
@@ -198,8 +205,16 @@ def fingerprint(records: Sequence[Record]) -> str:
 
 
 def _contents(record: Record) -> list[str]:
-    paths = filter(None, (record.image, record.mask))
-    return [hashlib.sha256(read_file(path)).hexdigest() for path in paths]
+    contents = [read_file(record.image)]
+    if record.mask is not None:
+        mask = masks.read(record)
+        assert mask is not None
+        if not is_image(record.mask):
+            # Made on the spot: the pixels count, however they are encoded here.
+            pixels = masks.decode(mask, str(record.mask))
+            mask = repr(pixels.shape).encode() + pixels.tobytes()
+        contents.append(mask)
+    return [hashlib.sha256(content).hexdigest() for content in contents]
 
 
 def _metadata(builder: PadimDataset) -> dict[str, Any]:

@@ -1,0 +1,96 @@
+"""Seeded draws of records: a subset to fit, a part to hold back.
+
+Both are pure functions of any sequence, of records or of their numbers, and keep its order.
+"""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import Protocol, TypeVar, runtime_checkable
+
+from padim_jax.datasets.records import Record
+from padim_jax.errors import UserError
+
+_Item = TypeVar("_Item")
+
+
+@runtime_checkable  # the tests check argument types at run time
+class Source(Protocol):
+    """As `input_pipeline.Source`, of which this package knows nothing."""
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """What the images are."""
+        ...
+
+    def read(self, index: int) -> tuple[bytes, bytes | None]:
+        """The encoded image of `records[index]` and its mask's, if it has one."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some images of a source, which is one itself; see `part`.
+
+    Attributes:
+      source: all of them.
+      numbers: the places of the chosen ones.
+      records: what these are.
+    """
+
+    source: Source
+    numbers: Sequence[int]
+    records: Sequence[Record]
+
+    def read(self, index: int) -> tuple[bytes, bytes | None]:
+        """The encoded image of `records[index]` and its mask's, if it has one."""
+        return self.source.read(self.numbers[index])
+
+
+def part(source: Source, numbers: Sequence[int]) -> Part:
+    """The images of a source in these places, in this order; none is read."""
+    return Part(source, numbers, [source.records[number] for number in numbers])
+
+
+def subset(items: Sequence[_Item], count: int, seed: int) -> list[_Item]:
+    """Draws some without replacement: `random.Random(seed).sample`, in the given order.
+
+    Args:
+      items: records, or numbers of them.
+      count: how many; 0, or as many as there are or more, takes them all.
+      seed: of the draw.
+    """
+    if count == 0 or count >= len(items):
+        return list(items)
+    chosen = random.Random(seed).sample(range(len(items)), count)
+    return [items[number] for number in sorted(chosen)]
+
+
+def held_out(
+    items: Sequence[_Item], fraction: float, seed: int
+) -> tuple[list[_Item], list[_Item]]:
+    """Splits normal images into those to fit and those to hold back, drawn at random.
+
+    Args:
+      items: records, or numbers of them.
+      fraction: the part to hold back, of which the nearest number, but at least one image
+        and not all, is taken.
+      seed: of the draw.
+
+    Returns:
+      Those to fit and those held back, each in the given order.
+
+    Raises:
+      UserError: fewer than two.
+    """
+    if len(items) < 2:
+        raise UserError(
+            f"config.threshold.normal=held_out: {len(items)} training image; expected at least "
+            "two, to fit and to hold back. Use leave_one_out or none"
+        )
+    count = min(max(1, round(fraction * len(items))), len(items) - 1)
+    held = set(random.Random(seed).sample(range(len(items)), count))
+    return (
+        [item for number, item in enumerate(items) if number not in held],
+        [item for number, item in enumerate(items) if number in held],
+    )
