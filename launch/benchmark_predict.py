@@ -156,7 +156,7 @@ def backbone(name: str, layers: tuple[str, ...], size: tuple[int, int]) -> tuple
 
     Counted in the traced network: nothing is computed or allocated.
     """
-    network = resnet.ResNet(models.BACKBONES[name], layers, "float32")
+    network = resnet.ResNet(models.RESNETS[name], layers, "float32")
     image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), image)
     traced = jax.make_jaxpr(network.apply)(variables, image)

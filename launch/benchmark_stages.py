@@ -38,14 +38,14 @@ from padim_jax import (
     gaussian,
     input_pipeline,
     low_rank,
-    models,
     parallel,
     results,
     scoring,
 )
 from padim_jax import config as config_lib
 from padim_jax.config import Config
-from padim_jax.models import pretrained, resnet
+from padim_jax.models import pretrained
+from padim_jax.models.network import build
 from padim_jax.parallel import Devices
 from padim_jax.types import Moments, Samples
 
@@ -166,8 +166,7 @@ def stages(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         config.model.weights, config.model.backbone, config.model.layers
     )
     variables = parallel.replicate(variables, devices)
-    spec = models.BACKBONES[config.model.backbone]
-    network = resnet.ResNet(spec, config.model.layers, config.model.precision)
+    network = build(config.model.backbone, config.model.layers, config.model.precision)
     index = detector.channel_index(config.model)
     pyramid = detector.pyramid(config.image, config.model, tuple(index.tolist()))
     pixels = jnp.asarray(batches[0].images, jnp.float32) / 255 - 0.5
@@ -240,7 +239,7 @@ def stages(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
     add("score", "a batch", size, parallel.mapped(maps), lambda: (fitted, levels))
     del levels
-    model = detector.Detector(config, index, variables, weights, fitted, "")
+    model = detector.Detector(config, index, variables, weights, fitted, "", digests)
     add(
         "images to scores",
         "a batch",

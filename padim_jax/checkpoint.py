@@ -3,10 +3,11 @@
 A checkpoint is a folder of steps, 0, 1, ..., each written whole by Orbax: the newest
 finished one is the model, a newer unfinished one is a fit on its way. A step's state
 holds the statistics (of `Moments` count, mean and M2, of this the lower triangles where
-it is symmetric; of `Samples` the images' embeddings), the channel index and the digest
-of every image fitted; its custom metadata, JSON, holds the configuration, the identity of
-the backbone's weights, the library's version and a checksum of it all. The statistics and
-not their factorisation are kept, so that models can be extended and merged.
+it is symmetric; of `Samples` the images' embeddings), the channel index, the projection if
+there is one and the digest of every image fitted; its custom metadata, JSON, holds the
+configuration, the identity of the backbone's weights, the library's version and a checksum
+of it all. The statistics and not their factorisation are kept, so that models can be
+extended and merged.
 `model_file` has the form for scoring alone.
 
 Every device writes and reads its own regions and no others, whatever number of devices
@@ -31,17 +32,17 @@ from jaxtyping import Array, Float32, Int, UInt8
 from orbax.checkpoint import v1 as ocp
 
 import padim_jax
+from padim_jax import calibration_file, parallel, paths
 from padim_jax import config as config_lib
-from padim_jax import parallel, paths
 from padim_jax.config import Config
 from padim_jax.errors import UserError
 from padim_jax.models.pretrained import WeightsIdentity
 from padim_jax.parallel import Devices
 from padim_jax.paths import Path
-from padim_jax.types import Moments, Samples
+from padim_jax.types import Moments, Projection, Samples
 
 # Raised when a reader of the older form would misread the newer.
-_FORMAT = 3
+_FORMAT = 4
 _STEP = re.compile("0|[1-9][0-9]*")
 # Beside a step that is being deleted, until it is gone: what is left of it is no damage.
 _DELETED = ".deleted"
@@ -51,7 +52,7 @@ _LEFTOVER = re.compile(rf"[0-9]+(\.orbax-checkpoint-tmp.*|{re.escape(_DELETED)})
 _COMMITTED = "commit_success.txt"
 _DIGEST = hashlib.sha256
 # State that is the same everywhere; all else is one array for all regions each.
-_SMALL = ("count", "digests", "images", "index")
+_SMALL = ("count", "digests", "images", "index", "projection")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Fitted:
       regions: how many there are; the last device may have some on top, of zeros.
       images: SHA-256 of every image's file, in the order they were fitted.
       unfinished: of a fit on its way, what tells its images from others'.
+      projection: the matrix of a reduction by one.
     """
 
     config: Config
@@ -75,6 +77,7 @@ class Fitted:
     regions: int
     images: UInt8[np.ndarray, "s 32"]
     unfinished: str | None = None
+    projection: Projection | None = None
 
 
 def save(path: Path, fitted: Fitted, devices: Devices) -> str:
@@ -124,6 +127,8 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
         "images": fitted.images,
         "digests": _region_digests(kept | made, fitted.regions, devices),
     }
+    if fitted.projection is not None:
+        state["projection"] = fitted.projection
     metadata["sha256"], identity = _digest(state, metadata), _identity(state, fitted.weights)
     state |= parallel.as_global(kept, devices) | parallel.as_global(made, devices, donate=True)
     del kept, made  # of the statistics, which could not be used up
@@ -169,7 +174,7 @@ def check_destination(path: Path) -> None:
             raise UserError(f"{path}: exists and is no checkpoint; move it away first")
         return
     for entry in folder.iterdir():
-        if _is_leftover(entry) or _is_deleted(entry):
+        if _is_leftover(entry) or _is_deleted(entry) or entry.name in calibration_file.NAMES:
             continue
         if not _STEP.fullmatch(entry.name) or _describe(entry) is None:
             raise UserError(
@@ -234,7 +239,7 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
         if info.metadata["digests"].shape != (regions, 32):  # before room is made for them
             raise ValueError(f"it is not of {regions} regions")
         arrays = _read(step, dict(info.metadata), regions, devices)
-        small = {name: arrays.pop(name) for name in _SMALL}
+        small = {name: arrays.pop(name) for name in _SMALL if name in arrays}
         packed = parallel.from_global(arrays, devices)
         if _digest(small, metadata) != metadata["sha256"] or not np.array_equal(
             _region_digests(packed, regions, devices), small["digests"]
@@ -249,6 +254,7 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
             regions,
             small["images"],
             metadata["unfinished"],
+            small.get("projection"),
         )
         return fitted, _identity(small, weights)
     except (AttributeError, KeyError, TypeError, ValueError, OSError, UserError) as error:
@@ -405,17 +411,21 @@ def _digest(state: dict[str, Any], metadata: dict[str, Any]) -> str:
     """SHA-256 of all that a checkpoint says; Orbax's files have no checksum of their own."""
     said = {key: value for key, value in metadata.items() if key != "sha256"}
     digest = _DIGEST(json.dumps(said, sort_keys=True).encode())
-    for name in _SMALL:
+    for name in _small(state):
         array = np.ascontiguousarray(state[name])
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.data)
     return digest.hexdigest()
 
 
+def _small(state: dict[str, Any]) -> list[str]:
+    return [name for name in _SMALL if name in state]  # not all models have a projection
+
+
 def _identity(state: dict[str, Any], weights: WeightsIdentity) -> str:
     """SHA-256 of the statistics: wherever the images lay, and whatever wrote them down."""
     digest = _DIGEST(weights.sha256.encode())
-    for name in _SMALL:
+    for name in _small(state):
         digest.update(np.ascontiguousarray(state[name]).data)
     return digest.hexdigest()
 

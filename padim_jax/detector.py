@@ -18,10 +18,20 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32, UInt8
 from PIL import Image
 
-from padim_jax import embedding, gaussian, input_pipeline, low_rank, models, parallel, scoring
+from padim_jax import (
+    embedding,
+    gaussian,
+    input_pipeline,
+    low_rank,
+    models,
+    parallel,
+    reduction,
+    scoring,
+)
+from padim_jax.calibration import Calibration
 from padim_jax.config import Config, ImageConfig, MapConfig, ModelConfig
 from padim_jax.embedding import Pyramid
-from padim_jax.models import pretrained, resnet
+from padim_jax.models import network, pretrained
 from padim_jax.parallel import Devices
 from padim_jax.types import (
     AnomalyMaps,
@@ -31,13 +41,21 @@ from padim_jax.types import (
     Levels,
     LowRank,
     Moments,
+    Projection,
     Samples,
     Scores,
     Valid,
 )
 
 Shape = tuple[int, int, int]  # regions, cells a region and channels of a level
+# The backbone's parameters, and under PROJECTION the matrix of a reduction by one.
 Variables = Mapping[str, Any]
+
+PROJECTION = "projection"
+
+# Of the regularization, after rounding. Lost from a direction that has nothing else, a part of
+# it changes squared distances by as much.
+LEAST_KEPT = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +65,12 @@ class Detector:
     Attributes:
       config: in use; what the statistics depend on is as it was fitted with.
       index: the channels kept, in the embedding's order.
-      variables: the backbone's.
+      variables: the backbone's, and the projection; see `with_projection`.
       weights: where the backbone's weights come from.
       gaussian: of every patch position, on the devices that score.
       identity: digest of the statistics, as stored with them.
+      images: SHA-256 of every file fitted.
+      calibration: thresholds from normal images, if there are any.
     """
 
     config: Config
@@ -59,6 +79,19 @@ class Detector:
     weights: pretrained.WeightsIdentity
     gaussian: Gaussian | LowRank
     identity: str
+    images: UInt8[np.ndarray, "s 32"]
+    calibration: Calibration | None = None
+
+    @property
+    def count(self) -> int:
+        """How many images were fitted."""
+        return len(self.images)
+
+    @property
+    def projection(self) -> Projection | None:
+        """The matrix that mixes the channels, of a reduction by one."""
+        found = self.variables.get(PROJECTION)
+        return None if found is None else np.asarray(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,26 +119,51 @@ def fingerprint(detector: Detector) -> str:
     return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
+def total_channels(config: ModelConfig) -> int:
+    """Channels of all stages in use together."""
+    return sum(map(models.BACKBONES[config.backbone].channels, config.layers))
+
+
 def channel_index(config: ModelConfig) -> Int[np.ndarray, " d"]:
-    """The channels that a configuration keeps; see `embedding.channel_index`."""
-    spec = models.BACKBONES[config.backbone]
-    total = sum(models.stage_channels(spec, layer) for layer in config.layers)
-    return embedding.channel_index(total, config.channels, config.seed)
+    """The channels that a configuration keeps; see `embedding.channel_index`.
+
+    Without a choice they are numbered: all, or those that a projection makes of them.
+    """
+    if config.reduction != "random":
+        return np.arange(config.channels)
+    return embedding.channel_index(total_channels(config), config.channels, config.seed)
+
+
+def is_projected(config: ModelConfig) -> bool:
+    """Whether channels become fewer by a matrix, which belongs to the model."""
+    return config.reduction in ("semi_orthogonal", "pca")
+
+
+def has_one_level(config: ModelConfig) -> bool:
+    """Whether patches share no features: every one of them is a region then."""
+    return is_projected(config) or config.upsample != "nearest"
+
+
+def with_projection(variables: Variables, projection: Projection | None) -> Variables:
+    """The backbone's variables, and with them the matrix of a reduction by one."""
+    return variables if projection is None else {**variables, PROJECTION: projection}
 
 
 def patch_grid(config: ImageConfig, layers: Sequence[str]) -> tuple[int, int]:
     """Height and width of the first layer's feature map, in patches."""
-    stride = 4 * 2 ** models.STAGES.index(layers[0])
+    stride = models.STRIDES[layers[0]]
     height, width = config.size
     return -(-height // stride), -(-width // stride)
 
 
 def pyramid(image: ImageConfig, model: ModelConfig, index: Sequence[int]) -> Pyramid:
     """How the stages' grids of a configuration lie upon each other; see `embedding`."""
+    if has_one_level(model):
+        grid, channels = patch_grid(image, model.layers), len(index)
+        return embedding.pyramid((grid,), (channels,), tuple(range(channels)))
     spec = models.BACKBONES[model.backbone]
     grids = tuple(patch_grid(image, (layer,)) for layer in model.layers)
-    channels = tuple(models.stage_channels(spec, layer) for layer in model.layers)
-    return embedding.pyramid(grids, channels, tuple(index))
+    return embedding.pyramid(grids, tuple(map(spec.channels, model.layers)), tuple(index))
 
 
 def init(
@@ -193,7 +251,7 @@ def finalize(statistics: Moments | Samples, regularization: float) -> Gaussian |
 
     Raises:
       ValueError: fewer than two images, statistics that are not finite, or a covariance
-        that is not positive definite in float32 (the region is named).
+        in which float32 loses the regularization (the region is named).
     """
     count = int(np.asarray(statistics.count)[0])
     if count < 2:
@@ -201,19 +259,28 @@ def finalize(statistics: Moments | Samples, regularization: float) -> Gaussian |
     if isinstance(statistics, Samples) and count != (room := statistics.values[0].shape[-2]):
         raise ValueError(f"room for {room} images, of which {count} are there")
     regularizations = np.full(len(statistics.count), regularization, np.float32)
-    fitted, finite, definite, _ = _finalize(statistics, regularizations)
-    finite, definite = np.asarray(finite)[0], np.asarray(definite)[0]
+    fitted, finite, kept, _ = _finalize(statistics, regularizations)
+    finite, kept = np.asarray(finite)[0], np.asarray(kept)[0]
     if not np.all(finite):
         raise ValueError(
             f"the embeddings of region {int(np.argmin(finite))} are not finite: the "
             "backbone's features overflow or its weights are broken"
         )
-    if not np.all(definite):
+    if np.min(kept) < LEAST_KEPT:
+        region, least = int(np.argmin(kept)), float(np.min(kept))
         raise ValueError(
-            f"the covariance of region {int(np.argmin(definite))} is not positive definite in "
-            f"float32; raise the regularization ({regularization})"
+            f"float32 keeps {least:.0%} of the regularization ({regularization:g}) in region "
+            f"{region}; expected at least {LEAST_KEPT:.0%}, or distances were wrong: raise the "
+            f"regularization to {_enough(regularization, least):.1g}"
         )
     return fitted
+
+
+def _enough(regularization: float, kept: float) -> float:
+    """A regularization of which about the same rounding leaves as much as there should be."""
+    if kept <= 0:  # how much is lacking is not known
+        return 100 * regularization
+    return regularization * 2 * (1 - kept) / (1 - LEAST_KEPT)
 
 
 @functools.partial(jax.jit, static_argnames=("image", "model", "index"))
@@ -229,13 +296,44 @@ def extract(
 
     `embedding.concatenate` makes the paper's embeddings (b, p, d) of them.
     """
+    features = _features(variables, images, image, model)
+    return _levels(features, variables.get(PROJECTION), image, model, index)
+
+
+def _levels(
+    features: Sequence[FeatureMap],
+    projection: Float32[Array, "c _d"] | None,
+    image: ImageConfig,
+    model: ModelConfig,
+    index: tuple[int, ...],
+) -> Levels:
+    laid, pooling, upsample = pyramid(image, model, index), model.pooling, model.upsample
+    if projection is not None:
+        one = embedding.project(features, projection, pooling, upsample)
+    elif upsample != "nearest":
+        one = embedding.assemble(features, index, pooling, upsample)
+    else:
+        return embedding.select(features, laid, pooling)
+    return embedding.select((one,), laid)
+
+
+def _features(
+    variables: Variables, images: Images, image: ImageConfig, model: ModelConfig
+) -> tuple[FeatureMap, ...]:
     mean = np.asarray(image.mean, np.float32) * 255
     std = np.asarray(image.std, np.float32) * 255
     pixels = (images.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
-    spec = models.BACKBONES[model.backbone]
-    backbone = resnet.ResNet(spec, model.layers, model.precision)
-    features = cast(tuple[FeatureMap, ...], backbone.apply(variables, pixels))
-    return embedding.select(features, pyramid(image, model, index))
+    backbone = network.build(model.backbone, model.layers, model.precision)
+    parameters = {name: value for name, value in variables.items() if name != PROJECTION}
+    return cast(tuple[FeatureMap, ...], backbone.apply(parameters, pixels))
+
+
+def _scatter_batch(
+    variables: Variables, images: Images, valid: Valid, image: ImageConfig, model: ModelConfig
+) -> tuple[Float32[Array, " c"], Float32[Array, "c c"]]:
+    features = _features(variables, images, image, model)
+    pooled = [embedding.pool(stage, model.pooling) for stage in features]
+    return reduction.scatter(pooled, valid, model.upsample)
 
 
 def _fit_batch(
@@ -263,6 +361,33 @@ def _score_batch(
 ) -> tuple[AnomalyMaps, Scores]:
     levels = extract(variables, images, image=image, model=model, index=index)
     by_region = scoring.mahalanobis(fitted, parallel.to_regions(levels))
+    return _maps_and_scores(by_region, image, model, map_, index)
+
+
+def _score_left_out_batch(
+    variables: Variables,
+    fitted: Gaussian | LowRank,
+    count: Int32[Array, ""],
+    images: Images,
+    image: ImageConfig,
+    model: ModelConfig,
+    map_: MapConfig,
+    index: tuple[int, ...],
+) -> tuple[AnomalyMaps, Scores]:
+    levels = extract(variables, images, image=image, model=model, index=index)
+    by_region = scoring.mahalanobis(fitted, parallel.to_regions(levels))
+    left_out = scoring.leave_one_out(by_region, count)
+    return _maps_and_scores(left_out, image, model, map_, index)
+
+
+def _maps_and_scores(
+    by_region: Float32[Array, "r n _b"],
+    image: ImageConfig,
+    model: ModelConfig,
+    map_: MapConfig,
+    index: tuple[int, ...],
+) -> tuple[AnomalyMaps, Scores]:
+    """Of a device's images, from all images' distances in a device's regions."""
     patches = pyramid(image, model, index).patches
     maps = scoring.anomaly_maps(
         scoring.on_grid(parallel.to_images(by_region), patches),
@@ -294,13 +419,13 @@ def _moments(samples: Samples) -> Moments:
 
 def _finalize_regions(
     statistics: Moments | Samples, regularization: Float32[Array, ""]
-) -> tuple[Gaussian | LowRank, Bool[Array, " r"], Bool[Array, " r"], Int32[Array, ""]]:
+) -> tuple[Gaussian | LowRank, Bool[Array, " r"], Float32[Array, " r"], Int32[Array, ""]]:
     if isinstance(statistics, Moments):
         fitted, *flags = gaussian.finalize(statistics, regularization)
     else:
         fitted, *flags = low_rank.finalize(statistics, regularization)
-    finite, definite = (parallel.of_all_regions(x) for x in flags)
-    return fitted, finite, definite, statistics.count  # which was given up as well
+    finite, kept = (parallel.of_all_regions(x) for x in flags)
+    return fitted, finite, kept, statistics.count  # which was given up as well
 
 
 _init = parallel.mapped(_init_regions, static=(1, 2))
@@ -309,6 +434,16 @@ _summarise = parallel.mapped(_moments)
 _merge_samples = parallel.mapped(low_rank.merge)
 _merge_moments = parallel.mapped(gaussian.merge, donated=(0,))
 _finalize = parallel.mapped(_finalize_regions, donated=(0,))
+
+scatter_batch = parallel.mapped(_scatter_batch, replicated=(0,), static=(3, 4))
+"""Of each device's images how their embeddings of all channels vary; see `reduction.scatter`.
+
+Args:
+  variables: the backbone's, on every device.
+  images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
+  valid: (k, b); False marks padding.
+  image, model: as for `extract`, static.
+"""
 
 fit_batch = parallel.mapped(_fit_batch, replicated=(1,), static=(4, 5, 6), donated=(0,))
 """Adds a batch of normal images to the statistics, whose buffers are given up.
@@ -331,25 +466,46 @@ Args:
   image, model, map_, index: static.
 """
 
+score_left_out_batch = parallel.mapped(
+    _score_left_out_batch, replicated=(0, 2), static=(4, 5, 6, 7)
+)
+"""`score_batch` of images that were fitted, each by the model without it.
 
-def score_pixels(detector: Detector, images: UInt8[np.ndarray, "b h w 3"]) -> Anomalies:
+Args:
+  count: of images fitted; the other arguments are `score_batch`'s.
+"""
+
+
+def score_pixels(
+    detector: Detector, images: UInt8[np.ndarray, "b h w 3"], left_out: bool = False
+) -> Anomalies:
     """Scores images that are preprocessed already (resized and cropped, uint8).
 
     With several processes each gives as many images of its own, and gets their scores.
+
+    Args:
+      detector: a fitted model.
+      images: as `input_pipeline.preprocess` makes them.
+      left_out: score each image, which must be one that was fitted, by the model without
+        it; see `scoring.leave_one_out`.
+
+    Raises:
+      ValueError: `left_out` of a model of two images: one alone has no covariance.
     """
     config, devices = detector.config, len(detector.gaussian.mean[0])
     count, padding = len(images), -len(images) % devices
     if padding:
         images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
-    maps, scores = score_batch(
-        detector.variables,
-        detector.gaussian,
-        images.reshape(devices, -1, *images.shape[1:]),
-        config.image,
-        config.model,
-        config.map,
-        tuple(detector.index.tolist()),
-    )
+    shared = images.reshape(devices, -1, *images.shape[1:])
+    static = (config.image, config.model, config.map, tuple(detector.index.tolist()))
+    if not left_out:
+        maps, scores = score_batch(detector.variables, detector.gaussian, shared, *static)
+    elif detector.count < 3:
+        raise ValueError(f"{detector.count} images fitted: without one there is no covariance")
+    else:
+        maps, scores = score_left_out_batch(
+            detector.variables, detector.gaussian, np.int32(detector.count), shared, *static
+        )
     return Anomalies(
         np.asarray(maps).reshape(-1, *config.image.size)[:count],
         np.asarray(scores).reshape(-1)[:count],

@@ -7,6 +7,10 @@ lies above it is a *region*, and a stage's channels form a *level*: (r, n, d, b)
 r regions, n cells a region, d selected channels and b images. `gaussian` and `scoring`
 work region by region, on matrices d x b; `embed` gives the paper's embedding.
 
+Where embeddings are projected (see `reduction`) or deeper stages interpolated, every patch
+has features of its own: `assemble` and `project` give one feature map on the finest grid,
+and that is a pyramid of one level, with a region for every patch.
+
 With two stages on grids of 2x2 and 1x1 there is one region with four cells and one:
 
       finest level   0 1      cells 0 1 2 3 of region 0
@@ -21,8 +25,10 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jax import lax
+from jaxtyping import Array, Float32, Int
 
+from padim_jax import interpolation
 from padim_jax.types import Embeddings, FeatureMap, Levels
 
 
@@ -121,23 +127,100 @@ def pyramid(
     return Pyramid(tuple(levels), patches)
 
 
-def select(features: Sequence[FeatureMap], pyramid: Pyramid) -> Levels:
+def select(features: Sequence[FeatureMap], pyramid: Pyramid, pooling: int = 1) -> Levels:
     """Picks the kept channels of every stage, on its own grid.
 
     Args:
       features: feature maps (b, h_i, w_i, c_i) of the stages, the finest first.
       pyramid: of their grids; static under jit.
+      pooling: see `pool`; static under jit.
 
     Returns:
       One array (r, n, d, b) a level, float32.
     """
     found = []
     for level in pyramid.levels:
-        stage = features[level.stage][..., level.channels].astype(jnp.float32)
+        # The fewer channels are pooled: it is the same for each.
+        stage = pool(features[level.stage][..., level.channels], pooling)
         cells = stage.reshape(len(stage), -1, len(level.channels))
         chosen = jnp.take(cells, level.source.reshape(-1), axis=1)
         found.append(jnp.moveaxis(chosen, 0, -1).reshape(*level.source.shape, -1, len(stage)))
     return tuple(found)
+
+
+def pool(stage: FeatureMap, size: int) -> Float32[Array, "b _h _w _c"]:
+    """Averages every cell with its neighbours; at the border with those that exist.
+
+    `torch.nn.functional.avg_pool2d(stage, size, 1, size // 2, count_include_pad=False)`.
+
+    Args:
+      stage: a feature map.
+      size: of the square window, in cells; odd. 1 changes nothing.
+    """
+    stage = stage.astype(jnp.float32)
+    if size == 1:
+        return stage
+    reach = size // 2
+    padding = ((0, 0), (reach, reach), (reach, reach), (0, 0))
+    window, strides = (1, size, size, 1), (1, 1, 1, 1)
+    sums = lax.reduce_window(stage, 0.0, lax.add, window, strides, padding)
+    rows, columns = (
+        np.convolve(np.ones(n), np.ones(size))[reach : reach + n] for n in stage.shape[1:3]
+    )
+    return sums / np.outer(rows, columns).astype(np.float32)[None, :, :, None]
+
+
+def assemble(
+    features: Sequence[FeatureMap], index: Sequence[int], pooling: int, upsample: str
+) -> Float32[Array, "b h w d"]:
+    """The embeddings as one feature map on the first stage's grid.
+
+    Where deeper stages are interpolated, patches share none of their features: `select` has
+    nothing to save.
+
+    Args:
+      features: feature maps (b, h_i, w_i, c_i), the one with the finest grid first.
+      index: channel numbers into the stages' concatenated channels; static under jit.
+      pooling: see `pool`.
+      upsample: "nearest" or "bilinear", to the first one's grid.
+    """
+    kept, offsets = np.asarray(index), np.cumsum([0, *(x.shape[3] for x in features)])
+    parts, orders = [], []
+    for i, stage in enumerate(features):
+        (order,) = np.nonzero(_within(kept, offsets, i))
+        chosen = pool(stage[..., kept[order] - offsets[i]], pooling)
+        parts.append(_upsample(chosen, features[0].shape[1:3], upsample))
+        orders.append(order)
+    return jnp.concatenate(parts, axis=-1)[..., np.argsort(np.concatenate(orders))]
+
+
+def project(
+    features: Sequence[FeatureMap],
+    projection: Float32[Array, "c d"],
+    pooling: int,
+    upsample: str,
+) -> Float32[Array, "b h w d"]:
+    """The embeddings of all channels times a matrix, on the first stage's grid.
+
+    x W is the sum of the stages' x_s W_s. Pooling and upsampling go over cells and W over
+    channels, so that W comes first, at every stage's own resolution.
+
+    Args:
+      features: feature maps (b, h_i, w_i, c_i), the one with the finest grid first.
+      projection: W, of the stages' channels in their order; see `reduction`.
+      pooling: see `pool`.
+      upsample: "nearest" or "bilinear", to the first one's grid.
+    """
+    ends = np.cumsum([x.shape[3] for x in features])
+    found = None
+    for stage, part in zip(features, jnp.split(projection, ends[:-1]), strict=True):
+        mixed = jnp.matmul(
+            stage.astype(jnp.float32), part[None, None], precision=lax.Precision.HIGHEST
+        )
+        there = _upsample(pool(mixed, pooling), features[0].shape[1:3], upsample)
+        found = there if found is None else found + there
+    assert found is not None
+    return found
 
 
 def embed(features: Sequence[FeatureMap], index: Int[np.ndarray, " d"]) -> Embeddings:
@@ -173,11 +256,22 @@ def _within(index: np.ndarray, offsets: np.ndarray, stage: int) -> np.ndarray:
     return (index >= offsets[stage]) & (index < offsets[stage + 1])
 
 
+def _upsample(
+    stage: Float32[Array, "b _h _w _c"], grid: tuple[int, ...], method: str
+) -> Float32[Array, "b _i _j _c"]:
+    sides = list(zip(stage.shape[1:3], grid, strict=True))
+    if stage.shape[1:3] == grid:
+        return stage
+    if method == "nearest":
+        rows, columns = (interpolation.nearest(m, n) for m, n in sides)
+        return stage[:, rows][:, :, columns]
+    rows, columns = (
+        jnp.asarray(interpolation.matrix(m, n, method), jnp.float32) for m, n in sides
+    )
+    return jnp.einsum("yi,bijc,xj->byxc", rows, stage, columns, precision=lax.Precision.HIGHEST)
+
+
 def _nearest(fine: tuple[int, int], coarse: tuple[int, int]) -> Int[np.ndarray, " p"]:
     """Of every cell of the fine grid the coarse one that nearest upsampling puts there."""
-    # In float32, as PyTorch: a whole number may round to the cell before it.
-    rows, columns = (
-        (np.arange(n, dtype=np.float32) * np.float32(m / n)).astype(int)
-        for n, m in zip(fine, coarse, strict=True)
-    )
+    rows, columns = (interpolation.nearest(m, n) for n, m in zip(fine, coarse, strict=True))
     return (rows[:, None] * coarse[1] + columns).reshape(-1)

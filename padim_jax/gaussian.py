@@ -27,6 +27,7 @@ _Matrices = tuple[tuple[Float32[Array, "_n _d _e"], ...], ...]
 _Rows = tuple[Float32[Array, "_n _d b"], ...]
 
 _LARGEST_BLOCK = 256  # cells of the finest level that are computed together
+_MOST_NUMBERS = 1 << 25  # of their matrices; reached where all have many channels of their own
 
 # float32 products, also on GPUs, where the default would be TF32's 10-bit mantissa.
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -64,7 +65,7 @@ def update(moments: Moments, levels: Levels, valid: Valid) -> Moments:
     count = moments.count + added
     weight = added / jnp.maximum(count, 1).astype(jnp.float32)
     scale = moments.count * weight
-    block = _block(moments.mean[0])
+    block = _block(moments.m2)
     update_block = jax.vmap(_update_region, in_axes=(0, 0, 0, None, None, None))
 
     # Block by block and in place: beside the moments only one block is in memory.
@@ -83,7 +84,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     count = a.count + b.count
     weight = b.count / jnp.maximum(count, 1).astype(jnp.float32)
     scale = a.count * weight
-    block = _block(a.mean[0])
+    block = _block(a.m2)
     merge_block = jax.vmap(_merge_region, in_axes=(0, 0, 0, 0, None, None))
 
     # In place of `a`, as in `update`.
@@ -100,7 +101,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 def finalize(
     moments: Moments, regularization: Float[Array, ""] | float
-) -> tuple[Gaussian, Bool[Array, " r"], Bool[Array, " r"]]:
+) -> tuple[Gaussian, Bool[Array, " r"], Float32[Array, " r"]]:
     """The Gaussians, factorised for scoring.
 
     The covariance is unbiased (divided by count - 1) plus `regularization` on its
@@ -112,11 +113,13 @@ def finalize(
       regularization: epsilon, above 0.
 
     Returns:
-      Means and Cholesky factors; of every region whether its moments are finite, and
-      whether its covariances are positive definite in float32.
+      Means and Cholesky factors; of every region whether its moments are finite, and how
+      much of epsilon rounding has left. In exact arithmetic no pivot of a factor, which is
+      a variance that the channels before it do not explain, is below epsilon: this is the
+      smallest one divided by epsilon, and 0 where there is no factor in float32.
     """
     m2, count = moments.m2, moments.count
-    regions, block = len(m2[0][0]), _block(m2[0][0])
+    regions, block = len(m2[0][0]), _block(m2)
     factorise = jax.vmap(_factorise_region, in_axes=(0, None, None))
 
     # In the moments' place: beside the result one block is in memory. The next block is read
@@ -126,20 +129,21 @@ def finalize(
         factor = factorise(part, count, regularization)
         m2 = jax.tree.map(lambda x, y: _put(x, y, i, block), m2, factor)
         # Of their own: an infinite variance gives a finite factor, its channel never counts.
-        found = (_all_finite(part), _all_finite(factor))
+        found = (_all_finite(part), _kept(factor, regularization))
         flags = (_put(x, y, i, block) for x, y in zip(flags, found, strict=True))
         return m2, jax.tree.map(lambda x: _slice(x, i + 1, block), m2), *flags
 
-    flags = jnp.ones(regions, bool)
+    flags = jnp.ones(regions, bool), jnp.ones(regions, jnp.float32)
     first = jax.tree.map(lambda x: x[:block], m2)
-    state = lax.fori_loop(0, regions // block, step, (m2, first, flags, flags))
+    state = lax.fori_loop(0, regions // block, step, (m2, first, *flags))
     return Gaussian(moments.mean, state[0]), state[2], state[3]
 
 
-def _block(finest: Float32[Array, "r n *d"]) -> int:
+def _block(m2: LevelMatrices) -> int:
     """Regions of a block: the most admissible that divide all; a remainder costs a copy."""
-    regions, cells = finest.shape[:2]
-    most = max(1, _LARGEST_BLOCK // cells)
+    regions, cells = m2[0][0].shape[:2]
+    numbers = sum(x.size for x in jax.tree.leaves(m2)) // regions
+    most = max(1, min(_LARGEST_BLOCK // cells, _MOST_NUMBERS // numbers))
     return max(n for n in range(1, most + 1) if regions % n == 0)
 
 
@@ -154,6 +158,16 @@ def _put(x: Array, part: Array, i: Int32[Array, ""], block: int) -> Array:
 def _all_finite(matrices: LevelMatrices) -> Bool[Array, " r"]:
     each = [jnp.all(jnp.isfinite(x), axis=(1, 2, 3)) for x in jax.tree.leaves(matrices)]
     return jnp.all(jnp.stack(each), axis=0)
+
+
+def _kept(
+    factor: LevelMatrices, regularization: Float[Array, ""] | float
+) -> Float32[Array, " r"]:
+    """The smallest pivot of a region's factors in epsilons; see `finalize`."""
+    # The inverse of a triangle has the inverse diagonal.
+    each = [jnp.diagonal(own, axis1=-2, axis2=-1) for own, *_ in factor]
+    largest = jnp.stack([jnp.max(x, axis=(1, 2)) for x in each]).max(axis=0)
+    return jnp.where(_all_finite(factor), 1 / (regularization * largest**2), 0.0)
 
 
 def _update_region(

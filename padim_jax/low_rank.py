@@ -73,7 +73,7 @@ def levels(samples: Samples) -> tuple[Levels, Valid]:
 
 def finalize(
     samples: Samples, regularization: Float[Array, ""] | float
-) -> tuple[LowRank, Bool[Array, " r"], Bool[Array, " r"]]:
+) -> tuple[LowRank, Bool[Array, " r"], Float32[Array, " r"]]:
     """The Gaussians, factorised for scoring; `gaussian.finalize`'s counterpart.
 
     Args:
@@ -81,8 +81,9 @@ def finalize(
       regularization: epsilon, above 0.
 
     Returns:
-      The Gaussians; of every region whether its samples are finite, and whether its
-      kernels are positive definite in float32.
+      The Gaussians; of every region whether its samples are finite, and how much of epsilon
+      rounding has left: the kernels' smallest pivot, which in exact arithmetic is at least
+      (s - 1) epsilon, divided by that; 0 where a kernel is not positive definite.
     """
     values = samples.values
     regions, cells, images, _ = values[0].shape
@@ -107,7 +108,7 @@ def finalize(
             mean,
             root,
             jnp.all(jnp.stack(finite), axis=0),
-            jnp.all(jnp.isfinite(root), axis=(1, 2, 3)),
+            _kept(root, regularization),
         )
         results = jax.tree.map(lambda x, y: put(x, y, i), tuple(results), found)
         following = (lax.dynamic_slice_in_dim(x, (i + 1) * block, block) for x in values)
@@ -115,13 +116,23 @@ def finalize(
 
     mean = tuple(jnp.zeros((*x.shape[:2], x.shape[3]), jnp.float32) for x in values)
     root = jnp.zeros((regions, cells, images, images), jnp.float32)
-    flags = jnp.ones(regions, bool)
+    flags = jnp.ones(regions, bool), jnp.ones(regions, jnp.float32)
     first = tuple(x[:block] for x in values)
-    deviations, _, mean, root, finite, definite = lax.fori_loop(
-        0, regions // block, step, (values, first, mean, root, flags, flags)
+    deviations, _, mean, root, finite, kept = lax.fori_loop(
+        0, regions // block, step, (values, first, mean, root, *flags)
     )
     fitted = LowRank(mean, deviations, root, jnp.asarray(regularization, jnp.float32))
-    return fitted, finite, definite
+    return fitted, finite, kept
+
+
+def _kept(
+    root: Float32[Array, "r n s s"], regularization: Float[Array, ""] | float
+) -> Float32[Array, " r"]:
+    """The smallest pivot of a region's kernels, as a part of the least; see `finalize`."""
+    # The inverse of a triangle has the inverse diagonal.
+    images, largest = root.shape[-1], jnp.diagonal(root, axis1=-2, axis2=-1)
+    kept = 1 / ((images - 1) * regularization * jnp.max(largest, axis=(1, 2)) ** 2)
+    return jnp.where(jnp.all(jnp.isfinite(root), axis=(1, 2, 3)), kept, 0.0)
 
 
 def _centre_region(values: _Values) -> tuple[tuple[Float32[Array, "_n _d"], ...], _Values]:
@@ -132,13 +143,20 @@ def _centre_region(values: _Values) -> tuple[tuple[Float32[Array, "_n _d"], ...]
 def _invert_region(
     deviations: _Values, regularization: Float[Array, ""] | float
 ) -> Float32[Array, "n s s"]:
-    """R of a region's patches, R^T R = ((s - 1) epsilon I + X X^T)^-1."""
+    """R of a region's patches, R^T R = ((s - 1) epsilon I + X X^T + t 1 1^T)^-1.
+
+    Deviations add up to 0: 1 is an eigenvector of X X^T, of the eigenvalue 0, and nothing
+    that R is applied to has a part in it. Any t gives the same distances. One like the other
+    eigenvalues takes away what makes the kernel nearly singular, however few images and
+    however small epsilon.
+    """
     cells, images, _ = deviations[0].shape
     kernel = (images - 1) * regularization * jnp.eye(images, dtype=jnp.float32)[None]
     for x in deviations:
         # Once for every cell of the level, however many patches share it.
         gram = _matmul(x, x.swapaxes(-1, -2))
         kernel = kernel + jnp.repeat(gram, cells // len(x), axis=0)
+    kernel += jnp.trace(kernel, axis1=1, axis2=2)[:, None, None] / images**2
     factor = lax.linalg.cholesky(kernel, symmetrize_input=False)
     identity = jnp.broadcast_to(jnp.eye(images, dtype=jnp.float32), factor.shape)
     return lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)

@@ -17,7 +17,7 @@ _GB = 1e9
 _PROGRAM = 0.6 * _GB
 # Feature maps in float32, as XLA's compiled programs report it at most: bytes for a pixel
 # of the batch.
-_FEATURES = {"basic": 90, "bottleneck": 345}
+_FEATURES = {"basic": 90, "bottleneck": 345, "mbconv": 320}
 _CGROUPS = pathlib.Path("/sys/fs/cgroup")
 
 
@@ -61,7 +61,7 @@ def estimate(config: Config, images: int, devices: Devices) -> Estimate:
     statistics = fitted if form == "moments" else images * embeddings
     height, width = config.image.size
     features = _FEATURES[spec.block] * height * width
-    # CPUs compute basic blocks in float32 all the same.
+    # CPUs compute basic blocks in float32 all the same, depthwise convolutions all devices.
     if model.precision == "bfloat16" and spec.block == "bottleneck":
         features //= 2
     sharing = parallel.sharing_memory(devices)
@@ -72,7 +72,13 @@ def estimate(config: Config, images: int, devices: Devices) -> Estimate:
     batch = int(size * (features + embeddings)) + 3 * weights
     # A copy of the statistics is on its way to the disk, or they become the model.
     finish = max(statistics, fitted - statistics) + weights
-    total = int(_PROGRAM) + statistics + max(batch, finish)
+    fit = statistics + max(batch, finish)
+    first = 0
+    if model.reduction == "pca":
+        first = int(size * (features + _all_channels(config))) + 3 * weights
+        # Of every device a matrix and its making; in float64 the sum, its parts and vectors.
+        first += (2 * 4 * devices.local + 5 * 8) * detector.total_channels(model) ** 2
+    total = int(_PROGRAM) + max(fit, first)
     return Estimate(form, statistics, fitted, batch, total)
 
 
@@ -101,7 +107,10 @@ def require(config: Config, images: int, devices: Devices) -> None:
     if parallel.memory_grows():
         advice.append("more devices, which share the statistics out")
     if channels := _most_channels(config, images, devices, free):
-        advice.insert(0, f"config.model.channels={channels} (the most that fit)")
+        choice = f"config.model.channels={channels} (the most that fit)"
+        if config.model.reduction == "none":
+            choice = f"config.model.reduction={_fewer(config)} with {choice}"
+        advice.insert(0, choice)
     raise UserError(
         f"not enough memory: {said}; {free / _GB:.1f} GB are free. Less is taken by "
         + ", ".join(advice)
@@ -152,9 +161,12 @@ def _shapes(config: Config) -> list[detector.Shape]:
     the product of what holds for its two sides.
     """
     model = config.model
+    if detector.has_one_level(model):
+        height, width = detector.patch_grid(config.image, model.layers)
+        return [(height * width, 1, model.channels)]
     spec = models.BACKBONES[model.backbone]
-    ends = np.cumsum([models.stage_channels(spec, layer) for layer in model.layers])
-    index = embedding.channel_index(int(ends[-1]), model.channels, model.seed)
+    ends = np.cumsum([spec.channels(layer) for layer in model.layers])
+    index = detector.channel_index(model)
     kept = np.bincount(np.searchsorted(ends, index, side="right"), minlength=len(ends))
     stages = tuple(np.flatnonzero(kept).tolist())
     ones = (1,) * len(ends)
@@ -169,13 +181,28 @@ def _shapes(config: Config) -> list[detector.Shape]:
     ]
 
 
+def _all_channels(config: Config) -> int:
+    """Bytes of an image's embeddings of all channels by stage, centred and moved once each."""
+    spec, found = models.BACKBONES[config.model.backbone], 0
+    for layer in config.model.layers:
+        height, width = detector.patch_grid(config.image, (layer,))
+        found += height * width * spec.channels(layer)
+    return 3 * 4 * found
+
+
 def _most_channels(config: Config, images: int, devices: Devices, free: int) -> int:
     """The most channels of which the fit has room; 0 if none."""
     # All of them are tried: where the form changes, more channels take less memory.
     for channels in range(config.model.channels - 1, 0, -1):
-        if estimate(_with(config, channels=channels), images, devices).total <= free:
+        fewer = _with(config, channels=channels, reduction=_fewer(config))
+        if estimate(fewer, images, devices).total <= free:
             return channels
     return 0
+
+
+def _fewer(config: Config) -> str:
+    """A reduction that takes a number of channels: the configuration's, if it is one."""
+    return "random" if config.model.reduction == "none" else config.model.reduction
 
 
 def _with(config: Config, **model: Any) -> Config:
@@ -183,12 +210,6 @@ def _with(config: Config, **model: Any) -> Config:
 
 
 def _weights(model: ModelConfig) -> int:
-    """Bytes of a backbone's weights, roughly: by its blocks' widest kernels."""
-    spec, total = models.BACKBONES[model.backbone], 0
-    for stage, depth in zip(models.stages_to_compute(model.layers), spec.depths, strict=False):
-        inner = spec.width * 2 ** models.STAGES.index(stage)
-        if spec.block == "basic":
-            total += depth * 2 * 9 * inner**2
-        else:
-            total += depth * (9 * inner**2 + 2 * inner * models.stage_channels(spec, stage))
-    return 4 * total
+    """Bytes of a backbone's weights, roughly."""
+    spec = models.BACKBONES[model.backbone]
+    return 4 * sum(map(spec.kernels, models.parts_to_compute(spec, model.layers)))

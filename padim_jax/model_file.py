@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 import padim_jax
 from padim_jax import config as config_lib
@@ -28,10 +28,12 @@ from padim_jax.errors import UserError
 from padim_jax.models.pretrained import WeightsIdentity
 from padim_jax.parallel import Devices
 from padim_jax.paths import Path
-from padim_jax.types import Gaussian, LowRank
+from padim_jax.types import Gaussian, LowRank, Projection
 
 SUFFIX = ".safetensors"
-_FORMAT = "padim_jax model 2"
+_FORMAT = "padim_jax model 3"
+# Arrays that are no part of the Gaussians.
+_SMALL = ("index", "images", "projection")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +46,12 @@ class Model:
       fitted: the Gaussians, float32, on the devices.
       weights: identity of the backbone's weights, which the file does not hold.
       identity: of the statistics, and of their rounding.
+      images: SHA-256 of every file fitted.
       half: whether the file holds the factorisation in float16.
       comparison: of a half-size form: metrics of both forms on the test set; see
         `experiment.export`.
+      calibration: thresholds from normal images; see `calibration.to_dict`.
+      projection: the matrix of a reduction by one.
     """
 
     config: Config
@@ -54,8 +59,11 @@ class Model:
     fitted: Gaussian | LowRank
     weights: WeightsIdentity
     identity: str
+    images: UInt8[np.ndarray, "s 32"]
     half: bool = False
     comparison: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
+    projection: Projection | None = None
 
 
 def rounded(fitted: Gaussian | LowRank) -> Gaussian | LowRank:
@@ -95,7 +103,10 @@ def save(path: Path, model: Model, regions: int) -> int:
         parts |= _named(name, part)
     if isinstance(fitted, LowRank):
         parts["regularization"] = fitted.regularization
-    arrays = {"index": model.index, **parallel.join(parts, regions)}
+    arrays = {"index": model.index, "images": model.images}
+    if model.projection is not None:
+        arrays["projection"] = model.projection
+    arrays |= parallel.join(parts, regions)
     if model.half:
         names = [name for name in arrays if name.partition("_")[0] in large]
         arrays |= {name: arrays[name].astype(np.float16) for name in names}
@@ -108,6 +119,7 @@ def save(path: Path, model: Model, regions: int) -> int:
         "config": config_lib.to_dict(model.config),
         "weights": dataclasses.asdict(model.weights),
         "comparison": model.comparison,
+        "calibration": model.calibration,
     }
     described["sha256"] = _digest(arrays, described)
     header = {"padim_jax": json.dumps(described)}
@@ -178,8 +190,11 @@ def load(path: Path, devices: Devices) -> Model:
             _restore(described["form"], arrays, devices),
             WeightsIdentity(**described["weights"]),
             described["identity"],
+            arrays["images"],
             described["half"],
             described["comparison"],
+            described["calibration"],
+            arrays.get("projection"),
         )
     except (
         *(KeyError, TypeError, ValueError, OSError, AttributeError),
@@ -222,7 +237,7 @@ def _restore(form: str, arrays: dict[str, np.ndarray], devices: Devices) -> Gaus
     floats = {
         name: array.astype(jnp.float32)
         for name, array in parallel.split(
-            {name: array for name, array in arrays.items() if name != "index"}, devices
+            {name: array for name, array in arrays.items() if name not in _SMALL}, devices
         ).items()
     }
     levels = range(sum(name.startswith("mean_") for name in floats))

@@ -10,13 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
+from padim_jax import interpolation
 from padim_jax.types import AnomalyMaps, Distances, Gaussian, Levels, LowRank, Scores
 
 # The blur's kernel ends at this many standard deviations, as scipy.ndimage's
 # gaussian_filter by default: sigma 4 gives 33 taps.
 _TRUNCATE = 4.0
+
+_LARGEST_BLOCK = 128  # patches whose low-rank distances are computed together
+
+# Four roundoffs of float32.
+_LEAST_LEFT = 2.0**-22
 
 # float32 products, also on GPUs, where the default would be TF32's 10-bit mantissa.
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -35,10 +41,39 @@ def mahalanobis(fitted: Gaussian | LowRank, levels: Levels) -> Float32[Array, "r
     """
     if isinstance(fitted, Gaussian):
         return jnp.sqrt(jax.vmap(_full_rank)(fitted.mean, fitted.factor, levels))
-    squared = jax.vmap(_low_rank, in_axes=(0, 0, 0, None, 0))(
-        fitted.mean, fitted.deviations, fitted.root, fitted.regularization, levels
-    )
-    return jnp.sqrt(squared)
+
+    def one(region: tuple) -> Float32[Array, "n b"]:
+        mean, deviations, root, x = region
+        return jnp.sqrt(_low_rank(mean, deviations, root, fitted.regularization, x))
+
+    # Block by block: what is left of the deviations is of every patch, for coarse levels too.
+    each = (fitted.mean, fitted.deviations, fitted.root, levels)
+    return lax.map(one, each, batch_size=max(1, _LARGEST_BLOCK // fitted.root.shape[1]))
+
+
+def leave_one_out(
+    distances: Float32[Array, "*shape"], count: Int32[Array, ""] | int
+) -> Float32[Array, "*shape"]:
+    """Distances of images that were fitted, as the model without each of them has them.
+
+    Without an image at distance d the scatter of n images loses a multiple of its
+    deviation's outer product, which the Sherman-Morrison formula inverts. The mean moves, too:
+
+        d_without^2 = (n / (n - 1))^2 (n - 2) / (n - 1) d^2 / (1 - n d^2 / (n - 1)^2)
+
+    Exact, up to the regularization: the model without the image has epsilon
+    (n - 1) / (n - 2) instead of epsilon.
+
+    Args:
+      distances: see `mahalanobis`; of images that were fitted, whose distances are below
+        (n - 1) / sqrt(n).
+      count: n, of images fitted; at least 3.
+    """
+    n = jnp.asarray(count, jnp.float32)
+    squared = distances * distances
+    # What is left of an image that others hardly explain: of it rounding may leave nothing.
+    left = jnp.maximum(1 - n / (n - 1) ** 2 * squared, _LEAST_LEFT)
+    return n / (n - 1) * jnp.sqrt((n - 2) / (n - 1) * squared / left)
 
 
 def on_grid(distances: Float32[Array, "r n b"], patches: Int[np.ndarray, " p"]) -> Distances:
@@ -73,7 +108,7 @@ def anomaly_maps(
       (b, h, w) float32.
     """
     rows, columns = (
-        jnp.asarray(_blur(n, sigma) @ _interpolation(m, n, upsample), jnp.float32)
+        jnp.asarray(_blur(n, sigma) @ interpolation.matrix(m, n, upsample), jnp.float32)
         for m, n in zip(grid, size, strict=True)
     )
     on_grid = distances.reshape(len(distances), *grid)
@@ -116,49 +151,33 @@ def _low_rank(
 ) -> Float32[Array, "n b"]:
     """Squared distances of a region's patches, by the Woodbury identity.
 
-    (X^T X / (s - 1) + epsilon I)^-1 is (I - X^T K^-1 X) / epsilon, with the kernel
-    K = (s - 1) epsilon I + X X^T = (R^T R)^-1 that `low_rank.finalize` inverts.
+    With the kernel K = (s - 1) epsilon I + X X^T, which `low_rank.finalize` inverts (R^T R,
+    but for a part that all X delta lack), y = K^-1 X delta are the weights of the images that
+    explain a deviation delta best, r = delta - X^T y what they leave of it, and
+
+        delta^T (X^T X / (s - 1) + epsilon I)^-1 delta = |r|^2 / epsilon + (s - 1) |y|^2
+
+    The shorter (|delta|^2 - |R X delta|^2) / epsilon cancels: of images that were fitted, and
+    are all but explained, nothing but roundoffs may be left, amplified by 1 / epsilon. Here
+    nothing cancels but r itself, and y is where the sum is least: of its errors only squares
+    count.
     """
-    products, squared = 0.0, 0.0
-    for x, m, deviation in zip(levels, mean, deviations, strict=True):
-        delta = x - m[..., None]
-        products += _spread(_matmul(deviation, delta), len(root))
-        squared += _spread(jnp.sum(delta * delta, axis=1), len(root))
-    explained = _matmul(root, products)
-    explained = jnp.sum(explained * explained, axis=1)
-    # Rounding can leave less than nothing of a patch that is all but a training image's.
-    return jnp.maximum(squared - explained, 0) / regularization
+    cells, images, _ = root.shape
+    deltas = [x - m[..., None] for x, m in zip(levels, mean, strict=True)]
+    pairs = list(zip(deltas, deviations, strict=True))
+    products = sum(_spread(_matmul(x, delta), cells) for delta, x in pairs)
+    weights = _matmul(root.swapaxes(-1, -2), _matmul(root, products))
+    squared = (images - 1) * jnp.sum(weights * weights, axis=1)
+    for delta, x in pairs:
+        explained = _matmul(_spread(x.swapaxes(-1, -2), cells), weights)
+        rest = _spread(delta, cells) - explained
+        squared += jnp.sum(rest * rest, axis=1) / regularization
+    return squared
 
 
 def _spread(x: Float32[Array, "_n *b"], cells: int) -> Float32[Array, "n *b"]:
     """Repeats a coarse level's cells for the finer ones above them."""
     return jnp.repeat(x, cells // len(x), axis=0)
-
-
-@functools.cache
-def _interpolation(n_in: int, n_out: int, method: str) -> Float[np.ndarray, "n_out n_in"]:
-    """The matrix that interpolates `n_in` samples at `n_out` half-pixel centres."""
-    centre = (np.arange(n_out) + 0.5) * n_in / n_out - 0.5
-    if method == "bilinear":
-        taps, kernel = np.arange(2), lambda t: 1.0 - t
-    elif method == "bicubic":
-        taps, kernel = np.arange(-1, 3), _cubic
-    else:
-        raise ValueError(f"upsample={method!r}: expected 'bilinear' or 'bicubic'")
-    left = np.floor(centre).astype(int)
-    matrix = np.zeros((n_out, n_in))
-    for tap in taps:
-        weight = kernel(np.abs(centre - (left + tap)))
-        np.add.at(matrix, (np.arange(n_out), np.clip(left + tap, 0, n_in - 1)), weight)
-    return matrix
-
-
-def _cubic(t: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Keys' cubic convolution kernel at distance t >= 0, with PyTorch's a = -0.75."""
-    a = -0.75
-    near = ((a + 2) * t - (a + 3)) * t * t + 1
-    far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-    return np.where(t <= 1, near, far)
 
 
 @functools.cache

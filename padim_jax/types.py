@@ -14,6 +14,7 @@ a device's regions (see `parallel`).
 import dataclasses
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 Images = UInt8[Array, "b h w 3"]
@@ -25,6 +26,8 @@ LevelMatrices = tuple[tuple[Float32[Array, "*k r _n _d _e"], ...], ...]
 Distances = Float32[Array, "b p"]
 AnomalyMaps = Float32[Array, "b h w"]
 Scores = Float32[Array, " b"]
+# From all stages' channels to the embedding's; orthonormal columns. See `reduction`.
+Projection = Float32[np.ndarray, "c d"]
 Valid = Bool[Array, " b"]
 
 
@@ -84,8 +87,8 @@ class LowRank:
     Attributes:
       mean: mean embedding.
       deviations: of every image from it.
-      root: of every patch, R with R^T R the inverse of (s - 1) epsilon I + X X^T, where
-        X is its deviations.
+      root: of every patch, R with R^T R the inverse of (s - 1) epsilon I + X X^T + t 1 1^T,
+        where X is its deviations, which add up to 0, so that any t does.
       regularization: epsilon.
     """
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from padim_jax import gaussian, low_rank
+from padim_jax import detector, gaussian, low_rank
 from padim_jax.embedding import Pyramid, pyramid
 from padim_jax.types import Gaussian, Levels, LowRank, Moments, Samples, Valid
 
@@ -49,7 +49,9 @@ def random_features(
 
 
 def embeddings(
-    features: Sequence[np.ndarray] | Sequence[jax.Array], index: list[int] | np.ndarray
+    features: Sequence[np.ndarray] | Sequence[jax.Array],
+    index: list[int] | np.ndarray,
+    dtype: type = np.float32,
 ) -> np.ndarray:
     """(b, p, d): every stage nearest-upsampled, all channels side by side, then selected."""
     height, width, _ = features[0].shape[1:]
@@ -60,9 +62,43 @@ def embeddings(
             np.floor(np.arange(n, dtype=np.float32) * np.float32(m / n)).astype(int)
             for n, m in zip((height, width), stage.shape[1:3], strict=True)
         )
-        upsampled.append(np.asarray(stage, np.float32)[:, ys[:, None], xs[None]])
+        upsampled.append(np.asarray(stage, dtype)[:, ys[:, None], xs[None]])
     chosen = np.concatenate(upsampled, axis=-1)[..., np.asarray(index)]
     return chosen.reshape(len(chosen), height * width, -1)
+
+
+def whole(
+    features: Sequence[np.ndarray] | Sequence[jax.Array],
+    pooling: int = 1,
+    upsample: str = "nearest",
+) -> np.ndarray:
+    """(b, p, c) float64: every stage pooled, upsampled, and all channels side by side."""
+    pooled = [_pooled(np.asarray(stage, np.float64), pooling) for stage in features]
+    if upsample == "nearest":
+        total = sum(stage.shape[-1] for stage in pooled)
+        return embeddings(pooled, list(range(total)), np.float64)
+    height, width = pooled[0].shape[1:3]
+    found = []
+    for stage in pooled:
+        for axis, size in ((1, height), (2, width)):
+            stage = np.apply_along_axis(_interpolated, axis, stage, size)
+        found.append(stage.reshape(len(stage), height * width, -1))
+    return np.concatenate(found, axis=-1)
+
+
+def _interpolated(x: np.ndarray, size: int) -> np.ndarray:
+    # Half-pixel centres; np.interp holds the end values beyond the ends.
+    centre = (np.arange(size) + 0.5) * len(x) / size - 0.5
+    return np.interp(centre, np.arange(len(x)), x)
+
+
+def _pooled(stage: np.ndarray, size: int) -> np.ndarray:
+    """Means of the cells that a window around each has."""
+    reach, found = size // 2, np.empty_like(stage)
+    for y, x in np.ndindex(stage.shape[1:3]):
+        window = stage[:, max(y - reach, 0) : y + reach + 1, max(x - reach, 0) : x + reach + 1]
+        found[:, y, x] = window.mean(axis=(1, 2))
+    return found
 
 
 def random_levels(
@@ -93,9 +129,9 @@ def batches(
 
 def finalize(statistics: Moments | Samples, regularization: float) -> Gaussian | LowRank:
     """The fitted Gaussians, all of them sound; the statistics are used up."""
-    fitted, finite, definite, _ = _finalize(statistics, regularization)
+    fitted, finite, kept, _ = _finalize(statistics, regularization)
     assert np.all(finite)
-    assert np.all(definite)
+    assert np.all(kept >= detector.LEAST_KEPT)
     return fitted
 
 

@@ -753,13 +753,13 @@ class TestNothingElseIsOverwritten:
         save(tmp_path / "new", make_fitted())
         (tmp_path / "new" / "0").rename(path)
         file = path / "_CHECKPOINT_METADATA"
-        file.write_text(file.read_text().replace('"format": 3', '"format": 2'))
+        file.write_text(file.read_text().replace('"format": 4', '"format": 2'))
         before = content(path)
         with pytest.raises(UserError, match="exists and is no checkpoint of padim_jax"):
             save(path, make_fitted(1))
-        with pytest.raises(UserError, match=r"format 2 .* reads format 3"):
+        with pytest.raises(UserError, match=r"format 2 .* reads format 4"):
             load(path)
-        with pytest.raises(UserError, match=r"format 2 .* reads format 3"):
+        with pytest.raises(UserError, match=r"format 2 .* reads format 4"):
             checkpoint.load_unfinished(path, ONE)
         assert content(path) == before
 
@@ -782,6 +782,18 @@ def collected() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.usefixtures("collected")
+def test_a_projection_is_kept_and_part_of_the_identity(tmp_path: pathlib.Path):
+    fitted = make_fitted()
+    matrices = [np.eye(9, 6, -i, dtype=np.float32) for i in (0, 1)]
+    identities = {save(tmp_path / "none", fitted)}
+    for i, matrix in enumerate(matrices):
+        given = dataclasses.replace(fitted, projection=matrix)
+        identities.add(save(tmp_path / str(i), given))
+        np.testing.assert_array_equal(load(tmp_path / str(i)).projection, matrix)
+    assert load(tmp_path / "none").projection is None
+    assert len(identities) == 3
+
+
 class TestLoadingFails:
     def test_absent(self, tmp_path: pathlib.Path):
         with pytest.raises(UserError, match="no such checkpoint; fit a model first") as caught:
@@ -809,7 +821,7 @@ class TestLoadingFails:
         save_altered(path, lambda found: (found.clear(), found.update(other)), monkeypatch)
         with pytest.raises(UserError) as caught:
             load(path)
-        said = (str(path / "0"), f"format {number}", f"padim_jax {version}", "reads format 3")
+        said = (str(path / "0"), f"format {number}", f"padim_jax {version}", "reads format 4")
         for part in said:
             assert part in str(caught.value)
         with pytest.raises(UserError, match=f"format {number} "):

@@ -138,7 +138,7 @@ def test_extracts_the_embeddings_of_the_backbones_features(model: dict):
     found = embedding.concatenate(levels, pyramid)
     mean, std = (np.asarray(x, np.float32) for x in (config.image.mean, config.image.std))
     pixels = (np.asarray(images, np.float32) / 255 - mean) / std
-    spec = models.BACKBONES[config.model.backbone]
+    spec = models.RESNETS[config.model.backbone]
     backbone = resnet.ResNet(spec, config.model.layers, config.model.precision)
     features: Any = jax.jit(backbone.apply)(variables, jnp.asarray(pixels))
     expected = patchwise.embeddings([np.asarray(x) for x in features], list(index))
@@ -368,6 +368,9 @@ class TestMemory:
         assert memory.temp_size_in_bytes < held * devices / 6
 
 
+NONE = np.zeros((0, 32), np.uint8)
+
+
 class TestFingerprint:
     """Thresholds and colours belong to one detector."""
 
@@ -380,7 +383,7 @@ class TestFingerprint:
         weights = pretrained.WeightsIdentity(origin, sha256)
         index = detector.channel_index(config.model)
         fitted = Gaussian((), ())  # not looked at: the statistics' identity says it
-        found = detector.Detector(config, index, {}, weights, fitted, identity)
+        found = detector.Detector(config, index, {}, weights, fitted, identity, NONE)
         return detector.fingerprint(found)
 
     def test_of_the_same(self):

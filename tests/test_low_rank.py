@@ -281,11 +281,12 @@ def test_not_finite_embeddings_raise_naming_the_region(bad, level):
 
 
 def test_regularization_lost_in_rounding_raises():
-    # Two images whose deviations in region 1 are 1 and -1: the kernel is [[1, -1], [-1, 1]]
-    # and what is added is lost beside 1.
-    x = jnp.array([1e-6, 1.0]).reshape(2, 1, 1, 1) * jnp.array([2.0, 0.0]).reshape(1, 1, 2, 1)
-    with pytest.raises(ValueError, match=r"region 1 .* raise the regularization \(1e-09\)"):
-        finalize(Samples(jnp.array(2), (x,)), 1e-9)
+    # Four images of one channel, with deviations of 3, 1, -1 and -3 in region 1: two of the
+    # kernel's directions have nothing but what is added, which is lost beside 20.
+    x = jnp.array([1e-6, 1.0]).reshape(2, 1, 1, 1)
+    x *= jnp.array([6.0, 4.0, 2.0, 0.0]).reshape(1, 1, 4, 1)
+    with pytest.raises(ValueError, match=r"\(1e-09\) in region 1; .* raise the regularization"):
+        finalize(Samples(jnp.array(4), (x,)), 1e-9)
 
 
 def test_finalize_makes_no_second_copy():

@@ -14,7 +14,7 @@ import pytest
 from padim_jax import defaults, detector, gaussian, low_rank, memory, models, parallel
 from padim_jax.config import Config, validate
 from padim_jax.errors import UserError
-from padim_jax.models import resnet
+from padim_jax.models import network
 from padim_jax.parallel import Devices
 from padim_jax.types import Moments, Samples
 
@@ -24,7 +24,11 @@ ONE = Devices(1)
 
 def make_config(backbone: str = "resnet18", **settings: Any) -> Config:
     values = defaults.get_config()
-    base = {"model.backbone": backbone, "model.weights": "random"}
+    base = {
+        "model.backbone": backbone,
+        "model.weights": "random",
+        "model.layers": models.BACKBONES[backbone].stages[:3],
+    }
     values.update_from_flattened_dict(base | settings)
     return validate(values)
 
@@ -63,6 +67,10 @@ class TestArrays:
             ("resnet18", {"image.resize": (500, 500)}, 209, "moments"),
             ("resnet18", {"image.resize": (300, 420)}, 20, "samples"),
             ("resnet50", {"image.resize": (33, 75)}, 209, "moments"),
+            # Every patch has its own channels.
+            ("resnet18", {"model.reduction": "pca"}, 209, "moments"),
+            ("resnet18", {"model.upsample": "bilinear", "model.channels": 300}, 100, "samples"),
+            ("resnet18", {"model.reduction": "none"}, 209, "moments"),
         ],
     )
     def test_statistics(self, backbone: str, settings: dict, images: int, form: str):
@@ -93,9 +101,7 @@ class TestArrays:
 
 @functools.cache
 def weights(config: Config) -> Any:
-    model = resnet.ResNet(
-        models.BACKBONES[config.model.backbone], config.model.layers, config.model.precision
-    )
+    model = network.build(config.model.backbone, config.model.layers, config.model.precision)
     images = jnp.zeros((1, *config.image.size, 3))
     return jax.eval_shape(lambda: model.init(jax.random.key(0), images))
 
@@ -106,15 +112,23 @@ class TestBatch:
         [
             ("resnet18", {"model.statistics": "moments"}, 32),
             ("resnet18", {"image.resize": (300, 420), "model.channels": 448}, 8),
+            ("resnet18", {"model.reduction": "semi_orthogonal", "model.pooling": 3}, 8),
+            ("resnet18", {"model.reduction": "none", "model.upsample": "bilinear"}, 8),
             ("resnet34", {"model.precision": "bfloat16"}, 32),
             ("resnet50", {"model.layers": ("layer2", "layer3")}, 16),
             ("wide_resnet50_2", {"model.channels": 550, "model.precision": "bfloat16"}, 32),
             ("wide_resnet50_2", {"model.channels": 1792}, 8),
+            ("efficientnet_b5", {}, 16),
         ],
     )
     def test_what_xla_says(self, backbone: str, settings: dict, batch_size: int):
         config = make_config(backbone, **settings, batch_size=batch_size)
         index = tuple(detector.channel_index(config.model).tolist())
+        variables = weights(config)
+        if detector.is_projected(config.model):
+            shape = detector.total_channels(config.model), config.model.channels
+            matrix = jax.ShapeDtypeStruct(shape, jnp.float32)
+            variables = {**variables, detector.PROJECTION: matrix}
         # Flat, since JAX would fill the statistics' class with descriptions of arrays.
         leaves, structure = jax.tree.flatten(statistics(config, batch_size))
 
@@ -133,7 +147,7 @@ class TestBatch:
         images = jax.ShapeDtypeStruct(shape, jnp.uint8)
         valid = jax.ShapeDtypeStruct((1, batch_size), bool)
         mapped: Any = parallel.mapped(fit, replicated=(1,), donated=(0,))
-        compiled = mapped.lower(leaves, weights(config), images, valid).compile()
+        compiled = mapped.lower(leaves, variables, images, valid).compile()
         found = memory.estimate(config, batch_size, ONE).batch
         taken = compiled.memory_analysis()
         assert taken is not None
@@ -144,10 +158,11 @@ class TestBatch:
         assert found <= 1.6 * taken.temp_size_in_bytes + 3.4 * backbone_size
 
     @pytest.mark.parametrize("backbone", models.BACKBONES)
-    @pytest.mark.parametrize("deepest", ["layer1", "layer3", "layer4"])
-    def test_weights(self, backbone: str, deepest: str):
+    @pytest.mark.parametrize("deepest", [0, 2, -1])
+    def test_weights(self, backbone: str, deepest: int):
         """They are counted three times, of the stages that are there."""
-        config = make_config(backbone, **{"model.layers": (deepest,), "model.channels": 20})
+        layers = (models.BACKBONES[backbone].stages[deepest],)
+        config = make_config(backbone, **{"model.layers": layers, "model.channels": 20})
         empty = dataclasses.replace(config, batch_size=0)
         counted = memory.estimate(empty, 9, ONE).batch / 3
         # By the widest kernels; the stem, the downsampling and the biases are not.

@@ -81,6 +81,7 @@ def make_model(fitted: Gaussian | LowRank, half: bool) -> Model:
         model_file.rounded(fitted) if half else fitted,
         WeightsIdentity("huggingface.co/timm/ä b", "0123456789abcdef" * 4),
         "fedcba9876543210" * 4 + (" in float16" if half else ""),
+        np.arange(5 * 32, dtype=np.uint8).reshape(5, 32),
         half,
         comparison if half else None,
     )
@@ -261,10 +262,11 @@ class TestFormat:
         save(path, model)
         entries, start = header(path)
         described = json.loads(entries.pop("__metadata__")["padim_jax"])
-        assert described["format"] == "padim_jax model 2"
+        assert described["format"] == "padim_jax model 3"
         assert described["version"] == padim_jax.__version__
         assert described["half"] is model.half
-        types = {"I64": np.dtype("<i8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+        names = {"U8": "<u1", "I64": "<i8", "F32": "<f4", "F16": "<f2"}
+        types = {name: np.dtype(dtype) for name, dtype in names.items()}
         mapped = {}
         for name, entry in entries.items():
             first, last = entry["data_offsets"]
@@ -274,7 +276,7 @@ class TestFormat:
             mapped[name] = np.memmap(path, dtype, "r", start + first, tuple(entry["shape"]))
             assert mapped[name].nbytes == last - first
         fitted = on_host(model.fitted)
-        expected = {"index": model.index}
+        expected = {"index": model.index, "images": model.images}
         expected |= {f"mean_{i}": np.asarray(x) for i, x in enumerate(fitted.mean)}
         if isinstance(model.fitted, Gaussian):
             large = {
@@ -363,7 +365,7 @@ class TestBroken:
         ("change", "message"),
         [
             ({"format": "padim_jax model 1", "version": "0.1"}, "'padim_jax model 1', .* 0.1;"),
-            ({"format": "padim_jax model 3", "version": "9.8"}, "'padim_jax model 3', .* 9.8;"),
+            ({"format": "padim_jax model 4", "version": "9.8"}, "'padim_jax model 4', .* 9.8;"),
             ({"form": "Mixture"}, "no model file, or a broken one"),
             ({"weights": None}, "no model file, or a broken one"),
             ({"config": {"batch_size": 4}}, "broken one .*config"),

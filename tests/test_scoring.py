@@ -149,13 +149,17 @@ def test_distances_come_into_the_patches_order(name):
     np.testing.assert_array_equal(found, [2 * pyramid.patches, 2 * pyramid.patches + 1])
 
 
-def test_rounding_leaves_no_less_than_nothing():
-    # An image like a training one, of which the rounded root explains more than there is.
+def test_a_rough_kernel_is_no_worse_than_its_square():
+    # An image that the samples explain but for the regularization, and a kernel that is off
+    # by 1 in 1000: so would be what is left of |delta|^2 = 9, and this is beside 1.8e-3.
     deviations = jnp.array([3.0, -3.0]).reshape(1, 1, 2, 1)
-    root = jnp.diag(jnp.array([0.334, 0.334]))[None, None]
+    kernel = np.array([[9.0, -9.0], [-9.0, 9.0]]) + 1e-4 * np.eye(2)
+    root = np.linalg.inv(np.linalg.cholesky(1.001 * kernel))
+    root = jnp.asarray(root, jnp.float32)[None, None]
     fitted = LowRank((jnp.ones((1, 1, 1)),), (deviations,), root, jnp.float32(1e-4))
     found = mahalanobis(fitted, (jnp.full((1, 1, 1, 1), 4.0),))
-    np.testing.assert_array_equal(found, [[[0]]])
+    # (4 - 1)^2 / (18 + 1e-4), but for 1e-3^2 * 9 / 1e-4 at most.
+    np.testing.assert_allclose(found[0, 0, 0] ** 2, 9 / (18 + 1e-4), atol=0.1)
 
 
 def test_distance_counts_standard_deviations():
@@ -166,6 +170,33 @@ def test_distance_counts_standard_deviations():
     found = mahalanobis(fitted, (jnp.asarray(x.T[None, None], jnp.float32),))
     # Squares of small whole numbers: exact, up to the square root's rounding.
     np.testing.assert_allclose(found[0, 0], np.sqrt([0, 1, 9, 4 + 1 + 4, 3]), rtol=2e-7)
+
+
+@pytest.mark.parametrize("images", [3, 5, 9, 40], ids="{} images".format)
+@pytest.mark.parametrize("regularization", [1e-4, 0.01, 1.0])
+def test_left_out_is_what_a_refit_without_the_image_gives(images: int, regularization: float):
+    """Of fewer images than the 9 channels and more."""
+    _, x = patchwise.random_levels(patchwise.CASES["three levels"], images)
+    squared, _ = patchwise.distances(x, x, regularization)
+    found = scoring.leave_one_out(jnp.asarray(np.sqrt(squared), jnp.float32), images)
+    less = regularization * (images - 1) / (images - 2)
+    expected = np.stack(
+        [patchwise.distances(np.delete(x, i, 0), x[[i]], less)[0][0] for i in range(images)]
+    )
+    # The distance's own rounding, and a few more, in what is left of 1.
+    left = 1 - images / (images - 1) ** 2 * squared
+    off = np.abs(found / np.sqrt(expected) - 1)
+    assert np.all(off <= 4 * 2.0**-24 / left)
+    assert np.min(left) > 1e-5
+
+
+def test_left_out_of_images_that_nothing_else_is_like():
+    # Of two images beside a third the squared distance is at most (n - 1)^2 / n = 4/3: of
+    # an epsilon that is all but nothing exactly that, and rounding may go beyond it.
+    found = scoring.leave_one_out(jnp.sqrt(jnp.array([0.0, 1.0, 4 / 3, 1.334])), 3)
+    np.testing.assert_allclose(found[:2], [0.0, np.sqrt(9 / 4 / 2 * 4)], rtol=1e-6)
+    assert np.all(np.isfinite(found))
+    assert np.all(found[2:] > 1e3)
 
 
 @sizes
@@ -270,8 +301,8 @@ def test_distances_of_another_grid_raise():
 
 
 def test_unknown_upsampling_raises():
-    with pytest.raises(ValueError, match="upsample='nearest': expected 'bilinear'"):
-        maps_of(np.zeros((1, 2, 2)), (4, 4), upsample="nearest")
+    with pytest.raises(ValueError, match="'area': expected 'nearest', 'bilinear'"):
+        maps_of(np.zeros((1, 2, 2)), (4, 4), upsample="area")
 
 
 def test_image_score_is_the_maximum_of_the_map():
