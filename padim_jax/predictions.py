@@ -14,7 +14,9 @@ from types import TracebackType
 import numpy as np
 from jaxtyping import Float32
 
+from padim_jax import calibration as calibration_lib
 from padim_jax import figures, input_pipeline, paths, results
+from padim_jax.calibration import Calibration
 from padim_jax.config import ImageConfig
 from padim_jax.datasets.files import is_image
 from padim_jax.datasets.records import Record
@@ -74,22 +76,38 @@ def _common_folder(files: Sequence[Path]) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
-    """What an evaluation found out that predictions need; None where unknown.
+class Thresholds:
+    """What predictions are called by; None where unknown.
 
     Attributes:
-      image_threshold: image scores of at least this are called anomalous.
-      pixel_threshold: the same of pixels, for the outline.
+      image: image scores of at least this are called anomalous.
+      pixel: the same of pixels, for the outline.
       scale: colours of the heat maps.
+      text: where all this comes from, for a person.
     """
 
-    image_threshold: float | None = None
-    pixel_threshold: float | None = None
+    image: float | None = None
+    pixel: float | None = None
     scale: figures.ColorScale | None = None
+    text: str = ""
 
 
-def read_calibration(path: Path, detector: str) -> Calibration:
-    """Reads an evaluation's metrics.json.
+def thresholds(calibration: Calibration) -> Thresholds:
+    """Thresholds that need no defect; the image threshold has the middle of the colours."""
+    low = calibration.typical_pixel
+    high = 2 * calibration.image_threshold - low
+    # A rate so high that typical images are called anomalous leaves no room for colours.
+    scale = figures.ColorScale(low, high if high > low else low + max(1.0, abs(low)))
+    return Thresholds(
+        calibration.image_threshold,
+        calibration.pixel_threshold,
+        scale,
+        calibration_lib.text(calibration),
+    )
+
+
+def read_evaluation(path: Path, detector: str) -> Thresholds:
+    """Thresholds and colours of an evaluation's metrics.json, for want of a calibration.
 
     Args:
       path: the file.
@@ -99,22 +117,28 @@ def read_calibration(path: Path, detector: str) -> Calibration:
     Raises:
       UserError: the file is broken.
     """
+    nothing = Thresholds(
+        text=f"no thresholds: the model has none from normal images, and {path} none of this "
+        "model. Scores only, no predicted class. For thresholds: --mode=calibrate "
+        "--input=<normal images that were not fitted>, or evaluate it (--mode=eval)"
+    )
     if not path.exists():
-        return Calibration()
+        return nothing
     try:
         measured = json.loads(path.read_text(encoding="utf-8"))
         if measured["detector"] != detector:
-            return Calibration()
-        return Calibration(
-            measured["image_f1_threshold"],
-            measured["pixel_f1_threshold"],
-            figures.ColorScale(*measured["color_scale"]),
-        )
+            return nothing
+        image, pixel = measured["image_f1_threshold"], measured["pixel_f1_threshold"]
+        scale = figures.ColorScale(*measured["color_scale"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: not an evaluation's results ({type(error).__name__}: {error}); evaluate "
             "again (--mode=eval) or remove the file to predict without thresholds"
         ) from error
+    if image is None:
+        return dataclasses.replace(nothing, pixel=pixel, scale=scale)
+    text = f"threshold {image:.4g}: the best F1 on the test set's labels, of {path}"
+    return Thresholds(image, pixel, scale, text)
 
 
 def restore_map(
@@ -159,7 +183,8 @@ def _interpolate(values: np.ndarray, position: np.ndarray) -> np.ndarray:
 class Writer:
     """Writes predictions below a folder as they come.
 
-    scores.csv gets one row an image; maps/ the raw map (float32 .npy or .tiff, NaN
+    scores.csv gets one row an image, with what share of normal images scores lower where the
+    model has a calibration; maps/ the raw map (float32 .npy or .tiff, NaN
     where unscored) and overlays/ the heat map over the image, both at the image's size.
     An object store can't take a file row by row: there scores.csv has its header at first,
     and the rows at the end.
@@ -172,18 +197,19 @@ class Writer:
         folder: Path,
         config: ImageConfig,
         map_suffix: str,
-        calibration: Calibration,
+        thresholds: Thresholds,
+        calibration: Calibration | None,
     ):
         paths.make_folder(folder)
         self._folder, self._config, self._suffix = folder, config, map_suffix
-        self._calibration = calibration
+        self._thresholds, self._calibration = thresholds, calibration
         self._table = folder / "scores.csv"
         if isinstance(self._table, pathlib.Path):
             self._file = self._table.open("w", newline="", encoding="utf-8")
         else:
             self._file = io.StringIO(newline="")
         self._rows = csv.writer(self._file)
-        self._rows.writerow(("path", "score", "predicted"))
+        self._rows.writerow(("path", "score", "predicted", "calibrated"))
         self._upload()
         self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS)
 
@@ -210,27 +236,29 @@ class Writer:
         scores: Float32[np.ndarray, " n"],
     ) -> None:
         """Writes a batch; without a colour scale the first batch sets it."""
-        known = self._calibration
+        known = self._thresholds
         if known.scale is None:
             scale = figures.color_scale(maps, np.zeros(len(maps), int))
-            self._calibration = known = dataclasses.replace(known, scale=scale)
+            self._thresholds = known = dataclasses.replace(known, scale=scale)
+        calibrated = [""] * len(scores)
+        if self._calibration is not None:
+            calibrated = map(calibration_lib.shown, self._calibration.calibrated(scores))
         # In threads, since Pillow and NumPy leave Python's lock while they work.
         drawn = self._threads.map(self._draw, records, sizes, maps)
-        for record, score, _ in zip(records, scores, drawn, strict=True):
-            threshold = known.image_threshold
-            predicted = "" if threshold is None else int(score >= threshold)
-            self._rows.writerow((record.relative_path, score, predicted))
+        for record, score, level, _ in zip(records, scores, calibrated, drawn, strict=True):
+            predicted = "" if known.image is None else int(score >= known.image)
+            self._rows.writerow((record.relative_path, score, predicted, level))
         self._file.flush()
 
     def _draw(
         self, record: Record, size: tuple[int, int], anomaly_map: Float32[np.ndarray, "h w"]
     ) -> None:
-        known, name = self._calibration, record.relative_path
+        known, name = self._thresholds, record.relative_path
         assert known.scale is not None
         full = restore_map(anomaly_map, size, self._config)
         results.save_map(self._folder / "maps", name, self._suffix, full)
         image = np.asarray(input_pipeline.read_image(record.image))
-        overlay = figures.overlay(image, full, known.scale, known.pixel_threshold)
+        overlay = figures.overlay(image, full, known.scale, known.pixel)
         path = self._folder / "overlays" / f"{name}.jpg"
         if isinstance(path, pathlib.Path):
             path.parent.mkdir(parents=True, exist_ok=True)

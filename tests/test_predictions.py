@@ -1,6 +1,7 @@
 """Unlabelled images: which are found, and where on them the anomaly map comes to lie."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 from fractions import Fraction
@@ -11,10 +12,18 @@ import pytest
 from PIL import Image
 
 from padim_jax import figures, input_pipeline, predictions
+from padim_jax.calibration import Calibration, calibrate
 from padim_jax.config import ImageConfig
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
-from padim_jax.predictions import Calibration, Writer, find, read_calibration, restore_map
+from padim_jax.predictions import (
+    Thresholds,
+    Writer,
+    find,
+    read_evaluation,
+    restore_map,
+    thresholds,
+)
 
 NO_MEAN = (0.0, 0.0, 0.0)
 NO_STD = (1.0, 1.0, 1.0)
@@ -32,7 +41,7 @@ GEOMETRIES = [
 
 
 def preprocessing(resize: tuple[int, int], crop: tuple[int, int] | None) -> ImageConfig:
-    return ImageConfig(resize, "bilinear", crop, NO_MEAN, NO_STD)
+    return ImageConfig(resize, "bilinear", crop, NO_MEAN, NO_STD, 0.0, "centre", 0)
 
 
 def noise(size: tuple[int, int]) -> np.ndarray:
@@ -207,26 +216,36 @@ GOOD = {
 }
 
 
-class TestCalibration:
-    def read(self, folder: pathlib.Path, content: Any) -> Calibration:
+class TestThresholdsOfAnEvaluation:
+    def read(self, folder: pathlib.Path, content: Any) -> Thresholds:
         text = content if isinstance(content, str) else json.dumps(content)
         (folder / "metrics.json").write_text(text)
-        return read_calibration(folder / "metrics.json", "0123abcd")
+        return read_evaluation(folder / "metrics.json", "0123abcd")
 
-    def test_from_an_evaluation(self, tmp_path: pathlib.Path):
+    def test_best_f1(self, tmp_path: pathlib.Path):
         found = self.read(tmp_path, GOOD | {"aupro": 0.9})
-        assert found == Calibration(4.5, 3.5, figures.ColorScale(1.0, 6.0))
+        assert (found.image, found.pixel) == (4.5, 3.5)
+        assert found.scale == figures.ColorScale(1.0, 6.0)
+        assert "threshold 4.5: the best F1 on the test set's labels" in found.text
 
     def test_undefined_thresholds(self, tmp_path: pathlib.Path):
         unknown = {"image_f1_threshold": None, "pixel_f1_threshold": None}
         found = self.read(tmp_path, GOOD | unknown)
-        assert found == Calibration(None, None, figures.ColorScale(1.0, 6.0))
+        assert (found.image, found.pixel) == (None, None)
+        assert found.scale == figures.ColorScale(1.0, 6.0)
+        assert found.text.startswith("no thresholds")
 
     def test_no_evaluation(self, tmp_path: pathlib.Path):
-        assert read_calibration(tmp_path / "metrics.json", "0123abcd") == Calibration()
+        found = read_evaluation(tmp_path / "metrics.json", "0123abcd")
+        assert dataclasses.replace(found, text="") == Thresholds()
+        # What to do about it.
+        assert str(tmp_path / "metrics.json") in found.text
+        assert "--mode=calibrate" in found.text
 
     def test_evaluation_of_another_detector(self, tmp_path: pathlib.Path):
-        assert self.read(tmp_path, GOOD | {"detector": "89ef"}) == Calibration()
+        found = self.read(tmp_path, GOOD | {"detector": "89ef"})
+        assert dataclasses.replace(found, text="") == Thresholds()
+        assert found.text.startswith("no thresholds")
 
     @pytest.mark.parametrize(
         "content",
@@ -246,6 +265,32 @@ class TestCalibration:
         with pytest.raises(UserError, match="not an evaluation's results") as caught:
             self.read(tmp_path, content)
         assert str(caught.value).startswith(f"{tmp_path / 'metrics.json'}: ")
+
+
+def calibration(image_rate: float = 0.1) -> Calibration:
+    """Of normal images with the median 1 and scores of 2 to 3."""
+    scores = np.linspace(2, 3, 40, dtype=np.float32)
+    maps = np.ones((40, 8, 8), np.float32)
+    maps[:, 3, 3] = scores
+    return calibrate([(maps, scores)], 40, "held_out", image_rate, 0.01)
+
+
+class TestThresholdsOfNormalImages:
+    def test_threshold_in_the_middle_of_the_colours(self):
+        found, known = thresholds(calibration()), calibration()
+        assert (found.image, found.pixel) == (known.image_threshold, known.pixel_threshold)
+        assert found.scale is not None
+        assert found.scale.low == 1
+        assert (found.scale.low + found.scale.high) / 2 == pytest.approx(known.image_threshold)
+        assert "40 normal images" in found.text
+        assert "10 %" in found.text
+
+    def test_a_threshold_below_what_is_normal(self):
+        """Whoever asks for it gets it, and colours all the same."""
+        low = dataclasses.replace(calibration(), image_threshold=0.5)
+        found = thresholds(low)
+        assert found.image == 0.5
+        assert found.scale == figures.ColorScale(1.0, 2.0)
 
 
 class TestWriter:
@@ -269,7 +314,7 @@ class TestWriter:
     def test_files_have_the_size_of_their_image(self, suffix: str, tmp_path: pathlib.Path):
         sizes = {"a.png": (70, 90), "Ordner ü/a.png": (20, 300), "Ordner ü/a.bmp": (64, 64)}
         records, shapes, maps, scores = self.batch(tmp_path / "in", sizes)
-        with Writer(tmp_path / "out", self.CONFIG, suffix, Calibration()) as writer:
+        with Writer(tmp_path / "out", self.CONFIG, suffix, Thresholds(), None) as writer:
             writer.add(records, shapes, maps, scores)
         for (name, size), anomaly_map in zip(sizes.items(), maps, strict=True):
             path = tmp_path / "out" / "maps" / f"{name}.{suffix}"
@@ -284,39 +329,54 @@ class TestWriter:
         """An interrupted run keeps what it has scored."""
         first = self.batch(tmp_path / "in", {"1.png": (40, 40), "Teil, ü 2.png": (40, 40)})
         second = self.batch(tmp_path / "in", {"3.png": (40, 40)})
-        with Writer(tmp_path, self.CONFIG, "npy", Calibration()) as writer:
+        with Writer(tmp_path, self.CONFIG, "npy", Thresholds(), None) as writer:
             writer.add(*first)
             assert [row[0] for row in self.rows(tmp_path)] == ["path", "1.png", "Teil, ü 2.png"]
             writer.add(*second)
             rows = self.rows(tmp_path)
-        assert rows[0] == ["path", "score", "predicted"]
+        assert rows[0] == ["path", "score", "predicted", "calibrated"]
         assert [row[0] for row in rows[1:]] == ["1.png", "Teil, ü 2.png", "3.png"]
         scores = np.array([row[1] for row in rows[1:]], np.float32)
         np.testing.assert_array_equal(scores, np.concatenate([first[3], second[3]]))
-        assert [row[2] for row in rows[1:]] == ["", "", ""]  # nothing to compare with
+        assert [row[2:] for row in rows[1:]] == 3 * [["", ""]]  # nothing to compare with
 
     def test_predicted_from_the_threshold_on(self, tmp_path: pathlib.Path):
         sizes = {f"{number}.png": (40, 40) for number in range(3)}
         records, shapes, maps, scores = self.batch(tmp_path, sizes)
-        calibration = Calibration(float(scores[1]), None, figures.ColorScale(0.0, 9.0))
-        with Writer(tmp_path, self.CONFIG, "npy", calibration) as writer:
+        known = Thresholds(float(scores[1]), None, figures.ColorScale(0.0, 9.0))
+        with Writer(tmp_path, self.CONFIG, "npy", known, None) as writer:
             writer.add(records, shapes, maps, scores)
         assert [row[2] for row in self.rows(tmp_path)[1:]] == ["0", "1", "1"]
+
+    def test_calibrated(self, tmp_path: pathlib.Path):
+        records, shapes, maps, _ = self.batch(
+            tmp_path, {f"{n}.png": (40, 40) for n in range(3)}
+        )
+        scores, known = np.array([1.9, 2.5, 30], np.float32), calibration()
+        with Writer(tmp_path, self.CONFIG, "npy", thresholds(known), known) as writer:
+            writer.add(records, shapes, maps, scores)
+        rows = self.rows(tmp_path)[1:]
+        assert [row[2] for row in rows] == ["0", "0", "1"]
+        # None of 40 lower, half of them, and as far beyond as it may be.
+        levels = [float(row[3]) for row in rows]
+        assert levels[0] == 0
+        assert levels[1] == pytest.approx(0.5, abs=0.02)
+        assert 0.9999 < levels[2] < 1
 
     @pytest.mark.parametrize("scale", [None, figures.ColorScale(0.0, 50.0)])
     def test_one_colour_scale_for_all_batches(self, scale, tmp_path: pathlib.Path):
         """Colours can be compared between images, whatever batch they fall into."""
         batches = [self.batch(tmp_path, {name: (48, 48)}) for name in ("1.png", "2.png")]
         config = preprocessing((48, 48), None)
-        calibration = Calibration(None, None, scale)
-        with Writer(tmp_path / "one", config, "npy", calibration) as writer:
+        known = Thresholds(None, None, scale)
+        with Writer(tmp_path / "one", config, "npy", known, None) as writer:
             for records, shapes, maps, scores in batches:
                 writer.add(records, shapes, maps, scores)
         overlays = [tmp_path / "one" / "overlays" / f"{n}.png.jpg" for n in (1, 2)]
         assert overlays[0].read_bytes() == overlays[1].read_bytes()
         # Another map in the second batch shows: with a scale of its own it would not.
         records, shapes, maps, scores = batches[1]
-        with Writer(tmp_path / "two", config, "npy", calibration) as writer:
+        with Writer(tmp_path / "two", config, "npy", known, None) as writer:
             writer.add(*batches[0])
             writer.add(records, shapes, 3 * maps, 3 * scores)
         overlays = [tmp_path / "two" / "overlays" / f"{n}.png.jpg" for n in (1, 2)]
@@ -327,7 +387,9 @@ class TestWriter:
         batch = self.batch(tmp_path / "in", sizes)
         for threads in (1, 7):
             monkeypatch.setattr(predictions, "_THREADS", threads)
-            with Writer(tmp_path / str(threads), self.CONFIG, "npy", Calibration()) as writer:
+            with Writer(
+                tmp_path / str(threads), self.CONFIG, "npy", Thresholds(), None
+            ) as writer:
                 writer.add(*batch)
         one, many = (
             {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.*")}
@@ -342,7 +404,7 @@ class TestWriter:
         batch[0][9].image.unlink()
         with (
             pytest.raises(UserError, match=r"9\.png: cannot be read"),
-            Writer(tmp_path / "out", self.CONFIG, "npy", Calibration()) as writer,
+            Writer(tmp_path / "out", self.CONFIG, "npy", Thresholds(), None) as writer,
         ):
             writer.add(*batch)
         # What was written before is told.

@@ -1,0 +1,80 @@
+"""A calibration beside its model: calibration.json in a checkpoint's folder."""
+
+import json
+import pathlib
+from typing import Any
+
+from padim_jax import calibration as calibration_lib
+from padim_jax.calibration import Calibration
+from padim_jax.errors import UserError
+from padim_jax.paths import Path
+
+NAME = "calibration.json"
+_GROWING = f"{NAME}.incomplete"
+# What may lie in a checkpoint's folder besides the checkpoint; the second of a killed process.
+NAMES = (NAME, _GROWING)
+
+
+def write(folder: Path, calibration: Calibration, detector: str) -> None:
+    """Writes `folder/calibration.json`; a crash leaves an earlier one as it was.
+
+    Args:
+      folder: the checkpoint's.
+      calibration: what to write.
+      detector: fingerprint of the one whose scores it is of.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    stored = calibration_lib.to_dict(calibration, detector)
+    content = json.dumps(stored, indent=1, allow_nan=False).encode() + b"\n"
+    try:
+        if isinstance(folder, pathlib.Path):
+            (folder / _GROWING).write_bytes(content)
+            (folder / _GROWING).replace(folder / NAME)
+        else:
+            (folder / NAME).write_bytes(content)  # on an object store there when it is whole
+    except OSError as error:
+        raise UserError(f"{folder / NAME}: cannot be written ({error})") from error
+
+
+def read(folder: Path, detector: str) -> Calibration | None:
+    """Reads what `write` wrote.
+
+    Args:
+      folder: the checkpoint's.
+      detector: fingerprint of the one in use. A calibration of another one (extended by
+        images since, or with other settings of maps) is not used, and a line says so.
+
+    Raises:
+      UserError: the file is broken.
+    """
+    path = folder / NAME
+    try:
+        if not path.exists():
+            return None
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _broken(path, error) from error
+    return restore(path, stored, detector)
+
+
+def restore(path: Path, stored: Any, detector: str) -> Calibration | None:
+    """What `calibration.to_dict` made, in whatever file it was; see `read`."""
+    try:
+        found = calibration_lib.from_dict(stored, detector)
+    except ValueError as error:
+        raise _broken(path, error) from error
+    if found is None:
+        print(
+            f"{path}: thresholds of another state of the model, or of other map settings; not "
+            "used. For new ones: --mode=calibrate --input=<normal images that were not fitted>"
+        )
+    return found
+
+
+def _broken(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: no thresholds, or broken ones ({error}); remove a checkpoint's {NAME} (then "
+        "--mode=calibrate finds new ones), export a model file again"
+    )

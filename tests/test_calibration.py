@@ -1,0 +1,428 @@
+"""What thresholds from normal images promise is kept: by simulation, and by a real detector."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from padim_jax import calibration, calibration_file, checkpoint, defaults, detector, parallel
+from padim_jax.calibration import Calibration, calibrate, from_dict, outcome, to_dict
+from padim_jax.config import validate
+from padim_jax.datasets.synthetic_part import photograph
+from padim_jax.errors import UserError
+from padim_jax.models import pretrained
+
+
+def of_scores(scores: Any, image_rate: float = 0.01, pixel_rate: float = 0.001) -> Calibration:
+    """Of images whose maps have one value each."""
+    scores = np.asarray(scores, np.float32)
+    maps = np.broadcast_to(scores[:, None, None], (len(scores), 4, 4))
+    return calibrate([(maps, scores)], len(scores), "held_out", image_rate, pixel_rate)
+
+
+def drawn(count: int, seed: int) -> Any:
+    return np.random.default_rng([count, seed])
+
+
+GAMMA = np.random.default_rng(0).gamma(3, 2, 209).astype(np.float32)
+
+
+class TestImageThreshold:
+    @pytest.mark.parametrize("distribution", [stats.uniform(), stats.t(2)])
+    @pytest.mark.parametrize(("images", "rate"), [(20, 0.05), (20, 0.3), (60, 0.1), (99, 0.01)])
+    def test_promise_is_kept(self, distribution: Any, images: int, rate: float):
+        """Of any distribution: the mean over many draws of how much of it is higher."""
+        repeats = 150
+        thresholds = [
+            of_scores(distribution.rvs(images, random_state=drawn(images, i)), rate)
+            for i in range(repeats)
+        ]
+        rates = distribution.sf([found.image_threshold for found in thresholds])
+        promised = thresholds[0].image_promised_rate
+        # Of n uniform numbers the k-th has the variance k (n + 1 - k) / (n + 1)^2 / (n + 2).
+        error = np.sqrt(promised * (1 - promised) / (images + 2) / repeats)
+        assert rate - 1 / (images + 1) < promised <= rate
+        assert abs(np.mean(rates) - promised) < 4 * error
+
+    @pytest.mark.parametrize(("images", "rate"), [(9, 0.1), (99, 0.01), (999, 0.001)])
+    def test_just_enough_images(self, images: int, rate: float):
+        """The smallest number that promises a rate does so by its highest score."""
+        scores = np.arange(images)
+        enough, few = of_scores(scores, rate), of_scores(scores[:-1], rate)
+        assert enough.image_threshold == np.nextafter(np.float32(images - 1), np.float32(9e9))
+        assert enough.image_promised_rate == pytest.approx(rate)
+        assert few.image_promised_rate > rate
+        assert few.image_threshold > images - 1
+
+    def test_too_few_images_are_told_of(self):
+        found = of_scores(GAMMA[:20], 0.001)
+        assert found.image_promised_rate == pytest.approx(1 / 21)
+        assert found.image_rate == 0.001
+        assert "4.8 % at best" in calibration.text(found)
+        assert "at best" not in calibration.text(of_scores(GAMMA, 0.01))
+        assert np.isfinite(of_scores(GAMMA[:3], 1e-300).image_threshold)
+        # The threshold is where the calibrated score says so.
+        assert found.image_threshold > GAMMA[:20].max()
+        level = found.calibrated(np.array([found.image_threshold]))
+        np.testing.assert_allclose(level, 0.999, atol=1e-7)
+
+    def test_never_below_a_score_that_must_not_be_called(self):
+        """A short tail puts the quantile of 1 in 1000 below the highest of 20."""
+        scores = np.r_[np.linspace(1, 2, 19), 50]
+        assert of_scores(scores, 0.04).image_threshold > 50
+
+    def test_higher_means_higher(self):
+        """A score that equals the k-th is not called: ties would break the promise."""
+        found = of_scores([1, 2, 2, 2, 2], 0.4)
+        assert not np.any(np.float32(2) >= np.float32(found.image_threshold))
+        assert np.float32(2.000001) >= np.float32(found.image_threshold)
+
+
+class TestPixels:
+    MAPS = np.random.default_rng(1).gumbel(4, 1, (23, 7, 9)).astype(np.float32)
+
+    def in_parts(self, maps: np.ndarray, ends: list[int], rate: float) -> Calibration:
+        parts = [(part, part.max(axis=(1, 2))) for part in np.split(maps, ends)]
+        return calibrate(parts, len(maps), "given", 0.05, rate)
+
+    @pytest.mark.parametrize("rate", [0.0001, 0.001, 0.01, 0.3, 0.95])
+    @pytest.mark.parametrize("ends", [[], [1, 2, 3], [7, 14, 21], list(range(1, 23))])
+    def test_streaming_is_sorting(self, rate: float, ends: list[int]):
+        found = self.in_parts(self.MAPS, ends, rate)
+        ranked = np.sort(self.MAPS, axis=None)
+        called = np.float32(found.pixel_threshold) <= self.MAPS
+        # Of N + 1 pixels this many may be above; at least none.
+        assert called.sum() == max(0, int(np.floor(rate * (ranked.size + 1) + 1e-9)) - 1)
+        assert np.nextafter(np.float32(found.pixel_threshold), np.float32(0)) in ranked
+        assert found == self.in_parts(self.MAPS, [5], rate)
+
+    def test_equal_pixels(self):
+        maps = np.full((5, 8, 8), 3, np.float32)
+        maps[0, 0, 0] = 9
+        found = self.in_parts(maps, [2], 0.01)
+        assert 3 < found.pixel_threshold < 3.00001
+
+    def test_median(self):
+        maps = np.repeat(np.arange(5, dtype=np.float32), 64).reshape(5, 8, 8)
+        assert self.in_parts(maps, [3], 0.1).typical_pixel == 2
+
+
+class TestCalibrated:
+    @pytest.mark.parametrize("images", [3, 5, 20, 60, 209, 5000])
+    def test_never_falls_and_stays_below_one(self, images: int):
+        scores = np.random.default_rng(images).gamma(3, 2, images)
+        found = of_scores(scores)
+        grid = np.r_[-1e30, np.linspace(-1, 200, 20001), 1e4, 1e30]
+        levels = found.calibrated(grid)
+        assert np.all(np.diff(levels) >= 0)
+        assert levels[0] == 0
+        assert levels[-1] < 1
+        # Strictly rising wherever there were normal scores, and well beyond them.
+        among = levels[(grid > scores.min()) & (grid < 2 * scores.max())]
+        assert np.all(np.diff(among) > 0)
+        if images > 5:  # No step where the ranks end and the tail begins.
+            start = found.quantiles[-1]
+            around = found.calibrated(np.array([start - 1e-6, start, start + 1e-6]))
+            assert np.ptp(around) < 1e-5
+
+    def test_ranks_in_the_body(self):
+        found = of_scores(GAMMA)
+        body = np.sort(GAMMA)[:188]  # all but the highest tenth
+        np.testing.assert_allclose(found.calibrated(body), np.arange(1, 189) / 210)
+
+    @pytest.mark.parametrize("images", [20, 60, 209])
+    def test_false_alarms_of_a_level(self, images: int):
+        """So many of an exponential distribution are higher, on average over draws."""
+        repeats, grid = 200, np.linspace(0, 60, 20001)
+        levels = np.array([0.5, 0.8, 0.95, 0.99, 0.999])
+        starts = np.array(
+            [
+                np.searchsorted(found.calibrated(grid), levels)
+                for i in range(repeats)
+                for found in [of_scores(drawn(images, i).exponential(size=images))]
+            ]
+        )
+        rates = np.exp(-grid[starts])
+        # Exact but for the line between ranks, which costs up to 2 % of the rate. Were the
+        # mean excess of 20 images taken for the true one, 0.999 would have 2.4 in 1000.
+        error = np.std(rates, axis=0) / np.sqrt(repeats)
+        difference = np.abs(np.mean(rates, axis=0) - (1 - levels))
+        assert np.all(difference < 4 * error + 0.02 * (1 - levels))
+
+    def test_many_images_take_few_numbers(self):
+        scores = np.sort(np.random.default_rng(2).gamma(3, 2, 5000).astype(np.float32))
+        found = of_scores(scores)
+        assert len(found.quantiles) == len(found.levels) <= 256
+        # Between quantiles one may be off by their distance at the most.
+        ranks = np.arange(1, 5001) / 5001
+        assert np.max(np.abs(found.calibrated(scores) - ranks)[:4500]) < 1 / 256
+
+    def test_ties_claim_no_more_than_their_share(self):
+        scores = np.repeat([1.0, 2.0, 5.0, 6.0], [40, 40, 10, 10])
+        found = of_scores(scores)
+        lower = [np.mean(scores < value) for value in (1, 2, 5)]
+        levels = found.calibrated(np.array([1.0, 2.0, 5.0]))
+        assert np.all(levels <= np.array(lower) + 1 / 101)
+        assert np.all(levels >= np.array(lower) - 0.01)
+
+    def test_constant_scores(self):
+        found = of_scores(np.full(30, 7.0), 0.1)
+        levels = found.calibrated(np.array([6.9, 7.0, 7.1, 700.0]))
+        np.testing.assert_allclose(levels, [0, 1 / 31, 30 / 31, 30 / 31])
+        assert not np.float32(7) >= np.float32(found.image_threshold)
+
+    @pytest.mark.parametrize("rate", [0.11, 0.2, 0.5])
+    def test_what_is_called_anomalous_has_that_level(self, rate: float):
+        found = of_scores(GAMMA, rate)
+        grid = np.linspace(0, 60, 6001, dtype=np.float32)
+        called = np.float32(found.image_threshold) <= grid
+        levels = found.calibrated(grid)
+        assert np.all(levels[called] >= 1 - rate)
+        assert np.all(levels[~called] < 1 - rate + 1 / 210)  # up to the next rank
+
+    @pytest.mark.parametrize("beyond", [0.7, 0.013, 1e-3, 1.4e-4, 9.96e-6, 3e-12, 1.2e-16])
+    def test_shown_with_all_its_nines(self, beyond: float):
+        text = calibration.shown(1 - beyond)
+        assert float(text) < 1
+        assert 1 - float(text) == pytest.approx(1 - (1 - beyond), rel=0.05)
+        assert len(text) <= 20
+
+
+class TestInput:
+    def test_too_few_images(self):
+        with pytest.raises(ValueError, match="2 normal images; thresholds need at least 3"):
+            of_scores([1, 2])
+        of_scores([1, 2, 3])
+
+    def test_another_number_than_was_said(self):
+        maps, scores = np.ones((4, 2, 2), np.float32), np.ones(4, np.float32)
+        with pytest.raises(ValueError, match="4 normal images; 5 were to come"):
+            calibrate([(maps, scores)], 5, "given", 0.1, 0.1)
+        with pytest.raises(ValueError, match="0 normal images; 5 were to come"):
+            calibrate([], 5, "given", 0.1, 0.1)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_not_finite(self, value: float):
+        with pytest.raises(ValueError, match="not finite"):
+            of_scores([1, 2, value, 3])
+
+
+class TestStored:
+    @pytest.mark.parametrize(
+        "scores", [GAMMA, GAMMA[:3], np.full(9, 2.0), np.arange(4000) / 7], ids=len
+    )
+    def test_round_trip(self, scores: np.ndarray, tmp_path: pathlib.Path):
+        found = of_scores(scores)
+        assert from_dict(json.loads(json.dumps(to_dict(found, "abc"))), "abc") == found
+        calibration_file.write(tmp_path, found, "abc")
+        assert calibration_file.read(tmp_path, "abc") == found
+        assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
+
+    def test_none(self, tmp_path: pathlib.Path):
+        assert calibration_file.read(tmp_path / "nowhere", "abc") is None
+
+    def test_of_another_detector(self, tmp_path: pathlib.Path, capsys: Any):
+        calibration_file.write(tmp_path, of_scores(GAMMA), "abc")
+        assert calibration_file.read(tmp_path, "abd") is None
+        said = capsys.readouterr().out
+        assert said.startswith(f"{tmp_path / 'calibration.json'}: thresholds of another state")
+        assert "--mode=calibrate" in said
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"format": "padim_jax calibration 0"},
+            {"detector": None},
+            {"origin": "test labels"},
+            {"origin": ["held_out"]},
+            {"images": 2},
+            {"images": 20.0},
+            {"images": True},
+            {"image_rate": 0.0},
+            {"image_rate": 1.0},
+            {"image_promised_rate": "0.1"},
+            {"image_threshold": None},
+            {"image_threshold": float("nan")},
+            {"pixel_rate": 2.0},
+            {"pixel_threshold": float("inf")},
+            {"typical_pixel": []},
+            {"quantiles": []},
+            {"quantiles": [1.0, 3.0, 2.0]},
+            {"quantiles": 3.0},
+            {"quantiles": [[1.0], 2.0, 3.0]},
+            {"levels": [0.1, 0.1, 0.2]},
+            {"levels": [0.1, 0.2, 1.0]},
+            {"levels": [0.1, 0.2]},
+            {"tail_images": 0},
+            {"tail_excess": -1.0},
+            {"more": 1},
+        ],
+        ids=str,
+    )
+    def test_broken(self, change: dict[str, Any], tmp_path: pathlib.Path):
+        found = dataclasses.replace(
+            of_scores(GAMMA), quantiles=(1.0, 2.0, 3.0), levels=(0.1, 0.2, 0.3)
+        )
+        stored = to_dict(found, "abc")
+        assert from_dict(stored, "abc") == found
+        (tmp_path / "calibration.json").write_text(json.dumps(stored | change))
+        with pytest.raises(UserError, match="no thresholds, or broken ones") as caught:
+            calibration_file.read(tmp_path, "abc")
+        assert str(caught.value).startswith(f"{tmp_path / 'calibration.json'}: ")
+
+    @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Calibration)])
+    def test_missing(self, name: str):
+        stored = to_dict(of_scores(GAMMA), "abc")
+        del stored[name]
+        with pytest.raises(ValueError, match=name):
+            from_dict(stored, "abc")
+
+    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", 9999 * b"["])
+    def test_no_json(self, content: bytes, tmp_path: pathlib.Path):
+        (tmp_path / "calibration.json").write_bytes(content)
+        with pytest.raises(UserError, match="no thresholds, or broken ones"):
+            calibration_file.read(tmp_path, "abc")
+
+    def test_a_checkpoint_may_replace_it_and_nothing_else(self, tmp_path: pathlib.Path):
+        calibration_file.write(tmp_path, of_scores(GAMMA), "abc")
+        (tmp_path / "calibration.json.incomplete").write_text("{")  # of a killed process
+        checkpoint.check_destination(tmp_path)
+        calibration_file.write(tmp_path, of_scores(GAMMA), "abc")
+        assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
+        (tmp_path / "calibration.json.txt").touch()
+        with pytest.raises(UserError, match=r"it holds calibration\.json\.txt"):
+            checkpoint.check_destination(tmp_path)
+
+    def test_a_folder_that_cannot_be_written(self, tmp_path: pathlib.Path):
+        with pytest.raises(UserError, match="cannot be written"):
+            calibration_file.write(tmp_path / "nowhere", of_scores(GAMMA), "abc")
+
+
+class TestOutcome:
+    FOUND = dataclasses.replace(of_scores(GAMMA), image_threshold=5.0, pixel_threshold=3.0)
+
+    def test_by_hand(self):
+        maps = np.array(
+            [
+                [[1, 1], [1, 3]],  # good: 1 of 4 pixels called, score below
+                [[4, 6], [1, 2]],  # good: 2 of 4
+                [[9, 2], [3, 1]],  # defect in the upper row: 1 of 2, beside it 1 of 2
+                [[2, 2], [2, 2]],  # defect everywhere, missed
+                [[8, 8], [8, 8]],  # defect, mask unknown
+            ],
+            np.float32,
+        )
+        masks = [np.zeros((2, 2), bool), np.zeros((2, 2), bool)]
+        masks += [np.array([[True, True], [False, False]]), np.ones((2, 2), bool), None]
+        labels = np.array([False, False, True, True, True])
+        found = outcome(self.FOUND, labels, maps.max(axis=(1, 2)), maps, masks)
+        assert json.loads(json.dumps(found, allow_nan=False)) == found
+        assert found["image_false_alarm_rate"] == 1 / 2
+        assert found["image_recall"] == 2 / 3
+        assert found["pixel_recall"] == 1 / 6
+        assert found["pixel_false_alarm_rate"] == 4 / 10
+        assert found["pixel_false_alarm_rate_good"] == 3 / 8
+        assert (found["image_threshold"], found["pixel_threshold"]) == (5.0, 3.0)
+
+    @pytest.mark.parametrize(
+        ("label", "undefined"),
+        [
+            (False, {"image_recall", "pixel_recall"}),
+            (True, {"image_false_alarm_rate", "pixel_false_alarm_rate_good"}),
+        ],
+    )
+    def test_one_kind_only(self, label: bool, undefined: set[str]):
+        maps = np.ones((3, 2, 2), np.float32)
+        masks = [np.array([[label, False], [False, False]])] * 3
+        found = outcome(self.FOUND, np.full(3, label), maps[:, 0, 0], maps, masks)
+        assert {name for name, value in found.items() if value is None} == undefined
+
+
+FITTED, OTHERS, RATE = 60, 150, 0.05
+
+
+@pytest.fixture(scope="module")
+def scored() -> tuple[detector.Anomalies, detector.Anomalies, detector.Anomalies]:
+    """Images fitted, each left out; the same as the model knows them; and others."""
+    values: Any = defaults.get_config()
+    values.dataset.root, values.image.resize = "/nowhere", (64, 64)
+    values.model.weights, values.model.layers = "random", ("layer1", "layer2")
+    values.model.channels = 30
+    config = validate(values)
+    images = np.stack(
+        [photograph("good", np.random.default_rng(i), 64)[0] for i in range(FITTED + OTHERS)]
+    )
+    fitted, others = np.split(images, [FITTED])
+    model, one = config.model, parallel.Devices(1)
+    index = detector.channel_index(model)
+    variables, weights = pretrained.load(model.weights, model.backbone, model.layers)
+    variables = parallel.replicate(variables, one)
+    shapes = detector.pyramid(config.image, model, index.tolist()).shapes
+    statistics = detector.fit_batch(
+        detector.init(shapes, FITTED, "auto", one),
+        variables,
+        fitted[None],
+        np.ones((1, FITTED), bool),
+        config.image,
+        model,
+        tuple(index.tolist()),
+    )
+    whole = detector.Detector(
+        config,
+        index,
+        variables,
+        weights,
+        detector.finalize(statistics, model.regularization),
+        "",
+        np.zeros((FITTED, 32), np.uint8),
+    )
+    return (
+        detector.score_pixels(whole, fitted, left_out=True),
+        detector.score_pixels(whole, fitted),
+        detector.score_pixels(whole, others),
+    )
+
+
+class TestRealDetector:
+    """Normal images of the made-up category, a small ResNet-18 with random weights."""
+
+    def calibration(self, found: detector.Anomalies) -> Calibration:
+        part = (found.maps, found.scores)
+        return calibrate([part], FITTED, "leave_one_out", RATE, 0.01)
+
+    def most(self) -> int:
+        """As many false alarms or more come once in 200 draws, if the promise holds.
+
+        The rate of a conformal threshold is Beta(n + 1 - k, k)-distributed over draws of
+        its n images: here (3, 58), of 150 others then beta-binomial.
+        """
+        above = int(RATE * (FITTED + 1))
+        return int(stats.betabinom(OTHERS, above, FITTED + 1 - above).ppf(0.995))
+
+    def test_false_alarms_of_normal_images_that_were_not_fitted(self, scored: Any):
+        left_out, _, others = scored
+        found = self.calibration(left_out)
+        called = np.sum(others.scores >= np.float32(found.image_threshold))
+        assert called <= self.most()
+        assert np.sum(found.calibrated(others.scores) > 1 - RATE) <= self.most()
+        # About that many pixels, too, which depend on each other.
+        assert np.mean(others.maps >= np.float32(found.pixel_threshold)) < 0.02
+
+    def test_images_as_the_model_knows_them_would_not_do(self, scored: Any):
+        """The interval above is narrow enough to tell."""
+        _, known, others = scored
+        threshold = self.calibration(known).image_threshold
+        assert np.sum(others.scores >= np.float32(threshold)) > 2 * self.most()
+
+    def test_levels_are_spread_evenly(self, scored: Any):
+        """Of scores that are distributed as the calibration's own, they are uniform."""
+        left_out, _, others = scored
+        levels = self.calibration(left_out).calibrated(others.scores)
+        # Kolmogorov and Smirnov's distance of 60 and 150 numbers is above this once in 200.
+        farthest = np.sqrt(-np.log(0.005 / 2) / 2 * (1 / FITTED + 1 / OTHERS))
+        ranks = np.arange(1, OTHERS + 1) / OTHERS
+        assert np.max(np.abs(np.sort(levels) - ranks)) < farthest
