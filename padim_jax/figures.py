@@ -33,8 +33,8 @@ _TURBO = (
 _HEAT = 0.6  # weight of the heat map's colour; the rest is the image
 
 _PAPER, _INK, _FAINT, _FRAME, _VOID = "#ffffff", "#1e1e1e", "#5f5f5f", "#bebebe", "#e8e8e8"
-_PREDICTED = (255, 32, 32)
-_TRUTH = (40, 230, 90)  # much lighter than the red, to differ by more than hue
+PREDICTED = (255, 32, 32)
+TRUTH = (40, 230, 90)  # much lighter than the red, to differ by more than hue
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _BLUE, _VERMILION = "#0072b2", "#d55e00"
@@ -202,7 +202,7 @@ def panels(
 
     height, width = anomaly_map.shape
     segmentation = image.copy()
-    for region, color in ((mask, _TRUTH), (predicted, _PREDICTED)):
+    for region, color in ((mask, TRUTH), (predicted, PREDICTED)):
         if region is not None:
             segmentation[outline(region, _line_width(width))] = color
 
@@ -264,9 +264,9 @@ def _form(
     if threshold is None:
         notes[3] = "no threshold"
     else:
-        key.append(("predicted", _PREDICTED))
+        key.append(("predicted", PREDICTED))
     if mask_known:
-        key.append(("ground truth", _TRUTH))
+        key.append(("ground truth", TRUTH))
     else:
         notes[1] = "no mask"
 

@@ -138,6 +138,33 @@ def pro_curve(
     return _curve(_pixels(masks, maps))
 
 
+def pixel_curves(
+    masks: Bool[np.ndarray, "n h w"], maps: Float[np.ndarray, "n h w"]
+) -> tuple[Curve, tuple[Float[np.ndarray, " l"], Float[np.ndarray, " l"]]] | None:
+    """`roc_curve` of all pixels and `pro_curve`, for hardly more than one of them takes.
+
+    Args:
+      masks: True for defect pixels; all False for normal images.
+      maps: anomaly maps, higher is more anomalous.
+
+    Returns:
+      Both; None where there is no defect pixel or no normal pixel.
+
+    Raises:
+      ValueError: a value of a map is not finite.
+    """
+    _require_finite("maps", maps)
+    groups = np.array_split(np.arange(len(masks)), 8)
+    # NumPy sorts without Python's lock: threads use all cores.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        parts = list(pool.map(lambda images: _pixels(masks[images], maps[images]), groups))
+    samples = _merge(parts)
+    if _missing(samples):
+        return None
+    counts = _count(samples)
+    return _points(counts, counts.tp), _points(counts, counts.weight)
+
+
 def evaluate(
     labels: Bool[np.ndarray, " n"],
     scores: Float[np.ndarray, " n"],
@@ -316,21 +343,26 @@ def _summary(counts: _Counts) -> BinaryMetrics:
     )
 
 
-def _vertices(counts: _Counts) -> tuple[np.ndarray, np.ndarray]:
-    """The curve of anomalous weight against number of false positives, from (0, 0)."""
-    height_above = np.append(0, counts.weight[:-1])
+def _vertices(counts: _Counts, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The curve of `tp` or `weight` against number of false positives, from (0, 0)."""
+    height_above = np.append(0, heights[:-1])
     fp = np.column_stack([counts.fp_above, counts.fp]).ravel()
-    height = np.column_stack([height_above, counts.weight]).ravel()
+    height = np.column_stack([height_above, heights]).ravel()
     return (
         np.concatenate([[0], fp, [counts.normal]]),
-        np.concatenate([[0], height, counts.weight[-1:]]),
+        np.concatenate([[0], height, heights[-1:]]),
     )
 
 
 def _curve(samples: _Samples) -> Curve | None:
     if _missing(samples):
         return None
-    x, y = _vertices(_count(samples))
+    counts = _count(samples)
+    return _points(counts, counts.weight)
+
+
+def _points(counts: _Counts, heights: np.ndarray) -> Curve:
+    x, y = _vertices(counts, heights)
     distinct = np.append(True, (np.diff(x) != 0) | (np.diff(y) != 0))
     x, y = x[distinct], y[distinct]
     dx, dy = np.diff(x), np.diff(y)
@@ -339,7 +371,7 @@ def _curve(samples: _Samples) -> Curve | None:
 
 
 def _area(counts: _Counts, max_fpr: float) -> float:
-    x, y = _vertices(counts)
+    x, y = _vertices(counts, counts.weight)
     # By the computed total, not the number of regions, so that a perfect map has exactly 1.
     x, y = x / x[-1], y / y[-1]
     inside = int(np.searchsorted(x, max_fpr, "right"))

@@ -3,7 +3,7 @@
 import concurrent.futures
 import csv
 import dataclasses
-import importlib.resources
+import importlib
 import io
 import json
 import pathlib
@@ -14,7 +14,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 from PIL import Image
 
-from padim_jax import figures, metrics, paths
+from padim_jax import calibration as calibration_lib
+from padim_jax import figures, metrics, paths, published
+from padim_jax.calibration import Calibration
 from padim_jax.config import Config
 from padim_jax.datasets.records import GOOD, Record
 from padim_jax.paths import Path
@@ -22,6 +24,8 @@ from padim_jax.paths import Path
 # With config.outputs.figures="some", of each defect type this many of the highest
 # scored images and as many of the lowest.
 _SOME = 2
+
+_SHOWN_LEAKS = 3  # so many are named
 
 # Name in the table and keys of metrics.json and of the published numbers.
 _ROWS = (
@@ -63,12 +67,23 @@ def import_libraries() -> None:
         importlib.import_module(name)
 
 
-def measure(scored: Scored) -> dict[str, Any]:
-    """All metrics; the keys are those of metrics.json. See `metrics.evaluate`."""
+def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str, Any]:
+    """What metrics.json holds of a test set.
+
+    Args:
+      scored: the test set.
+      calibration: of the detector, if it has one.
+
+    Returns:
+      All metrics (see `metrics.evaluate`), of which those named f1 come with the thresholds
+      that are best on this test set's own labels; `test_images` and `anomalous_images`, their
+      numbers; `normal_threshold`, what thresholds from normal images alone do here (see
+      `calibration.outcome`), or None.
+    """
     known = np.array([mask is not None for mask in scored.masks])
     blank = np.zeros(scored.maps.shape[1:], bool)
     no_masks = scored.labels.any() and not known[scored.labels].any()
-    return metrics.evaluate(
+    measured = metrics.evaluate(
         scored.labels,
         scored.scores,
         [record.defect_type for record in scored.records],
@@ -78,6 +93,14 @@ def measure(scored: Scored) -> dict[str, Any]:
         scored.maps,
         known,
     )
+    outcome = calibration and calibration_lib.outcome(
+        calibration, scored.labels, scored.scores, scored.maps, scored.masks
+    )
+    return measured | {
+        "test_images": len(scored.records),
+        "anomalous_images": int(scored.labels.sum()),
+        "normal_threshold": outcome,
+    }
 
 
 def compare(exact: Scored, half: Scored) -> dict[str, Any]:
@@ -123,8 +146,11 @@ def write(
     scored: Scored,
     measured: dict[str, Any],
     load_image: Callable[[int], UInt8[np.ndarray, "h w 3"]],
+    calibration: Calibration | None = None,
 ) -> None:
     """Writes everything but the table; what an earlier evaluation wrote is replaced.
+
+    metrics.json goes first and comes last: where it is, an evaluation is whole.
 
     Args:
       workdir: exists, where there are folders.
@@ -132,9 +158,11 @@ def write(
       scored: the test set.
       measured: from `measure`.
       load_image: the preprocessed image by its number, read again for its picture.
+      calibration: of the detector, if it has one. Pictures then show its thresholds, else
+        those of the best F1.
     """
-    write_json(workdir / "metrics.json", measured)
-    _write_scores(workdir / "scores.csv", scored, measured["image_f1_threshold"])
+    (workdir / "metrics.json").unlink(missing_ok=True)
+    _write_scores(workdir / "scores.csv", scored, measured["image_f1_threshold"], calibration)
     for folder in ("maps", "figures"):
         paths.remove_folder(workdir / folder)
     for picture in ("roc_curve.png", "score_histogram.png", "overview.jpg"):
@@ -152,19 +180,26 @@ def write(
             workdir / "score_histogram.png",
             scored.scores,
             scored.labels.astype(int),
-            measured["image_f1_threshold"],
+            _threshold(measured, "image"),
         )
         if defined := curves.result():
             figures.roc_figure(workdir / "roc_curve.png", defined, config.title)
         few = [picture for picture in pictures if picture is not None]
     if few:
         figures.save(figures.contact_sheet(few, 1), workdir / "overview.jpg")
+    write_json(workdir / "metrics.json", measured)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON that any reader takes: no NaN, text as it is."""
+    """Writes JSON that any reader takes: no NaN, text as it is. It is there once whole."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    content = text.encode() + b"\n"
+    if isinstance(path, pathlib.Path):
+        growing = path.with_name(f"{path.name}.incomplete")
+        growing.write_bytes(content)
+        growing.replace(path)
+    else:  # on an object store a file is there when it is whole
+        path.write_bytes(content)
 
 
 def save_map(
@@ -183,82 +218,156 @@ def save_map(
 
 
 def table(config: Config, measured: dict[str, Any]) -> str:
-    """The metrics beside the published PyTorch numbers, as a person reads them."""
-    published = published_metrics(config) or {}
-    otherwise = _unlike_published(config) if published else ""
+    """The metrics beside the published ones, as a person reads them."""
+    sources = _sources(config)
     model = config.model
     lines = [
         f"{config.title}: {model.backbone} {'+'.join(model.layers)}, {model.channels} "
         f"channels, weights {model.weights}",
         "",
-        f"{'':14}{'this run':>10}{'published':>11}{'difference':>12}",
     ]
+    # The first source has its difference beside it; without any there is an empty column.
+    names = [source.name for source in sources] or ["published"]
+    headings = ["", "this run", names[0], "difference", *names[1:]]
+    rows = [headings]
     for name, key in _ROWS:
-        ours, theirs = measured[key], published.get(key)
-        cells = [
-            "undefined" if ours is None else f"{ours:.4f}",
-            "-" if theirs is None else f"{theirs:.3f}",
-            "-" if ours is None or theirs is None else f"{ours - theirs:+.3f}",
-        ]
-        lines.append(f"{name:14}{cells[0]:>10}{cells[1]:>11}{cells[2]:>12}")
-    if otherwise:
-        lines.append(f"the published run had other settings: {otherwise}")
+        ours = measured[key]
+        theirs = [source.values.get(key, {}).get(config.category) for source in sources]
+        cells = ["-" if value is None else f"{value:.3f}" for value in theirs or [None]]
+        first = theirs[0] if theirs else None
+        difference = "-" if ours is None or first is None else f"{ours - first:+.3f}"
+        shown = "undefined" if ours is None else f"{ours:.4f}"
+        rows.append([name, shown, cells[0], difference, *cells[1:]])
+    lines += _aligned(rows)
+    for source in sources:
+        if differing := published.differing_settings(config, source):
+            lines.append(published.in_words(source.name, differing))
     lines += [
         "undefined: " + reason
         for reason in dict.fromkeys(measured.get("undefined", {}).values())
     ]
+    sentences = _thresholds(measured)
+    if leaks := measured.get("leaks"):
+        some = ", ".join(leaks[:_SHOWN_LEAKS]) + ", ..." * (len(leaks) > _SHOWN_LEAKS)
+        sentences.append(
+            f"{len(leaks)} of {measured['test_images']} test images were trained on too: {some}"
+        )
+    if sentences:
+        lines += ["", *sentences]
     if measured["per_defect"]:
-        width = max(14, *(len(name) + 2 for name in measured["per_defect"]))
         keys = ("image_auroc", "pixel_auroc", "aupro")
-        lines += ["", f"{'defect type':{width}}" + "".join(f"{key:>13}" for key in keys)]
+        rows = [["defect type", *keys]]
         for name, values in measured["per_defect"].items():
-            row = ["undefined" if values[k] is None else f"{values[k]:.4f}" for k in keys]
-            lines.append(f"{name:{width}}" + "".join(f"{cell:>13}" for cell in row))
+            cells = ("undefined" if values[k] is None else f"{values[k]:.4f}" for k in keys)
+            rows.append([name, *cells])
+        lines += ["", *_aligned(rows)]
     return "\n".join(lines)
 
 
-def published_metrics(config: Config) -> dict[str, float] | None:
-    """The published PyTorch numbers for a category and backbone, or None.
+def comparison_rows(
+    config: Config, measured: dict[str, Any]
+) -> list[tuple[str, float | None, list[tuple[str, float]]]]:
+    """What `table` shows, as data.
 
-    From third_party/published_results.json, which names its source. They were measured
-    with ImageNet weights on MVTec AD; nothing is compared with them otherwise.
+    Returns:
+      For each metric its name, its value (None where undefined) and the published ones,
+      by the name of their source; the source with the settings of this run, if there is
+      one, first.
     """
-    if config.dataset.name != "mvtec_ad" or config.model.weights == "random":
-        return None
-    return _published()["mvtec_ad"].get(config.model.backbone, {}).get(config.category)
+    sources = _sources(config)
+    return [
+        (
+            name,
+            measured[key],
+            [
+                (source.name, source.values[key][config.category])
+                for source in sources
+                if config.category in source.values.get(key, {})
+            ],
+        )
+        for name, key in _ROWS
+    ]
 
 
-def _published() -> dict[str, Any]:
-    file = importlib.resources.files("padim_jax") / "published_results.json"
-    return json.loads(file.read_text(encoding="utf-8"))
+def _sources(config: Config) -> list[published.Published]:
+    """Those with figures for the category; the ones with this run's settings first."""
+    found = [
+        source
+        for source in published.applicable(config)
+        if any(config.category in values for values in source.values.values())
+    ]
+    return sorted(found, key=lambda one: bool(published.differing_settings(config, one)))
 
 
-def _unlike_published(config: Config) -> str:
-    """In which settings a run differs from the published one, as a person reads it."""
-    settings = _published()["settings"]
-    pairs = {
-        "layers": (list(config.model.layers), settings["layers"]),
-        "channels": (config.model.channels, settings["channels"][config.model.backbone]),
-        "seed": (config.model.seed, settings["seed"]),
-        "resize": (list(config.image.resize), settings["resize"]),
-        "crop": (config.image.crop, settings["crop"]),
-        "method": (config.image.method, settings["method"]),
-        "upsample": (config.map.upsample, settings["upsample"]),
-        "sigma": (config.map.sigma, settings["sigma"]),
-    }
-    if config.model.weights.endswith(".tv2_in1k"):
-        pairs["weights"] = (config.model.weights, f"{config.model.backbone}.tv_in1k")
-    return ", ".join(f"{k} {theirs}" for k, (ours, theirs) in pairs.items() if ours != theirs)
+def _thresholds(measured: dict[str, Any]) -> list[str]:
+    """Sentences on the thresholds that there are."""
+    sentences = []
+    if normal := measured["normal_threshold"]:
+        wanted = f"{100 * normal['image_rate']:g} % false alarms asked for"
+        if normal["image_promised_rate"] > normal["image_rate"]:
+            wanted += f" ({100 * normal['image_promised_rate']:.2g} % promised)"
+        found = [
+            f"{100 * normal[key]:.1f} % of {images}"
+            for key, images in (
+                ("image_false_alarm_rate", "good images"),
+                ("image_recall", "anomalous ones"),
+            )
+            if normal[key] is not None
+        ]
+        sentences.append(
+            f"threshold of {normal['images']} normal images "
+            f"({normal['origin'].replace('_', ' ')}), {wanted}: "
+            f"{normal['image_threshold']:.4g}; here {', '.join(found)}"
+        )
+    if measured["image_f1_threshold"] is not None:
+        sentences.append(
+            "threshold of the best F1 on these very labels: "
+            f"{measured['image_f1_threshold']:.4g}"
+        )
+    return sentences
 
 
-def _write_scores(path: Path, scored: Scored, threshold: float | None) -> None:
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns two spaces apart: the first to the left, the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        f"{row[0]:{first}}"
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], others, strict=True))
+        for row in rows
+    ]
+
+
+def _threshold(measured: dict[str, Any], level: str) -> float | None:
+    """From normal images where there is one, else that of the best F1."""
+    if normal := measured["normal_threshold"]:
+        return normal[f"{level}_threshold"]
+    return measured[f"{level}_f1_threshold"]
+
+
+def _write_scores(
+    path: Path, scored: Scored, f1_threshold: float | None, calibration: Calibration | None
+) -> None:
     table = io.StringIO(newline="")
     writer = csv.writer(table)
-    writer.writerow(("path", "label", "defect_type", "score", "predicted"))
-    for record, score in zip(scored.records, scored.scores, strict=True):
-        predicted = "" if threshold is None else int(score >= threshold)
+    writer.writerow(
+        ("path", "label", "defect_type", "score", "predicted", "predicted_f1", "calibrated")
+    )
+    threshold = calibration and calibration.image_threshold
+    calibrated = (
+        [""] * len(scored.records)
+        if calibration is None
+        else map(calibration_lib.shown, calibration.calibrated(scored.scores))
+    )
+    for record, score, rarity in zip(scored.records, scored.scores, calibrated, strict=True):
         writer.writerow(
-            (record.relative_path, record.label, record.defect_type, score, predicted)
+            (
+                record.relative_path,
+                record.label,
+                record.defect_type,
+                score,
+                *("" if t is None else int(score >= t) for t in (threshold, f1_threshold)),
+                rarity,
+            )
         )
     path.write_bytes(table.getvalue().encode())
 
@@ -290,7 +399,7 @@ def _draw_figures(
     which = config.outputs.figures
     if which == "none":
         return iter(())
-    threshold = measured["image_f1_threshold"]
+    threshold = _threshold(measured, "image")
     scale = figures.ColorScale(*measured["color_scale"])
     if isinstance(folder, pathlib.Path):  # an object store knows none
         folder.mkdir()
@@ -304,7 +413,7 @@ def _draw_figures(
             load_image(index),
             scored.masks[index],
             scored.maps[index],
-            measured["pixel_f1_threshold"],
+            _threshold(measured, "pixel"),
             scale,
             f"{record.relative_path}   score {score:.2f}   "
             f"{'anomalous' if record.label else 'normal'}{verdict}",

@@ -332,6 +332,20 @@ def test_pro_curve_runs_through_every_point_of_the_plain_one(levels):
     assert np.trapezoid(pro, fpr) == pytest.approx(metrics.aupro(masks, maps, 1.0), EXACT)
 
 
+@pytest.mark.parametrize("levels", [None, 3])
+def test_pixel_curves_are_both_curves(levels):
+    masks, maps = random_maps(0, levels)
+    curves = metrics.pixel_curves(masks, maps)
+    assert curves is not None
+    roc, pro = metrics.roc_curve(masks.ravel(), maps.ravel()), metrics.pro_curve(masks, maps)
+    assert pro is not None
+    np.testing.assert_array_equal(curves[0], roc)
+    # Regions' weights are added up in another order, which may move what is in one line.
+    x, y = curves[1]
+    np.testing.assert_allclose(np.interp(x + y, sum(pro), pro[0]), x, rtol=0, atol=EXACT)
+    assert metrics.pixel_curves(np.zeros_like(masks), maps) is None
+
+
 # Whole test sets.
 
 
@@ -446,6 +460,7 @@ def test_scores_that_are_not_finite_are_named(value):
         (metrics.roc_curve, (labels, bad_scores), in_scores),
         (metrics.aupro, (masks, bad_maps), in_maps),
         (metrics.pro_curve, (masks, bad_maps), in_maps),
+        (metrics.pixel_curves, (masks, bad_maps), in_maps),
         (metrics.evaluate, (labels, bad_scores, types, masks, maps), in_scores),
         (metrics.evaluate, (labels, scores, types, masks, bad_maps), in_maps),
         (metrics.evaluate, (labels, scores, types, None, bad_maps), in_maps),

@@ -13,13 +13,12 @@ import pytest
 from PIL import Image
 
 from padim_jax import defaults, results
+from padim_jax.calibration import Calibration
 from padim_jax.config import Config, validate
-from padim_jax.datasets.mvtec_ad import CATEGORIES
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
 from padim_jax.results import Scored
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZE = (32, 48)
 PIXEL = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_f1_threshold", "aupro")
 IMAGE = ("image_auroc", "image_ap", "image_f1_max", "image_f1_threshold")
@@ -55,6 +54,22 @@ def make_scored(
 
 
 BOTH = make_scored(["good", "good", "hole", "hole", "crack"], [1, 2, 5, 4, 3])
+
+# Its image threshold lies above that of the best F1 on `BOTH`, 3.
+CALIBRATION = Calibration(
+    origin="leave_one_out",
+    images=9,
+    image_rate=0.01,
+    image_promised_rate=0.1,
+    image_threshold=3.5,
+    pixel_rate=0.001,
+    pixel_threshold=3.25,
+    typical_pixel=0.5,
+    quantiles=(1.0, 2.0),
+    levels=(0.1, 0.2),
+    tail_images=7,
+    tail_excess=0.5,
+)
 
 
 def table_rows(text: str) -> dict[str, list[str]]:
@@ -107,22 +122,39 @@ class TestMeasure:
 
 class TestTable:
     def test_beside_the_published_numbers(self):
-        # MVTec AD's bottle with ResNet-18: 0.994, 0.983 and 0.976.
+        # MVTec AD's bottle with ResNet-18: anomalib, xiahaifeng1995 and the paper.
         measured = results.measure(BOTH) | {
             "image_auroc": 0.98765,
             "image_f1_max": 0.97649,
             "pixel_auroc": 0.98422,
         }
-        rows = table_rows(results.table(make_config(), measured))
-        assert rows["image AUROC"] == ["0.9877", "0.994", "-0.006"]
-        assert rows["image F1-max"] == ["0.9765", "0.976", "+0.000"]
-        assert rows["pixel AUROC"] == ["0.9842", "0.983", "+0.001"]
+        text = results.table(make_config(), measured)
+        rows = table_rows(text)
+        headings = ["Lornatang, anomalib", "difference", "xiahaifeng1995", "paper"]
+        assert text.splitlines()[2].split("  ")[-4:] == headings
+        assert rows["image AUROC"] == ["0.9877", "0.994", "-0.006", "0.996", "-"]
+        assert rows["image F1-max"] == ["0.9765", "0.976", "+0.000", "-", "-"]
+        assert rows["pixel AUROC"] == ["0.9842", "0.983", "+0.001", "0.981", "0.981"]
         for name in ("image AP", "pixel AP", "pixel F1-max", "AUPRO 0.3"):
-            assert rows[name][1:] == ["-", "-"]  # none was published
+            assert rows[name][1:] == ["-"] * 4  # none was published
+
+    def test_the_source_with_the_same_settings_comes_first(self):
+        settings = {
+            "image.method": "lanczos",
+            "image.crop": (224, 224),
+            "model.seed": 1024,
+        }
+        text = results.table(make_config(**settings), results.measure(BOTH))
+        assert table_rows(text)["image AUROC"] == ["1.0000", "0.996", "+0.004", "0.994", "-"]
+        assert "xiahaifeng1995 had other" not in text
+        assert (
+            "Lornatang, anomalib had other settings: image.method bilinear, image.crop None, "
+            "model.seed 42"
+        ) in text
 
     def test_other_settings_than_the_published_runs_are_said(self):
         measured = results.measure(BOTH)
-        assert "other settings" not in results.table(make_config(), measured)
+        assert "anomalib had other settings" not in results.table(make_config(), measured)
         unlike = {
             "model.backbone": "wide_resnet50_2",
             "model.weights": "wide_resnet50_2.tv2_in1k",
@@ -130,8 +162,8 @@ class TestTable:
             "image.crop": (224, 224),
         }
         assert (
-            "the published run had other settings: channels 550, crop None, method bilinear, "
-            "weights wide_resnet50_2.tv_in1k"
+            "anomalib had other settings: image.method bilinear, image.crop None, "
+            "model.weights tv_in1k, model.channels 550"
         ) in results.table(make_config(**unlike), measured)
 
     @pytest.mark.parametrize(
@@ -142,74 +174,73 @@ class TestTable:
             {"dataset.name": "synthetic"},
             {"model.backbone": "resnet50"},
             {"category": "screws"},
+            {"image.rotation": 10.0},
         ],
     )
     def test_nothing_else_is_compared(self, settings: dict):
-        rows = table_rows(results.table(make_config(**settings), results.measure(BOTH)))
+        config, measured = make_config(**settings), results.measure(BOTH)
+        rows = table_rows(results.table(config, measured))
         assert rows["image AUROC"] == ["1.0000", "-", "-"]
         assert rows["pixel AUROC"][1:] == ["-", "-"]
+        assert not any(theirs for _, _, theirs in results.comparison_rows(config, measured))
 
     def test_wide_resnet_has_its_own(self):
         config = make_config(**{"model.backbone": "wide_resnet50_2", "category": "screw"})
         rows = table_rows(results.table(config, results.measure(BOTH)))
-        assert rows["image AUROC"] == ["1.0000", "0.845", "+0.155"]
+        assert rows["image AUROC"] == ["1.0000", "0.845", "+0.155", "0.844", "-"]
+        assert rows["AUPRO 0.3"][1:] == ["-", "-", "-", "0.944"]  # the paper's alone
+
+    def test_the_same_as_data(self):
+        measured = results.measure(BOTH) | {"pixel_auroc": None}
+        rows = results.comparison_rows(make_config(), measured)
+        ours = {name: value for name, value, _ in rows}
+        theirs = {name: dict(values) for name, _, values in rows}
+        assert ours["image AUROC"] == 1
+        assert ours["pixel AUROC"] is None
+        assert theirs["image AUROC"] == {"Lornatang, anomalib": 0.994, "xiahaifeng1995": 0.996}
+        assert list(theirs["pixel AUROC"].values()) == [0.983, 0.981, 0.981]
+        assert theirs["pixel AP"] == {}
+
+    def test_thresholds_say_where_they_come_from(self):
+        measured = results.measure(BOTH, CALIBRATION)
+        text = results.table(make_config(), measured)
+        assert (
+            "threshold of 9 normal images (leave one out), 1 % false alarms asked for "
+            "(10 % promised): 3.5; here 0.0 % of good images, 66.7 % of anomalous ones"
+        ) in text
+        assert "threshold of the best F1 on these very labels: 3" in text
+        assert "normal images" not in results.table(make_config(), results.measure(BOTH))
+
+    def test_images_that_were_trained_on_are_named(self):
+        measured = results.measure(BOTH)
+        assert "trained on" not in results.table(make_config(), measured | {"leaks": []})
+        leaks = [f"part/test/good/{number:03}.png" for number in range(4)]
+        text = results.table(make_config(), measured | {"leaks": leaks})
+        assert f"4 of 5 test images were trained on too: {', '.join(leaks[:3])}, ..." in text
 
     def test_undefined_with_its_reason_once(self):
         scored = dataclasses.replace(BOTH, masks=[*BOTH.masks[:2], None, None, None])
         text = results.table(make_config(), results.measure(scored))
-        assert table_rows(text)["pixel AUROC"] == ["undefined", "0.983", "-"]
+        assert table_rows(text)["pixel AUROC"][:3] == ["undefined", "0.983", "-"]
         assert text.count("undefined: no ground-truth masks") == 1
 
     def test_only_normal_images(self):
         text = results.table(make_config(), results.measure(make_scored(["good"] * 2, [1, 2])))
-        assert table_rows(text)["image AUROC"] == ["undefined", "0.994", "-"]
+        assert table_rows(text)["image AUROC"][:3] == ["undefined", "0.994", "-"]
         assert "undefined: no anomalous image" in text
 
     def test_columns_line_up(self):
         kinds = ["good", "a_defect_with_quite_a_long_name", "x"]
         text = results.table(make_config(), results.measure(make_scored(kinds, [1, 2, 3], [])))
         blocks = text.split("\n\n")
-        # Below the heading: the metrics (then reasons), and the defect types.
-        for block, rows in ((blocks[1], 8), (blocks[2], 3)):
+        # Below the heading: the metrics (then sentences), thresholds, and the defect types.
+        for block, rows in ((blocks[1], 8), (blocks[3], 3)):
             assert len({len(line) for line in block.splitlines()[:rows]}) == 1
 
     def test_names_what_was_measured(self):
         heading = results.table(make_config(), results.measure(BOTH)).splitlines()[0]
         for part in ("mvtec_ad_bottle", "resnet18", "layer1+layer2+layer3", "100 channels"):
             assert part in heading
-
-
-class TestPublishedResults:
-    @pytest.mark.parametrize(
-        ("backbone", "averages"),
-        [
-            # Published in a column of their own.
-            (
-                "resnet18",
-                {"image_auroc": 0.891, "pixel_auroc": 0.968, "image_f1_max": 0.916},
-            ),
-            (
-                "wide_resnet50_2",
-                {"image_auroc": 0.950, "pixel_auroc": 0.979, "image_f1_max": 0.951},
-            ),
-        ],
-    )
-    def test_complete_and_with_the_published_averages(self, backbone: str, averages: dict):
-        found = []
-        for category in CATEGORIES:
-            config = make_config(**{"model.backbone": backbone, "category": category})
-            found.append(results.published_metrics(config))
-            assert set(found[-1]) == set(averages)
-        assert len(found) == 15
-        for name, average in averages.items():
-            values = [numbers[name] for numbers in found]
-            assert all(0.7 < value <= 1 and value == round(value, 3) for value in values)
-            # Both roundings to three decimals together: at most 0.0005 each.
-            assert np.mean(values) == pytest.approx(average, abs=1e-3)
-
-    def test_the_package_carries_the_file_with_provenance(self):
-        ours = (ROOT / "padim_jax" / "published_results.json").read_bytes()
-        assert ours == (ROOT / "third_party" / "published_results.json").read_bytes()
 
 
 def write(workdir: pathlib.Path, scored: Scored, **outputs: str) -> list[int]:
@@ -258,11 +289,26 @@ class TestWrite:
         assert found["image_auroc"] == 0.5
         assert list(found["per_defect"]) == ["Kratzer, größer"]
 
+    def test_metrics_come_last(self, tmp_path: pathlib.Path):
+        """Where they are, an evaluation is whole: not that of one that was interrupted."""
+        write(tmp_path, MANY)
+
+        def load_image(index: int) -> np.ndarray:
+            assert not (tmp_path / "metrics.json").exists()
+            raise KeyboardInterrupt
+
+        measured = results.measure(MANY) | {"color_scale": [1.0, 4.0]}
+        with pytest.raises(KeyboardInterrupt):
+            results.write(tmp_path, make_config(), MANY, measured, load_image)
+        assert (tmp_path / "scores.csv").exists()
+        assert not (tmp_path / "metrics.json").exists()
+
     def test_scores(self, tmp_path: pathlib.Path):
         scored = make_scored(["good", "Loch, groß", "good"], [1, 1 / 3, 3])
         write(tmp_path, scored)
         rows = read_rows(tmp_path / "scores.csv")
-        assert list(rows[0]) == ["path", "label", "defect_type", "score", "predicted"]
+        columns = "path,label,defect_type,score,predicted,predicted_f1,calibrated"
+        assert list(rows[0]) == columns.split(",")
         assert [row["path"] for row in rows] == [r.relative_path for r in scored.records]
         assert [row["label"] for row in rows] == ["0", "1", "0"]
         assert rows[1]["defect_type"] == "Loch, groß"
@@ -272,11 +318,32 @@ class TestWrite:
 
     def test_prediction_includes_the_threshold(self, tmp_path: pathlib.Path):
         write(tmp_path, make_scored(["good", "hole", "hole"], [0.1, 0.3, 0.7]))
-        assert [row["predicted"] for row in read_rows(tmp_path / "scores.csv")] == list("011")
+        rows = read_rows(tmp_path / "scores.csv")
+        assert [row["predicted_f1"] for row in rows] == list("011")
+        # Of normal images there is no threshold.
+        assert {row["predicted"] for row in rows} == {row["calibrated"] for row in rows} == {""}
+
+    def test_predictions_of_normal_images_thresholds(self, tmp_path: pathlib.Path):
+        scored = make_scored(["good", "good", "hole", "hole", "crack"], [1, 2, 5, 3.5, 3])
+        measured = results.measure(scored, CALIBRATION) | {"color_scale": [1.0, 4.0]}
+        config = make_config(**{"outputs.figures": "none"})
+        blank = np.zeros((*SIZE, 3), np.uint8)
+        results.write(tmp_path, config, scored, measured, lambda _: blank, CALIBRATION)
+        rows = read_rows(tmp_path / "scores.csv")
+        assert [row["predicted"] for row in rows] == list("00110")
+        assert [row["predicted_f1"] for row in rows] == list("00111")
+        rarities = [float(row["calibrated"]) for row in rows]
+        np.testing.assert_allclose(rarities, CALIBRATION.calibrated(scored.scores), atol=1e-4)
+        assert rarities[:2] == [0.1, 0.2]
+        found = strict_json(tmp_path / "metrics.json")
+        assert found["normal_threshold"]["image_threshold"] == 3.5
+        assert found["normal_threshold"]["image_recall"] == pytest.approx(2 / 3)
+        assert found["image_f1_threshold"] == 3  # of the labels, as ever
 
     def test_no_prediction_without_threshold(self, tmp_path: pathlib.Path):
         write(tmp_path, make_scored(["good", "good"], [1, 2]), figures="all")
-        assert [row["predicted"] for row in read_rows(tmp_path / "scores.csv")] == ["", ""]
+        rows = read_rows(tmp_path / "scores.csv")
+        assert [row["predicted_f1"] for row in rows] == ["", ""]
         # No curve can be drawn, the rest can.
         assert not (tmp_path / "roc_curve.png").exists()
         assert (tmp_path / "score_histogram.png").exists()
