@@ -232,7 +232,7 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
         ),
         model=ModelConfig(
             backbone=_one_of("config.model.backbone", model["backbone"], models.BACKBONES),
-            layers=_layers(model["layers"]),
+            layers=_layers(model["layers"], model["backbone"]),
             weights=_text("config.model.weights", model["weights"]),
             channels=_integer("config.model.channels", model["channels"], minimum=1),
             seed=_integer("config.model.seed", model["seed"], minimum=0),
@@ -320,7 +320,7 @@ def _keep_all(config: Config) -> Config:
     if model.reduction != "none":
         return config
     spec = models.BACKBONES[model.backbone]
-    total = sum(models.stage_channels(spec, layer) for layer in model.layers)
+    total = sum(map(spec.channels, model.layers))
     return dataclasses.replace(config, model=dataclasses.replace(model, channels=total))
 
 
@@ -344,7 +344,7 @@ def _check_together(config: Config) -> None:
             "keep compiled programs alone: --config.cache.images_gb=0"
         )
     spec = models.BACKBONES[config.model.backbone]
-    total = sum(models.stage_channels(spec, layer) for layer in config.model.layers)
+    total = sum(map(spec.channels, config.model.layers))
     if config.model.channels > total:
         raise UserError(
             f"config.model.channels={config.model.channels}: {config.model.backbone} has "
@@ -500,12 +500,13 @@ def _rgb(name: str, value: Any, *, positive: bool) -> tuple[float, float, float]
     raise UserError(f"{name}={_shown(value)}: expected three numbers (red, green, blue)")
 
 
-def _layers(value: Any) -> tuple[str, ...]:
+def _layers(value: Any, backbone: str) -> tuple[str, ...]:
+    stages = models.BACKBONES[backbone].stages
     if isinstance(value, tuple | list) and value:
-        layers = tuple(_one_of("config.model.layers", item, models.STAGES) for item in value)
-        if list(layers) == sorted(set(layers)):
+        layers = tuple(_one_of("config.model.layers", item, stages) for item in value)
+        if layers == tuple(stage for stage in stages if stage in layers):
             return layers
     raise UserError(
-        f"config.model.layers={_shown(value)}: expected one or more of "
-        f"{', '.join(models.STAGES)}, shallowest first, each once"
+        f"config.model.layers={_shown(value)}: expected one or more of {', '.join(stages)} "
+        f"(the stages of {backbone}), shallowest first, each once, as in {stages[:2]}"
     )

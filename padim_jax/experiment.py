@@ -3,14 +3,16 @@
 import dataclasses
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, UInt8
 
+from padim_jax import calibration as calibration_lib
 from padim_jax import (
+    calibration_file,
     checkpoint,
     compilation_cache,
     figures,
@@ -22,17 +24,22 @@ from padim_jax import (
     paths,
     predictions,
     progress,
+    report,
     results,
 )
 from padim_jax import config as config_lib
 from padim_jax import detector as detector_lib
 from padim_jax.config import Config
-from padim_jax.datasets import LAYOUTS
-from padim_jax.datasets.records import Record
+from padim_jax.datasets import LAYOUTS, sampling
+from padim_jax.datasets.records import Record, Split
 from padim_jax.detector import Detector
 from padim_jax.errors import UserError
+from padim_jax.fitting import Backbone
 from padim_jax.input_pipeline import FolderSource, Source
 from padim_jax.paths import Path
+
+REPORT = "report.html"
+THUMBNAILS = "report_thumbnails.json"  # of the worst images, for the page of a sweep
 
 
 def run(
@@ -48,11 +55,12 @@ def run(
     """Does what the command line asks for.
 
     Args:
-      mode: "train_and_eval", "train", "eval", "predict", "export", "update" or "merge".
+      mode: "train_and_eval", "train", "eval", "predict", "calibrate", "update", "merge" or
+        "export".
       config: None, for all but training, takes the model's.
       workdir: folder of the results.
       checkpoint_path: where the fitted model is or goes.
-      pattern: for predict and update: an image file, a folder or a glob.
+      pattern: for predict, calibrate and update: an image file, a folder or a glob.
       weights: for all but training: where the backbone's weights are now; see `load`.
       half: for export: see there.
       models: for merge: the checkpoints to merge.
@@ -62,9 +70,13 @@ def run(
       Stopped: by SIGTERM, during a fit.
     """
     try:
-        if mode in ("train", "train_and_eval"):
+        if mode == "train_and_eval":
             assert config is not None
-            _train(mode, config, workdir, checkpoint_path)
+            train_and_eval(config, workdir, checkpoint_path)
+        elif mode == "train":
+            assert config is not None
+            with compilation_cache.enabled(config.cache):
+                train(config, open_dataset(config), checkpoint_path)
         elif mode == "update":
             _update(config, checkpoint_path, pattern, weights)
         elif mode == "merge":
@@ -81,15 +93,107 @@ def run(
         ) from error
 
 
-def _train(mode: str, config: Config, workdir: Path, checkpoint_path: Path) -> None:
+def train_and_eval(
+    config: Config, workdir: Path, checkpoint_path: Path, backbone: Backbone | None = None
+) -> dict:
+    """Fits and evaluates one detector.
+
+    Args:
+      config: of one run.
+      workdir: of its results.
+      checkpoint_path: where the fitted model goes.
+      backbone: see `train`.
+
+    Returns:
+      What `evaluate` returns.
+
+    Raises:
+      UserError: something to mend in the settings or the files, or too little memory.
+      Stopped: by SIGTERM, during the fit.
+    """
     dataset = open_dataset(config)
-    if mode == "train_and_eval":
-        _require_test_images(config, dataset["test"])
-        _prepare(workdir)
+    _require_test_images(config, dataset["test"])
+    _prepare(workdir)
     with compilation_cache.enabled(config.cache):
-        detector = fitting.train(config, dataset["train"], checkpoint_path)
-        if mode == "train_and_eval":
-            evaluate(config, detector, dataset["test"], workdir)
+        detector = train(config, dataset, checkpoint_path, backbone)
+        return evaluate(config, detector, dataset["test"], workdir)
+
+
+def train(
+    config: Config,
+    dataset: Mapping[str, Source],
+    path: Path,
+    backbone: Backbone | None = None,
+) -> Detector:
+    """Fits a detector and finds its thresholds.
+
+    Args:
+      config: what to fit.
+      dataset: see `open_dataset`.
+      path: the checkpoint's folder, where thresholds are kept as well.
+      backbone: the configuration's, if it is loaded already.
+
+    Raises:
+      UserError: see `fitting.train`; or there are too few normal images for thresholds.
+      Stopped: by SIGTERM, during the fit.
+    """
+    detector = fitting.train(config, dataset["train"], path, backbone)
+    normal = config.threshold.normal
+    if normal == "none":
+        return detector
+    if dataset["validation"].records and normal != "leave_one_out":
+        return calibrate(detector, dataset["validation"], "held_out", path)
+    if detector.count < 3:
+        print("no thresholds: leaving one out needs at least 3 images that were fitted")
+        return detector
+    return calibrate(detector, dataset["train"], "leave_one_out", path)
+
+
+def calibrate(detector: Detector, source: Source, origin: str, path: Path) -> Detector:
+    """Finds thresholds on normal images, and keeps them beside the model.
+
+    Args:
+      detector: fitted.
+      source: normal images.
+      origin: how they stand to the model, of `calibration.ORIGINS`; "leave_one_out" are those
+        that were fitted, all of them.
+      path: the checkpoint's folder.
+
+    Returns:
+      The detector with its thresholds.
+
+    Raises:
+      UserError: too few images, or an unreadable one.
+    """
+    config, count = detector.config, len(source.records)
+    given, left_out = origin == "given", origin == "leave_one_out"
+    seen = _for_new_images(detector) if given else detector
+    # Given ones are seen once; see `predict`.
+    cache = None if given else image_cache.open_cache(config.cache)
+
+    def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for part in _scores(seen, source, "calibrate", cache, left_out):
+            if given:
+                _require_unknown(detector, part)
+            yield part.maps, part.scores
+
+    try:
+        found = calibration_lib.calibrate(
+            parts(),
+            count,
+            origin,
+            config.threshold.image_rate,
+            config.threshold.pixel_rate,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"thresholds: {error}. More normal images are needed, or none at all with "
+            "--config.threshold.normal=none"
+        ) from error
+    if parallel.every().process == 0:
+        calibration_file.write(path, found, detector_lib.fingerprint(detector))
+    print(calibration_lib.text(found))
+    return dataclasses.replace(detector, calibration=found)
 
 
 def _update(
@@ -116,10 +220,11 @@ def _use(
     half: bool,
 ) -> None:
     source = FolderSource(predictions.find(pattern)) if pattern is not None else None
-    if mode == "export" and checkpoint_path.is_file():  # which may be rounded already
+    if mode in ("calibrate", "export") and checkpoint_path.is_file():
+        # It may be rounded already, and what was written once is not changed.
         raise UserError(
-            f"{checkpoint_path}: --mode=export makes a model file of a checkpoint, and this is "
-            "none; name the checkpoint's folder with --checkpoint"
+            f"{checkpoint_path}: --mode={mode} takes a checkpoint, and this is a model file; "
+            "name the checkpoint's folder with --checkpoint"
         )
     detector = load(checkpoint_path, config, weights)
     with compilation_cache.enabled(detector.config.cache):
@@ -131,6 +236,9 @@ def _use(
         if mode == "eval":
             dataset = open_dataset(detector.config)
             evaluate(detector.config, detector, dataset["test"], workdir)
+        elif mode == "calibrate":
+            assert source is not None
+            calibrate(detector, source, "given", checkpoint_path)
         else:
             assert mode == "predict"
             assert source is not None
@@ -138,39 +246,55 @@ def _use(
 
 
 def open_dataset(config: Config) -> dict[str, Source]:
-    """Finds the images of a configuration; no pixel is read.
+    """Finds the images of a configuration; no image is decoded.
 
     Returns:
-      The splits "train" and "test"; the latter may be empty.
+      The splits "train" (at most `train_images` of it), "validation" and "test"; the latter
+      two may be empty. Where thresholds are asked for of images that are held out, and the
+      dataset has none for it, "validation" is a part of the training images.
 
     Raises:
       UserError: folders or files are missing.
     """
+    sources, seed = _open_splits(config), config.dataset.seed
+    train, validation = sources["train"], sources["validation"]
+    if count := config.dataset.train_images:
+        chosen = sampling.subset(range(len(train.records)), count, seed)
+        train = sampling.part(train, chosen)
+    threshold = config.threshold
+    if threshold.normal == "held_out" and not validation.records:
+        every = range(len(train.records))
+        fitted, held = sampling.held_out(every, threshold.held_out, seed)
+        validation, train = sampling.part(train, held), sampling.part(train, fitted)
+    return {**sources, "train": train, "validation": validation}
+
+
+def _open_splits(config: Config) -> dict[str, Source]:
     # What is missing yet one process draws and packs.
     with parallel.first_process_first():
         dataset = config.dataset
         layout = LAYOUTS[dataset.name]
         if dataset.source == "folder":
-            records = layout(dataset.root, config.category)
+            records = layout.records(dataset.root, config.category, dataset.seed)
             return {
                 split: FolderSource([record for record in records if record.split == split])
-                for split in ("train", "test")
+                for split in get_args(Split)
             }
         # Imported here: TensorFlow Datasets takes its time, and few need it.
         from padim_jax.datasets import tfds_builder
 
         packed = tfds_builder.packed_dir(dataset.tfds_dir, config.title)
-        folder = dataset.root / config.category
+        folder = layout.folder(dataset.root, config.category)
         # A synthetic one is drawn when missing.
         if paths.is_folder(folder) or dataset.name == "synthetic":
-            records = layout(dataset.root, config.category)
+            records = layout.records(dataset.root, config.category, dataset.seed)
         else:
             records = None
             print(
                 f"config.dataset.root: no folder {folder}; reading what is packed in {packed}"
             )
         builder = tfds_builder.prepare(packed, records)
-        return {split: tfds_builder.open_split(builder, split) for split in ("train", "test")}
+        return {split: tfds_builder.open_split(builder, split) for split in get_args(Split)}
 
 
 def load(
@@ -198,12 +322,19 @@ def load(
     if config.title != fitted.config.title:
         print(f"{path} was fitted to {fitted.config.title}; now used for {config.title}")
     variables = fitting.load_weights(place, fitted.weights, config, weights)
+    variables = detector_lib.with_projection(variables, fitted.projection)
     variables = parallel.replicate(variables, devices)
     if isinstance(fitted, checkpoint.Fitted):
-        return fitting.ready(fitted, identity, config, variables)
-    return Detector(
-        config, fitted.index, variables, fitted.weights, fitted.fitted, fitted.identity
-    )
+        detector = fitting.ready(fitted, identity, config, variables)
+        found = calibration_file.read(place, detector_lib.fingerprint(detector))
+    else:
+        detector = Detector(
+            *(config, fitted.index, variables, fitted.weights),
+            *(fitted.fitted, fitted.identity, fitted.images),
+        )
+        stored, mark = fitted.calibration, detector_lib.fingerprint(detector)
+        found = None if stored is None else calibration_file.restore(place, stored, mark)
+    return dataclasses.replace(detector, calibration=found)
 
 
 def export(
@@ -230,7 +361,7 @@ def export(
                 "--half: no test images; what the rounding changes is measured on them "
                 "(folder layout: val/good and val/bad)"
             )
-        exact = _score(detector, test)
+        exact, _ = _score(detector, test)
         assert exact is not None
         identity = f"{identity} in float16"  # a threshold of the one is not the other's
         try:
@@ -239,10 +370,17 @@ def export(
             )
         except ValueError as error:
             raise UserError(f"--half: {error}; export without --half") from error
-        rounded = _score(detector, test)
+        rounded, _ = _score(detector, test)
         assert rounded is not None
         comparison = results.compare(exact, rounded)
         print(f"\n{results.comparison_table(comparison)}\n")
+    thresholds = None
+    if detector.calibration is not None:
+        # --half moves scores by far less than the thresholds' own error.
+        exported = dataclasses.replace(detector, identity=identity)
+        thresholds = calibration_lib.to_dict(
+            detector.calibration, detector_lib.fingerprint(exported)
+        )
     fitting.make_folder(path.parent)
     config = config_lib.with_absolute_paths(detector.config)
     size = model_file.save(
@@ -253,8 +391,11 @@ def export(
             detector.gaussian,
             detector.weights,
             identity,
+            detector.images,
             half,
             comparison,
+            thresholds,
+            projection=detector.projection,
         ),
         _regions(detector),
     )
@@ -278,23 +419,33 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: Path) 
     """
     _require_test_images(config, source)
     _prepare(workdir)
-    scored = _score(detector, source)
+    scored, digests = _score(detector, source)
     if scored is None:
         return {}
-    measured = results.measure(scored)
+    measured = results.measure(scored, detector.calibration)
     scale = figures.color_scale(scored.maps, scored.labels.astype(int))
     measured["color_scale"] = [scale.low, scale.high]
     measured["detector"] = detector_lib.fingerprint(detector)
+    known = {digest.tobytes() for digest in detector.images}
+    measured["leaks"] = [
+        record.relative_path
+        for record, digest in zip(source.records, digests, strict=True)
+        if digest.tobytes() in known
+    ]
+    cache = image_cache.open_cache(config.cache)
+
+    def load_image(index: int) -> UInt8[np.ndarray, "h w 3"]:
+        return input_pipeline.load_image(source, config.image, index, cache)
+
     results.write_json(workdir / "config.json", config_lib.to_dict(config))
-    results.write(
-        workdir,
-        config,
-        scored,
-        measured,
-        lambda index: input_pipeline.load_image(
-            source, config.image, index, image_cache.open_cache(config.cache)
-        ),
-    )
+    for name in (REPORT, THUMBNAILS):
+        (workdir / name).unlink(missing_ok=True)
+    if config.outputs.report:
+        page = report.run_page(config, scored, measured, load_image)
+        paths.write(workdir / REPORT, page.encode())
+        worst = report.thumbnails(scored, scale, load_image)
+        results.write_json(workdir / THUMBNAILS, worst)
+    results.write(workdir, config, scored, measured, load_image, detector.calibration)
     print(f"\n{results.table(config, measured)}\n\nresults: {workdir}")
     return measured
 
@@ -302,7 +453,7 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: Path) 
 def predict(detector: Detector, source: Source, workdir: Path) -> None:
     """Scores images of which nothing is known; see `predictions.Writer` for the output.
 
-    Thresholds and colours are those of this detector's evaluation in
+    Thresholds and colours are the detector's; if it has none, those of its evaluation in
     `workdir/metrics.json`; without one, nothing is called anomalous and the colours
     follow the first batch.
 
@@ -316,19 +467,14 @@ def predict(detector: Detector, source: Source, workdir: Path) -> None:
       UserError: an unreadable image.
     """
     config = detector.config
-    calibration = predictions.read_calibration(
-        workdir / "metrics.json", detector_lib.fingerprint(detector)
-    )
-    if calibration.image_threshold is None:
-        print(
-            f"no threshold of this model in {workdir / 'metrics.json'}: scores only, no "
-            "predicted class (evaluate it for one: --mode=eval)"
-        )
+    if detector.calibration is not None:
+        known = predictions.thresholds(detector.calibration)
     else:
-        print(
-            f"threshold {calibration.image_threshold:.4g}: the best F1 on the test set of "
-            f"{workdir / 'metrics.json'}"
-        )
+        fingerprint = detector_lib.fingerprint(detector)
+        known = predictions.read_evaluation(workdir / "metrics.json", fingerprint)
+    print(known.text)
+    detector = _for_new_images(detector)
+    config = detector.config
     devices = parallel.every()
     # Not cached: images that are seen once would push out those that are seen again.
     found = _scores(detector, source, "predict", cache=None)
@@ -342,7 +488,9 @@ def predict(detector: Detector, source: Source, workdir: Path) -> None:
     paths.remove_folder(growing)
     fitting.make_folder(growing)
     suffix = "npy" if config.outputs.maps == "npy" else "tiff"
-    with predictions.Writer(growing, config.image, suffix, calibration) as writer:
+    with predictions.Writer(
+        growing, config.image, suffix, known, detector.calibration
+    ) as writer:
         for part in found:
             sizes = tuple((int(height), int(width)) for height, width in part.sizes)
             writer.add(part.records, sizes, part.maps, part.scores)
@@ -350,6 +498,13 @@ def predict(detector: Detector, source: Source, workdir: Path) -> None:
     paths.remove_folder(folder)
     paths.move_folder(growing, folder, last="scores.csv")
     print(f"scored {len(source.records)} images\nresults: {folder}")
+
+
+def _for_new_images(detector: Detector) -> Detector:
+    """Random views are of a dataset's images; others are seen from the centre."""
+    config = detector.config
+    image = input_pipeline.centred(config.image)
+    return dataclasses.replace(detector, config=dataclasses.replace(config, image=image))
 
 
 def _prepare(workdir: Path) -> None:
@@ -360,7 +515,7 @@ def _prepare(workdir: Path) -> None:
 
 def _require_own_results(workdir: Path) -> None:
     for name in ("maps", "figures"):
-        _require_own(workdir / name, workdir / "metrics.json")
+        _require_own(workdir / name, workdir / "config.json")  # written before them
 
 
 def _require_own(folder: Path, sign: Path) -> None:
@@ -383,6 +538,7 @@ class _Part:
       masks: defect pixels; nothing where unknown.
       known: whether the mask is.
       sizes: original height and width.
+      digests: SHA-256 of the images' files.
     """
 
     records: Sequence[Record]
@@ -391,15 +547,23 @@ class _Part:
     masks: Bool[np.ndarray, "n h w"]
     known: Bool[np.ndarray, " n"]
     sizes: Int32[np.ndarray, "n 2"]
+    digests: UInt8[np.ndarray, "n 32"]
 
 
 def _scores(
-    detector: Detector, source: Source, what: str, cache: image_cache.ImageCache | None
+    detector: Detector,
+    source: Source,
+    what: str,
+    cache: image_cache.ImageCache | None,
+    left_out: bool = False,
 ) -> Iterator[_Part]:
-    """Scores a source batch by batch; every process gets all processes' scores."""
+    """Scores a source batch by batch; every process gets all processes' scores.
+
+    With `left_out` each image, one of those fitted, as the model without it would.
+    """
     config, devices, start = detector.config, parallel.every(), 0
     for batch in progress.batches(source, config, what, cache, devices):
-        found = detector_lib.score_pixels(detector, batch.images)
+        found = detector_lib.score_pixels(detector, batch.images, left_out)
         padding = len(batch.images) - len(batch.records)
         nothing = np.zeros(config.image.size, bool)
         masks = [nothing if mask is None else mask for mask in batch.masks]
@@ -409,6 +573,7 @@ def _scores(
             "masks": np.stack(masks + padding * [nothing]),
             "known": np.array([mask is not None for mask in batch.masks] + padding * [False]),
             "sizes": np.array([*batch.sizes, *padding * [(0, 0)]], np.int32),
+            "digests": batch.digests,
         }
         valid, every = parallel.gather((batch.valid, own))
         every = {name: x[valid] for name, x in every.items()}
@@ -417,8 +582,10 @@ def _scores(
         start = end
 
 
-def _score(detector: Detector, source: Source) -> results.Scored | None:
-    """Scores a test set, for the first process."""
+def _score(
+    detector: Detector, source: Source
+) -> tuple[results.Scored | None, UInt8[np.ndarray, "n 32"]]:
+    """Scores a test set, for the first process; and the SHA-256 of its files."""
     cache = image_cache.open_cache(detector.config.cache)
     # While the device computes, for the results that follow.
     threading.Thread(target=results.import_libraries).start()
@@ -427,24 +594,36 @@ def _score(detector: Detector, source: Source) -> results.Scored | None:
         if parallel.every().process == 0:
             parts.append(part)
     if not parts:
-        return None
+        return None, np.zeros((0, 32), np.uint8)
     masks = [
         mask if known else None
         for part in parts
         for mask, known in zip(part.masks, part.known, strict=True)
     ]
-    return results.Scored(
+    scored = results.Scored(
         source.records,
         masks,
         np.concatenate([part.maps for part in parts]),
         np.concatenate([part.scores for part in parts]),
     )
+    return scored, np.concatenate([part.digests for part in parts])
 
 
 def _regions(detector: Detector) -> int:
     config = detector.config
     index = detector.index.tolist()
     return detector_lib.pyramid(config.image, config.model, index).shapes[0][0]
+
+
+def _require_unknown(detector: Detector, part: _Part) -> None:
+    """Images that a model was fitted to score lower than others: no thresholds come of them."""
+    known = {digest.tobytes() for digest in detector.images}
+    for record, digest in zip(part.records, part.digests, strict=True):
+        if digest.tobytes() in known:
+            raise UserError(
+                f"--input: {record.image} is one of the images that the model was fitted to, "
+                "and scores lower than others do; expected normal images that it does not know"
+            )
 
 
 def _require_test_images(config: Config, source: Source) -> None:

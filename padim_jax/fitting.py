@@ -23,11 +23,12 @@ from padim_jax import (
     parallel,
     paths,
     progress,
+    reduction,
 )
 from padim_jax import config as config_lib
 from padim_jax import detector as detector_lib
 from padim_jax.checkpoint import Fitted
-from padim_jax.config import Config
+from padim_jax.config import Config, ModelConfig
 from padim_jax.datasets.records import Record
 from padim_jax.detector import Detector
 from padim_jax.errors import Stopped, UserError
@@ -35,10 +36,20 @@ from padim_jax.input_pipeline import Source
 from padim_jax.models import pretrained
 from padim_jax.parallel import Devices
 from padim_jax.paths import Path
-from padim_jax.types import Gaussian, LowRank, Moments
+from padim_jax.types import Gaussian, LowRank, Moments, Projection
+
+Backbone = tuple[Any, pretrained.WeightsIdentity]  # variables, and what identifies them
 
 
-def train(config: Config, source: Source, path: Path) -> Detector:
+def load_backbone(model: ModelConfig, devices: Devices) -> Backbone:
+    """A configuration's backbone, on the devices; see `pretrained.load`."""
+    variables, weights = pretrained.load(model.weights, model.backbone, model.layers)
+    return parallel.replicate(variables, devices), weights
+
+
+def train(
+    config: Config, source: Source, path: Path, backbone: Backbone | None = None
+) -> Detector:
     """Fits a detector to normal images and saves it.
 
     A fit of the same images and settings that was interrupted goes on where it was last
@@ -48,6 +59,7 @@ def train(config: Config, source: Source, path: Path) -> Detector:
       config: what to fit.
       source: the normal images.
       path: the checkpoint's folder.
+      backbone: the configuration's, if it is loaded already.
 
     Returns:
       The fitted detector.
@@ -66,9 +78,7 @@ def train(config: Config, source: Source, path: Path) -> Detector:
     _check_place(path, devices)
     memory.require(config, count, devices)
     index = detector_lib.channel_index(config.model)
-    variables, weights = pretrained.load(
-        config.model.weights, config.model.backbone, config.model.layers
-    )
+    variables, weights = backbone or load_backbone(config.model, devices)
     print(f"weights: {weights.origin}")
     listed = f"train {progress.listing(source, devices)}"
     fitted = checkpoint.load_unfinished(path, devices)
@@ -83,6 +93,7 @@ def train(config: Config, source: Source, path: Path) -> Detector:
         print(f"going on with an interrupted fit, after {len(fitted.images)} of {count} images")
     else:
         shapes = detector_lib.pyramid(config.image, config.model, index.tolist()).shapes
+        projection = _projection(config, source, variables, devices)
         fitted = Fitted(
             config_lib.with_absolute_paths(config),
             index,
@@ -91,6 +102,7 @@ def train(config: Config, source: Source, path: Path) -> Detector:
             shapes[0][0],
             np.zeros((0, 32), np.uint8),
             listed,
+            projection,
         )
     start = len(fitted.images)
     return _fit(fitted, source, start, config, variables, path, devices)
@@ -192,6 +204,13 @@ def merge(
                 f"sha256 {merged.weights.sha256[:12]}...; only models of the same weights can "
                 "be merged"
             )
+        if not _same_projection(other.projection, merged.projection):
+            raise UserError(
+                f"{name}: other principal components than those of {names[0]}, whose numbers "
+                "cannot be added to its own. Extend one model by the other's images "
+                "(--mode=update keeps its components), or fit both with "
+                "config.model.reduction=semi_orthogonal or random"
+            )
         shared = [digest for digest in other.images if digest.tobytes() in owners]
         if shared:
             raise UserError(
@@ -209,12 +228,20 @@ def merge(
             merged.weights,
             merged.regions,
             np.concatenate([merged.images, other.images]),
+            projection=merged.projection,
         )
         del other
     count = len(merged.images)
     with checkpoint.saving(paths.parse(os.fspath(destination)), merged, devices):
         _finalize(merged)
     print(f"merged {len(models)} models of {count} images in all -> {destination}")
+
+
+def _same_projection(a: Projection | None, b: Projection | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    # Of one seed they are, up to another machine's rounding.
+    return a.shape == b.shape and np.allclose(a, b, rtol=0, atol=1e-6)
 
 
 def ready(fitted: Fitted, identity: str, config: Config, variables: Any) -> Detector:
@@ -224,14 +251,91 @@ def ready(fitted: Fitted, identity: str, config: Config, variables: Any) -> Dete
       UserError: see `detector.finalize`.
     """
     gaussian = _finalize(fitted)
-    return Detector(config, fitted.index, variables, fitted.weights, gaussian, identity)
+    return Detector(
+        *(config, fitted.index, variables, fitted.weights, gaussian, identity, fitted.images)
+    )
+
+
+def _projection(
+    config: Config, source: Source, variables: Any, devices: Devices
+) -> Projection | None:
+    """The matrix that makes a configuration's channels fewer, if it is one that does.
+
+    Raises:
+      UserError: the features have no principal components.
+      Stopped: by SIGTERM.
+    """
+    model = config.model
+    if not detector_lib.is_projected(model):
+        return None
+    if model.reduction == "semi_orthogonal":
+        total = detector_lib.total_channels(model)
+        found = reduction.semi_orthogonal(total, model.channels, model.seed)
+    else:
+        scatter = _scatter(config, source, variables, devices)
+        try:
+            found = reduction.components(scatter, model.channels)
+        except ValueError as error:
+            raise UserError(f"config.model.reduction=pca: {error}") from error
+    # Another machine's linear algebra may round otherwise.
+    return parallel.gather(found[None])[0]
+
+
+def _scatter(
+    config: Config, source: Source, variables: Any, devices: Devices
+) -> reduction.Scatter:
+    """Of all images' embeddings, in a pass of its own."""
+    found = reduction.empty(detector_lib.total_channels(config.model))
+    with _sigterm() as asked:
+        cache = image_cache.open_cache(config.cache)
+        for batch in progress.batches(source, config, "principal components", cache, devices):
+            if np.any(parallel.gather(np.array([asked()]))):
+                raise Stopped(
+                    "stopped by SIGTERM before the fit, nothing to keep yet; the same command "
+                    "begins anew"
+                )
+            valid = parallel.share(batch.valid, devices)
+            means, m2 = detector_lib.scatter_batch(
+                variables,
+                parallel.share(batch.images, devices),
+                valid,
+                config.image,
+                config.model,
+            )
+            # Sums of all images are of float64.
+            parts = zip(np.asarray(means, np.float64), np.asarray(m2, np.float64), strict=True)
+            for flags, (mean, part) in zip(valid, parts, strict=True):
+                own = reduction.Scatter(int(np.sum(flags)), mean, part)
+                found = reduction.merge(found, own)
+    # As bytes: JAX would make float32 of them.
+    counted = np.concatenate([[found.count], found.mean, found.m2.ravel()])
+    every = np.asarray(parallel.gather(counted.view(np.uint8)[None]))
+    whole = reduction.empty(len(found.mean))
+    for numbers in every.view(np.float64):
+        mean, part = np.split(numbers[1:], [len(found.mean)])
+        own = reduction.Scatter(int(numbers[0]), mean, part.reshape(len(mean), -1))
+        whole = reduction.merge(whole, own)
+    return whole
 
 
 # What the statistics depend on; the weights are compared by their content.
-_FITTED = (
-    ("image", ("resize", "method", "crop", "mean", "std")),
-    ("model", ("backbone", "layers", "channels", "seed", "precision", "regularization")),
+_IMAGE = ("resize", "method", "crop", "rotation", "crop_at", "mean", "std")
+_MODEL = (
+    *("backbone", "layers", "reduction", "channels", "pooling", "upsample", "precision"),
+    "regularization",
 )
+
+
+def _fitted_settings(config: Config) -> dict[str, Any]:
+    image, model = config.image, config.model
+    found = {f"image.{name}": getattr(image, name) for name in _IMAGE}
+    found |= {f"model.{name}": getattr(model, name) for name in _MODEL}
+    # Seeds of what is not drawn change nothing.
+    if image.rotation or image.crop_at == "random":
+        found["image.seed"] = image.seed
+    if model.reduction in ("random", "semi_orthogonal"):
+        found["model.seed"] = model.seed
+    return found
 
 
 def require_same(path: Path, fitted: Config, wanted: Config) -> None:
@@ -240,16 +344,13 @@ def require_same(path: Path, fitted: Config, wanted: Config) -> None:
     Raises:
       UserError: what its statistics depend on differs.
     """
-    for group, fields in _FITTED:
-        for field in fields:
-            ours = getattr(getattr(wanted, group), field)
-            theirs = getattr(getattr(fitted, group), field)
-            if ours != theirs:
-                raise UserError(
-                    f"config.{group}.{field}={ours}: the model {path} was fitted with "
-                    f"{theirs}. Ask for that, fit again, or leave out --config to take the "
-                    "model's configuration"
-                )
+    others = _fitted_settings(fitted)
+    for name, ours in _fitted_settings(wanted).items():
+        if ours != (theirs := others[name]):
+            raise UserError(
+                f"config.{name}={ours}: the model {path} was fitted with {theirs}. Ask for "
+                "that, fit again, or leave out --config to take the model's configuration"
+            )
 
 
 def load_weights(
@@ -297,7 +398,9 @@ def _fit(
     devices: Devices,
 ) -> Detector:
     """Adds the images from `start` on, saving now and then, and saves the finished model."""
-    variables = parallel.replicate(variables, devices)
+    variables = parallel.replicate(
+        detector_lib.with_projection(variables, fitted.projection), devices
+    )
     statistics, digests = fitted.statistics, [fitted.images]
     index, total = tuple(fitted.index.tolist()), len(source.records)
 

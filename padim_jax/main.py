@@ -5,6 +5,7 @@ Modes:
   train           fit and save
   eval            evaluate a saved model
   predict         score images without labels: --input=IMAGE, FOLDER or 'GLOB'
+  calibrate       find thresholds on normal images that were not fitted: --input
   update          extend a saved model by normal images: --input, or the configuration's
   merge           join models of disjoint images: --models=A,B --checkpoint=JOINED
   export          write model.safetensors, for scoring alone; half the size with --half
@@ -12,6 +13,7 @@ Modes:
 Examples:
   python -m padim_jax.main --config=configs/demo.py
   python -m padim_jax.main --config=configs/mvtec.py --config.category=bottle
+  python -m padim_jax.main --config=configs/mvtec.py --config.category=all
   python -m padim_jax.main --config=configs/mvtec.py:seed --config.model.channels=448
   python -m padim_jax.main --config=configs/folder.py --config.dataset.root=/path/to/parts
   python -m padim_jax.main --mode=eval --workdir=results/mvtec_ad_bottle
@@ -48,7 +50,10 @@ from padim_jax import cluster, paths
 from padim_jax import config as config_lib
 from padim_jax.errors import Stopped, UserError
 
-MODES = ("train_and_eval", "train", "eval", "predict", "update", "merge", "export")
+MODES = (
+    *("train_and_eval", "train", "eval", "predict"),
+    *("calibrate", "update", "merge", "export"),
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -68,8 +73,8 @@ _CHECKPOINT = flags.DEFINE_string(
 _INPUT = flags.DEFINE_string(
     "input",
     None,
-    "For predict: an image, a folder or a 'glob'. For update: normal images, likewise; "
-    "without it those of --config.",
+    "For predict: an image, a folder or a 'glob'. For calibrate and update: normal images, "
+    "likewise; for update without it those of --config.",
 )
 _MODELS = flags.DEFINE_list("models", [], "For merge: the checkpoints to join.")
 _WEIGHTS = flags.DEFINE_string(
@@ -80,6 +85,9 @@ _WEIGHTS = flags.DEFINE_string(
 )
 _HALF = flags.DEFINE_bool(
     "half", False, "For export: float16, half the size; the change is measured and stored."
+)
+_OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "For several categories or repeats: do again those that are finished."
 )
 _DOWNLOAD = flags.DEFINE_bool(
     "download", False, "Download MVTec AD to config.dataset.root first, if it is not there."
@@ -120,7 +128,7 @@ def main(argv: Sequence[str]) -> None:
     place = cluster.find(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, os.environ)
 
     # Only now what takes long to import: a mistake should not have to wait for it.
-    from padim_jax import distributed, experiment, parallel
+    from padim_jax import distributed, experiment, parallel, sweep
 
     settings = _shared_settings(config) if place else {}
     with distributed.session(place, settings, _JOIN_SECONDS.value), _explained():
@@ -128,8 +136,15 @@ def main(argv: Sequence[str]) -> None:
             from padim_jax.datasets import download
 
             assert config is not None
+            categories: Sequence[str] = config.category.split(",")
+            if config.category == config_lib.ALL:
+                categories = download.CATEGORIES
             with parallel.first_process_first():
-                download.mvtec_ad(config.dataset.root, config.category)
+                for category in categories:
+                    download.mvtec_ad(config.dataset.root, category)
+        if config is not None and config.is_sweep:
+            sweep.run(config, workdir, _OVERWRITE.value)
+            return
         experiment.run(
             mode,
             config,
@@ -190,8 +205,29 @@ def _check_flags(mode: str, config: config_lib.Config | None) -> None:
         raise UserError(f"--mode={mode} needs --config, --workdir or --checkpoint")
     if mode == "predict" and not _INPUT.value:
         raise UserError("--input: missing; expected the image, folder or glob to predict")
-    if mode not in ("predict", "update") and _INPUT.value is not None:
-        raise UserError(f"--input: not for --mode={mode}; it names what to predict or to add")
+    if mode == "calibrate" and not _INPUT.value:
+        raise UserError(
+            "--input: missing; expected normal images (a folder, or a glob) that the model was "
+            "not fitted to"
+        )
+    if mode not in ("predict", "calibrate", "update") and _INPUT.value is not None:
+        raise UserError(
+            f"--input: not for --mode={mode}; it names what to predict, to find thresholds on "
+            "or to add"
+        )
+    sweep = config is not None and config.is_sweep
+    if sweep and mode != "train_and_eval":
+        raise UserError(
+            f"--mode={mode}: of one run only, and not of a sweep of several; name one "
+            "config.category and leave config.repeats at 1"
+        )
+    if sweep and _CHECKPOINT.value is not None:
+        raise UserError("--checkpoint: not for several runs; each has its own in --workdir")
+    if _OVERWRITE.value and not sweep:
+        raise UserError(
+            "--overwrite: for several categories or repeats, of which finished ones are left "
+            "as they are otherwise; a single run is always done again"
+        )
     if _HALF.value and mode != "export":
         raise UserError(f"--half: not for --mode={mode}; it is a form of --mode=export")
     if _WEIGHTS.value is not None and mode in ("train", "train_and_eval"):
@@ -204,7 +240,10 @@ def _check_flags(mode: str, config: config_lib.Config | None) -> None:
 
 def _shared_settings(config: config_lib.Config | None) -> dict[str, str]:
     """What has to be the same in all processes, for comparison."""
-    given = (_MODE, _WORKDIR, _CHECKPOINT, _INPUT, _MODELS, _WEIGHTS, _HALF, _DOWNLOAD)
+    given = (
+        *(_MODE, _WORKDIR, _CHECKPOINT, _INPUT, _MODELS, _WEIGHTS),
+        *(_HALF, _DOWNLOAD, _OVERWRITE),
+    )
     settings = {f"--{flag.name}": str(flag.value) for flag in given}
     settings["version of padim_jax"] = padim_jax.__version__
     settings["version of jax"] = importlib.metadata.version("jax")

@@ -204,6 +204,14 @@ def write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
+def modified(path: Path) -> float:
+    """When a file was written: seconds since 1970, by the clock of the place where it is."""
+    if isinstance(path, pathlib.Path):
+        return path.stat().st_mtime
+    store, name = _store(str(path))
+    return store.modified(name).timestamp()
+
+
 def upload(local: pathlib.Path, remote: Path) -> None:
     """Copies a file to an object store, a piece at a time.
 

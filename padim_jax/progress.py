@@ -45,7 +45,7 @@ def batches(
     Args:
       source: the images.
       config: batch size and preprocessing.
-      what: the bar's name.
+      what: the bar's name, behind the category's.
       cache: see `input_pipeline.batches`.
       devices: that a batch is shared out to.
       start: of the records, how many to leave out.
@@ -59,13 +59,26 @@ def batches(
     # have been without the interruption: to the last bit.
     size = devices.padded(max(1, min(config.batch_size, total)))
     share = Share(devices.process, devices.processes)
-    with bar(total, what, devices, start) as shown:
+    name = f"{config.category} {what}".lstrip()
+    with bar(total, name, devices, start) as shown:
         for batch in input_pipeline.batches(source, config.image, size, cache, share, start):
             yield batch
             shown.update(min(size, total - shown.n))
 
 
-def bar(total: int, what: str, devices: Devices, start: int = 0) -> tqdm.tqdm:
-    """A bar of images, of which `start` are done; its `update` counts on."""
+def bar(
+    total: int, what: str, devices: Devices, start: int = 0, unit: str = "img"
+) -> tqdm.tqdm:
+    """A bar of images, of which `start` are done; its `update` counts on.
+
+    Below another one it is gone when it is done.
+    """
     quiet = None if devices.process == 0 else True  # None: where there is no terminal
-    return tqdm.tqdm(total=total, initial=start, desc=what, unit="img", disable=quiet)
+    return tqdm.tqdm(
+        total=total, initial=start, desc=what, unit=unit, disable=quiet, leave=None
+    )
+
+
+def say(text: str) -> None:
+    """Prints a line above the bars."""
+    tqdm.tqdm.write(text)

@@ -341,7 +341,7 @@ class TestPrediction:
 
     def test_network_is_counted_as_xla_counts_it(self):
         predict = module("benchmark_predict")
-        spec = models.BACKBONES["resnet18"]
+        spec = models.RESNETS["resnet18"]
         network = resnet.ResNet(spec, ("layer1", "layer2"), "float32")
         image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
         variables = jax.eval_shape(network.init, jax.random.key(0), image)

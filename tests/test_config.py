@@ -396,10 +396,11 @@ def test_weights_follow_the_backbone_until_they_are_set():
 
 
 def test_default_weights_exist_for_every_backbone():
-    for backbone, names in models.WEIGHTS.items():
+    # configs/efficientnet_b5.py names its own.
+    for backbone in models.RESNETS:
         config: Any = defaults.get_config()
         config.model.backbone = backbone
-        assert config.model.weights in names
+        assert config.model.weights in models.WEIGHTS[backbone]
 
 
 def test_an_unknown_preset():
@@ -408,9 +409,15 @@ def test_an_unknown_preset():
     assert "papr" in str(caught.value)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+# One of layers alone has presets of its own; see test_layers.
+FILES = sorted(path for path in CONFIGS.glob("*.py") if path.stem != "layers")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_config_file_holds(path):
-    name = {"mvtec": "mvtec_ad", "folder": "folder", "demo": "synthetic"}[path.stem]
+    # The others are named by their dataset.
+    named = {"mvtec": "mvtec_ad", "efficientnet_b5": "mvtec_ad", "demo": "synthetic"}
+    name = named.get(path.stem, path.stem)
     assert config_lib.validate(load_file(path)).dataset.name == name
     for preset in PRESETS:
         config = config_lib.validate(load_file(path, preset))
@@ -418,6 +425,17 @@ def test_every_config_file_holds(path):
         # The preset's choices are the file's own.
         expected = config_lib.validate(defaults.get_config(preset))
         assert (config.image, config.map) == (expected.image, expected.map)
+
+
+def test_layers_are_the_presets_of_their_config_file():
+    for layers in ("layer1", "layer3", "layer2+layer3"):
+        config = config_lib.validate(load_file(CONFIGS / "layers.py", layers))
+        assert config.model.layers == tuple(layers.split("+"))
+        assert config.model.reduction == "none"
+        widths: dict[str, int] = {"layer1": 64, "layer2": 128, "layer3": 256}
+        assert config.model.channels == sum(widths[name] for name in config.model.layers)
+    with pytest.raises(UserError, match=r"config\.model\.layers"):
+        config_lib.validate(load_file(CONFIGS / "layers.py", "layer7"))
 
 
 def test_mvtec_presets_are_as_its_docstring_says():

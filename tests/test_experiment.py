@@ -54,9 +54,11 @@ def run_for_maps(values: Any, workdir: pathlib.Path, images: int | None = None) 
 
 @pytest.mark.parametrize("backbone", models.BACKBONES)
 def test_every_backbone(backbone: str, root: pathlib.Path, tmp_path: pathlib.Path):
-    measured = run(settings(root, backbone=backbone), tmp_path)
-    # Chance is 0.5. The parts moved and missing are seen even by random weights.
-    assert measured["pixel_auroc"] > 0.8
+    layers = models.BACKBONES[backbone].stages[:3]
+    measured = run(settings(root, backbone=backbone, layers=layers), tmp_path)
+    # Chance is 0.5. The parts moved and missing are seen even by random weights; less well
+    # where most channels are of a 4x4 grid (0.76).
+    assert measured["pixel_auroc"] > (0.7 if backbone in models.EFFICIENTNETS else 0.8)
     assert set(measured["per_defect"]) == set(DEFECTS)
 
 
@@ -135,14 +137,17 @@ def test_the_form_follows_the_number_of_images(
 
 @pytest.mark.parametrize("form", ["moments", "samples"])
 def test_a_fit_that_fails_keeps_the_earlier_model(
-    form: str, root: pathlib.Path, tmp_path: pathlib.Path
+    form: str,
+    root: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     run(settings(root), tmp_path)
     _, earlier = checkpoint.load(tmp_path / "checkpoint", parallel.every())
-    # Lost beside features of any size.
-    values = settings(root, statistics=form, regularization=1e-30)
-    with pytest.raises(UserError, match=r"config\.model\.regularization: .* region \d+ "):
-        run(values, tmp_path)
+    # More than there can be.
+    monkeypatch.setattr(detector, "LEAST_KEPT", 2.0)
+    with pytest.raises(UserError, match=r"config\.model\.regularization: .* region \d+;"):
+        run(settings(root, statistics=form), tmp_path)
     _, kept = checkpoint.load(tmp_path / "checkpoint", parallel.every())
     assert kept == earlier
     assert not list(tmp_path.glob("checkpoint.*"))

@@ -2,13 +2,25 @@
 
 import dataclasses
 import pathlib
+import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from padim_jax import checkpoint, defaults, experiment, fitting, input_pipeline, parallel
+from padim_jax import (
+    checkpoint,
+    defaults,
+    detector,
+    embedding,
+    experiment,
+    fitting,
+    input_pipeline,
+    parallel,
+)
+from padim_jax import config as config_lib
 from padim_jax.checkpoint import Fitted
 from padim_jax.config import Config, validate
 from padim_jax.datasets.synthetic import generate
@@ -239,3 +251,134 @@ def test_processes_that_see_different_images(
     monkeypatch.setattr(parallel, "gather", lambda x: np.concatenate([gather(x), 1 + x]))
     with pytest.raises(UserError, match="sees 4 images, and another process other ones"):
         fitting.train(config, images(config, 0, 4), tmp_path / "model")
+
+
+PCA = {"reduction": "pca", "channels": 8, "pooling": 3}
+
+
+def principal_components(config: Config, source: FolderSource) -> np.ndarray:
+    """Of all patches' embeddings of all channels, in float64; all of them, the last first."""
+    model = dataclasses.replace(config.model, reduction="none", channels=448)
+    index = tuple(range(448))
+    variables, _ = fitting.load_backbone(model, ONE)
+    pixels = next(input_pipeline.batches(source, config.image, len(source.records))).images
+    levels = detector.extract(
+        variables, jnp.asarray(pixels), image=config.image, model=model, index=index
+    )
+    pyramid = detector.pyramid(config.image, model, index)
+    x = np.asarray(embedding.concatenate(levels, pyramid), np.float64)
+    return np.linalg.eigh(np.cov(x.reshape(-1, 448).T))[1]
+
+
+@pytest.fixture(scope="module")
+def reduced(root: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return fit(make_config(root, **PCA), 0, 8, tmp_path_factory.mktemp("pca") / "model")
+
+
+def projection(path: pathlib.Path) -> np.ndarray:
+    found = read(path).projection
+    assert found is not None
+    return found
+
+
+class TestPrincipalComponents:
+    def test_are_those_of_all_patches(self, root: pathlib.Path, reduced: pathlib.Path):
+        config = make_config(root, **PCA)
+        expected = principal_components(config, images(config, 0, 8))[:, :-9:-1]
+        found = projection(reduced)
+        # Turned by roundoffs of the largest eigenvalue over the gaps between them.
+        cosines = np.abs(np.sum(found * expected, axis=0))
+        np.testing.assert_allclose(cosines, 1, atol=1e-5)
+
+    def test_on_devices(
+        self,
+        root: pathlib.Path,
+        reduced: pathlib.Path,
+        tmp_path: pathlib.Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        monkeypatch.setattr(parallel, "every", lambda: Devices(4))
+        path = fit(make_config(root, **PCA), 0, 8, tmp_path / "model")
+        # As above; measured on one device and four.
+        np.testing.assert_allclose(projection(path), projection(reduced), atol=1e-4)
+
+    def test_an_extended_model_keeps_them(
+        self, root: pathlib.Path, reduced: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        path = tmp_path / "model"
+        shutil.copytree(reduced, path)
+        fitting.update(path, images(make_config(root), 8, 12))
+        np.testing.assert_array_equal(projection(path), projection(reduced))
+        assert len(read(path).images) == 12
+
+    def test_a_model_file_has_them(self, reduced: pathlib.Path, tmp_path: pathlib.Path):
+        loaded = experiment.load(reduced)
+        experiment.export(loaded, tmp_path / "model.safetensors")
+        again = experiment.load(tmp_path / "model.safetensors")
+        pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)
+        maps = [detector.score_pixels(x, pixels).maps for x in (loaded, again)]
+        np.testing.assert_array_equal(maps[0], maps[1])
+
+    def test_others_cannot_be_merged(
+        self, root: pathlib.Path, reduced: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        other = fit(make_config(root, **PCA), 8, 12, tmp_path / "other")
+        with pytest.raises(UserError, match=r"other: other principal .*--mode=update"):
+            fitting.merge([reduced, other], tmp_path / "merged")
+
+    def test_an_interrupted_fit_has_them_already(
+        self,
+        root: pathlib.Path,
+        reduced: pathlib.Path,
+        tmp_path: pathlib.Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        config = make_config(root, **PCA)
+        config = dataclasses.replace(config, train=config_lib.TrainConfig(0.0))
+        with monkeypatch.context() as patch:
+            # Between the second batch's save and its end.
+            batches = iter([detector.fit_batch])
+            patch.setattr(detector, "fit_batch", lambda *given: next(batches)(*given))
+            with pytest.raises(StopIteration):
+                fit(config, 0, 8, tmp_path / "model")
+        monkeypatch.setattr(fitting, "_scatter", None)
+        fit(config, 0, 8, tmp_path / "model")
+        np.testing.assert_array_equal(projection(tmp_path / "model"), projection(reduced))
+        require_same_model(tmp_path / "model", reduced)
+
+
+def test_models_of_one_projection_merge(root: pathlib.Path, tmp_path: pathlib.Path):
+    config = make_config(root, reduction="semi_orthogonal", upsample="bilinear")
+    parts = [fit(config, a, b, tmp_path / str(a)) for a, b in ((0, 4), (4, 12))]
+    fitting.merge(parts, tmp_path / "merged")
+    require_same_model(tmp_path / "merged", fit(config, 0, 12, tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("image", "model", "problem"),
+    [
+        ({"rotation": 5.0}, {}, r"config.image.rotation=5.0: .* with 0.0"),
+        ({"crop": (32, 32), "crop_at": "random"}, {}, r"config.image.crop"),
+        ({}, {"reduction": "semi_orthogonal"}, "config.model.reduction=semi_orthogonal"),
+        ({}, {"pooling": 3}, "config.model.pooling=3"),
+        ({}, {"upsample": "bilinear"}, "config.model.upsample=bilinear"),
+        ({}, {"seed": 1}, "config.model.seed=1"),
+        # What nothing is drawn with changes nothing.
+        ({"seed": 1}, {}, None),
+    ],
+    ids=str,
+)
+def test_what_must_be_the_same(
+    image: dict, model: dict, problem: str | None, root: pathlib.Path
+):
+    fitted = make_config(root)
+    wanted = dataclasses.replace(
+        fitted,
+        image=dataclasses.replace(fitted.image, **image),
+        model=dataclasses.replace(fitted.model, **model),
+    )
+    if problem is None:
+        fitting.require_same(root, fitted, wanted)
+        return
+    with pytest.raises(UserError, match=problem):
+        fitting.require_same(root, fitted, wanted)

@@ -215,7 +215,9 @@ class TestHelp:
         for example in examples:
             if "demo.py" not in example:  # which would run, without anything to be missed
                 message = fail(*example.split(), cwd=tmp_path)
-                assert re.search("no (such )?(folder|checkpoint|image)", message), message
+                assert re.search("no (such )?(category |)(folder|checkpoint|image)", message), (
+                    message
+                )
 
     def test_console_script(self):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -358,6 +360,8 @@ class TestTrainAndEval:
             "maps",
             "metrics.json",
             "overview.jpg",
+            "report.html",
+            "report_thumbnails.json",
             "roc_curve.png",
             "score_histogram.png",
             "scores.csv",
@@ -377,15 +381,21 @@ class TestTrainAndEval:
 
     def test_scores_agree_with_metrics_and_maps(self, run: Run, root: pathlib.Path):
         rows = read_rows(run.workdir / "scores.csv")
-        assert list(rows[0]) == ["path", "label", "defect_type", "score", "predicted"]
+        columns = ["path", "label", "defect_type", "score"]
+        assert list(rows[0]) == [*columns, "predicted", "predicted_f1", "calibrated"]
         images = [path for path in below(root) if "/test/" in path]
         assert [row["path"] for row in rows] == images
-        threshold = read_json(run.workdir / "metrics.json")["image_f1_threshold"]
+        measured = read_json(run.workdir / "metrics.json")
+        threshold = measured["image_f1_threshold"]
+        normal = read_json(run.workdir / "checkpoint" / "calibration.json")["image_threshold"]
+        assert measured["normal_threshold"]["image_threshold"] == normal
         for row in rows:
             kind = pathlib.PurePosixPath(row["path"]).parent.name
             assert (row["defect_type"], row["label"]) == (kind, str(int(kind != "good")))
             score = np.float32(row["score"])
-            assert row["predicted"] == str(int(score >= threshold))
+            assert row["predicted_f1"] == str(int(score >= threshold))
+            assert row["predicted"] == str(int(score >= normal))
+            assert 0 <= float(row["calibrated"]) < 1
             anomaly_map = np.load(run.workdir / "maps" / f"{row['path']}.npy")
             assert anomaly_map.shape == (64, 64)
             assert anomaly_map.max() == score
@@ -547,16 +557,17 @@ class TestPredict:
     def test_folder_agrees_with_the_evaluation(self, copy: pathlib.Path, root: pathlib.Path):
         out = self.predict(copy, root / "part" / "test")
         folder = copy / "predictions"
-        threshold = read_json(copy / "metrics.json")["image_f1_threshold"]
-        assert f"threshold {threshold:.4g}: " in out
+        calibration = read_json(copy / "checkpoint" / "calibration.json")
+        assert f"image score {calibration['image_threshold']:.4g} for " in out
         assert out.endswith(f"scored 14 images\nresults: {folder}\n")
         rows = read_rows(folder / "scores.csv")
-        assert list(rows[0]) == ["path", "score", "predicted"]
+        columns = ("path", "score", "predicted", "calibrated")
+        assert tuple(rows[0]) == columns
         evaluated = read_rows(copy / "scores.csv")
         # The same images in the same batches: the same to the last bit.
         assert [
-            (f"part/test/{row['path']}", row["score"], row["predicted"]) for row in rows
-        ] == [(row["path"], row["score"], row["predicted"]) for row in evaluated]
+            (f"part/test/{row['path']}", *(row[name] for name in columns[1:])) for row in rows
+        ] == [tuple(row[name] for name in columns) for row in evaluated]
         for row in rows:
             restored = np.load(folder / "maps" / f"{row['path']}.npy")
             assert restored.shape == (96, 96)  # the images' own size
@@ -585,20 +596,39 @@ class TestPredict:
                 # At another place in its batch: float32 sums in another order at most.
                 np.testing.assert_allclose(np.float32(row["score"]), scores[name], rtol=1e-4)
 
-    def test_without_an_evaluation(self, run: Run, root: pathlib.Path, tmp_path: pathlib.Path):
+    def test_thresholds_go_with_the_model(
+        self, run: Run, root: pathlib.Path, tmp_path: pathlib.Path
+    ):
         given = (f"--checkpoint={run.workdir}/checkpoint", f"--input={root}/part/test/good")
         out = succeed("--mode=predict", "--workdir=new", *given, cwd=tmp_path)
-        assert "scores only" in out
+        calibration = read_json(run.workdir / "checkpoint" / "calibration.json")
+        assert f"image score {calibration['image_threshold']:.4g} for " in out
         rows = read_rows(tmp_path / "new" / "predictions" / "scores.csv")
-        assert [row["predicted"] for row in rows] == [""] * 6
+        assert {row["predicted"] for row in rows} <= {"0", "1"}
+
+    def test_without_thresholds(self, copy: pathlib.Path, root: pathlib.Path):
+        """Those of an evaluation's labels are used, and said to be; without one, none."""
+        (copy / "checkpoint" / "calibration.json").unlink()
+        out = self.predict(copy, root / "part" / "test" / "good")
+        threshold = read_json(copy / "metrics.json")["image_f1_threshold"]
+        assert f"threshold {threshold:.4g}: the best F1 on the test set's labels" in out
+        (copy / "metrics.json").unlink()
+        out = self.predict(copy, root / "part" / "test" / "good")
+        assert "no predicted class. For thresholds: --mode=calibrate" in out
+        rows = read_rows(copy / "predictions" / "scores.csv")
+        assert [(row["predicted"], row["calibrated"]) for row in rows] == [("", "")] * 6
 
     def test_thresholds_of_an_older_model_are_not_used(
         self, run: Run, copy: pathlib.Path, root: pathlib.Path
     ):
         given = (f"--workdir={copy}", *run.arguments, "--config.model.seed=1")
-        succeed("--mode=train", *given, cwd=copy.parent)
+        older = (copy / "checkpoint" / "calibration.json").read_bytes()
+        succeed("--mode=train", *given, "--config.threshold.normal=none", cwd=copy.parent)
+        path = copy / "checkpoint" / "calibration.json"
+        assert not path.exists() or path.read_bytes() == older
+        path.write_bytes(older)
         out = self.predict(copy, root / "part" / "test" / "good")
-        assert "scores only" in out
+        assert "no predicted class" in out
         rows = read_rows(copy / "predictions" / "scores.csv")
         assert [row["predicted"] for row in rows] == [""] * 6
 
@@ -677,7 +707,7 @@ class TestExport:
         for half in ("--half", "--nohalf"):
             message = fail("--mode=export", half, f"--checkpoint={path}", cwd=copy.parent)
             assert message.startswith(
-                f"{path}: --mode=export makes a model file of a checkpoint"
+                f"{path}: --mode=export takes a checkpoint, and this is a model file"
             )
         assert path.read_bytes() == before
 

@@ -13,6 +13,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,16 +29,18 @@ from padim_jax import (
     checkpoint,
     compilation_cache,
     defaults,
+    experiment,
     input_pipeline,
     model_file,
     parallel,
     paths,
     predictions,
     results,
+    sweep,
 )
 from padim_jax import config as config_lib
 from padim_jax.config import CacheConfig, Config, ImageConfig
-from padim_jax.datasets import LAYOUTS, download, tfds_builder
+from padim_jax.datasets import LAYOUTS, download, masks, synthetic, tfds_builder
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
 from padim_jax.input_pipeline import FolderSource
@@ -46,7 +49,9 @@ from padim_jax.results import Scored
 from padim_jax.types import Gaussian
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-IMAGE = ImageConfig((32, 32), "bilinear", None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+IMAGE = ImageConfig(
+    (32, 32), "bilinear", None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 0.0, "centre", 0
+)
 
 
 class ClientError(Exception):
@@ -238,7 +243,7 @@ class TestParse:
         assert str(paths.parse(text, needed=False)) == text
         config = make_config(**{"dataset.root": text})
         with pytest.raises(UserError, match=package):
-            LAYOUTS["mvtec_ad"](config.dataset.root, "bottle")
+            LAYOUTS["mvtec_ad"].records(config.dataset.root, "bottle", 0)
 
     def test_local_paths_cost_no_imports(self):
         code = """if True:
@@ -364,6 +369,12 @@ class TestWriting:
             paths.write(root / "a/b/c", b"23")
             assert contents(root) == {"a/b/c": b"23"}
 
+    def test_modified(self, store: Any, tmp_path: pathlib.Path):
+        for root in (tmp_path, paths.parse(store.url)):
+            paths.write(root / "a", b"1")
+            # A store's time is in whole seconds, and its clock not the processor's.
+            assert abs(paths.modified(root / "a") - time.time()) < 60
+
     def test_remove_folder(self, store: Any, tmp_path: pathlib.Path):
         for root in (tmp_path, paths.parse(store.url)):
             for name in ("a/b/c", "a/d", "ab"):
@@ -408,8 +419,8 @@ class TestDatasets:
     def test_same_records_and_pixels(self, layout: str, store: Any, tmp_path: pathlib.Path):
         DRAWN[layout](tmp_path)
         remote = upload(tmp_path, f"{store.url}/data sets")
-        here = LAYOUTS[layout](tmp_path, "die Flasche")
-        there = LAYOUTS[layout](remote, "die Flasche")
+        here = LAYOUTS[layout].records(tmp_path, "die Flasche", 0)
+        there = LAYOUTS[layout].records(remote, "die Flasche", 0)
 
         def moved(record: Record) -> Record:
             mask = record.mask and remote / record.mask.relative_to(tmp_path).as_posix()
@@ -436,7 +447,7 @@ class TestDatasets:
             DRAWN[layout](tmp_path / str(train), train)
             remote = upload(tmp_path / str(train), f"{store.url}/{train}")
             before = store.asked
-            LAYOUTS[layout](remote, "die Flasche")
+            LAYOUTS[layout].records(remote, "die Flasche", 0)
             asked.append(store.asked - before)
         assert asked[0] == asked[1]
 
@@ -454,7 +465,7 @@ class TestDatasets:
             found = []
             for root in (tmp_path, remote):
                 with pytest.raises(UserError) as error:
-                    LAYOUTS[layout](root, category)
+                    LAYOUTS[layout].records(root, category, 0)
                 found.append(str(error.value).replace(str(root), "ROOT"))
             return found
 
@@ -478,6 +489,25 @@ class TestDatasets:
                 paths.write(folder / "masks/bad/other.png", b"1")
             assert "no mask for 0.png; no image for other.png" in same()
 
+    def test_masks_of_videos_and_in_folders(self, store: Any, tmp_path: pathlib.Path):
+        video = np.zeros((3, 8, 9), np.uint8)
+        video[1, 2:5, 3], video[2, 4] = 1, 1
+        np.save(tmp_path / "01.npy", video)
+        (tmp_path / "000").mkdir()
+        for number, mask in enumerate(video):
+            Image.fromarray(mask).save(tmp_path / "000" / f"{number:03}.png")
+        remote = upload(tmp_path, store.url)
+        for name, frame in (("01.npy", 1), ("01.npy", 2), ("000", None)):
+            here, there = (
+                masks.read(Record("test", root / "a.png", root / name, 1, "x", "a.png", frame))
+                for root in (tmp_path, remote)
+            )
+            assert here == there
+            assert here
+        missing = Record("test", remote / "a.png", remote / "2.npy", 1, "x", "a.png", 0)
+        with pytest.raises(UserError, match=rf"^{store.url}/2.npy: cannot be read"):
+            masks.read(missing)
+
     def test_unreadable_image(self, store: Any):
         image = paths.parse(f"{store.url}/a.png")
         source = FolderSource([Record("test", image, None, 0, "good", "a.png")])
@@ -490,14 +520,14 @@ class TestDatasets:
     def test_made_here_only(self, store: Any):
         root = paths.parse(store.url)
         with pytest.raises(UserError, match=rf"config.dataset.root={store.url}: the synthetic"):
-            LAYOUTS["synthetic"](root, "part")
+            LAYOUTS["synthetic"].records(root, "part", 0)
         with pytest.raises(UserError, match=f"--download: config.dataset.root={store.url}"):
             download.mvtec_ad(root, "bottle")
 
     def test_packed_here_from_there(self, store: Any, tmp_path: pathlib.Path):
         draw_mvtec(tmp_path / "source")
         remote = upload(tmp_path / "source", store.url)
-        records = LAYOUTS["mvtec_ad"](remote, "die Flasche")
+        records = LAYOUTS["mvtec_ad"].records(remote, "die Flasche", 0)
         builder = tfds_builder.prepare(tmp_path / "packed", records)
         for split in ("train", "test"):
             packed = tfds_builder.open_split(builder, split)
@@ -509,7 +539,7 @@ class TestDatasets:
     def test_packed_there(self, store: Any, tmp_path: pathlib.Path, monkeypatch: Any):
         """array_record writes local files, and reads them and gs://."""
         draw_mvtec(tmp_path / "source")
-        records = LAYOUTS["mvtec_ad"](tmp_path / "source", "die Flasche")
+        records = LAYOUTS["mvtec_ad"].records(tmp_path / "source", "die Flasche", 0)
         tfds_builder.prepare(tmp_path / "packed/a title", records)
         remote = upload(tmp_path / "packed", store.url)
         monkeypatch.setenv("TFDS_DATA_DIR", store.url)
@@ -537,7 +567,7 @@ class TestDatasets:
 
 
 def make_scored(root: paths.Path) -> Scored:
-    records, masks = LAYOUTS["mvtec_ad"](root, "die Flasche")[3:], []
+    records, masks = LAYOUTS["mvtec_ad"].records(root, "die Flasche", 0)[3:], []
     maps = np.random.default_rng(0).uniform(0, 1, (len(records), 32, 32)).astype(np.float32)
     for record, anomaly_map in zip(records, maps, strict=True):
         square = np.zeros((32, 32), bool)
@@ -577,7 +607,7 @@ class TestResults:
 
     def test_an_evaluations_thresholds_are_read(self, store: Any):
         path = paths.parse(f"{store.url}/metrics.json")
-        assert predictions.read_calibration(path, "me") == predictions.Calibration()
+        assert predictions.read_evaluation(path, "me").image is None
         measured = {
             "detector": "me",
             "image_f1_threshold": 1.5,
@@ -585,7 +615,36 @@ class TestResults:
             "color_scale": [0.0, 4.0],
         }
         results.write_json(path, measured)
-        assert predictions.read_calibration(path, "me").image_threshold == 1.5
+        assert predictions.read_evaluation(path, "me").image == 1.5
+
+
+class TestSweep:
+    def test_what_is_finished_is_left(
+        self, store: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        synthetic.generate(tmp_path / "root", n_train=3, n_test_good=1, n_test_per_defect=1)
+        done = []
+
+        def pretend(config: Any, workdir: Any, *_: Any) -> dict[str, Any]:
+            done.append(workdir)
+            paths.write(
+                workdir / "config.json", json.dumps(config_lib.to_dict(config)).encode()
+            )
+            found = dict.fromkeys(("image_auroc", "pixel_auroc", "aupro", "pixel_ap"), 0.5)
+            found["image_f1_max"] = 0.5
+            paths.write(workdir / "metrics.json", json.dumps(found).encode())
+            return found
+
+        monkeypatch.setattr(experiment, "train_and_eval", pretend)
+        values: Any = defaults.get_config()
+        values.dataset.root, values.category, values.repeats = str(tmp_path / "root"), "all", 2
+        values.model.weights = "random"
+        workdir = paths.parse(f"{store.url}/sweep")
+        for overwrite in (False, False, True):
+            sweep.run(config_lib.validate(values), workdir, overwrite)
+        names = ["part/seed_42", "part/seed_43"]
+        assert done == [workdir / name for name in names * 2]
+        assert {"table.json", "table.md", "report.html"} <= set(contents(workdir))
 
 
 class TestPredictions:
@@ -646,8 +705,8 @@ class TestPredictions:
         written = []
         for source, place in places.items():
             records = predictions.find(str(source))
-            calibration = predictions.Calibration(image_threshold=2.0)
-            with predictions.Writer(place, IMAGE, "npy", calibration) as writer:
+            known = predictions.Thresholds(image=2.0)
+            with predictions.Writer(place, IMAGE, "npy", known, None) as writer:
                 for i in range(3):
                     part = slice(i, i + 1)
                     writer.add(records[part], [(40, 50)], maps[part], maps.max((1, 2))[part])
@@ -671,6 +730,7 @@ def make_model() -> model_file.Model:
         Gaussian(mean, factor),
         WeightsIdentity("somewhere", "0123456789abcdef" * 4),
         "identity",
+        np.zeros((3, 32), np.uint8),
     )
 
 

@@ -19,7 +19,15 @@ import jax
 import numpy as np
 import pytest
 
-from padim_jax import checkpoint, defaults, detector, experiment, fitting, parallel
+from padim_jax import (
+    calibration_file,
+    checkpoint,
+    defaults,
+    detector,
+    experiment,
+    fitting,
+    parallel,
+)
 from padim_jax.checkpoint import Fitted
 from padim_jax.config import Config, validate
 from padim_jax.datasets.records import Record
@@ -538,7 +546,9 @@ def test_killed_ten_times(
         output += process.communicate()[0]
         output += finish(start("train", root, tmp_path / form, form))
         require_identical(saved(path), expected)
-        assert [entry.name.isdigit() for entry in path.iterdir()] == [True]
+        steps = [entry.name for entry in path.iterdir() if entry.name.isdigit()]
+        assert {entry.name for entry in path.iterdir()} == {*steps, calibration_file.NAME}
+        assert len(steps) == 1
         return output.count(GOING_ON)
 
     with concurrent.futures.ThreadPoolExecutor() as threads:

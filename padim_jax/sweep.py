@@ -1,0 +1,337 @@
+"""Many runs in one command: every category, every repeat; then one table of them all.
+
+Processes and hosts that are given the same command and workdir share the runs out: each
+takes the next one that nobody has finished or is at. A run is taken by a lock on a file,
+which the system gives back when its process ends, in whatever way.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import filelock
+
+from padim_jax import (
+    compilation_cache,
+    experiment,
+    fitting,
+    image_cache,
+    input_pipeline,
+    parallel,
+    paths,
+    progress,
+    report,
+    sweep_table,
+)
+from padim_jax import config as config_lib
+from padim_jax.config import ALL, Config
+from padim_jax.datasets import LAYOUTS
+from padim_jax.errors import Stopped, UserError
+from padim_jax.fitting import Backbone
+from padim_jax.parallel import Devices
+from padim_jax.paths import Path
+
+_LOCKS = ".locks"
+_LOG, _CONFIG, _METRICS = "log.txt", "config.json", "metrics.json"
+_ERROR = "error.txt"  # of a run that failed, until it is tried again
+# What a run's metrics do not depend on.
+_ASIDE = ("batch_size", "cache", "outputs", "train")
+_SHOWN = (("image AUROC", "image_auroc"), ("pixel AUROC", "pixel_auroc"), ("AUPRO", "aupro"))
+# What there is to say of a run; the first is done.
+_STATES = (
+    "free",
+    "finished already (--overwrite does it again)",
+    "another process is at it",
+    "failed in another process",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One fit and evaluation of a sweep.
+
+    Attributes:
+      name: its folder below the sweep's.
+      category: which.
+      repeat: from 0; its seeds are so much higher than the sweep's.
+      config: its own.
+      workdir: of its results.
+    """
+
+    name: str
+    category: str
+    repeat: int
+    config: Config
+    workdir: Path
+
+
+def plan(config: Config, workdir: Path) -> list[Run]:
+    """The runs of a sweep, in the order of the published tables.
+
+    Args:
+      config: of the sweep.
+      workdir: of its results; a run's are in a folder of the category's name below it, of
+        several repeats in one for each.
+
+    Raises:
+      UserError: there is no category, or repeats would all be the same.
+    """
+    if config.category == ALL:
+        categories = LAYOUTS[config.dataset.name].categories(config.dataset.root)
+    else:
+        categories = config.category.split(",")
+    if config.repeats > 1 and not _is_drawn(config):
+        raise UserError(
+            f"config.repeats={config.repeats}: nothing is drawn with "
+            f"config.model.reduction={config.model.reduction} and without random crops or "
+            "rotations, so that all repeats would be the same; leave it at 1"
+        )
+    runs = []
+    for category in categories:
+        for repeat in range(config.repeats):
+            model = dataclasses.replace(config.model, seed=config.model.seed + repeat)
+            image = dataclasses.replace(config.image, seed=config.image.seed + repeat)
+            own = dataclasses.replace(
+                config, category=category, repeats=1, model=model, image=image
+            )
+            name = category or paths.absolute(config.dataset.root).name
+            if config.repeats > 1:
+                name = f"{name}/seed_{model.seed}"
+            runs.append(Run(name, category, repeat, own, workdir / name))
+    return runs
+
+
+def run(config: Config, workdir: Path, overwrite: bool = False) -> None:
+    """Fits and evaluates what nobody has finished yet, and writes the table of all.
+
+    A run that fails is reported, and the others go on; only joined processes, which may
+    differ in what they can read, end with it. What a run prints is in its folder's log.txt.
+
+    Args:
+      config: of the sweep.
+      workdir: of its results.
+      overwrite: do again what was finished before this process began.
+
+    Raises:
+      UserError: runs failed; or a finished one, not to be overwritten, had other settings.
+      Stopped: by SIGTERM.
+    """
+    runs, devices, begun = plan(config, workdir), parallel.every(), time.time()
+    if not overwrite:
+        for one in runs:
+            _require_same(one)
+    if devices.process == 0:
+        fitting.make_folder(workdir)
+    bugs: list[Exception] = []
+    with (
+        compilation_cache.enabled(config.cache),
+        progress.bar(len(runs), "sweep", devices, unit="run") as bar,
+    ):
+        backbone = fitting.load_backbone(config.model, devices)
+        progress.say(f"weights: {backbone[1].origin}")
+        for i, one in enumerate(runs):
+            with _lock(workdir, one.name, devices) as taken:
+                state = _state(one, begun if overwrite else 0.0, begun, taken)
+                # One process decides for those that are joined.
+                state = _STATES[parallel.agreed(_STATES.index(state))]
+                if state == "free":
+                    with _decoding(runs[i + 1 : i + 2], devices):
+                        try:
+                            progress.say(_run(one, backbone, devices))
+                        except Stopped:
+                            raise
+                        except Exception as error:
+                            if devices.processes > 1:
+                                raise
+                            _report_failure(one, error)
+                            progress.say(f"{one.name}: failed: {error}")
+                            if not isinstance(error, UserError):
+                                bugs.append(error)
+                else:
+                    progress.say(f"{one.name}: {state}")
+            bar.update()
+    del backbone
+    if devices.process == 0:
+        _write(config, runs, workdir, devices)
+    if bugs:
+        raise bugs[0]
+    if failed := {one.name: message for one in runs if (message := _error(one))}:
+        listed = "".join(f"\n  {name}: {message}" for name, message in failed.items())
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed:{listed}")
+
+
+def _state(one: Run, finished_since: float, failed_since: float, taken: bool) -> str:
+    """What is to be said of a run; see `_STATES`."""
+    metrics, error = one.workdir / _METRICS, one.workdir / _ERROR
+    if metrics.exists() and paths.modified(metrics) >= finished_since:
+        return _STATES[1]
+    if not taken:
+        return _STATES[2]
+    if error.exists() and paths.modified(error) >= failed_since:
+        return _STATES[3]
+    return _STATES[0]
+
+
+def _run(one: Run, backbone: Backbone, devices: Devices) -> str:
+    """One fit and evaluation; what is to be said of it."""
+    started = time.monotonic()
+    if devices.process == 0:
+        fitting.make_folder(one.workdir)
+        (one.workdir / _ERROR).unlink(missing_ok=True)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            measured = experiment.train_and_eval(
+                one.config, one.workdir, one.workdir / "checkpoint", backbone
+            )
+    finally:
+        if devices.process == 0:
+            paths.write(one.workdir / _LOG, said.getvalue().encode())
+    found = (f"{name} {measured[key]:.4f}" for name, key in _SHOWN if measured.get(key))
+    return f"{one.name}: {', '.join(found)} ({time.monotonic() - started:.1f} s)"
+
+
+def _report_failure(one: Run, error: Exception) -> None:
+    message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):  # the disk may be what failed
+        paths.write(one.workdir / _ERROR, f"{message}\n".encode())
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+
+
+@contextlib.contextmanager
+def _lock(workdir: Path, name: str, devices: Devices, wait: bool = False) -> Iterator[bool]:
+    """Whether nobody else has this name; until the block's end nobody gets it.
+
+    With `wait` it is had in the end.
+
+    Object stores have no locks: there a sweep is for one command alone.
+    """
+    if devices.process > 0 or not isinstance(workdir, pathlib.Path):
+        yield True
+        return
+    folder = workdir / _LOCKS
+    folder.mkdir(exist_ok=True)
+    lock = filelock.FileLock(folder / f"{name.replace('/', '_')}.lock")
+    try:
+        lock.acquire(blocking=wait)
+    except filelock.Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError) as error:
+        raise UserError(
+            f"{folder}: files cannot be locked there ({error}); name another place with "
+            "--workdir"
+        ) from error
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _is_drawn(config: Config) -> bool:
+    image = config.image
+    return (
+        config.model.reduction in ("random", "semi_orthogonal")
+        or image.rotation > 0
+        or image.crop_at == "random"
+    )
+
+
+def _require_same(one: Run) -> None:
+    """A finished run is taken for this sweep's only if it has its settings."""
+    if not (one.workdir / _METRICS).exists():
+        return
+    wanted = _settings(config_lib.to_dict(one.config))
+    found = _settings(_read(one.workdir / _CONFIG))
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"{one.workdir}: finished with {name}={found.get(name)}, and this sweep has "
+                f"{value}; name another --workdir, or do it again with --overwrite"
+            )
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings by their full names, but for those that results do not depend on."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if name not in _ASIDE:
+            group = value if isinstance(value, dict) else {"": value}
+            found |= {f"config.{name}.{key}".rstrip("."): x for key, x in group.items()}
+    # Where the images lie may be said in several ways, and they may have been moved.
+    return {name: x for name, x in found.items() if not name.startswith("config.dataset.root")}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); do the run again with --overwrite"
+        ) from error
+
+
+def _error(one: Run) -> str:
+    """Why a run failed; empty if it did not."""
+    file = one.workdir / _ERROR
+    return file.read_text(encoding="utf-8").strip() if file.exists() else ""
+
+
+@contextlib.contextmanager
+def _decoding(following: Sequence[Run], devices: Devices) -> Iterator[None]:
+    """Decodes the images of the next runs into the cache, while the block computes."""
+    stop = threading.Event()
+    if devices.processes > 1:  # finding the images is a matter of all of them
+        following = ()
+
+    def decode() -> None:
+        for one in following:
+            cache = image_cache.open_cache(one.config.cache)
+            if cache is None or (one.workdir / _METRICS).exists():
+                continue
+            # Whatever is wrong with it is reported when its turn comes.
+            with contextlib.suppress(UserError, OSError):
+                for source in experiment.open_dataset(one.config).values():
+                    input_pipeline.warm(source, one.config.image, cache, stop)
+
+    thread = threading.Thread(target=decode, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _write(config: Config, runs: Sequence[Run], workdir: Path, devices: Devices) -> None:
+    """Writes the table of what there is by now, of all processes, and the page."""
+    # One process at a time: so the last one's table is the most complete.
+    with _lock(workdir, "table", devices, wait=True):
+        failed = {one.name: message for one in runs if (message := _error(one))}
+        finished = {
+            (one.category, one.repeat): _read(one.workdir / _METRICS)
+            for one in runs
+            if one.name not in failed and (one.workdir / _METRICS).exists()
+        }
+        categories = list(dict.fromkeys(one.category for one in runs))
+        found = sweep_table.build(config, finished, failed, categories)
+        sweep_table.write(workdir, found)
+        # One run of a category stands for all of its repeats.
+        first = [one for one in runs if one.repeat == 0]
+        pages, pictures = {}, {}
+        for one in first:
+            if (one.workdir / experiment.REPORT).exists():
+                pages[one.category] = f"{one.name}/{experiment.REPORT}"
+            if (one.workdir / experiment.THUMBNAILS).exists():
+                pictures[one.category] = _read(one.workdir / experiment.THUMBNAILS)
+        page = report.sweep_page(found, pages, pictures)
+        paths.write(workdir / experiment.REPORT, page.encode())
+    print(f"\n{sweep_table.text(found)}\n\nresults: {workdir}")
