@@ -36,15 +36,16 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
         )
     config = ml_collections.ConfigDict()
 
-    # The folder below dataset.root: one of MVTec AD's fifteen, or your own. all, or names
-    # with commas between: one after the other, with a table of them all.
+    # The folder below dataset.root: one of the dataset's, or your own; "" where it has none.
+    # all, or names with commas between: one after the other, with a table of them all.
     config.category = "bottle"
     # Runs of each category, of which model.seed, and image.seed for random crops and
     # rotations, are 1 higher each time; the table then has means and standard deviations.
     config.repeats = 1
 
     config.dataset = ml_collections.ConfigDict()
-    # Folder layout: mvtec_ad, folder or synthetic (see padim_jax/datasets).
+    # Whose layout of folders: mvtec_ad, mvtec_loco, mvtec_3d_ad, mvtec_ad_2, visa, btad,
+    # mpdd, ksdd2, stc, magnetic_tile, folder or synthetic (docs/datasets.md).
     config.dataset.name = "mvtec_ad"
     # The folder that holds the category folders.
     config.dataset.root = "data/mvtec_ad"
@@ -80,13 +81,15 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     config.image.std = (0.229, 0.224, 0.225)
 
     config.model = ml_collections.ConfigDict()
-    # resnet18/34/50/101/152, wide_resnet50_2 or wide_resnet101_2.
+    # resnet18/34/50/101/152, wide_resnet50_2, wide_resnet101_2 or efficientnet_b5.
     config.model.backbone = "resnet18"
-    # The stages whose feature maps make up the embedding, shallowest first.
+    # The stages whose feature maps make up the embedding, shallowest first: of layer1 to
+    # layer4; of efficientnet_b5 block7, block20 and block26.
     config.model.layers = ("layer1", "layer2", "layer3")
     # A name (<backbone>.tv_in1k or <backbone>.tv2_in1k: torchvision's first and second
-    # ImageNet weights, downloaded once from the Hugging Face hub), a .safetensors, .npz
-    # or .pth file, or random. The default follows the backbone.
+    # ImageNet weights, downloaded once from the Hugging Face hub; of efficientnet_b5
+    # <backbone>.sw_in12k_ft_in1k), a .safetensors, .npz or .pth file, or random. The default
+    # follows the backbone.
     config.model.weights = config.model.get_ref("backbone") + ".tv_in1k"
     # How many of the stages' channels are kept, drawn at random: the paper takes
     # 100 for resnet18 and 550 for wide_resnet50_2. All of them: 448, 1792.

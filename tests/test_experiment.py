@@ -179,6 +179,26 @@ def test_packed_dataset_alone_is_said(
         experiment.open_dataset(validate(values))
 
 
+def test_thresholds_of_images_held_back(root: pathlib.Path, tmp_path: pathlib.Path):
+    values = settings(root)
+    values.threshold.normal, values.threshold.held_out = "held_out", 0.3
+    config = validate(values)
+    dataset = experiment.open_dataset(config)
+    every = {record.relative_path for record in dataset["train"].records}
+    held = {record.relative_path for record in dataset["validation"].records}
+    assert (len(every), len(held), len(every & held)) == (7, 3, 0)
+    experiment.train_and_eval(config, tmp_path, tmp_path / "checkpoint")
+    fitted = experiment.load(tmp_path / "checkpoint")
+    assert fitted.count == 7
+    assert fitted.calibration is not None
+    assert (fitted.calibration.origin, fitted.calibration.images) == ("held_out", 3)
+    digests = {
+        hashlib.sha256(record.image.read_bytes()).digest()
+        for record in dataset["train"].records
+    }
+    assert {digest.tobytes() for digest in fitted.images} == digests
+
+
 def test_too_little_memory(root: pathlib.Path, tmp_path: pathlib.Path):
     # 31250 x 31250 patches of 448 channels: more bytes than any machine has.
     values = settings(root, channels=448)

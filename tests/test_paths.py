@@ -630,8 +630,8 @@ class TestSweep:
             paths.write(
                 workdir / "config.json", json.dumps(config_lib.to_dict(config)).encode()
             )
-            found = dict.fromkeys(("image_auroc", "pixel_auroc", "aupro", "pixel_ap"), 0.5)
-            found["image_f1_max"] = 0.5
+            names = ("image_auroc", "pixel_auroc", "aupro", "pixel_ap", "image_f1_max")
+            found: dict[str, Any] = {name: 0.5 for name in names}
             paths.write(workdir / "metrics.json", json.dumps(found).encode())
             return found
 

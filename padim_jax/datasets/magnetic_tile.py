@@ -4,7 +4,7 @@
     root/MT_{Blowhole,Break,Crack,Fray,Uneven}/Imgs/*.jpg, *.png
 
 A .png is the mask of the .jpg of its name. No split is published: one in five of the images
-without a defect is drawn for the test, which is how DifferNet and PatchCore used them.
+without a defect is drawn for the test, as others are said to have done.
 
 Huang et al., "Surface defect saliency of magnetic tile", The Visual Computer 36, 2020.
 Licence: none is stated.
