@@ -1,5 +1,6 @@
 """Training and evaluation end to end on small synthetic data with random weights."""
 
+import hashlib
 import pathlib
 from typing import Any
 

@@ -631,7 +631,7 @@ class TestSweep:
                 workdir / "config.json", json.dumps(config_lib.to_dict(config)).encode()
             )
             names = ("image_auroc", "pixel_auroc", "aupro", "pixel_ap", "image_f1_max")
-            found: dict[str, Any] = {name: 0.5 for name in names}
+            found: dict[str, Any] = dict.fromkeys(names, 0.5)
             paths.write(workdir / "metrics.json", json.dumps(found).encode())
             return found
 
