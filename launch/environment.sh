@@ -1,9 +1,13 @@
-# Sourced by the scripts beside it: makes .venv with the newest supported Python and
+# Sourced by the scripts beside it: makes an environment with the newest supported Python and
 # installs the project into it. Set-up is skipped when nothing has changed since the last.
 #
-#   . launch/environment.sh [EXTRA]     EXTRA: an optional dependency group, e.g. test
+#   . launch/environment.sh          .venv: the newest versions that pyproject.toml allows, and
+#                                    CUDA builds where an NVIDIA driver answers
+#   . launch/environment.sh locked   .venv-locked, for tests and checks: exactly what
+#                                    launch/locked/ lists, checked by hash; CPU builds
 #
-# PADIM_JAX_PYTHON names an interpreter to use instead of the newest one found.
+# VENV is the environment's folder afterwards. PADIM_JAX_PYTHON names an interpreter to use
+# instead of the newest one found.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,31 +32,64 @@ find_python() {
   return 1
 }
 
-install_project() {
-  local extras="${1:-}" python
-  # The CUDA build where an NVIDIA driver is loaded; the CPU build otherwise.
-  if [ -e /proc/driver/nvidia/version ] || nvidia-smi -L >/dev/null 2>&1; then
-    extras="${extras:+$extras,}cuda12"
-  fi
-  # Its pip, and not only its Python: making it may have been interrupted.
-  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-    python="$(find_python)"
-    echo "creating .venv with $("$python" --version) ($python)"
-    if "$python" -c "import ensurepip" 2>/dev/null; then
-      "$python" -m venv .venv
-    else  # Debian's Python without python3-venv: its pip fills the environment
-      "$python" -m venv --without-pip .venv
-      "$python" -m pip --python .venv/bin/python install --quiet pip
-    fi
-  fi
-  # The stamp holds what was installed for; an interrupted installation leaves none.
-  local stamp=".venv/installed" wanted
-  wanted="$(cat pyproject.toml; echo "extras: $extras")"
-  if [ "$(cat "$stamp${extras:+-$extras}" 2>/dev/null)" != "$wanted" ]; then
-    echo "installing padim_jax${extras:+[$extras]} into .venv (once)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e ".${extras:+[$extras]}"
-    printf '%s\n' "$wanted" > "$stamp${extras:+-$extras}"
+make_environment() {  # [--clear]
+  local python
+  python="$(find_python)"
+  echo "creating $VENV with $("$python" --version) ($python)"
+  if "$python" -c "import ensurepip" 2>/dev/null; then
+    "$python" -m venv "$@" "$VENV"
+  else  # Debian's Python without python3-venv: its pip fills the environment
+    "$python" -m venv --without-pip "$@" "$VENV"
+    "$python" -m pip --python "$VENV/bin/python" install --quiet pip
   fi
 }
 
-install_project "${1:-}"
+install() {
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+}
+
+install_newest() {
+  local extras=""
+  if [ -e /proc/driver/nvidia/version ] || nvidia-smi -L >/dev/null 2>&1; then
+    extras="[cuda12]"
+  fi
+  # Its pip, and not only its Python: making it may have been interrupted.
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || make_environment
+  once "$(cat pyproject.toml; echo "$extras")" install --upgrade -e ".$extras"
+}
+
+install_locked() {
+  once "$(cat pyproject.toml launch/locked/*.txt)" make_locked
+}
+
+make_locked() {
+  make_environment --clear  # nothing else is in it
+  # Without isolation, or a build would fetch a setuptools of its own; so that comes first.
+  # Wheels only, which run nothing when they are installed; promise has none.
+  install --require-hashes --only-binary=:all: -r launch/locked/build.txt
+  install --require-hashes --only-binary=:all: --no-binary=promise --no-deps \
+    --no-build-isolation -r launch/locked/test.txt
+  # As for pip: setuptools warns of editable installations in a dozen lines.
+  PYTHONWARNINGS=ignore install --no-deps --no-build-isolation -e .
+  "$VENV/bin/python" -m pip check --disable-pip-version-check
+}
+
+once() {  # WHAT_FOR COMMAND...
+  # The stamp holds what was installed for; an interrupted installation leaves none.
+  local stamp="$VENV/installed" wanted="$1"
+  shift
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing padim_jax into $VENV (once)"
+    rm -f "$stamp"
+    "$@"
+    printf '%s\n' "$wanted" > "$stamp"
+  fi
+}
+
+if [ "${1:-}" = locked ]; then
+  VENV=.venv-locked
+  install_locked
+else
+  VENV=.venv
+  install_newest
+fi

@@ -27,7 +27,7 @@ if [ -n "${PYTHON:-}" ]; then
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
 else
   . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-  PYTHON=.venv/bin/python
+  PYTHON="$VENV/bin/python"
 fi
 
 IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES:-}"
@@ -99,6 +99,8 @@ while [ "${#pids[@]}" -gt 0 ]; do
     echo "error: ${#pids[@]} processes did not end in 60 s after another one; killed" >&2
     break
   fi
-  sleep 0.1
+  # Waited for, not in the foreground: there bash leaves a Ctrl-C to the command that runs.
+  sleep 0.1 &
+  wait "$!" || true
 done
 exit "$code"

@@ -26,6 +26,8 @@ Regularization shortens most distances, and the embeddings' tails are heavier.
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -51,7 +53,10 @@ _TAIL_IMAGES = 10
 _POINTS = 256
 # A threshold for one in 10^300, say, is still a number.
 _FARTHEST = 1e30
-_FORMAT = "padim_jax calibration 1"
+_FORMAT = "padim_jax calibration 2"
+_ASIDE = {"format", "detector", "sha256"}
+_LARGEST = float(np.finfo(np.float32).max)  # of what is compared with scores
+_MOST_IMAGES = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +302,12 @@ def to_dict(calibration: Calibration, detector: str) -> dict[str, Any]:
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(calibration).items()
     }
-    return {"format": _FORMAT, "detector": detector, **fields}
+    said = {"format": _FORMAT, "detector": detector, **fields}
+    return said | {"sha256": _digest(said)}
+
+
+def _digest(said: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def from_dict(stored: Any, detector: str) -> Calibration | None:
@@ -309,12 +319,15 @@ def from_dict(stored: Any, detector: str) -> Calibration | None:
     if not isinstance(stored, Mapping) or stored.get("format") != _FORMAT:
         raise ValueError(f"expected a group with format {_FORMAT!r}")
     names = {field.name for field in dataclasses.fields(Calibration)}
-    if differing := sorted(names.symmetric_difference(stored) - {"format", "detector"}):
-        raise ValueError(f"{', '.join(map(str, differing))}: missing, or unknown")
+    if differing := sorted(names.symmetric_difference(stored) - _ASIDE):
+        raise ValueError(f"{', '.join(map(str, differing))[:200]}: missing, or unknown")
     fields: dict[str, Any] = {name: stored[name] for name in names}
     _check(fields)
     if not isinstance(stored.get("detector"), str):
         raise ValueError("it does not say of which detector it is")
+    said = {name: value for name, value in stored.items() if name != "sha256"}
+    if stored.get("sha256") != _digest(said):
+        raise ValueError("its contents are not what was saved")
     if stored["detector"] != detector:
         return None
     fields |= {name: tuple(fields[name]) for name in ("quantiles", "levels")}
@@ -325,6 +338,8 @@ def _check(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         if not _valid(name, value):
             raise ValueError(f"{name}={repr(value)[:60]}")
+    if fields["tail_images"] > fields["images"]:
+        raise ValueError("more images in the tail than there are")
     if len(fields["quantiles"]) != len(fields["levels"]):
         raise ValueError("as many levels as quantiles were expected")
 
@@ -334,14 +349,15 @@ def _valid(name: str, value: Any) -> bool:
         return isinstance(value, str) and value in ORIGINS
     if name in ("images", "tail_images"):
         least = MIN_IMAGES if name == "images" else 1
-        return type(value) is int and value >= least
+        return type(value) is int and least <= value <= _MOST_IMAGES
     if name in ("quantiles", "levels"):
         if not isinstance(value, list) or not value or {type(x) for x in value} != {float}:
             return False
         array = np.array(value)
         shares = name == "quantiles" or 0 < array[0] <= array[-1] < 1
-        return bool(shares and np.all(np.isfinite(array)) and np.all(np.diff(array) > 0))
-    if type(value) is not float or not math.isfinite(value):
+        finite = bool(np.all(np.abs(array) <= _LARGEST))  # false for NaN
+        return finite and bool(shares and np.all(np.diff(array) > 0))
+    if type(value) is not float or not abs(value) <= _LARGEST:
         return False
     if name.endswith("rate"):
         return 0 < value < 1

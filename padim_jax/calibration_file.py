@@ -1,5 +1,6 @@
 """A calibration beside its model: calibration.json in a checkpoint's folder."""
 
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -11,6 +12,7 @@ from padim_jax.paths import Path
 
 NAME = "calibration.json"
 _GROWING = f"{NAME}.incomplete"
+_LONGEST = 10_000_000  # bytes; it has a few thousand
 # What may lie in a checkpoint's folder besides the checkpoint; the second of a killed process.
 NAMES = (NAME, _GROWING)
 
@@ -30,8 +32,13 @@ def write(folder: Path, calibration: Calibration, detector: str) -> None:
     content = json.dumps(stored, indent=1, allow_nan=False).encode() + b"\n"
     try:
         if isinstance(folder, pathlib.Path):
-            (folder / _GROWING).write_bytes(content)
-            (folder / _GROWING).replace(folder / NAME)
+            try:
+                (folder / _GROWING).write_bytes(content)
+                (folder / _GROWING).replace(folder / NAME)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    (folder / _GROWING).unlink()
+                raise
         else:
             (folder / NAME).write_bytes(content)  # on an object store there when it is whole
     except OSError as error:
@@ -53,7 +60,11 @@ def read(folder: Path, detector: str) -> Calibration | None:
     try:
         if not path.exists():
             return None
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
+            raise ValueError(f"more than {_LONGEST} bytes")
+        stored = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         raise _broken(path, error) from error
     return restore(path, stored, detector)

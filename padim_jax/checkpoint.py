@@ -12,6 +12,9 @@ extended and merged.
 
 Every device writes and reads its own regions and no others, whatever number of devices
 wrote them: what is left over at the end of a region-wise array is cut off or filled up.
+
+A checkpoint may be anybody's: it is arrays and JSON, nothing in it is run, and no room is made
+for an array before its name, type and shape have been compared with what there is to be.
 """
 
 import concurrent.futures
@@ -19,11 +22,12 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,10 +36,11 @@ from jaxtyping import Array, Float32, Int, UInt8
 from orbax.checkpoint import v1 as ocp
 
 import padim_jax
-from padim_jax import calibration_file, parallel, paths
+from padim_jax import calibration_file, models, parallel, paths
 from padim_jax import config as config_lib
 from padim_jax.config import Config
 from padim_jax.errors import UserError
+from padim_jax.models import pretrained
 from padim_jax.models.pretrained import WeightsIdentity
 from padim_jax.parallel import Devices
 from padim_jax.paths import Path
@@ -51,8 +56,22 @@ _LEFTOVER = re.compile(rf"[0-9]+(\.orbax-checkpoint-tmp.*|{re.escape(_DELETED)})
 # What Orbax writes last where folders cannot be renamed.
 _COMMITTED = "commit_success.txt"
 _DIGEST = hashlib.sha256
-# State that is the same everywhere; all else is one array for all regions each.
-_SMALL = ("count", "digests", "images", "index", "projection")
+# State that is the same everywhere, its type and number of axes; all else is one array for
+# all regions each.
+_SMALL = {
+    "count": ("int32", 0),
+    "digests": ("uint8", 2),
+    "images": ("uint8", 2),
+    "index": ("int64", 1),
+    "projection": ("float32", 2),
+}
+_OPTIONAL = ("projection",)
+_STATISTICS = re.compile("(mean|values)_[0-9]|m2_[0-9]_[0-9]")
+_LONGEST_REASON = 1000  # characters of a library's error
+# Of descriptions in JSON, which have a few kilobytes.
+_DESCRIPTIONS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/_sharding")
+_LONGEST_DESCRIPTION = 64_000_000
+_MOST_IMAGES = 10**7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +126,7 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
     The block may use the statistics up, and so need no second copy of them.
 
     Raises:
-      UserError: see `check_destination`.
+      UserError: see `check_destination`; or the disk is full, say.
     """
     check_destination(path)
     folder = _absolute(path)
@@ -135,10 +154,18 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
     if devices.process == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
-    with _uncompressed():
-        ocp.save(os.fspath(folder / str(step)), state, custom_metadata=metadata)
+    try:
+        with _uncompressed():
+            ocp.save(os.fspath(folder / str(step)), state, custom_metadata=metadata)
+        _flush(folder / str(step))
+    except Exception as error:
+        if devices.process == 0:
+            with contextlib.suppress(OSError):  # what is half done fills a full disk
+                _remove_leftovers(folder)
+        if (reason := paths.explanation(error, path)) is None:
+            raise
+        raise UserError(f"{reason}. What was saved before is as it was") from error
     del state
-    _flush(folder / str(step))
     try:
         yield identity
     except BaseException:
@@ -232,12 +259,13 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
     metadata = info.custom_metadata
     try:
         config = config_lib.validate(metadata["config"])
-        weights = WeightsIdentity(**metadata["weights"])
+        weights = pretrained.identity(metadata["weights"])
         regions = metadata["regions"]
+        if not isinstance(metadata["unfinished"], str | None):
+            raise ValueError("its metadata are of other types")
         if info.metadata is None:
             raise ValueError("the list of its arrays cannot be read")
-        if info.metadata["digests"].shape != (regions, 32):  # before room is made for them
-            raise ValueError(f"it is not of {regions} regions")
+        _require_plausible(info.metadata, regions, config)  # before room is made for them
         arrays = _read(step, dict(info.metadata), regions, devices)
         small = {name: arrays.pop(name) for name in _SMALL if name in arrays}
         packed = parallel.from_global(arrays, devices)
@@ -257,13 +285,74 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
             small.get("projection"),
         )
         return fitted, _identity(small, weights)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, UserError) as error:
+    except jax.errors.JaxRuntimeError:  # as without memory
+        raise
+    # The parsers raise whatever a damaged file makes them trip over.
+    except Exception as error:
         # TensorStore appends its whole specification.
-        reason = str(error).partition(" [tensorstore_spec")[0]
+        reason = " ".join(str(error).partition(" [tensorstore_spec")[0].split())
+        reason = reason[:_LONGEST_REASON]
         raise UserError(
             f"{step}: the checkpoint is broken ({type(error).__name__}: {reason}); fit again "
             "or restore it from a copy"
         ) from error
+
+
+def _require_plausible(described: Mapping[str, Any], regions: Any, config: Config) -> None:
+    """Compares the arrays that a checkpoint is said to have with those that there are.
+
+    Raises:
+      ValueError: there are others, or larger ones than a model of this configuration has.
+    """
+    for name, array in described.items():
+        kind = _SMALL.get(name, ("float32", None))
+        if name not in _SMALL and not _STATISTICS.fullmatch(name):
+            raise ValueError(f"an array {name[:100]!r}, which no checkpoint has")
+        if (str(array.dtype), len(array.shape)) != (kind[0], kind[1] or len(array.shape)):
+            raise ValueError(f"{name} is of {array.dtype} and shape {array.shape}")
+    if missing := [name for name in _SMALL if name not in (*described, *_OPTIONAL)]:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    if type(regions) is not int or described["digests"].shape != (regions, 32):
+        raise ValueError(f"it is not of {regions} regions")
+    images, width = described["images"].shape
+    if width != 32 or images > _MOST_IMAGES:
+        raise ValueError(f"it is not of {images} images")
+    _require_shapes(described, regions)
+    # A description of a few bytes could ask for all memory there is.
+    stride = models.STRIDES[config.model.layers[0]]
+    patches = math.prod(-(-size // stride) for size in config.image.size)
+    channels = config.model.channels
+    most = 64 + 4 * patches * channels * (channels + images + 2)  # a patch may be there twice
+    numbers = sum(math.prod(x.shape) for n, x in described.items() if n not in _SMALL)
+    if numbers > most:
+        raise ValueError(f"{numbers} numbers, more than a model of its configuration has")
+
+
+def _require_shapes(described: Mapping[str, Any], regions: int) -> None:
+    """Makes sure that the statistics' arrays belong to each other."""
+    shapes = {name: tuple(x.shape) for name, x in described.items() if name not in _SMALL}
+    kind = "values" if "values_0" in shapes else "mean"
+    levels = range(sum(name.startswith(kind) for name in shapes))
+    if not levels or any(f"{kind}_{i}" not in shapes for i in levels):
+        raise ValueError("its statistics are not whole")
+    dims = [shapes[f"{kind}_{i}"] for i in levels]
+    if any(len(shape) != (4 if kind == "values" else 3) for shape in dims):
+        raise ValueError(f"its statistics have the shapes {dims}")
+    channels = [shape[-1] for shape in dims]
+    padded = dims[0][0]  # to what the devices divide that wrote it
+    expected: dict[str, tuple[int, ...]] = {}
+    for i in levels:
+        cells = dims[i][1]
+        if kind == "values":
+            expected[f"values_{i}"] = (padded, cells, dims[0][2], channels[i])
+        else:
+            expected[f"mean_{i}"] = (padded, cells, channels[i])
+            triangle = channels[i] * (channels[i] + 1) // 2
+            expected[f"m2_{i}_{i}"] = (padded, cells, triangle)
+            for j in levels[i + 1 :]:
+                expected[f"m2_{i}_{j}"] = (padded, cells, channels[i], channels[j])
+    if shapes != expected or padded < regions:
+        raise ValueError(f"its statistics have the shapes {shapes}")
 
 
 def _read(
@@ -388,10 +477,21 @@ def _describe(folder: Path) -> Any:
     `ocp.is_orbax_checkpoint` does not serve: it takes any folder for a checkpoint.
     """
     try:
+        if isinstance(folder, pathlib.Path):
+            for name in _DESCRIPTIONS:
+                if (path := folder / name).is_file() and (
+                    path.stat().st_size > _LONGEST_DESCRIPTION
+                ):
+                    return None
         info = ocp.metadata(os.fspath(folder))
-    except (OSError, ValueError):
+    except jax.errors.JaxRuntimeError:
+        raise
+    # Whatever a damaged file, or something else than a checkpoint, makes Orbax trip over.
+    except Exception:
         return None
-    return info if "format" in (info.custom_metadata or {}) else None
+    metadata = info.custom_metadata
+    known = isinstance(metadata, dict) and type(metadata.get("format")) is int
+    return info if known else None
 
 
 def _no_checkpoint(folder: Path) -> str:

@@ -8,11 +8,16 @@ seal that fits is gone before the next run looks.
 """
 
 import contextlib
+import errno
 import hashlib
+import os
 import pathlib
+import stat
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -23,6 +28,9 @@ from padim_jax.paths import Path
 
 _LIMIT = 1 << 28  # bytes; JAX removes the least recently used. A run leaves 0.2 MB on CPUs.
 _ENTRY, _SEAL = "-cache", "-sha256"  # JAX's suffix and ours
+_TRUSTED = (0,)  # users whose programs are run: root, who has other means
+_UNKEPT = "Error writing persistent compilation cache entry"  # JAX's warning
+_USED = "-atime"  # JAX's, of when an entry was last asked for
 
 
 @contextlib.contextmanager
@@ -31,8 +39,9 @@ def enabled(config: CacheConfig) -> Iterator[None]:
 
     JAX's settings are as before afterwards. If they name a folder already, as
     JAX_COMPILATION_CACHE_DIR does, that one is used and nothing is done here. A folder
-    that cannot be written to is told on stderr: results do not depend on it. On an object
-    store nothing bounds the folder but the store's own rules.
+    that cannot be written to, or that others may write to, is told on stderr and not used:
+    results do not depend on it. On an object store nothing bounds the folder but the
+    store's own rules, which also say who may write there.
 
     Raises:
       UserError: there is no folder for it; see `CacheConfig.folder`.
@@ -45,24 +54,21 @@ def enabled(config: CacheConfig) -> Iterator[None]:
         if isinstance(folder, pathlib.Path):
             # As private as the XDG specification wants it: what lies here is run.
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _require_private(folder)
             tempfile.TemporaryFile(dir=folder).close()
         else:
             paths.make_folder(folder)
         _remove_unsealed(folder)
     except OSError as error:
-        print(
-            f"warning: {folder}: compiled programs cannot be kept for the next run "
-            f"({error.strerror}); name another folder with --config.cache.dir, or switch this "
-            "off with --config.cache.compilation=False",
-            file=sys.stderr,
-        )
+        _warn(folder, error.strerror)
         yield
         return
     before = {path.name for path in folder.glob(f"*{_ENTRY}")}
+    local = isinstance(folder, pathlib.Path)
     settings = {
         "jax_compilation_cache_dir": str(folder),
         # JAX's lock for the removal is a file of this machine.
-        "jax_compilation_cache_max_size": _LIMIT if isinstance(folder, pathlib.Path) else -1,
+        "jax_compilation_cache_max_size": _LIMIT if local else -1,
         # Not only what took a second: a run has a dozen programs, all below.
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         # XLA's own caches have no bound, no seal, and little to add.
@@ -71,13 +77,52 @@ def enabled(config: CacheConfig) -> Iterator[None]:
     others = {name: getattr(jax.config, name) for name in settings}
     _configure(settings)
     try:
-        yield
+        with _told_once(folder):
+            yield
     finally:
         _configure(others)
         with contextlib.suppress(OSError):  # what has no seal is compiled again
             for path in folder.glob(f"*{_ENTRY}"):
-                if path.name not in before:
+                # JAX, which counts uses where it has a bound, begins to when the entry is
+                # whole: one without may be half of what a killed process or a full disk left.
+                if path.name not in before and (not local or _used(path).exists()):
                     _seal(path).write_bytes(_digest(path))
+
+
+def _require_private(folder: pathlib.Path) -> None:
+    """A seal tells damage, and not who wrote an entry: whoever writes here runs programs."""
+    status = folder.stat()
+    theirs = status.st_uid not in (os.geteuid(), *_TRUSTED)
+    if theirs or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(errno.EPERM, "others may write there, and what lies there is run")
+
+
+@contextlib.contextmanager
+def _told_once(folder: Path) -> Iterator[None]:
+    """JAX warns of every program that it cannot keep: one line does, however many they are."""
+    with warnings.catch_warnings():
+        show, told = warnings.showwarning, False
+
+        def showwarning(message: Warning | str, *args: Any, **options: Any) -> None:
+            nonlocal told
+            if not str(message).startswith(_UNKEPT):
+                show(message, *args, **options)
+            elif not told:
+                told = True
+                _warn(folder, str(message).rpartition(": ")[2])
+
+        warnings.showwarning = showwarning
+        warnings.filterwarnings("always", message=_UNKEPT)
+        yield
+
+
+def _warn(folder: Path, reason: object) -> None:
+    print(
+        f"warning: {folder}: compiled programs cannot be kept for the next run ({reason}); "
+        "name another folder with --config.cache.dir, or switch this off with "
+        "--config.cache.compilation=False",
+        file=sys.stderr,
+    )
 
 
 def _configure(settings: dict[str, object]) -> None:
@@ -98,6 +143,10 @@ def _remove_unsealed(folder: Path) -> None:
 
 def _seal(entry: Path) -> Path:
     return entry.with_name(entry.name.removesuffix(_ENTRY) + _SEAL)
+
+
+def _used(entry: Path) -> Path:
+    return entry.with_name(entry.name.removesuffix(_ENTRY) + _USED)
 
 
 def _entry(seal: Path) -> Path:

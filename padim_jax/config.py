@@ -6,7 +6,6 @@ slow: this module imports neither JAX nor TensorFlow Datasets.
 
 import dataclasses
 import difflib
-import math
 import os
 import pathlib
 from collections.abc import Collection, Mapping
@@ -29,6 +28,18 @@ THRESHOLDS = ("auto", "leave_one_out", "held_out", "none")
 # Below, float32 cannot tell the covariance of features from a singular one.
 MIN_REGULARIZATION = 1e-4
 ALL = "all"  # config.category: one run after the other
+# Far beyond what is of use; above, memory or time would end before the work does.
+_MOST_PIXELS = 16384  # a side
+_MOST_CELLS = 63  # a side of a neighbourhood, of which all are added
+_MOST_IMAGES = 65536  # a batch
+_MOST_REPEATS = 1000
+_MOST_SEED = 2**63 - 1
+_MOST = 1e6  # of numbers that have a meaning around 1: float32 squares them
+_MOST_SECONDS = 1e9
+_LEAST_STD = 1e-6  # of pixels of 0 to 1: float32 divides by it
+_LONGEST_NAME = 255  # of a folder, in bytes, wherever folders are
+_LONGEST_PATH = 4095
+_MOST_SHOWN = 200  # characters of a wrong value in a message
 UPSAMPLINGS = ("bilinear", "bicubic")
 FIGURES = ("none", "some", "all")
 MAPS = ("none", "npy", "tiff")
@@ -46,6 +57,7 @@ class DatasetConfig:
     tfds_dir: paths.Path | None
     train_images: int
     seed: int
+    skip_bad: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,33 +221,34 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
     _fields("config.cache", cache, CacheConfig)
     config = Config(
         category=_category(values["category"]),
-        repeats=_integer("config.repeats", values["repeats"], minimum=1),
+        repeats=_integer("config.repeats", values["repeats"], 1, _MOST_REPEATS),
         dataset=DatasetConfig(
             name=_one_of("config.dataset.name", dataset["name"], LAYOUTS),
             root=_path("config.dataset.root", dataset["root"]),
             source=_one_of("config.dataset.source", dataset["source"], SOURCES),
             tfds_dir=_optional_path("config.dataset.tfds_dir", dataset["tfds_dir"]),
             train_images=_integer(
-                "config.dataset.train_images", dataset["train_images"], minimum=0
+                "config.dataset.train_images", dataset["train_images"], 0, _MOST_SEED
             ),
-            seed=_integer("config.dataset.seed", dataset["seed"], minimum=0),
+            seed=_integer("config.dataset.seed", dataset["seed"], 0, _MOST_SEED),
+            skip_bad=_flag("config.dataset.skip_bad", dataset["skip_bad"]),
         ),
         image=ImageConfig(
             resize=_size("config.image.resize", image["resize"]),
             method=_one_of("config.image.method", image["method"], METHODS),
             crop=_crop(image["crop"]),
-            mean=_rgb("config.image.mean", image["mean"], positive=False),
-            std=_rgb("config.image.std", image["std"], positive=True),
+            mean=_rgb("config.image.mean", image["mean"], 0.0),
+            std=_rgb("config.image.std", image["std"], _LEAST_STD),
             rotation=_within("config.image.rotation", image["rotation"], 0.0, 180.0),
             crop_at=_one_of("config.image.crop_at", image["crop_at"], CROPS),
-            seed=_integer("config.image.seed", image["seed"], minimum=0),
+            seed=_integer("config.image.seed", image["seed"], 0, _MOST_SEED),
         ),
         model=ModelConfig(
             backbone=_one_of("config.model.backbone", model["backbone"], models.BACKBONES),
             layers=_layers(model["layers"], model["backbone"]),
             weights=_text("config.model.weights", model["weights"]),
-            channels=_integer("config.model.channels", model["channels"], minimum=1),
-            seed=_integer("config.model.seed", model["seed"], minimum=0),
+            channels=_integer("config.model.channels", model["channels"], 1, _MOST_SEED),
+            seed=_integer("config.model.seed", model["seed"], 0, _MOST_SEED),
             reduction=_one_of("config.model.reduction", model["reduction"], REDUCTIONS),
             pooling=_pooling(model["pooling"]),
             upsample=_one_of("config.model.upsample", model["upsample"], STAGE_UPSAMPLINGS),
@@ -247,13 +260,13 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
                 "config.model.regularization",
                 model["regularization"],
                 MIN_REGULARIZATION,
-                math.inf,
+                _MOST,
             ),
             statistics=_one_of("config.model.statistics", model["statistics"], STATISTICS),
         ),
         map=MapConfig(
             upsample=_one_of("config.map.upsample", map_["upsample"], UPSAMPLINGS),
-            sigma=_number("config.map.sigma", map_["sigma"], positive=False),
+            sigma=_within("config.map.sigma", map_["sigma"], 0.0, float(_MOST_PIXELS)),
         ),
         threshold=ThresholdConfig(
             normal=_one_of("config.threshold.normal", threshold["normal"], THRESHOLDS),
@@ -261,10 +274,10 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
             image_rate=_fraction("config.threshold.image_rate", threshold["image_rate"]),
             pixel_rate=_fraction("config.threshold.pixel_rate", threshold["pixel_rate"]),
         ),
-        batch_size=_integer("config.batch_size", values["batch_size"], minimum=1),
+        batch_size=_integer("config.batch_size", values["batch_size"], 1, _MOST_IMAGES),
         train=TrainConfig(
-            checkpoint_every=_number(
-                "config.train.checkpoint_every", train["checkpoint_every"], positive=False
+            checkpoint_every=_within(
+                "config.train.checkpoint_every", train["checkpoint_every"], 0.0, _MOST_SECONDS
             )
         ),
         outputs=OutputsConfig(
@@ -274,7 +287,7 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
         ),
         cache=CacheConfig(
             dir=_optional_path("config.cache.dir", cache["dir"]),
-            images_gb=_number("config.cache.images_gb", cache["images_gb"], positive=False),
+            images_gb=_within("config.cache.images_gb", cache["images_gb"], 0.0, _MOST),
             compilation=_flag("config.cache.compilation", cache["compilation"]),
         ),
     )
@@ -353,11 +366,12 @@ def _check_together(config: Config) -> None:
 
 
 def _fields(name: str, value: Any, schema: type) -> None:
-    if not isinstance(value, Mapping) and not hasattr(value, "keys"):
+    if not isinstance(value, Mapping | ml_collections.ConfigDict):
         raise UserError(f"{name}={_shown(value)}: expected a group of settings")
     expected = {field.name for field in dataclasses.fields(schema)}
     found = set(value.keys())
-    if unknown := sorted(map(str, found - expected)):
+    # A file's JSON may have any text for a name.
+    if unknown := sorted(_one_line(str(key)) for key in found - expected):
         close = difflib.get_close_matches(unknown[0], expected, n=1)
         raise UserError(
             f"{name}.{unknown[0]}: no such setting"
@@ -369,14 +383,23 @@ def _fields(name: str, value: Any, schema: type) -> None:
 
 
 def _shown(value: Any) -> str:
+    try:
+        return _one_line(repr(value))
+    except (ValueError, RecursionError):  # an integer of 5,000 digits, lists 1,000 deep
+        return f"a value of the type {type(value).__name__} that is too large to show"
+
+
+def _one_line(text: str) -> str:
     # A group of settings, an array: their text has several lines.
-    return " ".join(repr(value).splitlines())
+    text = " ".join(text.splitlines())
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _one_of(name: str, value: Any, allowed: Collection[str]) -> str:
     if isinstance(value, str) and value in allowed:
         return value
-    close = difflib.get_close_matches(str(value), allowed, n=1)
+    short = isinstance(value, str) and len(value) <= _MOST_SHOWN
+    close = difflib.get_close_matches(value, allowed, n=1) if short else []
     raise UserError(
         f"{name}={_shown(value)}: expected one of {', '.join(allowed)}"
         + (f"; did you mean {close[0]!r}?" if close else "")
@@ -384,17 +407,18 @@ def _one_of(name: str, value: Any, allowed: Collection[str]) -> str:
 
 
 def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise UserError(f"{name}={_shown(value)}: expected a non-empty text")
     return value
 
 
 def _path(name: str, value: Any) -> paths.Path:
-    if not isinstance(value, str | pathlib.PurePath) or not str(value):
+    text = str(value) if isinstance(value, str | pathlib.PurePath) else ""
+    if not text or "\0" in text or len(text) > _LONGEST_PATH:
         raise UserError(f"{name}={_shown(value)}: expected a folder")
     try:
         # A model's own configuration may name what is not to be reached from here.
-        return paths.parse(str(value), needed=False)
+        return paths.parse(text, needed=False)
     except UserError as error:
         reason = str(error).removeprefix(f"{value}: ")
         raise UserError(f"{name}={_shown(value)}: {reason}") from error
@@ -418,6 +442,12 @@ def _category(value: Any) -> str:
             f"config.category={_shown(value)}: expected the name of one folder below "
             "config.dataset.root, without path separators; several with commas between, or all"
         )
+    for name in names:
+        if len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
+            raise UserError(
+                f"config.category={_shown(value)}: expected a folder's name, of at most "
+                f"{_LONGEST_NAME} bytes"
+            )
     if len(names) > 1 and ("" in names or ALL in names or len(set(names)) < len(names)):
         raise UserError(
             f"config.category={_shown(value)}: expected different names with commas between, "
@@ -426,43 +456,38 @@ def _category(value: Any) -> str:
     return ",".join(names)
 
 
-def _integer(name: str, value: Any, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        limit = "" if _is_number(value) and value <= high else f" and at most {high}"
         raise UserError(
-            f"{name}={_shown(value)}: expected a whole number of at least {minimum}"
+            f"{name}={_shown(value)}: expected a whole number of at least {low}{limit}"
         )
     return value
 
 
-def _number(name: str, value: Any, *, positive: bool) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (positive and value == 0):
-        wanted = "above 0" if positive else "of at least 0"
-        raise UserError(f"{name}={_shown(value)}: expected a number {wanted}")
-    return float(value)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _within(name: str, value: Any, low: float, high: float) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
-        wanted = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        raise UserError(f"{name}={_shown(value)}: expected a number {wanted}")
+    # Compared and not converted first: integers may be larger than any float.
+    if not _is_number(value) or not low <= value <= high:
+        raise UserError(f"{name}={_shown(value)}: expected a number from {low:g} to {high:g}")
     return float(value)
 
 
 def _fraction(name: str, value: Any) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < 1:
+    if not _is_number(value) or not 0 < value < 1:
         raise UserError(f"{name}={_shown(value)}: expected a number above 0 and below 1")
     return float(value)
 
 
 def _pooling(value: Any) -> int:
     number = isinstance(value, int) and not isinstance(value, bool)
-    if not number or value < 1 or value % 2 == 0:
+    if not number or not 1 <= value <= _MOST_CELLS or value % 2 == 0:
         raise UserError(
-            f"config.model.pooling={_shown(value)}: expected an odd number of cells, as in 3 "
-            "for a neighbourhood of 3x3; 1 is the cell itself"
+            f"config.model.pooling={_shown(value)}: expected an odd number of cells up to "
+            f"{_MOST_CELLS}, as in 3 for a neighbourhood of 3x3; 1 is the cell itself"
         )
     return value
 
@@ -478,11 +503,11 @@ def _size(name: str, value: Any) -> Size:
         height, width = (
             n if isinstance(n, int) and not isinstance(n, bool) else 0 for n in value
         )
-        if min(height, width) >= models.MIN_INPUT:
+        if min(height, width) >= models.MIN_INPUT and max(height, width) <= _MOST_PIXELS:
             return height, width
     raise UserError(
         f"{name}={_shown(value)}: expected (height, width) in pixels, each at least "
-        f"{models.MIN_INPUT}, as in '(256, 256)'"
+        f"{models.MIN_INPUT} and at most {_MOST_PIXELS}, as in '(256, 256)'"
     )
 
 
@@ -493,9 +518,9 @@ def _crop(value: Any) -> Size | None:
     return _size("config.image.crop", value)
 
 
-def _rgb(name: str, value: Any, *, positive: bool) -> tuple[float, float, float]:
+def _rgb(name: str, value: Any, low: float) -> tuple[float, float, float]:
     if isinstance(value, tuple | list) and len(value) == 3:
-        red, green, blue = (_number(name, item, positive=positive) for item in value)
+        red, green, blue = (_within(name, item, low, _MOST) for item in value)
         return red, green, blue
     raise UserError(f"{name}={_shown(value)}: expected three numbers (red, green, blue)")
 

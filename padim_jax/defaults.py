@@ -60,6 +60,9 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # Of what is drawn from a dataset: train_images, threshold.held_out, and the split of
     # datasets that have none.
     config.dataset.seed = 0
+    # Whether images that cannot be read are left out, and listed in the results, instead of
+    # ending the run (docs/bad_inputs.md). They are looked for in a pass of its own.
+    config.dataset.skip_bad = False
 
     config.image = ml_collections.ConfigDict()
     # Height and width that every image is resized to, whatever its aspect.
@@ -88,8 +91,8 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     config.model.layers = ("layer1", "layer2", "layer3")
     # A name (<backbone>.tv_in1k or <backbone>.tv2_in1k: torchvision's first and second
     # ImageNet weights, downloaded once from the Hugging Face hub; of efficientnet_b5
-    # <backbone>.sw_in12k_ft_in1k), a .safetensors, .npz or .pth file, or random. The default
-    # follows the backbone.
+    # <backbone>.sw_in12k_ft_in1k; with @REVISION behind it, another commit than the pinned
+    # one), a .safetensors, .npz or .pth file, or random. The default follows the backbone.
     config.model.weights = config.model.get_ref("backbone") + ".tv_in1k"
     # How many of the stages' channels are kept, drawn at random: the paper takes
     # 100 for resnet18 and 550 for wide_resnet50_2. All of them: 448, 1792.

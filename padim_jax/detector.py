@@ -31,6 +31,7 @@ from padim_jax import (
 from padim_jax.calibration import Calibration
 from padim_jax.config import Config, ImageConfig, MapConfig, ModelConfig
 from padim_jax.embedding import Pyramid
+from padim_jax.errors import UserError
 from padim_jax.models import network, pretrained
 from padim_jax.parallel import Devices
 from padim_jax.types import (
@@ -56,6 +57,22 @@ PROJECTION = "projection"
 # Of the regularization, after rounding. Lost from a direction that has nothing else, a part of
 # it changes squared distances by as much.
 LEAST_KEPT = 0.95
+
+# Above, their squares overflow float32.
+_LARGEST_FEATURE = 1.8e19
+
+
+class RegionError(ValueError):
+    """Statistics of a region that give no Gaussians.
+
+    Attributes:
+      region: the first such.
+      finite: whether its statistics are finite.
+    """
+
+    def __init__(self, message: str, region: int, finite: bool):
+        super().__init__(message)
+        self.region, self.finite = region, finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,8 +267,9 @@ def finalize(statistics: Moments | Samples, regularization: float) -> Gaussian |
       regularization: epsilon, above 0.
 
     Raises:
-      ValueError: fewer than two images, statistics that are not finite, or a covariance
-        in which float32 loses the regularization (the region is named).
+      ValueError: fewer than two images.
+      RegionError: statistics that are not finite, or a covariance in which float32 loses the
+        regularization.
     """
     count = int(np.asarray(statistics.count)[0])
     if count < 2:
@@ -262,18 +280,88 @@ def finalize(statistics: Moments | Samples, regularization: float) -> Gaussian |
     fitted, finite, kept, _ = _finalize(statistics, regularizations)
     finite, kept = np.asarray(finite)[0], np.asarray(kept)[0]
     if not np.all(finite):
-        raise ValueError(
-            f"the embeddings of region {int(np.argmin(finite))} are not finite: the "
-            "backbone's features overflow or its weights are broken"
+        region = int(np.argmin(finite))
+        message = (
+            f"the embeddings of region {region} are not finite: the backbone's features "
+            "overflow or its weights are broken"
         )
+        raise RegionError(message, region, finite=False)
     if np.min(kept) < LEAST_KEPT:
         region, least = int(np.argmin(kept)), float(np.min(kept))
-        raise ValueError(
+        message = (
             f"float32 keeps {least:.0%} of the regularization ({regularization:g}) in region "
             f"{region}; expected at least {LEAST_KEPT:.0%}, or distances were wrong: raise the "
             f"regularization to {_enough(regularization, least):.1g}"
         )
+        raise RegionError(message, region, finite=True)
     return fitted
+
+
+def place(image: ImageConfig, model: ModelConfig, index: Sequence[int], region: int) -> str:
+    """Which patches of the grid are a region's, for a message."""
+    laid, (height, width) = pyramid(image, model, index), patch_grid(image, model.layers)
+    cells = laid.shapes[0][1]
+    rows, columns = np.divmod(np.flatnonzero(laid.patches // cells == region), width)
+    return (
+        f"patches of rows {rows.min()} to {rows.max()} and columns {columns.min()} to "
+        f"{columns.max()}, of {height}x{width}"
+    )
+
+
+def require_fitting(
+    config: Config,
+    index: np.ndarray,
+    fitted: Moments | Samples | Gaussian | LowRank,
+    images: int,
+    projection: np.ndarray | None,
+) -> None:
+    """Makes sure that a file's arrays are those of its configuration.
+
+    Args:
+      config: of the model.
+      index: its channels.
+      fitted: its statistics or Gaussians, on the devices.
+      images: how many digests of images it has.
+      projection: its matrix, if it has one.
+
+    Raises:
+      ValueError: they are another model's.
+    """
+    model, total = config.model, total_channels(config.model)
+    matrix = (total, model.channels) if is_projected(model) else None
+    if (None if projection is None else projection.shape) != matrix:
+        raise ValueError("its projection is not of its configuration")
+    if projection is not None and not np.all(np.isfinite(projection)):
+        raise ValueError("its projection is not finite")
+    if not np.array_equal(index, channel_index(model)):
+        raise ValueError("its channels are not those of its configuration")
+    shapes = pyramid(config.image, model, index.tolist()).shapes
+    arrays = [x for x in jax.tree.leaves(fitted) if x.ndim > 1]
+    room = fitted.values[0].shape[-2] if isinstance(fitted, Samples) else images
+    devices = len(arrays[0]) * parallel.every().processes
+    own = -(-shapes[0][0] // devices)  # regions a device, as `parallel.split` has them
+    if [x.shape[1:] for x in arrays] != [(own, *s) for s in _shapes(fitted, shapes, room)]:
+        raise ValueError("its numbers have other shapes than its configuration says")
+    if isinstance(fitted, Moments | Samples):
+        count = int(np.asarray(fitted.count)[0])
+        if count != images or room < images:
+            raise ValueError(f"its statistics are of {count} images, and not of {images}")
+
+
+def _shapes(
+    fitted: Moments | Samples | Gaussian | LowRank, shapes: Sequence[Shape], images: int
+) -> list[tuple[int, ...]]:
+    """Of the arrays of regions, in the order that JAX has them in: a region's part."""
+    means = [(n, d) for _, n, d in shapes]
+    if isinstance(fitted, Moments | Gaussian):
+        return [
+            *means,
+            *((n, d, e) for i, (_, n, d) in enumerate(shapes) for _, _, e in shapes[i:]),
+        ]
+    rows = [(n, images, d) for _, n, d in shapes]
+    if isinstance(fitted, Samples):
+        return [*rows]
+    return [*means, *rows, (shapes[0][1], images, images)]
 
 
 def _enough(regularization: float, kept: float) -> float:
@@ -348,6 +436,18 @@ def _fit_batch(
     levels = extract(variables, images, image=image, model=model, index=index)
     levels, valid = parallel.to_regions(levels), parallel.of_all_images(valid)
     return _update(statistics, levels, valid)
+
+
+def _finite_batch(
+    variables: Variables,
+    images: Images,
+    image: ImageConfig,
+    model: ModelConfig,
+    index: tuple[int, ...],
+) -> Bool[Array, " b"]:
+    levels = extract(variables, images, image=image, model=model, index=index)
+    each = [jnp.max(jnp.abs(x), axis=(0, 1, 2)) for x in levels]
+    return jnp.stack(each).max(axis=0) < _LARGEST_FEATURE  # false for NaN
 
 
 def _score_batch(
@@ -456,6 +556,15 @@ Args:
   image, model, index: as for `extract`, static.
 """
 
+finite_batch = parallel.mapped(_finite_batch, replicated=(0,), static=(2, 3, 4))
+"""Which of the images (k, b, h, w, 3) have features that a fit can add up, (k, b).
+
+Args:
+  variables: the backbone's, on every device.
+  images: b for each of this process's devices.
+  image, model, index: as for `extract`, static.
+"""
+
 score_batch = parallel.mapped(_score_batch, replicated=(0,), static=(3, 4, 5, 6))
 """Images (k, b, h, w, 3) uint8 to anomaly maps (k, b, h, w) and image scores (k, b).
 
@@ -477,7 +586,10 @@ Args:
 
 
 def score_pixels(
-    detector: Detector, images: UInt8[np.ndarray, "b h w 3"], left_out: bool = False
+    detector: Detector,
+    images: UInt8[np.ndarray, "b h w 3"],
+    left_out: bool = False,
+    names: Sequence[str] = (),
 ) -> Anomalies:
     """Scores images that are preprocessed already (resized and cropped, uint8).
 
@@ -488,8 +600,10 @@ def score_pixels(
       images: as `input_pipeline.preprocess` makes them.
       left_out: score each image, which must be one that was fitted, by the model without
         it; see `scoring.leave_one_out`.
+      names: what to call the images in an error.
 
     Raises:
+      UserError: a score is not finite (the image is named).
       ValueError: `left_out` of a model of two images: one alone has no covariance.
     """
     config, devices = detector.config, len(detector.gaussian.mean[0])
@@ -506,9 +620,31 @@ def score_pixels(
         maps, scores = score_left_out_batch(
             detector.variables, detector.gaussian, np.int32(detector.count), shared, *static
         )
-    return Anomalies(
+    found = Anomalies(
         np.asarray(maps).reshape(-1, *config.image.size)[:count],
         np.asarray(scores).reshape(-1)[:count],
+    )
+    _require_finite(detector, found.scores, names)
+    return found
+
+
+def _require_finite(
+    detector: Detector, scores: Float32[np.ndarray, " b"], names: Sequence[str]
+) -> None:
+    """A score is its map's maximum, and so not finite if any of the map is not."""
+    finite = np.isfinite(scores)
+    if finite.all():
+        return
+    if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(detector.gaussian)):
+        raise UserError(
+            "the model holds numbers that are not finite, and scores nothing; fit again, or "
+            "restore it from a copy"
+        )
+    i = int(np.argmin(finite))
+    raise UserError(
+        f"{names[i] if i < len(names) else f'image {i}'}: a score of {scores[i]}: the "
+        "backbone's features of it are not finite, or too large for float32. Its weights "
+        f"({detector.weights.origin}) are broken, or config.image.std is too small"
     )
 
 
@@ -545,7 +681,11 @@ def score(
         for i, item in enumerate(part):
             decoded = _decode(item, start + i)
             pixels[i] = input_pipeline.preprocess(decoded, config.image)
-        found = score_pixels(detector, pixels)
+        names = [
+            f"images[{start + i}]" if isinstance(item, np.ndarray) else os.fspath(item)
+            for i, item in enumerate(part)
+        ]
+        found = score_pixels(detector, pixels, names=names)
         done = slice(start, start + len(part))
         maps[done], scores[done] = found.maps[: len(part)], found.scores[: len(part)]
     return Anomalies(maps, scores)

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from padim_jax import parallel
+from padim_jax import interrupts, parallel
 from padim_jax.cluster import Place
 from padim_jax.errors import Stopped, UserError
 
@@ -70,11 +70,12 @@ def session(
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     try:
-        _silence(place)
-        _start_jax(place, address)
-        _require_same_devices(group)
-        yield
-        group.leave()
+        with interrupts.farewell(lambda: group.fail(KeyboardInterrupt())):
+            _silence(place)
+            _start_jax(place, address)
+            _require_same_devices(group)
+            yield
+            group.leave()
     except (SystemExit, Stopped) as error:
         if isinstance(error, SystemExit) and error.code:
             group.fail(error)
@@ -110,7 +111,8 @@ def _start_jax(place: Place, address: str) -> None:
         place.processes,
         place.process_id,
         cluster_detection_method="deactivate",
-        coordinator_bind_address=f"[::]:{address.rpartition(':')[2]}",  # of process 0
+        # Of process 0.
+        coordinator_bind_address=f"{_interface(place) or '[::]'}:{address.rpartition(':')[2]}",
     )
 
 
@@ -186,7 +188,7 @@ class _Coordinator:
         """
         port = self._place.address[1]
         self._server = await asyncio.start_server(
-            _each(self._serve), None, port, limit=_LONGEST_MESSAGE
+            _each(self._serve), _interface(self._place), port, limit=_LONGEST_MESSAGE
         )
 
     def release(self) -> None:
@@ -507,6 +509,15 @@ class _Group:
         if self._coordinator is not None:
             self._coordinator.release()
         self._link.close()
+
+
+def _interface(place: Place) -> str | None:
+    """Where process 0 listens; None for everywhere.
+
+    Nobody is asked for a password there: where all processes are on this machine, other
+    machines do not reach it.
+    """
+    return "127.0.0.1" if place.address[0] in ("127.0.0.1", "localhost") else None
 
 
 def _each(handle: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:

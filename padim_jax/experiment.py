@@ -1,15 +1,20 @@
 """Train, evaluate, predict: where the stages meet, and where all side effects start."""
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import os
+import pathlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 
+import padim_jax
 from padim_jax import calibration as calibration_lib
 from padim_jax import (
     calibration_file,
@@ -19,6 +24,8 @@ from padim_jax import (
     fitting,
     image_cache,
     input_pipeline,
+    locks,
+    memory,
     model_file,
     parallel,
     paths,
@@ -26,20 +33,30 @@ from padim_jax import (
     progress,
     report,
     results,
+    skipping,
+    unfinished,
 )
 from padim_jax import config as config_lib
 from padim_jax import detector as detector_lib
+from padim_jax import watch as watch_lib
 from padim_jax.config import Config
 from padim_jax.datasets import LAYOUTS, sampling
-from padim_jax.datasets.records import Record, Split
+from padim_jax.datasets.records import Record, Skipped, Split
 from padim_jax.detector import Detector
 from padim_jax.errors import UserError
 from padim_jax.fitting import Backbone
 from padim_jax.input_pipeline import FolderSource, Source
 from padim_jax.paths import Path
 
+METRICS = "metrics.json"  # the last to be written, and the first to go
+_CONFIG = "config.json"  # the first
 REPORT = "report.html"
 THUMBNAILS = "report_thumbnails.json"  # of the worst images, for the page of a sweep
+# All that an evaluation may leave beside these.
+_RESULTS = (
+    *("scores.csv", "maps", "figures", "roc_curve.png", "score_histogram.png", "overview.jpg"),
+    *(REPORT, THUMBNAILS, results.SKIPPED),
+)
 
 
 def run(
@@ -51,6 +68,7 @@ def run(
     weights: str | None = None,
     half: bool = False,
     models: Sequence[str] = (),
+    watching: watch_lib.Timing | None = None,
 ) -> None:
     """Does what the command line asks for.
 
@@ -64,6 +82,7 @@ def run(
       weights: for all but training: where the backbone's weights are now; see `load`.
       half: for export: see there.
       models: for merge: the checkpoints to merge.
+      watching: for predict: go on with the images that arrive in the folder `pattern`.
 
     Raises:
       UserError: something to mend in the settings or the files, or too little memory.
@@ -76,13 +95,18 @@ def run(
         elif mode == "train":
             assert config is not None
             with compilation_cache.enabled(config.cache):
-                train(config, open_dataset(config), checkpoint_path)
+                dataset = open_dataset(config)
+                del dataset["test"]  # nor looked at
+                dataset, skipped = _readable(config, dataset)
+                train(config, dataset, checkpoint_path)
+            if parallel.every().process == 0:
+                results.write_skipped(workdir, skipped)
         elif mode == "update":
             _update(config, checkpoint_path, pattern, weights)
         elif mode == "merge":
             fitting.merge(models, checkpoint_path)
         else:
-            _use(mode, config, workdir, checkpoint_path, pattern, weights, half)
+            _use(mode, config, workdir, checkpoint_path, pattern, weights, half, watching)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -113,10 +137,14 @@ def train_and_eval(
     """
     dataset = open_dataset(config)
     _require_test_images(config, dataset["test"])
-    _prepare(workdir)
-    with compilation_cache.enabled(config.cache):
+    with _writing_results(workdir), compilation_cache.enabled(config.cache):
+        memory.require_for_maps(config, len(dataset["test"].records))  # not after the fit
+        dataset, skipped = _readable(config, dataset)
         detector = train(config, dataset, checkpoint_path, backbone)
-        return evaluate(config, detector, dataset["test"], workdir)
+        if parallel.every().process == 0:
+            # Of the model that was: nobody is to take it for this one's.
+            (workdir / METRICS).unlink(missing_ok=True)
+        return _evaluate(config, detector, dataset["test"], workdir, skipped)
 
 
 def train(
@@ -134,19 +162,21 @@ def train(
       backbone: the configuration's, if it is loaded already.
 
     Raises:
-      UserError: see `fitting.train`; or there are too few normal images for thresholds.
+      UserError: see `fitting.train`; or there are too few normal images for thresholds, or
+        another process writes to the checkpoint.
       Stopped: by SIGTERM, during the fit.
     """
-    detector = fitting.train(config, dataset["train"], path, backbone)
-    normal = config.threshold.normal
-    if normal == "none":
-        return detector
-    if dataset["validation"].records and normal != "leave_one_out":
-        return calibrate(detector, dataset["validation"], "held_out", path)
-    if detector.count < 3:
-        print("no thresholds: leaving one out needs at least 3 images that were fitted")
-        return detector
-    return calibrate(detector, dataset["train"], "leave_one_out", path)
+    with locks.held(path, parallel.every().process):
+        detector = fitting.train(config, dataset["train"], path, backbone)
+        normal = config.threshold.normal
+        if normal == "none":
+            return detector
+        if dataset["validation"].records and normal != "leave_one_out":
+            return _calibrate(detector, dataset["validation"], "held_out", path)
+        if detector.count < 3:
+            print("no thresholds: leaving one out needs at least 3 images that were fitted")
+            return detector
+        return _calibrate(detector, dataset["train"], "leave_one_out", path)
 
 
 def calibrate(detector: Detector, source: Source, origin: str, path: Path) -> Detector:
@@ -163,8 +193,14 @@ def calibrate(detector: Detector, source: Source, origin: str, path: Path) -> De
       The detector with its thresholds.
 
     Raises:
-      UserError: too few images, or an unreadable one.
+      UserError: too few images, an unreadable one, or another process writes to the
+        checkpoint.
     """
+    with locks.held(path, parallel.every().process):
+        return _calibrate(detector, source, origin, path)
+
+
+def _calibrate(detector: Detector, source: Source, origin: str, path: Path) -> Detector:
     config, count = detector.config, len(source.records)
     given, left_out = origin == "given", origin == "leave_one_out"
     seen = _for_new_images(detector) if given else detector
@@ -218,8 +254,13 @@ def _use(
     pattern: str | None,
     weights: str | None,
     half: bool,
+    watching: watch_lib.Timing | None,
 ) -> None:
-    source = FolderSource(predictions.find(pattern)) if pattern is not None else None
+    source, folder = None, None
+    if watching is not None:
+        folder = _local_folder(pattern)
+    elif pattern is not None:
+        source = FolderSource(predictions.find(pattern))
     if mode in ("calibrate", "export") and checkpoint_path.is_file():
         # It may be rounded already, and what was written once is not changed.
         raise UserError(
@@ -229,7 +270,10 @@ def _use(
     detector = load(checkpoint_path, config, weights)
     with compilation_cache.enabled(detector.config.cache):
         if mode == "export":
-            test = open_dataset(detector.config)["test"] if half else None
+            test = None
+            if half:
+                sources = {"test": open_dataset(detector.config)["test"]}
+                test = _readable(detector.config, sources)[0]["test"]
             export(detector, workdir / f"model{model_file.SUFFIX}", half, test)
             return
         print(f"weights: {detector.weights.origin}")
@@ -238,11 +282,24 @@ def _use(
             evaluate(detector.config, detector, dataset["test"], workdir)
         elif mode == "calibrate":
             assert source is not None
-            calibrate(detector, source, "given", checkpoint_path)
+            sources, _ = _readable(_for_new_images(detector).config, {"input": source}, False)
+            calibrate(detector, sources["input"], "given", checkpoint_path)
+        elif watching is not None:
+            assert folder is not None
+            watch(detector, folder, workdir, watching)
         else:
             assert mode == "predict"
             assert source is not None
             predict(detector, source, workdir)
+
+
+def _local_folder(pattern: str | None) -> pathlib.Path:
+    folder = paths.parse(pattern or "")
+    if not isinstance(folder, pathlib.Path):
+        raise UserError(f"--input={pattern}: --watch is for folders of this machine")
+    if not folder.is_dir():
+        raise UserError(f"--input={pattern}: no such folder; expected the one to watch")
+    return folder
 
 
 def open_dataset(config: Config) -> dict[str, Source]:
@@ -267,6 +324,17 @@ def open_dataset(config: Config) -> dict[str, Source]:
         fitted, held = sampling.held_out(every, threshold.held_out, seed)
         validation, train = sampling.part(train, held), sampling.part(train, fitted)
     return {**sources, "train": train, "validation": validation}
+
+
+def _readable(
+    config: Config, sources: Mapping[str, Source], cached: bool = True
+) -> tuple[dict[str, Source], list[Skipped]]:
+    """Without images that cannot be used, where that is asked for; see `skipping`.
+
+    Images that are seen once are not cached: they would push out those that are seen again.
+    """
+    cache = image_cache.open_cache(config.cache) if cached else None
+    return skipping.readable(sources, config, parallel.every(), cache)
 
 
 def _open_splits(config: Config) -> dict[str, Source]:
@@ -316,7 +384,7 @@ def load(
     """
     place, devices = paths.parse(os.fspath(path)), parallel.every()
     model = model_file.load(place, devices) if place.is_file() else None
-    fitted, identity = checkpoint.load(place, devices) if model is None else (model, "")
+    fitted, identity = fitting.load_checkpoint(place, devices) if model is None else (model, "")
     config = config or fitted.config
     fitting.require_same(place, fitted.config, config)
     if config.title != fitted.config.title:
@@ -328,6 +396,7 @@ def load(
         detector = fitting.ready(fitted, identity, config, variables)
         found = calibration_file.read(place, detector_lib.fingerprint(detector))
     else:
+        fitting.require_whole(place, fitted, fitted.fitted)
         detector = Detector(
             *(config, fitted.index, variables, fitted.weights),
             *(fitted.fitted, fitted.identity, fitted.images),
@@ -350,10 +419,16 @@ def export(
       test: normal and anomalous images, needed for `half`.
 
     Raises:
-      UserError: the file cannot be written, or `half` without test images.
+      UserError: the file cannot be written, another process writes it, or `half` without
+        test images.
     """
     if parallel.every().processes > 1:
         raise UserError("--mode=export: one process writes the file; start only one")
+    with locks.held(path):
+        _export(detector, path, half, test)
+
+
+def _export(detector: Detector, path: Path, half: bool, test: Source | None) -> None:
     comparison, identity = None, detector.identity
     if half:
         if test is None or not test.records:
@@ -361,6 +436,7 @@ def export(
                 "--half: no test images; what the rounding changes is measured on them "
                 "(folder layout: val/good and val/bad)"
             )
+        memory.require_for_maps(detector.config, 2 * len(test.records))
         exact, _ = _score(detector, test)
         assert exact is not None
         identity = f"{identity} in float16"  # a threshold of the one is not the other's
@@ -415,13 +491,29 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: Path) 
       What metrics.json holds; of several processes, in the first.
 
     Raises:
-      UserError: no test images, or an unreadable one.
+      UserError: no test images, an unreadable one, too little memory for their maps, or
+        another process writes there.
     """
     _require_test_images(config, source)
-    _prepare(workdir)
+    with _writing_results(workdir):
+        sources, skipped = _readable(config, {"test": source})
+        return _evaluate(config, detector, sources["test"], workdir, skipped)
+
+
+def _evaluate(
+    config: Config,
+    detector: Detector,
+    source: Source,
+    workdir: Path,
+    skipped: Sequence[Skipped],
+) -> dict:
+    if parallel.every().process == 0:  # which keeps the maps
+        memory.require_for_maps(config, len(source.records))
     scored, digests = _score(detector, source)
     if scored is None:
         return {}
+    defects = sum(int(mask.sum()) for mask in scored.masks if mask is not None)
+    memory.require_for_maps(config, len(source.records), defects / scored.maps.size)
     measured = results.measure(scored, detector.calibration)
     scale = figures.color_scale(scored.maps, scored.labels.astype(int))
     measured["color_scale"] = [scale.low, scale.high]
@@ -432,20 +524,21 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: Path) 
         for record, digest in zip(source.records, digests, strict=True)
         if digest.tobytes() in known
     ]
+    measured["skipped"] = [dataclasses.asdict(one) for one in skipped]
     cache = image_cache.open_cache(config.cache)
 
     def load_image(index: int) -> UInt8[np.ndarray, "h w 3"]:
         return input_pipeline.load_image(source, config.image, index, cache)
 
-    results.write_json(workdir / "config.json", config_lib.to_dict(config))
-    for name in (REPORT, THUMBNAILS):
-        (workdir / name).unlink(missing_ok=True)
-    if config.outputs.report:
-        page = report.run_page(config, scored, measured, load_image)
-        paths.write(workdir / REPORT, page.encode())
-        worst = report.thumbnails(scored, scale, load_image)
-        results.write_json(workdir / THUMBNAILS, worst)
-    results.write(workdir, config, scored, measured, load_image, detector.calibration)
+    with _replacing_results(workdir) as place:
+        results.write_json(place / _CONFIG, config_lib.to_dict(config))
+        if config.outputs.report:
+            page = report.run_page(config, scored, measured, load_image)
+            paths.write(place / REPORT, page.encode())
+            worst = report.thumbnails(scored, scale, load_image)
+            results.write_json(place / THUMBNAILS, worst)
+        results.write_skipped(place, skipped)
+        results.write(place, config, scored, measured, load_image, detector.calibration)
     print(f"\n{results.table(config, measured)}\n\nresults: {workdir}")
     return measured
 
@@ -461,43 +554,143 @@ def predict(detector: Detector, source: Source, workdir: Path) -> None:
       detector: fitted.
       source: the images; see `predictions.find`.
       workdir: results go to `predictions` below it, whose earlier contents they replace
-        once all images are scored; until then they are in `predictions.incomplete`.
+        once all images are scored; until then they are in `predictions.incomplete`, where
+        the next call finds what was done if this one is interrupted (see `unfinished`; not
+        on an object store).
 
     Raises:
-      UserError: an unreadable image.
+      UserError: an unreadable image, or another process is writing there.
     """
-    config = detector.config
+    known = _known_thresholds(detector, workdir)
+    detector = _for_new_images(detector)
+    devices = parallel.every()
+    with locks.held(workdir / "predictions", devices.process):
+        sources, skipped = _readable(detector.config, {"input": source}, False)
+        _predict(detector, sources["input"], workdir, known, devices, skipped)
+
+
+def _known_thresholds(detector: Detector, workdir: Path) -> predictions.Thresholds:
     if detector.calibration is not None:
         known = predictions.thresholds(detector.calibration)
     else:
         fingerprint = detector_lib.fingerprint(detector)
         known = predictions.read_evaluation(workdir / "metrics.json", fingerprint)
     print(known.text)
-    detector = _for_new_images(detector)
+    return known
+
+
+def _predict(
+    detector: Detector,
+    source: Source,
+    workdir: Path,
+    known: predictions.Thresholds,
+    devices: parallel.Devices,
+    skipped: Sequence[Skipped],
+) -> None:
     config = detector.config
-    devices = parallel.every()
+    folder, growing = workdir / "predictions", workdir / "predictions.incomplete"
+    suffix = _map_suffix(config)
+    journal, kept = None, unfinished.Kept()
+    if devices.process == 0:
+        for place in (folder, growing):
+            _require_own(place, place / predictions.TABLE, place / unfinished.NAME)
+            _require_elsewhere(source, place)
+        if isinstance(growing, pathlib.Path):
+            fitting.make_folder(growing)
+            size = progress.batch_size(source, config, devices)
+            settings = _said(detector, known) | {
+                "batch size": size,
+                "version of padim_jax": padim_jax.__version__,
+                "version of jax": jax.__version__,
+            }
+            journal = unfinished.Progress(growing, suffix, settings)
+            kept = journal.take_up(source, size, devices)
+            known = dataclasses.replace(known, scale=known.scale or kept.scale)
+        else:
+            paths.remove_folder(growing)
+            fitting.make_folder(growing)
+    start = parallel.agreed(kept.images)
     # Not cached: images that are seen once would push out those that are seen again.
-    found = _scores(detector, source, "predict", cache=None)
+    found = _scores(detector, source, "predict", cache=None, start=start)
     if devices.process > 0:
         for _ in found:  # for the first process, which writes
             pass
         return
-    folder, growing = workdir / "predictions", workdir / "predictions.incomplete"
-    for place in (folder, growing):
-        _require_own(place, place / "scores.csv")
-    paths.remove_folder(growing)
-    fitting.make_folder(growing)
-    suffix = "npy" if config.outputs.maps == "npy" else "tiff"
     with predictions.Writer(
-        growing, config.image, suffix, known, detector.calibration
+        growing, config.image, suffix, known, detector.calibration, kept.table
     ) as writer:
+        done = start
         for part in found:
-            sizes = tuple((int(height), int(width)) for height, width in part.sizes)
-            writer.add(part.records, sizes, part.maps, part.scores)
+            writer.add(part.records, part.maps, part.scores, part.digests)
+            done += len(part.records)
+            if journal is not None:
+                inputs = unfinished.identity(part.records, map(bytes, part.digests))
+                journal.add(done, inputs, writer.size, writer.scale)
+    results.write_skipped(growing, skipped)
     # Earlier predictions stay until these are whole.
+    _remove_predictions(folder)
+    paths.move_folder(growing, folder, last=predictions.TABLE)
+    if journal is not None:
+        assert isinstance(folder, pathlib.Path)
+        journal.finish(folder)
+    left_out = f", {len(skipped)} skipped (see {results.SKIPPED})" if skipped else ""
+    print(f"scored {len(source.records)} images{left_out}\nresults: {folder}")
+
+
+def watch(
+    detector: Detector, folder: pathlib.Path, workdir: Path, timing: watch_lib.Timing
+) -> None:
+    """Scores images as they arrive in a folder, until SIGTERM; see `watch.run`.
+
+    Thresholds and colours are those of `predict`.
+
+    Args:
+      detector: fitted.
+      folder: the images come there, and to folders in it.
+      workdir: results go to `watch` below it, where those before stay.
+      timing: how often to look, and how long to wait.
+
+    Raises:
+      UserError: see `watch.run`.
+    """
+    known = _known_thresholds(detector, workdir)
+    detector = _for_new_images(detector)
+    suffix, said = _map_suffix(detector.config), _said(detector, known)
+    watch_lib.run(detector, known, folder, workdir / "watch", suffix, said, timing)
+
+
+def _require_elsewhere(source: Source, folder: Path) -> None:
+    """Pictures of predictions are images as well, but nobody means to score them."""
+    place = f"{os.fspath(paths.absolute(folder))}/"
+    for record in source.records:
+        if os.fspath(paths.absolute(record.image)).startswith(place):
+            raise UserError(
+                f"--input: {record.image} is of the results in {folder}; name a --workdir "
+                "outside of the folder to predict, or images by a glob that leaves it out"
+            )
+
+
+def _map_suffix(config: Config) -> str:
+    return "npy" if config.outputs.maps == "npy" else "tiff"
+
+
+def _said(detector: Detector, known: predictions.Thresholds) -> dict[str, Any]:
+    """All that predictions depend on beside images, by names for a person."""
+    fingerprint, calibration = detector_lib.fingerprint(detector), detector.calibration
+    said = calibration and calibration_lib.to_dict(calibration, fingerprint)
+    return {
+        "model": fingerprint,
+        "threshold": [known.image, known.pixel],
+        "scale of colours": known.scale and dataclasses.astuple(known.scale),
+        "calibration": hashlib.sha256(json.dumps(said).encode()).hexdigest(),
+    }
+
+
+def _remove_predictions(folder: Path) -> None:
+    """Removes them; killed on the way, the next run knows the rest for one of ours."""
+    for name in ("maps", "overlays"):
+        paths.remove_folder(folder / name)
     paths.remove_folder(folder)
-    paths.move_folder(growing, folder, last="scores.csv")
-    print(f"scored {len(source.records)} images\nresults: {folder}")
 
 
 def _for_new_images(detector: Detector) -> Detector:
@@ -507,24 +700,66 @@ def _for_new_images(detector: Detector) -> Detector:
     return dataclasses.replace(detector, config=dataclasses.replace(config, image=image))
 
 
-def _prepare(workdir: Path) -> None:
-    if parallel.every().process == 0:
-        fitting.make_folder(workdir)
-        _require_own_results(workdir)
+@contextlib.contextmanager
+def _writing_results(workdir: Path) -> Iterator[None]:
+    process = parallel.every().process
+    with locks.held(workdir / "results", process):
+        if process == 0:
+            fitting.make_folder(workdir)
+            _require_own_results(workdir)
+        yield
+
+
+@contextlib.contextmanager
+def _replacing_results(workdir: Path) -> Iterator[Path]:
+    """Where to write results, which at the block's end take an earlier evaluation's place.
+
+    An error, as of a full disk, keeps those. An object store, where nothing can be renamed, is
+    written to at once.
+    """
+    if not isinstance(workdir, pathlib.Path):
+        for name in (METRICS, REPORT, THUMBNAILS):
+            (workdir / name).unlink(missing_ok=True)
+        yield workdir
+        return
+    place = workdir / "results.incomplete"
+    paths.remove_folder(place)  # a killed process's
+    place.mkdir()
+    try:
+        yield place
+    except BaseException:
+        paths.remove_folder(place)
+        raise
+    # From here to the end there is no sign of a whole evaluation.
+    (workdir / METRICS).unlink(missing_ok=True)
+    names = {*_RESULTS, *(path.name for path in place.iterdir())}
+    for name in (_CONFIG, *sorted(names - {_CONFIG, METRICS}), METRICS):
+        old, new = workdir / name, place / name
+        if old.is_dir() and not old.is_symlink():
+            paths.remove_folder(old)
+        elif not new.exists() or new.is_dir():
+            old.unlink(missing_ok=True)
+        if new.exists():
+            new.replace(old)
+    place.rmdir()
 
 
 def _require_own_results(workdir: Path) -> None:
     for name in ("maps", "figures"):
-        _require_own(workdir / name, workdir / "config.json")  # written before them
+        _require_own(workdir / name, workdir / _CONFIG)  # written before them
 
 
-def _require_own(folder: Path, sign: Path) -> None:
+def _require_own(folder: Path, *signs: Path) -> None:
     """Results of an earlier run are replaced, anything else in their place is not."""
-    if folder.exists() and not sign.exists():
-        raise UserError(
-            f"{folder}: exists and is not from an earlier run (there is no {sign}); move it "
-            "away or name another --workdir"
-        )
+    paths.require_no_link(folder)
+    if not folder.exists() or any(sign.exists() for sign in signs):
+        return
+    if isinstance(folder, pathlib.Path) and folder.is_dir() and not any(folder.iterdir()):
+        return  # a run that was killed has just made it
+    raise UserError(
+        f"{folder}: exists and is not from an earlier run (there is no {signs[0]}); move it "
+        "away or name another --workdir"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -537,7 +772,6 @@ class _Part:
       scores: of the images.
       masks: defect pixels; nothing where unknown.
       known: whether the mask is.
-      sizes: original height and width.
       digests: SHA-256 of the images' files.
     """
 
@@ -546,7 +780,6 @@ class _Part:
     scores: Float32[np.ndarray, " n"]
     masks: Bool[np.ndarray, "n h w"]
     known: Bool[np.ndarray, " n"]
-    sizes: Int32[np.ndarray, "n 2"]
     digests: UInt8[np.ndarray, "n 32"]
 
 
@@ -556,14 +789,17 @@ def _scores(
     what: str,
     cache: image_cache.ImageCache | None,
     left_out: bool = False,
+    start: int = 0,
 ) -> Iterator[_Part]:
     """Scores a source batch by batch; every process gets all processes' scores.
 
-    With `left_out` each image, one of those fitted, as the model without it would.
+    With `left_out` each image, one of those fitted, as the model without it would. The first
+    `start` images, whole batches, are left out.
     """
-    config, devices, start = detector.config, parallel.every(), 0
-    for batch in progress.batches(source, config, what, cache, devices):
-        found = detector_lib.score_pixels(detector, batch.images, left_out)
+    config, devices = detector.config, parallel.every()
+    for batch in progress.batches(source, config, what, cache, devices, start):
+        names = [str(record.image) for record in batch.records]
+        found = detector_lib.score_pixels(detector, batch.images, left_out, names)
         padding = len(batch.images) - len(batch.records)
         nothing = np.zeros(config.image.size, bool)
         masks = [nothing if mask is None else mask for mask in batch.masks]
@@ -572,7 +808,6 @@ def _scores(
             "scores": found.scores,
             "masks": np.stack(masks + padding * [nothing]),
             "known": np.array([mask is not None for mask in batch.masks] + padding * [False]),
-            "sizes": np.array([*batch.sizes, *padding * [(0, 0)]], np.int32),
             "digests": batch.digests,
         }
         valid, every = parallel.gather((batch.valid, own))

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from padim_jax import paths
 from padim_jax.paths import Path
 
 Pixels = UInt8[np.ndarray, "h w 3"]
@@ -383,7 +384,7 @@ def save(image: Image.Image, path: Path) -> None:
         raise ValueError(f"{path}: unknown file extension {suffix!r}")
     content = io.BytesIO()
     image.save(content, kind, quality=90, subsampling=0, compress_level=_COMPRESS_LEVEL)
-    path.write_bytes(content.getvalue())
+    paths.write(path, content.getvalue())
 
 
 def roc_figure(
@@ -454,7 +455,7 @@ def score_histogram(
 def _save_diagram(figure, path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", pil_kwargs={"compress_level": _COMPRESS_LEVEL})
-    path.write_bytes(content.getvalue())
+    paths.write(path, content.getvalue())
 
 
 def _figure(width: float, height: float):

@@ -19,11 +19,14 @@ from padim_jax import (
     checkpoint,
     compilation_cache,
     image_cache,
+    locks,
     memory,
+    model_file,
     parallel,
     paths,
     progress,
     reduction,
+    skipping,
 )
 from padim_jax import config as config_lib
 from padim_jax import detector as detector_lib
@@ -36,7 +39,7 @@ from padim_jax.input_pipeline import Source
 from padim_jax.models import pretrained
 from padim_jax.parallel import Devices
 from padim_jax.paths import Path
-from padim_jax.types import Gaussian, LowRank, Moments, Projection
+from padim_jax.types import Gaussian, LowRank, Moments, Projection, Samples
 
 Backbone = tuple[Any, pretrained.WeightsIdentity]  # variables, and what identifies them
 
@@ -84,6 +87,7 @@ def train(
     fitted = checkpoint.load_unfinished(path, devices)
     if fitted is not None:
         _require_resumable(path, fitted, config, weights, listed)
+        require_whole(path, fitted, fitted.statistics)
         # Names are not enough: files may have been replaced meanwhile.
         done = _hash(_part(source, range(len(fitted.images))), devices)
         if not np.array_equal(done, fitted.images):
@@ -124,13 +128,21 @@ def update(
 
     Raises:
       UserError: no checkpoint, other settings or weights than it was fitted with, an
-        unreadable image, or too little memory.
+        unreadable image, too little memory, or another process writes there.
       Stopped: by SIGTERM.
     """
+    with locks.held(path, parallel.every().process):
+        _update(path, source, config, weights)
+
+
+def _update(path: Path, source: Source, config: Config | None, weights: str | None) -> None:
     devices = parallel.every()
-    fitted, identity = checkpoint.load(path, devices)
+    fitted, identity = load_checkpoint(path, devices)
     config = config or fitted.config
     require_same(path, fitted.config, config)
+    cache = image_cache.open_cache(config.cache)
+    sources, _ = skipping.readable({"input": source}, config, devices, cache)
+    source = sources["input"]
     variables = load_weights(path, fitted.weights, config, weights)
     known = {digest.tobytes() for digest in fitted.images}
     progress.listing(source, devices)  # or they could not tell each other their parts
@@ -181,22 +193,24 @@ def merge(
 
     Raises:
       UserError: a checkpoint is missing, models differ in settings, channels or weights,
-        or share an image.
+        or share an image; or another process writes to the destination.
     """
     if len(models) < 2:
         raise UserError(f"{len(models)} model(s) to merge; expected at least 2")
+    place = paths.parse(os.fspath(destination))
+    with locks.held(place, parallel.every().process):
+        _merge(models, place)
+
+
+def _merge(models: Sequence[str | os.PathLike[str]], destination: Path) -> None:
     devices = parallel.every()
-    _check_place(paths.parse(os.fspath(destination)), devices)
+    _check_place(destination, devices)
     names = [paths.parse(os.fspath(model)) for model in models]
-    merged, _ = checkpoint.load(names[0], devices)
+    merged, _ = load_checkpoint(names[0], devices)
     owners = {digest.tobytes(): names[0] for digest in merged.images}
     for name in names[1:]:
-        other, _ = checkpoint.load(name, devices)
+        other, _ = load_checkpoint(name, devices)
         require_same(name, other.config, merged.config)
-        if not np.array_equal(other.index, merged.index):
-            raise UserError(
-                f"{name}: other channels than those of {names[0]}; cannot be merged"
-            )
         if other.weights.sha256 != merged.weights.sha256:
             raise UserError(
                 f"{name}: fitted with the weights {other.weights.origin}, sha256 "
@@ -232,7 +246,7 @@ def merge(
         )
         del other
     count = len(merged.images)
-    with checkpoint.saving(paths.parse(os.fspath(destination)), merged, devices):
+    with checkpoint.saving(destination, merged, devices):
         _finalize(merged)
     print(f"merged {len(models)} models of {count} images in all -> {destination}")
 
@@ -242,6 +256,42 @@ def _same_projection(a: Projection | None, b: Projection | None) -> bool:
         return a is b
     # Of one seed they are, up to another machine's rounding.
     return a.shape == b.shape and np.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def load_checkpoint(path: Path, devices: Devices) -> tuple[Fitted, str]:
+    """`checkpoint.load` of a model whose arrays are those of its configuration.
+
+    Raises:
+      UserError: see there; or they are not.
+    """
+    fitted, identity = checkpoint.load(path, devices)
+    require_whole(path, fitted, fitted.statistics)
+    return fitted, identity
+
+
+def require_whole(
+    path: Path,
+    model: Fitted | model_file.Model,
+    arrays: Moments | Samples | Gaussian | LowRank,
+) -> None:
+    """Makes sure of what a file's checksum does not tell: a stranger's is right for anything.
+
+    Args:
+      path: the file or folder.
+      model: what was read from it.
+      arrays: its statistics or Gaussians.
+
+    Raises:
+      UserError: the arrays are not those of its configuration.
+    """
+    try:
+        detector_lib.require_fitting(
+            model.config, model.index, arrays, len(model.images), model.projection
+        )
+    except ValueError as error:
+        raise UserError(
+            f"{path}: the model is broken ({error}); fit again or restore it from a copy"
+        ) from error
 
 
 def ready(fitted: Fitted, identity: str, config: Config, variables: Any) -> Detector:
@@ -409,6 +459,7 @@ def _fit(
         now = jax.block_until_ready(statistics)
         return dataclasses.replace(fitted, statistics=now, images=np.concatenate(digests))
 
+    alike = _Alike()
     with _sigterm() as asked:
         cache = image_cache.open_cache(config.cache)
         saved, done = time.monotonic(), start
@@ -442,20 +493,33 @@ def _fit(
                 config.model,
                 index,
             )
+            alike.add(batch.images[batch.valid])
             digests.append(said["digests"][said["valid"]])
             done += len(digests[-1])
         finished = dataclasses.replace(so_far(), unfinished=None)
         count, form = len(finished.images), "samples"
         if isinstance(statistics, Moments):
             form = "moments"
-        with checkpoint.saving(path, finished, devices) as identity:
-            detector = ready(finished, identity, config, variables)
+        try:
+            with checkpoint.saving(path, finished, devices) as identity:
+                detector = ready(finished, identity, config, variables)
+        except _NotFiniteError as error:
+            if record := _not_finite(source, config, variables, index, devices):
+                raise UserError(f"{record.image}: {error}") from error
+            raise
         stop = bool(np.any(parallel.gather(np.array([asked()]))))
     height, width = detector_lib.patch_grid(config.image, config.model.layers)
     print(
         f"fitted {count} images, {height}x{width} patches of {len(index)} channels "
         f"({form}) -> {path}"
     )
+    if not len(fitted.images) and alike.said():
+        print(
+            f"warning: all {count} images are the same, pixel for pixel, as "
+            f"{source.records[0].image}: nothing is known of how good parts differ. Every "
+            "difference will score high, and thresholds mean nothing; expected different "
+            "images of good parts"
+        )
     if stop:
         raise Stopped(f"stopped by SIGTERM; the fit is finished and saved in {path}")
     return detector
@@ -532,11 +596,68 @@ def make_folder(path: Path) -> None:
         ) from error
 
 
+class _NotFiniteError(UserError):
+    """Statistics to which some image has added what is no number."""
+
+
 def _finalize(fitted: Fitted) -> Gaussian | LowRank:
+    config = fitted.config
     try:
-        return detector_lib.finalize(fitted.statistics, fitted.config.model.regularization)
+        return detector_lib.finalize(fitted.statistics, config.model.regularization)
+    except detector_lib.RegionError as error:
+        index = fitted.index.tolist()
+        place = detector_lib.place(config.image, config.model, index, error.region)
+        if not error.finite:
+            raise _NotFiniteError(f"{error} ({place})") from error
+        raise UserError(f"config.model.regularization: {error} ({place})") from error
     except ValueError as error:
         raise UserError(f"config.model.regularization: {error}") from error
+
+
+def _not_finite(
+    source: Source,
+    config: Config,
+    variables: Any,
+    index: tuple[int, ...],
+    devices: Devices,
+) -> Record | None:
+    """The first image whose features are not finite, in a pass of its own; see `_fit`."""
+    start, cache = 0, image_cache.open_cache(config.cache)
+    for batch in progress.batches(source, config, "search", cache, devices):
+        images = parallel.share(batch.images, devices)
+        own = detector_lib.finite_batch(variables, images, config.image, config.model, index)
+        finite, valid = parallel.gather((np.asarray(own).reshape(-1), batch.valid))
+        if not np.all(finite[valid]):
+            return source.records[start + int(np.argmin(finite[valid]))]
+        start += int(np.sum(valid))
+    return None
+
+
+class _Alike:
+    """Whether all images of a fit are the same, pixel for pixel.
+
+    Then nothing is known of how good parts differ: the covariances are the regularization
+    alone, and each difference from that image counts as if it were a defect. The numbers
+    are right, and of no use.
+    """
+
+    def __init__(self) -> None:
+        self._first: np.ndarray | None = None
+        self._alike = True
+
+    def add(self, images: UInt8[np.ndarray, "n h w 3"]) -> None:
+        """Looks at a process's share of a batch, until two images differ."""
+        if self._alike and len(images):
+            self._first = images[0] if self._first is None else self._first
+            self._alike = bool(np.all(images == self._first))
+
+    def said(self) -> bool:
+        """Of all processes' images. A collective."""
+        pixels = b"" if self._first is None else self._first.tobytes()
+        digest = np.frombuffer(hashlib.sha256(pixels).digest(), np.uint8)
+        some = np.array([self._first is not None])
+        alike, some, digests = parallel.gather((np.array([self._alike]), some, digest[None]))
+        return bool(np.all(alike)) and len(np.unique(digests[some], axis=0)) == 1
 
 
 def _require_resumable(

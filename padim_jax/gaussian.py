@@ -121,6 +121,7 @@ def finalize(
     m2, count = moments.m2, moments.count
     regions, block = len(m2[0][0]), _block(m2)
     factorise = jax.vmap(_factorise_region, in_axes=(0, None, None))
+    means = [jnp.all(jnp.isfinite(x), axis=(1, 2)) for x in moments.mean]
 
     # In the moments' place: beside the result one block is in memory. The next block is read
     # from what is written already; read before, XLA might copy all for the two to be apart.
@@ -136,7 +137,8 @@ def finalize(
     flags = jnp.ones(regions, bool), jnp.ones(regions, jnp.float32)
     first = jax.tree.map(lambda x: x[:block], m2)
     state = lax.fori_loop(0, regions // block, step, (m2, first, *flags))
-    return Gaussian(moments.mean, state[0]), state[2], state[3]
+    finite = jnp.all(jnp.stack([state[2], *means]), axis=0)
+    return Gaussian(moments.mean, state[0]), finite, state[3]
 
 
 def _block(m2: LevelMatrices) -> int:

@@ -19,6 +19,7 @@ import secrets
 import struct
 import sys
 import threading
+import time
 import zlib
 
 import numpy as np
@@ -29,7 +30,7 @@ from PIL import features
 from padim_jax.config import CacheConfig, ImageConfig
 
 # To be raised when the same sources and settings give other pixels or another file.
-_FORMAT = 2
+_FORMAT = 3
 # Two builds of one Pillow may bring different decoders. The lossless ones have no choice.
 _DECODERS = ("jpg", "libjpeg_turbo", "jpg_2000", "libtiff", "webp", "avif")
 _VERSIONS = [PIL.__version__, *(features.version(name) for name in _DECODERS)]
@@ -38,6 +39,7 @@ _VERSIONS = [PIL.__version__, *(features.version(name) for name in _DECODERS)]
 # follow the image, row by row, the mask's bits and a checksum.
 _HEADER = struct.Struct("<IIII?")
 _CHECKSUM = struct.Struct("<I")
+_AN_HOUR = 3600 * 10**9  # ns; by so much the clock of where the files are may be ahead
 # An entry or, with a further suffix, one that is being written. Nothing else is removed.
 _NAME = re.compile(r"[0-9a-f]{64}\.pixels(\..*)?")
 
@@ -208,7 +210,7 @@ def _checksum(key: str, content: bytes | memoryview) -> int:
 
 def _shrink(folder: pathlib.Path, target: int) -> None:
     """Removes the least recently used entries until the rest takes `target` bytes."""
-    entries = []
+    entries, soon = [], time.time_ns() + _AN_HOUR
     with os.scandir(folder) as found:
         for entry in found:
             if _NAME.fullmatch(entry.name):
@@ -216,7 +218,9 @@ def _shrink(folder: pathlib.Path, target: int) -> None:
                     status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:  # another process has removed or renamed it
                     continue
-                entries.append((status.st_mtime_ns, status.st_size, entry.path))
+                # A clock that was set back since would let it stay for years.
+                used = 0 if status.st_mtime_ns > soon else status.st_mtime_ns
+                entries.append((used, status.st_size, entry.path))
     excess = sum(size for _, size, _ in entries) - target
     for _, size, path in sorted(entries):
         if excess <= 0:

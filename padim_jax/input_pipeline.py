@@ -27,8 +27,8 @@ from PIL import Image
 from padim_jax import image_cache, paths
 from padim_jax.config import ImageConfig
 from padim_jax.datasets import masks
-from padim_jax.datasets.decoding import open_image
-from padim_jax.datasets.files import read_file
+from padim_jax.datasets.decoding import open_rgb
+from padim_jax.datasets.files import read_file, shown
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
 from padim_jax.image_cache import Decoded, ImageCache
@@ -218,6 +218,35 @@ def warm(source: Source, config: ImageConfig, cache: ImageCache, stop: threading
         list(pool.map(work, range(threads)))
 
 
+def faults(
+    source: Source, config: ImageConfig, numbers: Sequence[int], cache: ImageCache | None = None
+) -> Iterator[str | None]:
+    """Why images cannot be used.
+
+    Args:
+      source: the images.
+      config: as for `batches`.
+      numbers: which of the records.
+      cache: filled with those that can; see `batches`.
+
+    Yields:
+      What `batches` would raise of each image, or None if it is as it should be.
+    """
+
+    def fault(number: int) -> str | None:
+        try:
+            _load(source, config, number, cache)
+        except UserError as error:
+            return str(error)
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor(_threads()) as pool:
+        try:
+            yield from pool.map(fault, numbers)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """Reads and decodes one image file to RGB; see `decode`.
 
@@ -226,22 +255,20 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     name = os.fspath(path)
     place = paths.parse(name) if "://" in name else pathlib.Path(name)
-    return decode(read_file(place), name)
+    return decode(read_file(place), shown(name))
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """Decodes an image file to RGB.
-
-    Alpha is dropped, palettes and grey levels are expanded; else see `open_image`.
+    """Decodes an image file to RGB; see `decoding.open_rgb`.
 
     Args:
       data: the file's bytes.
       name: how to call it in an error.
 
     Raises:
-      UserError: not an image, a broken one, or one deeper than 8 bits a channel.
+      UserError: not an image, a broken one, or one of a kind that is not taken.
     """
-    return open_image(data, name).convert("RGB")
+    return open_rgb(data, name)
 
 
 def preprocess(
@@ -319,15 +346,16 @@ def _decode(
     config: ImageConfig,
     seen: View,
 ) -> Decoded:
-    image = decode(image_bytes, str(record.image))
+    name, mask_name = shown(record.image), shown(record.mask or "")
+    image = decode(image_bytes, name)
     mask = None
     if mask_bytes is not None:
-        defect = masks.decode(mask_bytes, str(record.mask))
+        defect = masks.decode(mask_bytes, mask_name)
         mask_image = Image.fromarray(defect.astype(np.uint8))
         if mask_image.size != image.size:
             raise UserError(
-                f"{record.mask}: a mask of {_size_text(mask_image)} pixels for the image "
-                f"{record.image} of {_size_text(image)}; expected equal sizes"
+                f"{mask_name}: a mask of {_size_text(mask_image)} pixels for the image "
+                f"{name} of {_size_text(image)}; expected equal sizes"
             )
         nearest = Image.Resampling.NEAREST
         mask = np.asarray(_resize_crop(mask_image, config, seen, nearest, nearest)) > 0

@@ -4,7 +4,8 @@ Modes:
   train_and_eval  fit, save, evaluate (the default)
   train           fit and save
   eval            evaluate a saved model
-  predict         score images without labels: --input=IMAGE, FOLDER or 'GLOB'
+  predict         score images without labels: --input=IMAGE, FOLDER or 'GLOB'; with --watch
+                  go on with those that arrive in the FOLDER
   calibrate       find thresholds on normal images that were not fitted: --input
   update          extend a saved model by normal images: --input, or the configuration's
   merge           join models of disjoint images: --models=A,B --checkpoint=JOINED
@@ -22,11 +23,15 @@ Examples:
 `padim-jax` is the same as `python -m padim_jax.main`. Every setting of --config can be
 overridden, as in --config.batch_size=16; padim_jax/defaults.py explains them all.
 Results go to --workdir. Exit codes: 0 done, 1 a bug or a failing machine, 2 something
-to mend in the command, the settings or the files.
+to mend in the command, the settings or the files, 130 interrupted (Ctrl-C).
 """
 
+from padim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()  # first, since the imports take their time
+
 import atexit
-import contextlib
 import gc
 import importlib.metadata
 import os
@@ -34,7 +39,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 # XLA runs small factorisations in parallel already; the threads of OpenBLAS, which it
@@ -75,6 +80,21 @@ _INPUT = flags.DEFINE_string(
     None,
     "For predict: an image, a folder or a 'glob'. For calibrate and update: normal images, "
     "likewise; for update without it those of --config.",
+)
+_WATCH = flags.DEFINE_bool(
+    "watch",
+    False,
+    "For predict: score the images of the folder --input, and then those that arrive there, "
+    "until SIGTERM or Ctrl-C.",
+)
+_POLL_SECONDS = flags.DEFINE_float(
+    "poll_seconds", 0.25, "For --watch: between two looks at the folder."
+)
+_SETTLE_SECONDS = flags.DEFINE_float(
+    "settle_seconds",
+    0.5,
+    "For --watch: a file is taken when it has not changed for so long; 0 where files are only "
+    "ever moved in.",
 )
 _MODELS = flags.DEFINE_list("models", [], "For merge: the checkpoints to join.")
 _WEIGHTS = flags.DEFINE_string(
@@ -128,10 +148,10 @@ def main(argv: Sequence[str]) -> None:
     place = cluster.find(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, os.environ)
 
     # Only now what takes long to import: a mistake should not have to wait for it.
-    from padim_jax import distributed, experiment, parallel, sweep
+    from padim_jax import distributed, experiment, parallel, sweep, watch
 
     settings = _shared_settings(config) if place else {}
-    with distributed.session(place, settings, _JOIN_SECONDS.value), _explained():
+    with distributed.session(place, settings, _JOIN_SECONDS.value), paths.explained():
         if _DOWNLOAD.value:
             from padim_jax.datasets import download
 
@@ -154,18 +174,8 @@ def main(argv: Sequence[str]) -> None:
             _WEIGHTS.value,
             _HALF.value,
             _MODELS.value,
+            watch.Timing(_POLL_SECONDS.value, _SETTLE_SECONDS.value) if _WATCH.value else None,
         )
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Clients of object stores raise all sorts of errors, of which most can be mended."""
-    try:
-        yield
-    except Exception as error:
-        if (reason := paths.explanation(error)) is None:
-            raise
-        raise UserError(reason) from error
 
 
 def _config() -> config_lib.Config | None:
@@ -188,6 +198,13 @@ def _check_flags(mode: str, config: config_lib.Config | None) -> None:
         raise UserError(
             f"--config: missing; --mode={mode} needs one, as in --config=configs/mvtec.py"
         )
+    if _WATCH.value and mode != "predict":
+        raise UserError(f"--watch: not for --mode={mode}; it is a form of --mode=predict")
+    for flag, lowest in ((_POLL_SECONDS, 0.01), (_SETTLE_SECONDS, 0.0)):
+        if not _WATCH.value and flag.value != flag.default:
+            raise UserError(f"--{flag.name}: for --watch, which is missing")
+        if not lowest <= flag.value <= 3600:
+            raise UserError(f"--{flag.name}={flag.value}: expected {lowest:g} to 3600 seconds")
     if mode == "merge" and _CHECKPOINT.value is None:
         raise UserError("--checkpoint: missing; expected the folder of the merged model")
     if mode == "merge" and len(_MODELS.value) < 2:
@@ -242,7 +259,7 @@ def _shared_settings(config: config_lib.Config | None) -> dict[str, str]:
     """What has to be the same in all processes, for comparison."""
     given = (
         *(_MODE, _WORKDIR, _CHECKPOINT, _INPUT, _MODELS, _WEIGHTS),
-        *(_HALF, _DOWNLOAD, _OVERWRITE),
+        *(_HALF, _DOWNLOAD, _OVERWRITE, _WATCH, _POLL_SECONDS, _SETTLE_SECONDS),
     )
     settings = {f"--{flag.name}": str(flag.value) for flag in given}
     settings["version of padim_jax"] = padim_jax.__version__
@@ -317,7 +334,9 @@ def _unknown_setting(message: str) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    # Names of files may hold what a terminal would act on, or cannot print.
+    safe = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+    print(f"error: {''.join(safe)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -333,6 +352,7 @@ def _main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """The console script `padim-jax`."""
+    interrupts.install()
     # A last search for garbage, in all that was imported, takes up to half a second.
     atexit.register(gc.freeze)
     app.run(_main, flags_parser=_parse_flags)

@@ -1,4 +1,4 @@
-"""How much memory a fit takes, and how much there is: before it, not by being killed."""
+"""How much memory a run takes, and how much there is: before it, not by being killed."""
 
 import dataclasses
 import pathlib
@@ -18,6 +18,10 @@ _PROGRAM = 0.6 * _GB
 # Feature maps in float32, as XLA's compiled programs report it at most: bytes for a pixel
 # of the batch.
 _FEATURES = {"basic": 90, "bottleneck": 345, "mbconv": 320}
+# Of an evaluation, for a pixel of the test set: its score, whether it is a defect's, and what
+# metrics, curves and pictures make of it at most; and for a defect's pixel on top of it.
+_SCORED, _MEASURED, _DEFECT = 5, 15, 200
+_USUAL_DEFECTS = 0.05  # the share of pixels, before masks are read
 _CGROUPS = pathlib.Path("/sys/fs/cgroup")
 
 
@@ -73,12 +77,13 @@ def estimate(config: Config, images: int, devices: Devices) -> Estimate:
     # A copy of the statistics is on its way to the disk, or they become the model.
     finish = max(statistics, fitted - statistics) + weights
     fit = statistics + max(batch, finish)
+    score = fitted + batch
     first = 0
     if model.reduction == "pca":
         first = int(size * (features + _all_channels(config))) + 3 * weights
         # Of every device a matrix and its making; in float64 the sum, its parts and vectors.
         first += (2 * 4 * devices.local + 5 * 8) * detector.total_channels(model) ** 2
-    total = int(_PROGRAM) + max(fit, first)
+    total = int(_PROGRAM) + max(first, fit, score)
     return Estimate(form, statistics, fitted, batch, total)
 
 
@@ -117,17 +122,49 @@ def require(config: Config, images: int, devices: Devices) -> None:
     )
 
 
+def require_for_maps(config: Config, images: int, defects: float | None = None) -> None:
+    """Stops an evaluation whose anomaly maps, which are kept until the end, have no room.
+
+    Args:
+      config: of the images' size.
+      images: of the test set.
+      defects: the share of defect pixels, where the maps are in memory already; None before
+        the evaluation.
+
+    Raises:
+      UserError: what it takes, what there is, and what would take less.
+    """
+    height, width = config.image.size
+    pixels, free = images * height * width, available_to_host()
+    needed = pixels * (_MEASURED + _DEFECT * (_USUAL_DEFECTS if defects is None else defects))
+    if defects is None:
+        needed += pixels * _SCORED
+    if needed > free:
+        raise UserError(
+            f"not enough memory: about {needed / _GB:.1f} GB to compare the anomaly maps of "
+            f"{images} test images of {height}x{width} pixels with their masks; "
+            f"{free / _GB:.1f} GB are free. Less is taken by a part of the test images, or a "
+            f"smaller config.image.{'crop' if config.image.crop else 'resize'}; scores alone, "
+            "of any number of images, --mode=predict gives"
+        )
+
+
 def available(cgroups: pathlib.Path = _CGROUPS) -> int:
     """Bytes free where the statistics go: the device's own memory, or the machine's.
 
-    In a container the smaller of the machine's and the container's.
+    Args:
+      cgroups: see `available_to_host`.
+    """
+    free = parallel.free_memory()
+    return available_to_host(cgroups) if free is None else free
+
+
+def available_to_host(cgroups: pathlib.Path = _CGROUPS) -> int:
+    """Bytes free of the machine's memory; in a container of that, if it is less.
 
     Args:
       cgroups: where Linux has its control groups.
     """
-    free = parallel.free_memory()
-    if free is not None:
-        return free
     return min([psutil.virtual_memory().available, *_container_limits(cgroups)])
 
 

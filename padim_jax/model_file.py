@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -25,12 +26,15 @@ from padim_jax import config as config_lib
 from padim_jax import parallel, paths
 from padim_jax.config import Config
 from padim_jax.errors import UserError
+from padim_jax.models import pretrained
 from padim_jax.models.pretrained import WeightsIdentity
 from padim_jax.parallel import Devices
 from padim_jax.paths import Path
 from padim_jax.types import Gaussian, LowRank, Projection
 
 SUFFIX = ".safetensors"
+_DTYPES = ("float32", "float16")
+_LONGEST_REASON = 1000  # characters of a library's error
 _FORMAT = "padim_jax model 3"
 # Arrays that are no part of the Gaussians.
 _SMALL = ("index", "images", "projection")
@@ -184,11 +188,13 @@ def load(path: Path, devices: Devices) -> Model:
             config = config_lib.validate(described["config"])
         except UserError as error:
             raise ValueError(str(error)) from error
+        weights = pretrained.identity(described["weights"])
+        _require_types(described, arrays)
         return Model(
             config,
             arrays["index"],
             _restore(described["form"], arrays, devices),
-            WeightsIdentity(**described["weights"]),
+            weights,
             described["identity"],
             arrays["images"],
             described["half"],
@@ -196,14 +202,50 @@ def load(path: Path, devices: Devices) -> Model:
             described["calibration"],
             arrays.get("projection"),
         )
-    except (
-        *(KeyError, TypeError, ValueError, OSError, AttributeError),
-        safetensors.SafetensorError,
-    ) as error:
+    except (UserError, jax.errors.JaxRuntimeError):  # the latter as without memory
+        raise
+    # The parsers raise whatever a damaged file makes them trip over.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
         raise UserError(
-            f"{path}: no model file, or a broken one ({type(error).__name__}: {error}); "
+            f"{path}: no model file, or a broken one ({type(error).__name__}: {reason}); "
             "export it again (--mode=export) or restore it from a copy"
         ) from error
+
+
+def _require_types(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Makes sure of what the checksum does not tell: a stranger's may be right for anything.
+
+    Whether shapes are those of the configuration `detector.require_fitting` sees to.
+
+    Raises:
+      ValueError: something is of another type or number of axes.
+    """
+    if (
+        not isinstance(described["identity"], str)
+        or type(described["half"]) is not bool
+        or not isinstance(described["comparison"], dict | None)
+        or not isinstance(described["calibration"], dict | None)
+    ):
+        raise ValueError("its description is of other types")
+    axes = {"index": 1, "images": 2, "projection": 2, "regularization": 0, "root": 4}
+    axes |= {"mean": 3, "deviations": 4, "factor": 4}
+    regions = arrays["mean_0"].shape[0]
+    for name, array in arrays.items():
+        kind = name.partition("_")[0]
+        if array.ndim != axes.get(kind):
+            raise ValueError(f"an array {name[:100]!r} of shape {array.shape}")
+        if kind == "index":
+            right = array.dtype.name == "int64"
+        elif kind == "images":
+            right = array.dtype.name == "uint8" and array.shape[1] == 32
+        elif kind == "regularization":
+            right = array.dtype.name == "float32" and 0 < float(array) < math.inf
+        else:
+            right = array.dtype.name in _DTYPES and kind in (*axes,)
+            right &= kind == "projection" or array.shape[0] == regions
+        if not right:
+            raise ValueError(f"{name} is of {array.dtype} and shape {array.shape}")
 
 
 @contextlib.contextmanager

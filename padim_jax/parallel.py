@@ -275,6 +275,14 @@ def gather(tree: Tree) -> Tree:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
+def gather_bytes(data: bytes) -> list[bytes]:
+    """What each process has to say, for every process. A collective."""
+    lengths = gather(np.array([len(data)], np.int32))
+    padded = np.zeros((1, max(1, *lengths.tolist())), np.uint8)
+    padded[0, : len(data)] = np.frombuffer(data, np.uint8)
+    return [row[:length].tobytes() for row, length in zip(gather(padded), lengths, strict=True)]
+
+
 @functools.cache  # or every call would compile anew
 def _merge(devices: Devices, donate: bool) -> Callable[[Any], Any]:
     return jax.jit(

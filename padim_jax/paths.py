@@ -8,6 +8,7 @@ written to either is made complete in memory or in a local file first.
 
 import contextlib
 import errno
+import hashlib
 import os
 import pathlib
 import re
@@ -198,10 +199,30 @@ def make_folder(path: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file, and the folders above it where there are such things."""
-    if isinstance(path, pathlib.Path):
+    """Writes a file, and the folders above it where there are such things.
+
+    It is there whole or, after a crash or an error, as it was; what a killed process leaves of
+    it the next one's write replaces.
+
+    Raises:
+      OSError: it cannot be written; the error names it.
+    """
+    if not isinstance(path, pathlib.Path):
+        path.write_bytes(content)  # there when it is whole
+        return
+    # Short, as the name may be as long as one can be.
+    mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    growing = path.with_name(f".{mark}.incomplete")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+        growing.unlink(missing_ok=True)
+        with growing.open("xb") as file:  # and through no link that lies there
+            file.write(content)
+        growing.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            growing.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def modified(path: Path) -> float:
@@ -258,15 +279,105 @@ def move_folder(source: Path, target: Path, last: str) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder with all in it, if there is one."""
-    if isinstance(path, pathlib.Path):
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    """Removes a folder with all in it, if there is one; links in it, not what they lead to.
+
+    Raises:
+      UserError: see `require_no_link`.
+      OSError: something in it cannot be removed.
+    """
+    if not isinstance(path, pathlib.Path):
         path.rmtree(missing_ok=True)
+        return
+    require_no_link(path)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
 
 
-def explanation(error: BaseException) -> str | None:
-    """What to tell of an error that came from an object store's client; None of others."""
+def require_no_link(path: Path) -> None:
+    """Makes sure that what is written below a folder of results is written there.
+
+    Raises:
+      UserError: it is a link to another place.
+    """
+    if isinstance(path, pathlib.Path) and path.is_symlink():
+        raise UserError(
+            f"{path}: is a link to {path.readlink()}; results are written and removed below "
+            "their own folder only. Remove the link, or name another --workdir"
+        )
+
+
+def below(folder: Path, name: str) -> Path:
+    """`folder / name`, for a name that may be a stranger's.
+
+    Args:
+      folder: where it has to be.
+      name: a relative path with slashes.
+
+    Raises:
+      UserError: the name leads out of the folder.
+    """
+    if not is_below(name):
+        raise UserError(f"{name!r}: leads out of {folder}, and is not written there")
+    return folder / name
+
+
+def is_below(name: str) -> bool:
+    """Whether a relative path with slashes stays in the folder that it starts from."""
+    parts = name.split("/")
+    # On Windows a backslash is a slash, and C:x another disk's.
+    foreign = os.name == "nt" and any(mark in name for mark in ("\\", ":"))
+    return not foreign and "\0" not in name and ".." not in parts and parts[0] != ""
+
+
+def as_cell(name: str) -> str:
+    """A relative path for a table that a spreadsheet may open: the same path, no formula."""
+    return f"./{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
+
+
+# What is wrong with a place, and not with this program.
+_ADVICE = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+    errno.EFBIG: "files may not be so large there (ulimit -f?)",
+    errno.EROFS: "name another place",
+    errno.EACCES: "see to the permissions, or name another place",
+    errno.EPERM: "see to the permissions, or name another place",
+    errno.EIO: "the disk or the network fails",
+    errno.ESTALE: "the disk or the network fails",
+    errno.ENODEV: "the disk or the network fails",
+    errno.ENAMETOOLONG: "use shorter names",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "allow more open files",
+}
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Makes errors of the block that the place of a file is to blame for UserErrors.
+
+    Clients of object stores raise all sorts of errors, of which most can be mended.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (reason := explanation(error)) is None:
+            raise
+        raise UserError(reason) from error
+
+
+def explanation(error: BaseException, place: Path | None = None) -> str | None:
+    """What to tell of an error of a disk's or an object store's; None of others.
+
+    Args:
+      error: the system's, a client's, or a library's that quotes the system's.
+      place: where it was; None if the error knows.
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    if code not in _ADVICE and place is not None:
+        code = next((code for code in _ADVICE if os.strerror(code) in str(error)), None)
+    if code in _ADVICE:
+        where = place or getattr(error, "filename", None) or "a file"
+        return f"{where}: cannot be read or written: {os.strerror(code)}; {_ADVICE[code]}"
     modules = [cls.__module__.partition(".")[0] for cls in type(error).__mro__]
     client = next((module for module in modules if module in _CLIENTS), None)
     if client is None:

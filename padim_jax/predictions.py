@@ -1,28 +1,33 @@
 """Images without labels: finding them, and writing what the detector says of them."""
 
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
 import glob
+import hashlib
 import io
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
+from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 from padim_jax import calibration as calibration_lib
 from padim_jax import figures, input_pipeline, paths, results
 from padim_jax.calibration import Calibration
 from padim_jax.config import ImageConfig
-from padim_jax.datasets.files import is_image
+from padim_jax.datasets.files import images_below, is_image, read_file
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
 from padim_jax.paths import Path
 
+TABLE = "scores.csv"
+COLUMNS = ("path", "score", "predicted", "calibrated")
 UNKNOWN = "unknown"  # the defect type of an image of which nothing is known
 
 # Pictures drawn at a time. Each holds its image and map at full size, about 25 bytes a
@@ -46,14 +51,15 @@ def find(pattern: str) -> list[Record]:
     given = paths.parse(pattern)
     found: list[Path]
     if paths.is_folder(given):
-        base, found = given, sorted(filter(is_image, paths.files_below(given)))
+        base, found = given, images_below(given)
     elif given.exists():
         base, found = given.parent, [given]
     else:
         if isinstance(given, pathlib.Path):
             # pathlib's own glob takes no absolute pattern.
             names = sorted(glob.glob(str(given), recursive=True))  # noqa: PTH207
-            found = [path for path in map(pathlib.Path, names) if not path.is_dir()]
+            matching = map(pathlib.Path, names)
+            found = [path for path in matching if not path.is_dir() or _is_listed(path)]
         else:
             found = paths.glob(pattern)
         base = _common_folder(found) if found else given
@@ -66,6 +72,11 @@ def find(pattern: str) -> list[Record]:
         Record("test", path, None, 0, UNKNOWN, path.relative_to(base).as_posix())
         for path in found
     ]
+
+
+def _is_listed(folder: pathlib.Path) -> bool:
+    """As an image: so that it is refused, and not passed over."""
+    return is_image(folder) and (folder.is_symlink() or not images_below(folder))
 
 
 def _common_folder(files: Sequence[Path]) -> Path:
@@ -180,12 +191,98 @@ def _interpolate(values: np.ndarray, position: np.ndarray) -> np.ndarray:
     return values[low] * (1 - weight) + values[low + 1] * weight
 
 
+def files(folder: Path, name: str, map_suffix: str) -> tuple[Path, Path]:
+    """Where `Pictures` puts an image's map and overlay, by its relative path."""
+    return folder / "maps" / f"{name}.{map_suffix}", folder / "overlays" / f"{name}.jpg"
+
+
+class Pictures:
+    """Draws predictions below a folder.
+
+    maps/ gets the raw map (float32 .npy or .tiff, NaN where unscored), overlays/ the heat map
+    over the image, both at the image's size.
+    """
+
+    def __init__(
+        self, folder: Path, config: ImageConfig, map_suffix: str, thresholds: Thresholds
+    ):
+        self._folder, self._config, self._suffix = folder, config, map_suffix
+        self._thresholds, self.scale = thresholds, thresholds.scale
+
+    def set_scale(self, maps: Float32[np.ndarray, "n h w"]) -> None:
+        """Where there is no colour scale, the first maps set it for all."""
+        if self.scale is None:
+            self.scale = figures.color_scale(maps, np.zeros(len(maps), int))
+
+    def draw(
+        self,
+        name: str,
+        image: UInt8[np.ndarray, "height width 3"],
+        anomaly_map: Float32[np.ndarray, "h w"],
+    ) -> None:
+        """Writes an image's map and overlay; there is a colour scale.
+
+        Raises:
+          UserError: they cannot be written.
+        """
+        assert self.scale is not None
+        height, width, _ = image.shape
+        full = restore_map(anomaly_map, (height, width), self._config)
+        overlay = figures.overlay(image, full, self.scale, self._thresholds.pixel)
+        _, path = files(self._folder, name, self._suffix)
+        with writing(path):
+            results.save_map(self._folder / "maps", name, self._suffix, full)
+            if isinstance(path, pathlib.Path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            figures.save(overlay, path)
+
+
+def rows(
+    names: Sequence[str],
+    scores: Float32[np.ndarray, " n"],
+    threshold: float | None,
+    calibration: Calibration | None,
+) -> list[tuple[str, np.float32, int | str, str]]:
+    """What a table says of images: `COLUMNS`; "" where there is nothing to compare with."""
+    calibrated: Sequence[str] = [""] * len(scores)
+    if calibration is not None:
+        levels = calibration.calibrated(scores)
+        calibrated = [calibration_lib.shown(float(level)) for level in levels]
+    return [
+        (
+            paths.as_cell(name),
+            score,
+            "" if threshold is None else int(score >= threshold),
+            level,
+        )
+        for name, score, level in zip(names, scores, calibrated, strict=True)
+    ]
+
+
+def as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
+    """Rows of a table; bytes of file names that are no text stay as they are."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tells the user of an error in writing there: a full disk, a name that is too long."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}). When this is mended, the "
+            "same command goes on"
+        ) from error
+
+
 class Writer:
-    """Writes predictions below a folder as they come.
+    """Writes predictions below a folder as they come; a row of an image is its last.
 
     scores.csv gets one row an image, with what share of normal images scores lower where the
-    model has a calibration; maps/ the raw map (float32 .npy or .tiff, NaN
-    where unscored) and overlays/ the heat map over the image, both at the image's size.
+    model has a calibration; `Pictures` draws the rest.
     An object store can't take a file row by row: there scores.csv has its header at first,
     and the rows at the end.
     Images are decoded a second time here: keeping them, at their full size, from the
@@ -199,18 +296,25 @@ class Writer:
         map_suffix: str,
         thresholds: Thresholds,
         calibration: Calibration | None,
+        kept: int = 0,
     ):
+        """Begins the table, or goes on with its first `kept` bytes (of a local folder)."""
         paths.make_folder(folder)
-        self._folder, self._config, self._suffix = folder, config, map_suffix
-        self._thresholds, self._calibration = thresholds, calibration
-        self._table = folder / "scores.csv"
-        if isinstance(self._table, pathlib.Path):
-            self._file = self._table.open("w", newline="", encoding="utf-8")
-        else:
-            self._file = io.StringIO(newline="")
-        self._rows = csv.writer(self._file)
-        self._rows.writerow(("path", "score", "predicted", "calibrated"))
-        self._upload()
+        self._pictures = Pictures(folder, config, map_suffix, thresholds)
+        self._threshold, self._calibration = thresholds.image, calibration
+        self._table = folder / TABLE
+        self._file: BinaryIO
+        with writing(self._table):
+            if isinstance(self._table, pathlib.Path):
+                self._file = self._table.open("r+b" if kept else "wb")
+                self._file.truncate(kept)
+                self._file.seek(kept)
+            else:
+                assert not kept
+                self._file = io.BytesIO()
+            if not kept:
+                self._append([COLUMNS])
+            self._upload()
         self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS)
 
     def __enter__(self) -> "Writer":
@@ -225,45 +329,73 @@ class Writer:
     ) -> None:
         """Closes the table."""
         self._threads.shutdown(cancel_futures=True)
-        self._upload()
-        self._file.close()
+        try:
+            self._upload()
+        finally:
+            self._file.close()
+
+    @property
+    def scale(self) -> figures.ColorScale | None:
+        """Of the heat maps; None before the first batch, which may set it."""
+        return self._pictures.scale
+
+    @property
+    def size(self) -> int:
+        """Bytes of the table so far."""
+        return self._file.tell()
 
     def add(
         self,
         records: Sequence[Record],
-        sizes: Sequence[tuple[int, int]],
         maps: Float32[np.ndarray, "n h w"],
         scores: Float32[np.ndarray, " n"],
+        digests: UInt8[np.ndarray, "n 32"] | None = None,
     ) -> None:
-        """Writes a batch; without a colour scale the first batch sets it."""
-        known = self._thresholds
-        if known.scale is None:
-            scale = figures.color_scale(maps, np.zeros(len(maps), int))
-            self._thresholds = known = dataclasses.replace(known, scale=scale)
-        calibrated = [""] * len(scores)
-        if self._calibration is not None:
-            calibrated = map(calibration_lib.shown, self._calibration.calibrated(scores))
+        """Writes a batch; without a colour scale the first batch sets it.
+
+        Args:
+          records: the images.
+          maps: what the detector says of them.
+          scores: and of each as a whole.
+          digests: SHA-256 of the files that it saw; None does not compare.
+
+        Raises:
+          UserError: an image cannot be read again, or is another one by now; or something
+            cannot be written. The table then has the rows before.
+        """
+        self._pictures.set_scale(maps)
+        expected = [None] * len(records) if digests is None else [x.tobytes() for x in digests]
+        names = [record.relative_path for record in records]
+        written = rows(names, scores, self._threshold, self._calibration)
         # In threads, since Pillow and NumPy leave Python's lock while they work.
-        drawn = self._threads.map(self._draw, records, sizes, maps)
-        for record, score, level, _ in zip(records, scores, calibrated, drawn, strict=True):
-            predicted = "" if known.image is None else int(score >= known.image)
-            self._rows.writerow((record.relative_path, score, predicted, level))
-        self._file.flush()
+        drawn = self._threads.map(self._draw, records, maps, expected)
+        done = []
+        try:
+            for row, _ in zip(written, drawn, strict=True):
+                done.append(row)
+        finally:
+            with writing(self._table):
+                self._append(done)
 
     def _draw(
-        self, record: Record, size: tuple[int, int], anomaly_map: Float32[np.ndarray, "h w"]
+        self,
+        record: Record,
+        anomaly_map: Float32[np.ndarray, "h w"],
+        digest: bytes | None,
     ) -> None:
-        known, name = self._thresholds, record.relative_path
-        assert known.scale is not None
-        full = restore_map(anomaly_map, size, self._config)
-        results.save_map(self._folder / "maps", name, self._suffix, full)
-        image = np.asarray(input_pipeline.read_image(record.image))
-        overlay = figures.overlay(image, full, known.scale, known.pixel)
-        path = self._folder / "overlays" / f"{name}.jpg"
-        if isinstance(path, pathlib.Path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        figures.save(overlay, path)
+        data = read_file(record.image)
+        if digest is not None and hashlib.sha256(data).digest() != digest:
+            raise UserError(
+                f"{record.image}: was written to while it was scored; run the same command "
+                "again when it is whole"
+            )
+        image = np.asarray(input_pipeline.decode(data, str(record.image)))
+        self._pictures.draw(record.relative_path, image, anomaly_map)
+
+    def _append(self, rows: Iterable[Sequence[Any]]) -> None:
+        self._file.write(as_csv(rows))
+        self._file.flush()
 
     def _upload(self) -> None:
-        if isinstance(self._file, io.StringIO):
-            self._table.write_bytes(self._file.getvalue().encode())
+        if isinstance(self._file, io.BytesIO):
+            self._table.write_bytes(self._file.getvalue())

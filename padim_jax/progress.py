@@ -54,16 +54,22 @@ def batches(
       UserError: an image cannot be read or decoded, or the processes see different ones.
     """
     listing(source, devices)
-    total = len(source.records)
-    # A few images need not be padded to a whole batch. What is left of a fit is, as it would
-    # have been without the interruption: to the last bit.
-    size = devices.padded(max(1, min(config.batch_size, total)))
+    total, size = len(source.records), batch_size(source, config, devices)
     share = Share(devices.process, devices.processes)
     name = f"{config.category} {what}".lstrip()
     with bar(total, name, devices, start) as shown:
         for batch in input_pipeline.batches(source, config.image, size, cache, share, start):
             yield batch
             shown.update(min(size, total - shown.n))
+
+
+def batch_size(source: Source, config: Config, devices: Devices) -> int:
+    """Images a step, of all devices together.
+
+    A few images need not be padded to a whole batch. What is left of a source that was
+    interrupted is, as it would have been without the interruption: to the last bit.
+    """
+    return devices.padded(max(1, min(config.batch_size, len(source.records))))
 
 
 def bar(

@@ -131,7 +131,7 @@ def differing_settings(config: Config, item: Published) -> dict[str, tuple[Any, 
     for name, theirs in item.settings.items():
         ours = _setting(config, name)
         if name == "model.weights":
-            backbone, _, ours = ours.rpartition(".")
+            backbone, _, ours = ours.partition("@")[0].rpartition(".")  # whatever the commit
             if backbone != config.model.backbone:
                 continue
         if ours != theirs:

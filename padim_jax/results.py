@@ -18,14 +18,17 @@ from padim_jax import calibration as calibration_lib
 from padim_jax import figures, metrics, paths, published
 from padim_jax.calibration import Calibration
 from padim_jax.config import Config
-from padim_jax.datasets.records import GOOD, Record
+from padim_jax.datasets.files import shown
+from padim_jax.datasets.records import GOOD, Record, Skipped
 from padim_jax.paths import Path
 
 # With config.outputs.figures="some", of each defect type this many of the highest
 # scored images and as many of the lowest.
 _SOME = 2
 
-_SHOWN_LEAKS = 3  # so many are named
+SKIPPED = "skipped.csv"
+_SHOWN = 3  # so many leaks, or skipped images, are named
+_LONGEST_NAME = 200  # bytes of a picture's, of 255 that there may be
 
 # Name in the table and keys of metrics.json and of the published numbers.
 _ROWS = (
@@ -194,12 +197,20 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON that any reader takes: no NaN, text as it is. It is there once whole."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     content = text.encode() + b"\n"
-    if isinstance(path, pathlib.Path):
-        growing = path.with_name(f"{path.name}.incomplete")
-        growing.write_bytes(content)
-        growing.replace(path)
-    else:  # on an object store a file is there when it is whole
-        path.write_bytes(content)
+    paths.write(path, content)
+
+
+def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
+    """Lists images that were left out in skipped.csv; without any there is no such file."""
+    table = folder / SKIPPED
+    if not skipped:
+        table.unlink(missing_ok=True)
+        return
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(("path", "reason"))
+    rows.writerows((paths.as_cell(one.path), one.reason) for one in skipped)
+    paths.write(table, text.getvalue().encode())
 
 
 def save_map(
@@ -214,7 +225,7 @@ def save_map(
         np.save(content, anomaly_map)
     else:
         Image.fromarray(anomaly_map).save(content, suffix)
-    paths.write(folder / f"{name}.{suffix}", content.getvalue())
+    paths.write(paths.below(folder, f"{name}.{suffix}"), content.getvalue())
 
 
 def table(config: Config, measured: dict[str, Any]) -> str:
@@ -248,10 +259,13 @@ def table(config: Config, measured: dict[str, Any]) -> str:
     ]
     sentences = _thresholds(measured)
     if leaks := measured.get("leaks"):
-        some = ", ".join(leaks[:_SHOWN_LEAKS]) + ", ..." * (len(leaks) > _SHOWN_LEAKS)
         sentences.append(
-            f"{len(leaks)} of {measured['test_images']} test images were trained on too: {some}"
+            f"{len(leaks)} of {measured['test_images']} test images were trained on too: "
+            f"{_some(leaks)}"
         )
+    if skipped := measured.get("skipped"):
+        some = _some([one["path"] for one in skipped])
+        sentences.append(f"{len(skipped)} images skipped, see {SKIPPED}: {some}")
     if sentences:
         lines += ["", *sentences]
     if measured["per_defect"]:
@@ -297,6 +311,11 @@ def _sources(config: Config) -> list[published.Published]:
         if any(config.category in values for values in source.values.values())
     ]
     return sorted(found, key=lambda one: bool(published.differing_settings(config, one)))
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few."""
+    return ", ".join(map(shown, names[:_SHOWN])) + ", ..." * (len(names) > _SHOWN)
 
 
 def _thresholds(measured: dict[str, Any]) -> list[str]:
@@ -361,15 +380,15 @@ def _write_scores(
     for record, score, rarity in zip(scored.records, scored.scores, calibrated, strict=True):
         writer.writerow(
             (
-                record.relative_path,
+                paths.as_cell(record.relative_path),
                 record.label,
-                record.defect_type,
+                paths.as_cell(record.defect_type),
                 score,
                 *("" if t is None else int(score >= t) for t in (threshold, f1_threshold)),
                 rarity,
             )
         )
-    path.write_bytes(table.getvalue().encode())
+    paths.write(path, table.getvalue().encode())
 
 
 def _roc_curves(
@@ -419,7 +438,8 @@ def _draw_figures(
             f"{'anomalous' if record.label else 'normal'}{verdict}",
         )
         stem = pathlib.PurePosixPath(record.relative_path).stem
-        figures.save(picture, folder / f"{place:04d}_{record.defect_type}_{stem}.jpg")
+        name = f"{place:04d}_{record.defect_type}_{stem}".encode()[:_LONGEST_NAME]
+        figures.save(picture, folder / f"{name.decode(errors='ignore')}.jpg")
         return picture if which == "some" else None
 
     chosen = _chosen(scored, which)

@@ -2,7 +2,8 @@
 
 Processes and hosts that are given the same command and workdir share the runs out: each
 takes the next one that nobody has finished or is at. A run is taken by a lock on a file,
-which the system gives back when its process ends, in whatever way.
+which the system gives back when its process ends, in whatever way; object stores have none,
+and there a sweep is for one command alone.
 """
 
 import contextlib
@@ -16,14 +17,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import filelock
-
 from padim_jax import (
     compilation_cache,
     experiment,
     fitting,
     image_cache,
     input_pipeline,
+    locks,
     parallel,
     paths,
     progress,
@@ -38,8 +38,7 @@ from padim_jax.fitting import Backbone
 from padim_jax.parallel import Devices
 from padim_jax.paths import Path
 
-_LOCKS = ".locks"
-_LOG, _CONFIG, _METRICS = "log.txt", "config.json", "metrics.json"
+_LOG, _CONFIG, _METRICS = "log.txt", "config.json", experiment.METRICS
 _ERROR = "error.txt"  # of a run that failed, until it is tried again
 # What a run's metrics do not depend on.
 _ASIDE = ("batch_size", "cache", "outputs", "train")
@@ -123,7 +122,9 @@ def run(config: Config, workdir: Path, overwrite: bool = False) -> None:
       UserError: runs failed; or a finished one, not to be overwritten, had other settings.
       Stopped: by SIGTERM.
     """
-    runs, devices, begun = plan(config, workdir), parallel.every(), time.time()
+    runs, devices = plan(config, workdir), parallel.every()
+    # Not by the clock, which may be set, or differ from that of where the files are.
+    before = {one.name: _versions(one) for one in runs}
     if not overwrite:
         for one in runs:
             _require_same(one)
@@ -137,8 +138,9 @@ def run(config: Config, workdir: Path, overwrite: bool = False) -> None:
         backbone = fitting.load_backbone(config.model, devices)
         progress.say(f"weights: {backbone[1].origin}")
         for i, one in enumerate(runs):
-            with _lock(workdir, one.name, devices) as taken:
-                state = _state(one, begun if overwrite else 0.0, begun, taken)
+            lock = workdir / one.name.replace("/", "_")
+            with locks.attempt(lock, devices.process) as taken:
+                state = _state(one, before[one.name], overwrite, taken)
                 # One process decides for those that are joined.
                 state = _STATES[parallel.agreed(_STATES.index(state))]
                 if state == "free":
@@ -167,14 +169,28 @@ def run(config: Config, workdir: Path, overwrite: bool = False) -> None:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed:{listed}")
 
 
-def _state(one: Run, finished_since: float, failed_since: float, taken: bool) -> str:
-    """What is to be said of a run; see `_STATES`."""
-    metrics, error = one.workdir / _METRICS, one.workdir / _ERROR
-    if metrics.exists() and paths.modified(metrics) >= finished_since:
+def _versions(one: Run) -> tuple[Any, Any]:
+    """Of a run's metrics and of its error; other ones once it is done again. None for none."""
+    return _version(one.workdir / _METRICS), _version(one.workdir / _ERROR)
+
+
+def _version(path: Path) -> Any:
+    if not path.exists():
+        return None
+    if not isinstance(path, pathlib.Path):
+        return paths.modified(path)
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def _state(one: Run, before: tuple[Any, Any], overwrite: bool, taken: bool) -> str:
+    """What is to be said of a run, with its `_versions` at the beginning; see `_STATES`."""
+    metrics, error = _versions(one)
+    if metrics is not None and not (overwrite and metrics == before[0]):
         return _STATES[1]
     if not taken:
         return _STATES[2]
-    if error.exists() and paths.modified(error) >= failed_since:
+    if error is not None and error != before[1]:
         return _STATES[3]
     return _STATES[0]
 
@@ -184,10 +200,12 @@ def _run(one: Run, backbone: Backbone, devices: Devices) -> str:
     started = time.monotonic()
     if devices.process == 0:
         fitting.make_folder(one.workdir)
-        (one.workdir / _ERROR).unlink(missing_ok=True)
+        # If it is interrupted, it is neither failed nor finished.
+        for name in (_ERROR, _METRICS):
+            (one.workdir / name).unlink(missing_ok=True)
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(said), paths.explained():
             measured = experiment.train_and_eval(
                 one.config, one.workdir, one.workdir / "checkpoint", backbone
             )
@@ -204,36 +222,6 @@ def _report_failure(one: Run, error: Exception) -> None:
         paths.write(one.workdir / _ERROR, f"{message}\n".encode())
     if not isinstance(error, UserError):
         traceback.print_exception(error)
-
-
-@contextlib.contextmanager
-def _lock(workdir: Path, name: str, devices: Devices, wait: bool = False) -> Iterator[bool]:
-    """Whether nobody else has this name; until the block's end nobody gets it.
-
-    With `wait` it is had in the end.
-
-    Object stores have no locks: there a sweep is for one command alone.
-    """
-    if devices.process > 0 or not isinstance(workdir, pathlib.Path):
-        yield True
-        return
-    folder = workdir / _LOCKS
-    folder.mkdir(exist_ok=True)
-    lock = filelock.FileLock(folder / f"{name.replace('/', '_')}.lock")
-    try:
-        lock.acquire(blocking=wait)
-    except filelock.Timeout:
-        yield False
-        return
-    except (OSError, NotImplementedError) as error:
-        raise UserError(
-            f"{folder}: files cannot be locked there ({error}); name another place with "
-            "--workdir"
-        ) from error
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 def _is_drawn(config: Config) -> bool:
@@ -314,7 +302,7 @@ def _decoding(following: Sequence[Run], devices: Devices) -> Iterator[None]:
 def _write(config: Config, runs: Sequence[Run], workdir: Path, devices: Devices) -> None:
     """Writes the table of what there is by now, of all processes, and the page."""
     # One process at a time: so the last one's table is the most complete.
-    with _lock(workdir, "table", devices, wait=True):
+    with locks.attempt(workdir / "table.json", devices.process, wait=True):
         failed = {one.name: message for one in runs if (message := _error(one))}
         finished = {
             (one.category, one.repeat): _read(one.workdir / _METRICS)
@@ -325,7 +313,7 @@ def _write(config: Config, runs: Sequence[Run], workdir: Path, devices: Devices)
         found = sweep_table.build(config, finished, failed, categories)
         sweep_table.write(workdir, found)
         # One run of a category stands for all of its repeats.
-        first = [one for one in runs if one.repeat == 0]
+        first = [one for one in runs if not one.repeat and (one.category, 0) in finished]
         pages, pictures = {}, {}
         for one in first:
             if (one.workdir / experiment.REPORT).exists():

@@ -6,6 +6,7 @@
 import csv
 import io
 import json
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -117,7 +118,7 @@ def csv_text(table: Mapping[str, Any]) -> str:
     columns = [AVERAGE, *table["categories"]]
     file = io.StringIO(newline="")
     writer = csv.writer(file)
-    writer.writerow(("metric", "source", "quantity", *columns))
+    writer.writerow(("metric", "source", "quantity", *map(paths.as_cell, columns)))
 
     def write_row(key: str, source: str, quantity: str, values: Mapping[str, Any]) -> None:
         cells = (values.get(column) for column in columns)
@@ -343,6 +344,8 @@ def _legend(
                 f"{category}: {len(leaks)} of {runs[0]['test_images']} test images were "
                 "trained on too"
             )
+        if skipped := {one["path"] for found in runs for one in found.get("skipped", ())}:
+            sentences.append(f"{category}: {len(skipped)} images skipped, see skipped.csv")
         reasons = {
             (METRICS[key], reason)
             for found in runs
@@ -393,6 +396,6 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that cannot end a cell or a line of Markdown, nor begin an HTML element."""
-    escaped = text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    """Text that ends no cell or line of Markdown, and begins no element, link or picture."""
+    escaped = re.sub(r"([\\|`\[\]])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
     return " ".join(escaped.split())

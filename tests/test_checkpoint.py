@@ -3,7 +3,6 @@
 Runs on virtual CPU devices, of which `conftest.py` asks for eight.
 """
 
-import contextlib
 import copy
 import dataclasses
 import gc
@@ -12,11 +11,9 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +64,15 @@ def make_statistics(form: str, seed: int = 0) -> Moments | Samples:
     return UPDATE[form](low_rank.init(shapes, images), *batch)
 
 
+def make_moments(config: Config) -> Moments:
+    """Of all regions that a configuration has."""
+    index = detector.channel_index(config.model).tolist()
+    shapes = detector.pyramid(config.image, config.model, index).shapes
+    rng = np.random.default_rng(0)
+    levels = tuple(rng.standard_normal((*shape, 3), np.float32) for shape in shapes)
+    return UPDATE["moments"](gaussian.init(shapes), levels, np.ones(3, bool))
+
+
 def make_fitted(
     seed: int = 0,
     config: Config | None = None,
@@ -76,7 +82,7 @@ def make_fitted(
     devices: Devices = ONE,
     statistics: Moments | Samples | None = None,
 ) -> Fitted:
-    index = np.array([7, 63, 0, 42, 3, 8], np.int64)
+    index = detector.channel_index(make_config().model)
     statistics = statistics or make_statistics(form, seed)
     regions = len(jax.tree.leaves(statistics)[-1])
     images = [hashlib.sha256(f"{seed} {i}".encode()).digest() for i in range(3 + seed)]
@@ -362,75 +368,6 @@ class TestReplace:
             assert same(load(target), make_fitted(seed))
 
 
-def write_history(path: pathlib.Path) -> Iterator[tuple[list[Fitted], list[Any]]]:
-    """Saves one checkpoint after the other.
-
-    Yields:
-      Before each: what there is then to load, if the next save ends at any time: the
-      models of which one must be found, and the unfinished fits, None for none.
-    """
-    first, second = make_fitted(0), make_fitted(1, form="samples")
-    fits = [make_fitted(seed, unfinished=f"train {seed}") for seed in (2, 3)]
-    yield [], [None]
-    save(path, first)
-    yield [first], [None, fits[0]]
-    save(path, fits[0])
-    yield [first], fits
-    save(path, fits[1])
-    yield [first, second], [fits[1], None]
-    with checkpoint.saving(path, second, ONE):
-        pass
-    yield [second, first], [None]
-    with contextlib.suppress(Crash), checkpoint.saving(path, first, ONE):
-        raise Crash
-
-
-def on_change(act) -> None:
-    """From now on `act` is called before every change that Python makes to files."""
-    lock, changes = threading.RLock(), {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
-    inside = threading.local()
-
-    def hook(event: str, args: tuple) -> None:
-        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_RDWR | 1)
-        if (writes or event in changes) and not getattr(inside, "here", False):
-            inside.here = True
-            try:
-                with lock:
-                    act()
-            finally:
-                inside.here = False
-
-    sys.addaudithook(hook)
-
-
-def main_of_child(path: pathlib.Path, copies: pathlib.Path | None, kill: int) -> None:
-    """Writes the history; copies the folder at every change, or ends at one of them."""
-    stage, number = 0, 0
-
-    def act() -> None:
-        nonlocal number
-        number += 1
-        if number == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-        while copies is not None and path.exists():
-            try:
-                shutil.copytree(path, copies / f"{stage} {number}")
-            except shutil.Error:  # another thread has renamed something meanwhile
-                shutil.rmtree(copies / f"{stage} {number}")
-            else:
-                break
-
-    on_change(act)
-    for stage, _ in enumerate(write_history(path)):
-        print(stage, flush=True)
-    print(number, flush=True)
-
-
-def child(*arguments: Any) -> subprocess.Popen[str]:
-    source = f"import sys, {__name__} as here; here.main_of_child(*map(eval, sys.argv[1:]))"
-    return start(source, *(repr(x) for x in arguments))
-
-
 def start(source: str, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
     """Another Python that can import the tests."""
     here = pathlib.Path(__file__).parent
@@ -445,78 +382,6 @@ def start(source: str, *arguments: str, devices: int = 1) -> subprocess.Popen[st
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def require_sound(
-    path: pathlib.Path, next_one: Fitted, models: list[Fitted], fits: list[Any]
-) -> None:
-    """What a save that was killed left is one of these, and in nobody's way."""
-    if models:
-        assert any(same(load(path), model) for model in models), steps(path)
-    else:
-        with contextlib.suppress(UserError):
-            load(path)
-    fit = checkpoint.load_unfinished(path, ONE)
-    assert any(
-        fit is None if wanted is None else fit is not None and same(fit, wanted)
-        for wanted in fits
-    ), steps(path)
-    save(path, next_one)
-    assert same(load(path), next_one)
-    assert checkpoint.load_unfinished(path, ONE) is None
-    assert len(steps(path)) == 1
-    assert steps(path)[0].isdigit()
-
-
-@pytest.fixture(scope="module")
-def history(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return list(write_history(tmp_path_factory.mktemp("history") / "checkpoint"))
-
-
-def roughly(path: pathlib.Path) -> set[str]:
-    """Steps and their parts; of what is being written only that it is."""
-    found = set()
-    for entry in path.iterdir():
-        found.add(entry.name)
-        if entry.name.isdigit():
-            found |= {f"{entry.name}/{part.name}" for part in entry.iterdir()}
-    return found
-
-
-class TestKilled:
-    """Ended at any moment, it has saved what it had, and the next save mends the rest."""
-
-    def test_state_at_every_change(self, history: list[Any], tmp_path: pathlib.Path):
-        """The files as an end before each change to them would leave them."""
-        copies = tmp_path / "copies"
-        process = child(tmp_path / "checkpoint", copies, 0)
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == 0, errors
-        seen, stages, next_one = set(), [], make_fitted(4)
-        for found in sorted(copies.iterdir(), key=lambda x: int(x.name.split()[1])):
-            stage = int(found.name.split()[0])
-            if (state := (stage, *sorted(roughly(found)))) in seen:
-                continue
-            seen.add(state)
-            stages.append(stage)
-            require_sound(found, next_one, *history[stage])
-        # All parts of it, and so many that the kinds of leftovers have been there.
-        assert set(stages) == set(range(len(history)))
-        assert len(seen) >= 12
-        names = {name for _, *state in seen for name in state}
-        assert any("orbax-checkpoint-tmp" in name for name in names)
-        assert any(name.endswith(".deleted") for name in names)
-
-    def test_for_real(self, history: list[Any], tmp_path: pathlib.Path):
-        rng = np.random.default_rng(0)
-        killed, next_one = {}, make_fitted(4)
-        for number in rng.choice(np.arange(10, 180), 4, replace=False).tolist():
-            path = tmp_path / str(number) / "checkpoint"
-            killed[path] = child(path, None, number)
-        for path, process in killed.items():
-            out, errors = process.communicate(timeout=100)
-            assert process.returncode == -signal.SIGKILL, errors
-            require_sound(path, next_one, *history[len(out.split()) - 1])
 
 
 class TestUnfinished:
@@ -1126,7 +991,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A checkpoint whose backbone weights can be had."""
     _, weights = pretrained.load("random", "resnet18", make_config().model.layers)
     path = tmp_path_factory.mktemp("whole") / "checkpoint"
-    save(path, make_fitted(weights=weights))
+    save(path, make_fitted(weights=weights, statistics=make_moments(make_config())))
     return path
 
 
@@ -1135,8 +1000,10 @@ class TestWholeDetector:
         loaded = padim_jax.load(whole)
         assert not loaded.config.dataset.root.exists()
         np.testing.assert_array_equal(loaded.index, make_fitted().index)
-        expected: Any = make_statistics("moments")
-        assert same_arrays(parallel.join(loaded.gaussian.mean, 6), expected.mean)
+        expected = make_moments(make_config())
+        assert same_arrays(
+            parallel.join(loaded.gaussian.mean, len(expected.mean[0])), expected.mean
+        )
 
     @pytest.mark.parametrize("name", DEPENDS)
     def test_another_setting_is_refused(self, name: str, whole: pathlib.Path):
@@ -1175,7 +1042,8 @@ class TestWholeDetector:
         config = make_config(**{"model.weights": str(tmp_path / "was.npz")})
         _, identity = pretrained.load(config.model.weights, "resnet18", config.model.layers)
         path = tmp_path / "checkpoint"
-        save(path, make_fitted(config=config, weights=identity))
+        fitted = make_fitted(config=config, weights=identity, statistics=make_moments(config))
+        save(path, fitted)
         (tmp_path / "was.npz").rename(tmp_path / "is.npz")
         with pytest.raises(UserError) as caught:
             experiment.load(path)
@@ -1186,7 +1054,8 @@ class TestWholeDetector:
             experiment.load(path, weights="random")
 
     def test_other_weights_are_refused(self, tmp_path: pathlib.Path):
-        save(tmp_path / "checkpoint", make_fitted(weights=WEIGHTS))
+        fitted = make_fitted(weights=WEIGHTS, statistics=make_moments(make_config()))
+        save(tmp_path / "checkpoint", fitted)
         with pytest.raises(UserError) as caught:
             padim_jax.load(tmp_path / "checkpoint")
         _, found = pretrained.load("random", "resnet18", make_config().model.layers)

@@ -1,5 +1,6 @@
 """What one run compiles the next one loads; damage and bad folders cost time, nothing else."""
 
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -234,3 +235,24 @@ def test_other_files_are_left_alone(config: CacheConfig):
 def test_nobody_else_can_put_programs_there(config: CacheConfig):
     run(config)
     assert pathlib.Path(config.folder, "compilation").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("theirs", ["mode", "owner"])
+def test_programs_that_others_may_have_put_there_are_not_run(
+    theirs: str,
+    config: CacheConfig,
+    events: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    run(config)
+    if theirs == "mode":
+        pathlib.Path(config.folder, "compilation").chmod(0o770)
+    else:  # as if another user had made the folder, who keeps the right to write to it
+        uid = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+        monkeypatch.setattr(compilation_cache, "_TRUSTED", ())
+    events.clear()
+    assert run(config) == [0, 2, 4, 6]
+    assert events == []
+    assert "others may write there" in capsys.readouterr().err

@@ -95,6 +95,7 @@ def test_settings_arrive_where_they_belong():
             "tfds_dir": "c",
             "train_images": 60,
             "seed": 8,
+            "skip_bad": True,
         },
         "image": {
             "resize": [192, 320],
@@ -146,7 +147,7 @@ def test_fields_are_these():
     } == {
         "category": None,
         "repeats": None,
-        "dataset": ["name", "root", "seed", "source", "tfds_dir", "train_images"],
+        "dataset": ["name", "root", "seed", "skip_bad", "source", "tfds_dir", "train_images"],
         "image": ["crop", "crop_at", "mean", "method", "resize", "rotation", "seed", "std"],
         "model": [
             "backbone",
@@ -196,10 +197,10 @@ NUMBERS = [
     ("config.model.channels", 0, ["at least 1"]),
     ("config.model.channels", 100.5, ["whole number"]),
     ("config.model.seed", -1, ["at least 0"]),
-    ("config.model.regularization", 0, ["at least 0.0001"]),
-    ("config.model.regularization", 9e-5, ["at least 0.0001"]),
-    ("config.model.regularization", -0.01, ["at least 0.0001"]),
-    ("config.model.regularization", float("nan"), ["number of at least"]),
+    ("config.model.regularization", 0, ["from 0.0001 to 1e+06"]),
+    ("config.model.regularization", 9e-5, ["from 0.0001"]),
+    ("config.model.regularization", -0.01, ["from 0.0001"]),
+    ("config.model.regularization", float("nan"), ["number from"]),
     ("config.model.pooling", 2, ["odd"]),
     ("config.model.pooling", 0, ["odd"]),
     ("config.model.pooling", 3.0, ["odd"]),
@@ -210,14 +211,22 @@ NUMBERS = [
     ("config.threshold.held_out", 1, ["above 0 and below 1"]),
     ("config.threshold.image_rate", 0.0, ["above 0 and below 1"]),
     ("config.threshold.pixel_rate", "0.1", ["above 0 and below 1"]),
-    ("config.map.sigma", -1.0, ["at least 0"]),
+    ("config.map.sigma", -1.0, ["from 0 to 16384"]),
     ("config.map.sigma", float("inf"), ["number"]),
-    ("config.train.checkpoint_every", -1.0, ["at least 0"]),
+    ("config.train.checkpoint_every", -1.0, ["from 0 to 1e+09"]),
     ("config.train.checkpoint_every", float("inf"), ["number"]),
     ("config.train.checkpoint_every", "300", ["number"]),
     ("config.train.checkpoint_every", None, ["number"]),
-    ("config.cache.images_gb", -1, ["at least 0"]),
+    ("config.cache.images_gb", -1, ["from 0 to 1e+06"]),
     ("config.cache.images_gb", float("inf"), ["number"]),
+    # What would end in an overflow, without memory, or never.
+    ("config.batch_size", 10**9, ["at most 65536"]),
+    ("config.repeats", 10**9, ["at most 1000"]),
+    ("config.model.seed", 10**30, ["at most"]),
+    ("config.model.pooling", 10**9 + 1, ["odd", "up to 63"]),
+    ("config.map.sigma", 10**30, ["from 0 to 16384"]),
+    ("config.model.regularization", 10**30, ["from 0.0001"]),
+    ("config.image.rotation", 10**30, ["from 0 to 180"]),
     ("config.cache.compilation", 1, ["True or False"]),
     ("config.cache.compilation", "False", ["True or False"]),
 ]
@@ -229,13 +238,16 @@ SIZES = [
     ("config.image.resize", (256.0, 256), ["(height, width)"]),
     ("config.image.resize", (True, 256), ["(height, width)"]),
     ("config.image.resize", ((256, 256), 256), ["(height, width)"]),
+    ("config.image.resize", (256, 10**9), ["at most 16384"]),
     ("config.image.crop", (224, 16), ["at least 32"]),
     ("config.image.crop", (224, None), ["(height, width)"]),
     ("config.image.crop", [[224, 224]], ["(height, width)"]),
     ("config.image.mean", (0.5, 0.5), ["three numbers"]),
     ("config.image.mean", (0.5, 0.5, "0.5"), ["number"]),
     ("config.image.mean", (0.5, 0.5, (0.5,)), ["number"]),
-    ("config.image.std", (0.2, 0.0, 0.2), ["above 0"]),
+    ("config.image.std", (0.2, 0.0, 0.2), ["from 1e-06"]),
+    ("config.image.std", (0.2, 1e-40, 0.2), ["from 1e-06"]),
+    ("config.image.mean", (0.5, 1e39, 0.5), ["to 1e+06"]),
 ]
 LAYERS = [
     ("config.model.layers", (), ["one or more of layer1, layer2, layer3, layer4"]),
@@ -252,7 +264,9 @@ TEXTS = [
         for value in ("a/b", "/bottle", "bottle/", "a\\b", "..", ".", "a\0b")
     ),
     ("config.model.weights", " ", ["weights"]),
+    ("config.model.weights", "a\0.npz", ["text"]),
     ("config.dataset.root", "", ["folder"]),
+    ("config.dataset.root", "a\0b", ["folder"]),
     ("config.dataset.root", "~no_such_user/data", ["folder", "home directory"]),
     ("config.cache.dir", "~no_such_user/cache", ["folder", "home directory"]),
 ]
@@ -291,15 +305,38 @@ STRANGE = {
 }
 
 
+FLAGS = ("config.cache.compilation", "config.dataset.skip_bad", "config.outputs.report")
+
+
 @pytest.mark.parametrize("kind", STRANGE)
 @pytest.mark.parametrize("field", list(leaves(values())))
 def test_a_value_of_a_wrong_type_is_refused(field, kind):
-    if kind == "bool" and field in ("config.cache.compilation", "config.outputs.report"):
+    if kind == "bool" and field in FLAGS:
         _, group, name = field.split(".")
         config = config_lib.validate(changed(field, STRANGE[kind]))
         assert getattr(getattr(config, group), name) is STRANGE[kind]
     else:
         assert message_of(changed(field, STRANGE[kind])).startswith(f"{field}=")
+
+
+LONG = {
+    "config.category": 300 * "a",
+    "config.dataset.root": 5000 * "a",
+    "config.dataset.name": 1_000_000 * "a",
+    "config.batch_size": 10**5000,
+    "config.map.sigma": 10**400,  # more than any float
+    "config.threshold.held_out": 10**400,
+    "config.image.rotation": 10**5000,
+    "config.repeats": [],
+}
+LONG["config.repeats"].append(LONG["config.repeats"])  # and so on
+
+
+@pytest.mark.parametrize("field", LONG)
+def test_what_is_too_long_to_show_is_shown_in_part(field):
+    message = message_of(changed(field, LONG[field]))
+    assert message.startswith(f"{field}=")
+    assert len(message) < 1000
 
 
 @pytest.mark.parametrize("value", ["1", None, 3, 0.5])

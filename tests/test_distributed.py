@@ -1,5 +1,6 @@
 """Processes that join, end and fail together: for real, over loopback."""
 
+import asyncio
 import concurrent.futures
 import dataclasses
 import os
@@ -430,6 +431,26 @@ class TestStart:
             # As JAX's gRPC does.
             with socket.create_server(address, reuse_port=True):
                 pass
+
+    @pytest.mark.parametrize(
+        ("host", "reached"), [("127.0.0.1", False), ("localhost", False), ("node1", True)]
+    )
+    def test_processes_of_one_machine_are_not_reached_from_others(
+        self, host: str, reached: bool
+    ):
+        port = free_port()
+
+        async def listen() -> bool:
+            coordinator = distributed._Coordinator(cluster.Place(f"{host}:{port}", 2, 0), {})
+            await coordinator.listen()
+            socket.create_connection(("127.0.0.1", port)).close()
+            with socket.socket() as elsewhere:  # another address that this machine has
+                code = elsewhere.connect_ex(("127.0.0.2", port))
+            coordinator.release()
+            coordinator._server.close()
+            return code == 0
+
+        assert asyncio.run(listen()) is reached
 
     def test_strangers_do_not_disturb(self, worker: pathlib.Path):
         """Port scanners, and what asks whether a service is up."""

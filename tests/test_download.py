@@ -4,6 +4,7 @@ import errno
 import hashlib
 import http.server
 import io
+import lzma
 import pathlib
 import re
 import tarfile
@@ -14,7 +15,7 @@ import pytest
 from padim_jax.datasets import download
 from padim_jax.errors import UserError
 
-PART = "mvtec_anomaly_detection.tar.xz.part"
+PART = "mvtec_anomaly_detection.tar.xz.padim_jax.part"
 FILES = {
     "bottle/train/good/000.png": b"a normal bottle",
     "bottle/test/broken/000.png": b"a broken bottle",
@@ -307,6 +308,8 @@ OUTSIDE = {
     ],
     "hard link": [member("bottle/evil", type=tarfile.LNKTYPE, linkname="../../../mine.txt")],
     "device": [member("bottle/evil", type=tarfile.FIFOTYPE)],
+    # Within; but none is needed, and some versions of Python can be led out by them.
+    "link within": [member("bottle/evil", type=tarfile.SYMTYPE, linkname="000.png")],
 }
 
 
@@ -322,6 +325,49 @@ def test_archive_that_leads_out_is_refused(server, root, tmp_path, monkeypatch, 
     assert re.search("evil|bottle", refusal(root))
     assert files(tmp_path) == {"mine.txt": b"my own", f"data/{PART}": content}
     assert tree(root) == {}
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_archive_that_is_too_large_is_no_more_downloaded_than_that(
+    server, root, monkeypatch, stated
+):
+    monkeypatch.setattr(download, "MOST_BYTES", 100)
+    if not stated:
+        monkeypatch.setattr(http.server.BaseHTTPRequestHandler, "send_header", lambda *_: None)
+    assert "at most 100" in refusal(root)
+    assert tree(root.parent) == {"mvtec_ad": None}
+
+
+def test_archive_that_expands_too_far_is_refused(server, root, monkeypatch):
+    monkeypatch.setattr(download, "MOST_UNPACKED", 10_000)
+    # 20 kB of zeros are 150 bytes of it, and 100 GB of a sparse file are nothing.
+    for content in (
+        archive_of(member("bottle/a", 5_000 * b"\0"), member("bottle/b", 20_000 * b"\0")),
+        sparse_archive(100 * 10**9),
+    ):
+        serve(monkeypatch, server, content)
+        assert "more than 10000 bytes unpacked" in refusal(root)
+        assert tree(root) == {}
+
+
+def sparse_archive(size):
+    """A file with a hole, as GNU's tar has it (the older format, all in the header)."""
+    header = bytearray(member("bottle/hole", b"")[0].tobuf(tarfile.GNU_FORMAT))
+    header[156:157] = b"S"
+    header[386:398] = header[398:410] = b"00000000000\0"
+    header[483:495] = b"\x80" + size.to_bytes(11, "big")
+    header[148:156] = 8 * b" "
+    header[148:156] = b"%06o\0 " % sum(header)
+    return lzma.compress(bytes(header) + 1024 * b"\0")
+
+
+def test_download_of_somebody_else_is_left(server, root, monkeypatch):
+    root.mkdir(parents=True)
+    theirs = root.parent / "mvtec_anomaly_detection.tar.xz.part"
+    theirs.write_bytes(b"half of it, by a browser")
+    monkeypatch.setattr(download, "SHA256", "0" * 64)
+    refusal(root)
+    assert theirs.read_bytes() == b"half of it, by a browser"
 
 
 def test_only_https_is_asked(server, root, monkeypatch):

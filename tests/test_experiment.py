@@ -201,9 +201,9 @@ def test_thresholds_of_images_held_back(root: pathlib.Path, tmp_path: pathlib.Pa
 
 
 def test_too_little_memory(root: pathlib.Path, tmp_path: pathlib.Path):
-    # 31250 x 31250 patches of 448 channels: more bytes than any machine has.
+    # 4000 x 4000 patches of 448 channels: more bytes than any machine has.
     values = settings(root, channels=448)
-    values.image.resize = (125_000, 125_000)
+    values.image.resize = (16_000, 16_000)
     with pytest.raises(UserError, match=r"not enough memory"):
         experiment.run("train", validate(values), tmp_path, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()

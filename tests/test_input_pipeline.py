@@ -19,6 +19,7 @@ from PIL import Image
 
 from padim_jax import input_pipeline
 from padim_jax.config import ImageConfig
+from padim_jax.datasets import decoding
 from padim_jax.datasets.mvtec_ad import mvtec_ad
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
@@ -575,10 +576,13 @@ def png_of_16_bits(pixels):
 
 
 @pytest.mark.parametrize("kind", ["png16", "tiff16", "int32", "float32", "rgb16"])
-def test_deep_images_are_refused_as_image_and_as_mask(tmp_path, kind):
+@pytest.mark.parametrize("bits", [12, 16])
+def test_deep_images_and_masks(tmp_path, kind, bits):
     # 12 bits of a camera, as they usually come: in clipped or high bytes all is white or
     # all is black.
     grey = noise(40, 56)[..., 0].astype(np.uint16) * 16
+    if bits == 16:
+        grey = grey * 16 + 15
     path = tmp_path / ("deep.png" if kind in ("png16", "rgb16") else "deep.tif")
     if kind == "rgb16":
         path.write_bytes(png_of_16_bits(np.dstack([grey] * 3)))
@@ -586,10 +590,18 @@ def test_deep_images_are_refused_as_image_and_as_mask(tmp_path, kind):
         dtype = {"int32": np.int32, "float32": np.float32}.get(kind, np.uint16)
         Image.fromarray(grey.astype(dtype)).save(path)
     plain = save(tmp_path / "plain.png", noise(40, 56))
-    for known in (record(path), record(plain, mask=path, label=1)):
-        with pytest.raises(UserError, match="more than 8 bits a channel") as caught:
-            run([known], image_config(), 1)
-        assert str(path) in str(caught.value)
+    numbers = {"int32": "pixels of 32-bit", "float32": "pixels of floating"}.get(kind)
+    # A region of number 1 would be lost: masks are of 8 bits.
+    with pytest.raises(UserError, match=numbers or "more than 8 bits a channel") as caught:
+        run([record(plain, mask=path, label=1)], image_config(), 1)
+    assert str(caught.value).startswith(str(path))
+    if numbers is None and bits == 16:
+        (batch,) = run([record(path)], image_config(), 1)
+        np.testing.assert_array_equal(batch.images[0], np.dstack([grey // 256] * 3))
+        return
+    with pytest.raises(UserError, match=numbers or "no value above 4095") as caught:
+        run([record(path)], image_config(), 1)
+    assert str(caught.value).startswith(str(path))
 
 
 def encoded(file_format, height=40, width=56, **options):
@@ -656,10 +668,48 @@ def test_damaged_files_decode_or_are_a_user_error(suffix):
     assert not any("\n" in message for message in messages)
 
 
-def test_enormous_images_are_refused(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # of which Pillow bears twice
-    with pytest.raises(UserError, match=r"x\.png: the image cannot be decoded: .* pixels"):
-        input_pipeline.decode(FILES["png"], "x.png")
+@pytest.mark.parametrize("suffix", FILES)
+def test_enormous_images_are_refused(suffix, monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 56 - 1)
+    with pytest.raises(UserError, match=r"x\.png: 56x40 pixels .* at most 2239 pixels"):
+        input_pipeline.decode(FILES[suffix], "x.png")
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 56)
+    input_pipeline.decode(FILES[suffix], "x.png")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("suffix", FILES)
+def test_a_truncated_image_is_never_shown_in_part(suffix):
+    whole = FILES[suffix]
+    expected = np.asarray(input_pipeline.decode(whole, "x"))
+    taken = 0
+    for kept in np.unique(np.linspace(0, len(whole) - 1, 120).astype(int)).tolist():
+        try:
+            found = np.asarray(input_pipeline.decode(whole[:kept], "x"))
+        except UserError:
+            continue
+        # What is missing is no pixel's: the padding of a last row.
+        np.testing.assert_array_equal(found, expected)
+        taken += 1
+    assert taken <= 1
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_tail_of_zeros_is_no_image(suffix):
+    # As a power cut leaves a file: Pillow alone shows a half grey JPEG.
+    whole = encoded("JPEG" if suffix == "jpg" else "PNG", quality=90)
+    for kept in range(600, len(whole) - 1, 97):
+        with pytest.raises(UserError, match=r"x: the image cannot be decoded: .*(cut|damaged)"):
+            input_pipeline.decode(whole[:kept] + bytes(len(whole) - kept), "x")
+
+
+def test_a_flipped_bit_of_a_png_is_noticed_anywhere():
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, len(FILES["png"]), 300):
+        damaged = bytearray(FILES["png"])
+        damaged[place] ^= 1 << rng.integers(0, 8)
+        with pytest.raises(UserError):
+            input_pipeline.decode(bytes(damaged), "x")
 
 
 def test_a_failure_ends_the_program(tmp_path):
@@ -674,7 +724,8 @@ def test_a_failure_ends_the_program(tmp_path):
         from padim_jax.errors import UserError
 
         def batches(*names):
-            records = [Record("test", pathlib.Path(n), None, 0, "good", n) for n in names]
+            files = map(pathlib.Path, names)
+            records = [Record("test", file, None, 0, "good", file.name) for file in files]
             source = input_pipeline.FolderSource(records)
             sizes = (32, 32), "nearest", None
             config = ImageConfig(*sizes, (0.,) * 3, (1.,) * 3, 0.0, "centre", 0)

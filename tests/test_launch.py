@@ -18,7 +18,10 @@ case "$1 $2" in
   "-c "*"!= '{version}'"*) exit 0 ;;
   "-c "*) exit 1 ;;
   "--version "*) echo "Python {version}" ;;
-  "-m venv") for last; do :; done; mkdir -p "$last/bin" && cp "$0" "$last/bin/python" ;;
+  "-m venv")
+    for last; do :; done
+    case "$*" in *--clear*) rm -rf "$last" ;; esac
+    mkdir -p "$last/bin" && cp "$0" "$last/bin/python" ;;
   *) echo "$@" >> "{log}" ; exit "${{STAND_IN_FAILS:-0}}" ;;
 esac
 """
@@ -97,16 +100,47 @@ def test_interrupted_environment_is_made_anew(project: Project):
     assert "creating .venv" in project.run("demo.sh", STAND_IN_LACKS_PIP="1")[1]
 
 
-def test_tests_bring_their_extra(project: Project):
-    _, _, asked = project.run("test.sh")
-    assert asked[0].endswith("-e .[test]")
-    assert asked[1:] == ["-m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal"]
+PYTEST = "-m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal"
 
 
-def test_nvidia_driver_brings_cuda(project: Project):
+def test_tests_get_what_is_locked_by_hash_and_nothing_else(project: Project):
+    _, output, asked = project.run("test.sh")
+    assert "creating .venv-locked" in output
+    *installed, check, tests = asked
+    assert (check.split()[:3], tests) == (["-m", "pip", "check"], PYTEST)
+    *locked, ours = installed
+    assert [line.split()[-1] for line in locked] == [
+        "launch/locked/build.txt",
+        "launch/locked/test.txt",
+    ]
+    assert all("--require-hashes" in line for line in locked)
+    # Nothing but the first brings what was not asked for, or builds with what is not locked.
+    assert all("--no-deps --no-build-isolation" in line for line in installed[1:])
+    assert ours.endswith("-e .")
+    assert project.run("test.sh")[2] == [PYTEST]
+
+
+def test_a_renewed_lock_makes_the_environment_anew(project: Project):
+    project.run("test.sh")
+    left = project.root / ".venv-locked" / "left_over"
+    left.touch()
+    lock = project.root / "launch" / "locked" / "test.txt"
+    lock.write_text(lock.read_text() + "# renewed\n")
+    assert project.run("test.sh")[2][-1] == PYTEST
+    assert not left.exists()
+
+
+def test_a_locked_environment_that_does_not_fit_together_is_not_used(project: Project):
+    code, _, asked = project.run("test.sh", STAND_IN_FAILS="1")
+    assert code != 0
+    assert asked[0].startswith("-m pip install")
+    assert project.run("test.sh")[2][0] == asked[0]
+
+
+def test_nvidia_driver_brings_cuda_to_the_program(project: Project):
     project.stand_in("nvidia-smi", "#!/bin/sh\nexit 0\n")
     assert project.run("demo.sh")[2][0].endswith("-e .[cuda12]")
-    assert project.run("test.sh")[2][0].endswith("-e .[test,cuda12]")
+    assert "cuda" not in " ".join(project.run("test.sh")[2])  # tests run on the CPU
 
 
 def test_a_driver_that_does_not_answer_does_not(project: Project):

@@ -476,6 +476,9 @@ class TestVisa:
             ("pcb1/Data/Images/Normal/0002", "../../x", "the path '../../x.JPG'"),
             ("pcb1/Data/Images/Normal/0002", "pcb1/../../x", "begins with pcb1/"),
             ("pcb1/Data/Images/Normal/0002", "/etc/x", "the path '/etc/x.JPG'"),
+            ("pcb1/Data/Images/Normal/0002.JPG", ".", "the path '.'"),
+            ("pcb1,train", "../pcb1,train", "object '../pcb1'; expected a folder's name"),
+            ("pcb1,train", "..,train", "object '..'; expected a folder's name"),
             ("0002.JPG,", "0002.JPG", "line 3: expected 5 values"),
             ("0002.JPG,", "0002.JPG,,", "line 3: expected 5 values"),
         ],
@@ -607,8 +610,9 @@ class TestStc:
     @pytest.mark.parametrize("kind", ["frame", "pixel"])
     def test_masks_that_are_missing_or_none(self, root, kind):
         path = root / f"testing/test_{kind}_mask/01_0014.npy"
-        path.write_bytes(b"text")
-        fails([f"{path}: not an .npy file"], records, "stc", root, "01")
+        for damaged in (b"text", b"\x93NUMPY\x01\x00\x03\x00(((", b"\x93NUMPY\x01\x00\x09\x00"):
+            path.write_bytes(damaged)
+            fails([f"{path}: not an .npy file"], records, "stc", root, "01")
         path.unlink()
         fails([f"{path}: cannot be read"], records, "stc", root, "01")
 
@@ -625,6 +629,20 @@ class TestStc:
         path.write_bytes(content.getvalue())
         fails([f"{path}: not an .npy file"], records, "stc", root, "01")
         assert not trace.exists()
+
+    @pytest.mark.parametrize("count", [5, 10**12])
+    def test_no_room_is_made_for_labels_that_a_file_only_claims(self, root, count):
+        path = root / "testing/test_frame_mask/01_0014.npy"
+        claim = {"descr": "|b1", "fortran_order": False, "shape": (count,)}
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, claim)
+        fails([f"{path}: "], records, "stc", root, "01")
+
+    def test_labels_in_an_archive(self, root):
+        path = root / "testing/test_frame_mask/01_0014.npy"
+        with path.open("wb") as file:
+            np.savez(file, np.zeros(5, bool))
+        fails([f"{path}: not an .npy file"], records, "stc", root, "01")
 
     def test_labels_other_than_0_and_1(self, root):
         save_npy(root / "testing/test_frame_mask/01_0014.npy", np.array([0, 0, 2, 0, 0]))

@@ -144,7 +144,9 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def below(folder: pathlib.Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    """All files but the locks, which stay."""
+    found = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    return [path.as_posix() for path in found if ".locks" not in path.parts]
 
 
 class TestHelp:
@@ -225,6 +227,9 @@ class TestHelp:
         assert getattr(importlib.import_module(module), name) is main.run
 
 
+PREDICT = ("--mode=predict", "--workdir=x")
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -241,6 +246,14 @@ class TestMistakes:
             ([MVTEC, "--mode=predict", "--input="], "--input: missing"),
             ([MVTEC, "--mode=eval", "--input=x"], "--input: not for --mode=eval"),
             ([MVTEC, "--input=x"], "--input: not for --mode=train_and_eval"),
+            (["--mode=eval", "--workdir=x", "--watch"], "--watch: not for --mode=eval"),
+            ([*PREDICT, "--input=nowhere", "--watch"], "--input=nowhere: no such folder"),
+            ([*PREDICT, "--input=gs://x/y", "--watch"], "folders of this machine|gcsfs"),
+            ([*PREDICT, "--input=x", "--poll_seconds=1"], "--poll_seconds: for --watch"),
+            (
+                [*PREDICT, "--input=x", "--watch", "--settle_seconds=-1"],
+                "--settle_seconds=-1.0: expected 0 to 3600 seconds",
+            ),
             (["--mode=export"], "--mode=export needs --config, --workdir or --checkpoint"),
             (["--mode=export", "--workdir=x"], "x/checkpoint: no such checkpoint"),
             ([MVTEC, "--half"], "--half: not for --mode=train_and_eval"),
@@ -354,6 +367,7 @@ class TestMistakes:
 class TestTrainAndEval:
     def test_files(self, run: Run):
         assert {path.name for path in run.workdir.iterdir()} == {
+            ".locks",
             "checkpoint",
             "config.json",
             "figures",
@@ -736,7 +750,7 @@ class TestOwnFolder:
         out = succeed("--mode=train", *given, cwd=tmp_path)
         workdir = tmp_path / "results" / "folder_parts"
         assert "fitted 6 images, 16x16 patches of 20 channels" in out
-        assert [path.name for path in workdir.iterdir()] == ["checkpoint"]
+        assert {path.name for path in workdir.iterdir()} == {".locks", "checkpoint"}
         succeed("--mode=predict", *given, "--input=parts/train/good/000.png", cwd=tmp_path)
         assert len(read_rows(workdir / "predictions" / "scores.csv")) == 1
 

@@ -294,6 +294,13 @@ class TestFrames:
         with pytest.raises(UserError, match=r"not a whole \.npy file"):
             masks.read(record(path, 3))
 
+    @pytest.mark.parametrize("header", [b"(((", b"{[]: 1}", b"  a\n b\n", b"-" * 9000 + b"1"])
+    def test_a_header_that_is_no_python(self, header, tmp_path):
+        path = tmp_path / "a.npy"
+        path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+        with pytest.raises(UserError, match=r"not a whole \.npy file .*: its header"):
+            masks.read(record(path, 0))
+
     @pytest.mark.parametrize("number", [-1, 5])
     def test_frames_that_are_not_there(self, number, tmp_path):
         np.save(tmp_path / "a.npy", self.VIDEO)

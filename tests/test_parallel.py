@@ -293,3 +293,25 @@ def test_merging_and_extending_keep_the_regions_apart():
         assert merged[0] == 8
         for x, y in zip(merged, jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.max(jnp.abs(y))), rtol=0)
+
+
+def test_processes_tell_each_other_texts_of_different_lengths(monkeypatch: pytest.MonkeyPatch):
+    said = [b"", b"abc\0", b"x" * 300]
+    gathered = []
+
+    def gather(array: np.ndarray) -> np.ndarray:
+        # What the others give for the same question: all of one shape.
+        if array.dtype == np.int32:
+            return np.array([len(text) for text in said], np.int32)
+        gathered.append(array)
+        rows = [np.frombuffer(text.ljust(300, b"\0"), np.uint8) for text in said]
+        return np.stack(rows)
+
+    monkeypatch.setattr(parallel, "gather", gather)
+    for text in said:
+        assert parallel.gather_bytes(text) == said
+        assert gathered[-1].shape == (1, 300)
+        assert gathered[-1].tobytes() == text.ljust(300, b"\0")
+    monkeypatch.undo()
+    assert parallel.gather_bytes(b"alone") == [b"alone"]
+    assert parallel.gather_bytes(b"") == [b""]

@@ -709,7 +709,7 @@ class TestPredictions:
             with predictions.Writer(place, IMAGE, "npy", known, None) as writer:
                 for i in range(3):
                     part = slice(i, i + 1)
-                    writer.add(records[part], [(40, 50)], maps[part], maps.max((1, 2))[part])
+                    writer.add(records[part], maps[part], maps.max((1, 2))[part])
                     # From the first batch on: a sign whose folder this is.
                     assert contents(place)["scores.csv"].startswith(b"path,score,predicted")
             written.append(contents(place))

@@ -304,7 +304,7 @@ class TestWriter:
             Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(path)
         records = [Record("test", folder / n, None, 0, predictions.UNKNOWN, n) for n in sizes]
         maps = np.stack([noise((48, 48)) + number for number in range(len(sizes))])
-        return records, list(sizes.values()), maps, maps.max(axis=(1, 2))
+        return records, maps, maps.max(axis=(1, 2))
 
     def rows(self, folder: pathlib.Path) -> list[list[str]]:
         with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
@@ -313,9 +313,9 @@ class TestWriter:
     @pytest.mark.parametrize("suffix", ["npy", "tiff"])
     def test_files_have_the_size_of_their_image(self, suffix: str, tmp_path: pathlib.Path):
         sizes = {"a.png": (70, 90), "Ordner ü/a.png": (20, 300), "Ordner ü/a.bmp": (64, 64)}
-        records, shapes, maps, scores = self.batch(tmp_path / "in", sizes)
+        records, maps, scores = self.batch(tmp_path / "in", sizes)
         with Writer(tmp_path / "out", self.CONFIG, suffix, Thresholds(), None) as writer:
-            writer.add(records, shapes, maps, scores)
+            writer.add(records, maps, scores)
         for (name, size), anomaly_map in zip(sizes.items(), maps, strict=True):
             path = tmp_path / "out" / "maps" / f"{name}.{suffix}"
             found = np.load(path) if suffix == "npy" else np.asarray(Image.open(path))
@@ -337,24 +337,22 @@ class TestWriter:
         assert rows[0] == ["path", "score", "predicted", "calibrated"]
         assert [row[0] for row in rows[1:]] == ["1.png", "Teil, ü 2.png", "3.png"]
         scores = np.array([row[1] for row in rows[1:]], np.float32)
-        np.testing.assert_array_equal(scores, np.concatenate([first[3], second[3]]))
+        np.testing.assert_array_equal(scores, np.concatenate([first[2], second[2]]))
         assert [row[2:] for row in rows[1:]] == 3 * [["", ""]]  # nothing to compare with
 
     def test_predicted_from_the_threshold_on(self, tmp_path: pathlib.Path):
         sizes = {f"{number}.png": (40, 40) for number in range(3)}
-        records, shapes, maps, scores = self.batch(tmp_path, sizes)
+        records, maps, scores = self.batch(tmp_path, sizes)
         known = Thresholds(float(scores[1]), None, figures.ColorScale(0.0, 9.0))
         with Writer(tmp_path, self.CONFIG, "npy", known, None) as writer:
-            writer.add(records, shapes, maps, scores)
+            writer.add(records, maps, scores)
         assert [row[2] for row in self.rows(tmp_path)[1:]] == ["0", "1", "1"]
 
     def test_calibrated(self, tmp_path: pathlib.Path):
-        records, shapes, maps, _ = self.batch(
-            tmp_path, {f"{n}.png": (40, 40) for n in range(3)}
-        )
+        records, maps, _ = self.batch(tmp_path, {f"{n}.png": (40, 40) for n in range(3)})
         scores, known = np.array([1.9, 2.5, 30], np.float32), calibration()
         with Writer(tmp_path, self.CONFIG, "npy", thresholds(known), known) as writer:
-            writer.add(records, shapes, maps, scores)
+            writer.add(records, maps, scores)
         rows = self.rows(tmp_path)[1:]
         assert [row[2] for row in rows] == ["0", "0", "1"]
         # None of 40 lower, half of them, and as far beyond as it may be.
@@ -370,15 +368,15 @@ class TestWriter:
         config = preprocessing((48, 48), None)
         known = Thresholds(None, None, scale)
         with Writer(tmp_path / "one", config, "npy", known, None) as writer:
-            for records, shapes, maps, scores in batches:
-                writer.add(records, shapes, maps, scores)
+            for records, maps, scores in batches:
+                writer.add(records, maps, scores)
         overlays = [tmp_path / "one" / "overlays" / f"{n}.png.jpg" for n in (1, 2)]
         assert overlays[0].read_bytes() == overlays[1].read_bytes()
         # Another map in the second batch shows: with a scale of its own it would not.
-        records, shapes, maps, scores = batches[1]
+        records, maps, scores = batches[1]
         with Writer(tmp_path / "two", config, "npy", known, None) as writer:
             writer.add(*batches[0])
-            writer.add(records, shapes, 3 * maps, 3 * scores)
+            writer.add(records, 3 * maps, 3 * scores)
         overlays = [tmp_path / "two" / "overlays" / f"{n}.png.jpg" for n in (1, 2)]
         assert overlays[0].read_bytes() != overlays[1].read_bytes()
 

@@ -1,18 +1,31 @@
 """Weight files and names: what is read, and what is refused with which words."""
 
 import hashlib
+import http.server
+import pathlib
 import pickle
+import re
 import sys
+import threading
 import zipfile
 
 import huggingface_hub
+import huggingface_hub.constants
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from padim_jax.errors import UserError
-from padim_jax.models import BACKBONES, WEIGHTS, ResNetSpec, pretrained
+from padim_jax.models import (
+    BACKBONES,
+    PINNED,
+    TORCHVISION_FILES,
+    WEIGHTS,
+    Pin,
+    ResNetSpec,
+    pretrained,
+)
 from padim_jax.models.naming import Convolution
 
 LAYER1 = ("layer1",)
@@ -245,58 +258,256 @@ def test_unknown_names_and_paths(tmp_path):
     assert ".safetensors, .npz, .pth, .pt" in message
 
 
-def test_a_name_is_had_from_the_hub(tmp_path, unfolded, monkeypatch):
-    file = tmp_path / "model.safetensors"
-    path = save(file, unfolded)
-    asked = []
+# The hub: its own client, asking a server here.
 
-    def hf_hub_download(repo_id, filename):
-        asked.append((repo_id, filename))
-        return path
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NAME = "resnet18.tv_in1k"
+REPOSITORY = f"/timm/{NAME}/resolve"
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-    found, identity = load("resnet18.tv_in1k")
-    assert asked == [("timm/resnet18.tv_in1k", "model.safetensors")]
-    assert identity.origin == "huggingface.co/timm/resnet18.tv_in1k"
-    assert identity.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert_same(found, load(path)[0])
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Has one file, at one commit, which is `main`; `asked` are its requests."""
+
+    content = b""
+    size: int | None = None  # as stated
+    sha256: str | None = None
+    ends_after: int | None = None  # bytes of an answer
+    location: str | None = None  # redirects there
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.asked: list[tuple[str, str, str | None]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def files(self) -> list[tuple[str, str, str | None]]:
+        """Method, revision and range of the requests for the file (the client has others)."""
+        return [
+            (method, path.split("/")[-2], asked)
+            for method, path, asked in self.asked
+            if path.startswith(REPOSITORY)
+        ]
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.answer()
+
+    def answer(self):
+        hub = self.server
+        assert isinstance(hub, Hub)
+        asked = self.headers["Range"]
+        hub.asked.append((self.command, self.path, asked))
+        known = {f"{REPOSITORY}/{name}/model.safetensors" for name in (COMMIT, "main")}
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        content = hub.content[start:]
+        status = 302 if hub.location else 206 if asked else 200
+        self.send_response(status if self.path in known else 404)
+        if hub.location:
+            self.send_header("Location", hub.location)
+        if asked:
+            whole = len(hub.content)
+            self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
+        self.send_header("X-Repo-Commit", COMMIT)
+        digest = hub.sha256 or hashlib.sha256(hub.content).hexdigest()
+        self.send_header("X-Linked-Etag", f'"{digest}"')
+        self.send_header("X-Linked-Size", str(hub.size or len(hub.content)))
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[: hub.ends_after])
+
+    def log_message(self, format, *args):  # noqa: A002
+        pass
 
 
 @pytest.fixture
-def offline_hub(tmp_path, monkeypatch):
-    """The real client in offline mode, as with HF_HUB_OFFLINE=1, with an empty cache."""
+def cache(tmp_path, monkeypatch):
+    """An empty cache of the client's, in which the weights have no hash that we know."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pretrained, "PINNED", {})
+    return tmp_path / "cache" / f"models--timm--{NAME}"
+
+
+@pytest.fixture
+def hub(tmp_path, unfolded, monkeypatch, cache):
+    monkeypatch.setenv("no_proxy", "*")
+    with Hub() as served:
+        thread = threading.Thread(target=served.serve_forever, args=(0.01,))
+        thread.start()
+        save(tmp_path / "there.safetensors", unfolded)
+        served.content = (tmp_path / "there.safetensors").read_bytes()
+        constants = huggingface_hub.constants
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        path = template.removeprefix(constants.ENDPOINT)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + path)
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        # The made server has no certificate; whatever the scheme is, it is the only one.
+        monkeypatch.setattr(pretrained, "SCHEME", "http")
+        yield served
+        served.shutdown()
+        thread.join()
+
+
+def pin(monkeypatch, content, revision=COMMIT):
+    pinned = Pin(revision, hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(pretrained, "PINNED", {NAME: pinned})
+
+
+def files(folder):
+    return {p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"}
+
+
+def test_a_name_is_had_from_the_hub_once(tmp_path, hub, cache):
+    expected, _ = load(tmp_path / "there.safetensors")
+    found, identity = load(NAME)
+    assert_same(found, expected)
+    # Which commit and which bytes is known for good.
+    assert identity.origin == f"huggingface.co/timm/{NAME}@{COMMIT}"
+    assert identity.sha256 == hashlib.sha256(hub.content).hexdigest()
+    # Looked at before it is asked for, at the commit that was looked at.
+    assert hub.files()[0] == ("HEAD", "main", None)
+    assert [asked for asked in hub.files() if asked[0] == "GET"] == [("GET", COMMIT, None)]
+    hub.asked.clear()
+    assert load(f"{NAME}@{COMMIT}")[1] == identity
+    assert load(NAME)[1] == identity
+    assert hub.files() == []  # from the cache
+
+
+def test_the_pinned_commit_is_asked_for(hub, monkeypatch):
+    pin(monkeypatch, hub.content)
+    load(NAME)
+    assert {revision for _, revision, _ in hub.files()} == {COMMIT}
+
+
+def test_another_file_than_the_pinned_one_is_refused_and_left(hub, cache, monkeypatch):
+    pin(monkeypatch, b"other")
+    message = refusal(NAME)
+    assert hashlib.sha256(b"other").hexdigest() in message
+    assert hashlib.sha256(hub.content).hexdigest() in message
+    (kept,) = files(cache / "blobs")
+    assert str(cache) in message
+    assert kept.read_bytes() == hub.content
+    # Whoever wants it all the same says so.
+    assert load(f"{NAME}@main")[1].sha256 == kept.name
+
+
+def test_other_bytes_than_the_hub_states_are_no_part_of_the_cache(hub, cache):
+    hub.sha256 = hashlib.sha256(b"what was published").hexdigest()
+    message = refusal(NAME)
+    assert hub.sha256 in message
+    assert hashlib.sha256(hub.content).hexdigest() in message
+    assert not files(cache)
+
+
+def test_a_file_damaged_in_the_cache_is_noticed_and_left(hub, cache):
+    load(NAME)
+    (blob,) = files(cache / "blobs")
+    damaged = bytearray(blob.read_bytes())
+    damaged[-1] ^= 1
+    blob.write_bytes(damaged)
+    assert blob.name in refusal(NAME)
+    assert blob.read_bytes() == damaged
+
+
+def test_an_interrupted_download_goes_on_and_is_nothing_before(hub, cache):
+    hub.ends_after = 1000
+    assert f"after 1000 of {len(hub.content)} bytes" in refusal(NAME)
+    assert [path.suffix for path in files(cache)] == [".part"]
+    hub.ends_after = None
+    load(NAME)
+    assert ("GET", COMMIT, "bytes=1000-") in hub.files()
+    assert not [path for path in files(cache) if path.suffix == ".part"]
+
+
+def test_a_file_that_gives_more_than_it_states_is_not_taken(hub, cache, monkeypatch):
+    monkeypatch.setattr(pretrained, "MOST_BYTES", 1000)
+    hub.size = 999
+    assert "at most 1000" in refusal(NAME)
+    assert not files(cache)
+
+
+def test_a_file_that_is_too_large_is_not_downloaded(hub, cache):
+    hub.size = pretrained.MOST_BYTES + 1
+    assert f"at most {pretrained.MOST_BYTES}" in refusal(NAME)
+    assert {kind for kind, *_ in hub.files()} == {"HEAD"}
+    assert not files(cache)
+
+
+@pytest.mark.parametrize("which", ["hub", "redirect"])
+def test_only_https_is_downloaded_from(hub, cache, monkeypatch, which):
+    if which == "hub":
+        monkeypatch.setattr(pretrained, "SCHEME", "https")
+    else:
+        hub.location = "ftp://127.0.0.1/model.safetensors"
+    message = refusal(NAME)
+    assert f"no {pretrained.SCHEME} address" in message
+    assert not files(cache)
+
+
+@pytest.mark.parametrize("revision", ["../../x", "a/b", "a b", "", "-x", "a\n"])
+def test_a_revision_is_a_plain_name(hub, revision):
+    if revision:
+        assert "behind the @" in refusal(f"{NAME}@{revision}")
+        assert hub.files() == []
+    else:
+        load(f"{NAME}@")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """The client in offline mode, as with HF_HUB_OFFLINE=1."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    return tmp_path / "models--timm--resnet18.tv_in1k"
 
 
-def test_offline_without_a_cached_file_says_what_to_do(offline_hub):
-    message = refusal("resnet18.tv_in1k")
-    assert "https://huggingface.co/timm/resnet18.tv_in1k " in message
+@pytest.mark.usefixtures("offline")
+def test_offline_without_a_cached_file_says_what_to_do(cache):
+    message = refusal(NAME)
+    assert f"https://huggingface.co/timm/{NAME} " in message
     assert "HF_HUB_OFFLINE" in message
     assert "--config.model.weights=/path/to/model.safetensors" in message
 
 
-def test_offline_takes_the_cached_file(offline_hub, unfolded):
-    commit = "0" * 40
-    (offline_hub / "refs").mkdir(parents=True)
-    (offline_hub / "refs" / "main").write_text(commit)
-    (offline_hub / "snapshots" / commit).mkdir(parents=True)
-    save(offline_hub / "snapshots" / commit / "model.safetensors", unfolded)
-    _, identity = load("resnet18.tv_in1k")
-    assert identity.origin == "huggingface.co/timm/resnet18.tv_in1k"
+@pytest.mark.usefixtures("offline")
+def test_offline_takes_the_cached_file(cache, unfolded, monkeypatch):
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(COMMIT)
+    (cache / "snapshots" / COMMIT).mkdir(parents=True)
+    path = save(cache / "snapshots" / COMMIT / "model.safetensors", unfolded)
+    _, identity = load(NAME)
+    assert identity.origin == f"huggingface.co/timm/{NAME}@{COMMIT}"
+    # Of another commit than the pinned one, but the same bytes.
+    content = (cache / "snapshots" / COMMIT / "model.safetensors").read_bytes()
+    pin(monkeypatch, content, revision="f" * 40)
+    assert load(NAME)[1] == identity
+    pin(monkeypatch, b"other", revision="f" * 40)
+    assert "HF_HUB_OFFLINE" in refusal(NAME)
+    assert pathlib.Path(path).read_bytes() == content
 
 
 # The client's errors have no common base: hf-xet's, for one, are RuntimeErrors.
 @pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("403 Forbidden")])
-def test_a_failing_hub_says_what_to_do(monkeypatch, error):
-    def hf_hub_download(repo_id, filename):
+@pytest.mark.parametrize("function", ["get_hf_file_metadata", "hf_hub_download"])
+def test_a_failing_hub_says_what_to_do(hub, monkeypatch, function, error):
+    def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-    message = refusal("resnet18.tv_in1k")
+    monkeypatch.setattr(huggingface_hub, function, fail)
+    message = refusal(NAME)
     assert str(error) in message
     assert "--config.model.weights=/path/to/model.safetensors" in message
+
+
+def test_pins_are_of_weights_that_there_are():
+    for name, pinned in PINNED.items():
+        assert any(name in names for names in WEIGHTS.values())
+        assert re.fullmatch("[0-9a-f]{40}", pinned.revision)
+        assert re.fullmatch("[0-9a-f]{64}", pinned.sha256)
+    for name in TORCHVISION_FILES:
+        assert name.split("-")[0].removesuffix("_lukemelas") in BACKBONES
+        assert re.fullmatch(r"\w+-[0-9a-f]{8}\.pth", name)
 
 
 def test_each_backbone_has_weights_of_its_own_name():
@@ -375,7 +586,7 @@ def test_pth_in_half_precision_and_with_gradients(tmp_path, folded):
 
 def test_pth_never_runs_what_it_holds(tmp_path):
     torch = pytest.importorskip("torch")
-    pickle.loads(pickle.dumps(Bomb(tmp_path / "control")))
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "control")))  # noqa: S301 (the control)
     assert (tmp_path / "control").exists()
     mark = tmp_path / "boom"
     torch.save({"conv1.weight": Bomb(mark)}, tmp_path / "zipped.pth")

@@ -27,7 +27,7 @@ HOSTILE = (
     "--><b>&lt;&amp;.png",
     "not utf-8 \udcff\udc80.png",
     "\u202egnp.exe",
-    "line\nbreak\x00\x1b[31m.png",
+    "line\nbreak\x01\x1b[31m.png",
 )
 
 

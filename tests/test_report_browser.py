@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_report import (
     CALIBRATION,
     HOSTILE,
@@ -15,9 +16,11 @@ from test_report import (
     make_scored,
 )
 
-from padim_jax.results import measure
+from padim_jax.datasets import LAYOUTS
+from padim_jax.results import Scored, measure
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (extra: test)")
+from selenium.common.exceptions import NoAlertPresentException  # noqa: E402
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
@@ -167,6 +170,46 @@ def test_loads_without_a_word_in_the_console_and_runs_nothing_hostile(browser, f
         title = by_id(browser, "zoom-title").text
         assert any(text.split("\n")[0][:12] in title for text in HOSTILE)
         assert browser.execute_script("return window.hacked") is None
+
+
+def test_names_of_real_files_are_text(browser, tmp_path):
+    """Of a dataset that a stranger has made; `alert` would stop the browser."""
+    names = ["<img src=x onerror=alert(1)>.png", '"><script>alert(2)<script>.png']
+    kind, category = "<svg onload=alert(3)>", "'><iframe src=javascript:alert(4)>"
+    base = tmp_path / category
+    for folder in ("train/good", "test/good", f"test/{kind}"):
+        (base / folder).mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (32, 24)).save(base / folder / name, "PNG")
+    (base / "ground_truth" / kind).mkdir(parents=True)
+    for name in names:
+        mask = base / "ground_truth" / kind / f"{pathlib.Path(name).stem}_mask.png"
+        Image.new("L", (32, 24), 255).save(mask)
+    records = [
+        r for r in LAYOUTS["mvtec_ad"].records(tmp_path, category, 0) if r.split == "test"
+    ]
+    maps = np.random.default_rng(0).random((4, 24, 32), np.float32)
+    masks = [np.zeros((24, 32), bool) | bool(record.label) for record in records]
+    scored = Scored(records, masks, maps, maps.max(axis=(1, 2)))
+    path = tmp_path / "report.html"
+    path.write_text(make_page(scored, category=category), encoding="utf-8")
+    browser.get(path.as_uri())
+    with pytest.raises(NoAlertPresentException):
+        browser.switch_to.alert  # noqa: B018 (asks the browser)
+    assert console(browser) == []
+    assert (
+        browser.execute_script("return document.querySelectorAll('iframe, svg[onload]').length")
+        == 0
+    )
+    shown = {element.text for element in browser.find_elements(By.CSS_SELECTOR, ".card .file")}
+    assert shown == set(names)
+    kinds = {element.text for element in browser.find_elements(By.CSS_SELECTOR, ".card .kind")}
+    assert kinds == {"good", kind}
+    assert category in browser.find_element(By.TAG_NAME, "h1").text
+    browser.find_element(By.CSS_SELECTOR, DEFECT).click()
+    assert any(name in by_id(browser, "zoom-title").text for name in names)
+    with pytest.raises(NoAlertPresentException):
+        browser.switch_to.alert  # noqa: B018
 
 
 def test_policy_keeps_a_script_that_got_in_from_running(browser, files):

@@ -15,7 +15,7 @@ from PIL import Image
 from padim_jax import defaults, results
 from padim_jax.calibration import Calibration
 from padim_jax.config import Config, validate
-from padim_jax.datasets.records import Record
+from padim_jax.datasets.records import Record, Skipped
 from padim_jax.errors import UserError
 from padim_jax.results import Scored
 
@@ -218,6 +218,13 @@ class TestTable:
         text = results.table(make_config(), measured | {"leaks": leaks})
         assert f"4 of 5 test images were trained on too: {', '.join(leaks[:3])}, ..." in text
 
+    def test_skipped_images_are_counted(self):
+        measured = results.measure(BOTH)
+        assert "skipped" not in results.table(make_config(), measured | {"skipped": []})
+        skipped = [{"path": f"{number}.png", "reason": "broken"} for number in range(4)]
+        text = results.table(make_config(), measured | {"skipped": skipped})
+        assert "4 images skipped, see skipped.csv: 0.png, 1.png, 2.png, ..." in text
+
     def test_undefined_with_its_reason_once(self):
         scored = dataclasses.replace(BOTH, masks=[*BOTH.masks[:2], None, None, None])
         text = results.table(make_config(), results.measure(scored))
@@ -391,6 +398,31 @@ class TestWrite:
         assert sorted(read) == list(range(9))
         assert len(below(tmp_path / "figures")) == 9
         assert not (tmp_path / "overview.jpg").exists()
+
+    def test_figures_of_odd_names(self, tmp_path: pathlib.Path):
+        names = ("n" * 236, "\u3042" * 78, "line\nbreak", "<b>\x1b[31m", "-rf", "caf\u00e9")
+        records = [
+            Record(
+                "test", pathlib.Path("a"), None, 1, "hole" * 15, f"part/test/hole/{name}.png"
+            )
+            for name in names
+        ]
+        few = [0] * len(names)
+        masks = [BOTH.masks[i] for i in few]
+        scored = Scored(records, masks, BOTH.maps[few], np.arange(len(names), dtype=np.float32))
+        write(tmp_path, scored, figures="all", maps="npy")
+        assert len(below(tmp_path / "figures")) == len(below(tmp_path / "maps")) == len(names)
+
+    def test_skipped_images_are_listed(self, tmp_path: pathlib.Path):
+        skipped = [Skipped("a,b.png", "x: broken"), Skipped("line\\nbreak.png", 'a "b"')]
+        formula = Skipped("=1+1.png", "y: broken")
+        results.write_skipped(tmp_path, [*skipped, formula])
+        with (tmp_path / "skipped.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert rows[:-1] == [dataclasses.asdict(one) for one in skipped]
+        assert rows[-1]["path"] == "./=1+1.png"  # the same path, nothing to compute
+        results.write_skipped(tmp_path, [])  # of a later evaluation
+        assert below(tmp_path) == []
 
     def test_no_figures(self, tmp_path: pathlib.Path):
         assert write(tmp_path, MANY, figures="none") == []

@@ -3,7 +3,6 @@
 Real processes are killed, and some fits in this process, where the moment can be chosen.
 """
 
-import concurrent.futures
 import dataclasses
 import os
 import pathlib
@@ -20,7 +19,6 @@ import numpy as np
 import pytest
 
 from padim_jax import (
-    calibration_file,
     checkpoint,
     defaults,
     detector,
@@ -499,88 +497,30 @@ def wait_for_a_save(process: subprocess.Popen[str], path: pathlib.Path, newest: 
         time.sleep(0.005)
 
 
-@pytest.fixture(scope="module")
-def whole_runs(
-    root: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Saved, float]]:
-    """Of each form the model and the seconds it takes, both at once and programs compiled."""
-    places = {form: tmp_path_factory.mktemp(f"whole_{form}") for form in FORMS}
-    seconds = 0.0
-    for _ in range(2):
-        begin = time.monotonic()
-        processes = [start("train", root, places[form], form) for form in FORMS]
-        for process in processes:
-            assert GOING_ON not in finish(process)
-        seconds = time.monotonic() - begin
-    return {form: (saved(place / "checkpoint"), seconds) for form, place in places.items()}
-
-
-def test_killed_ten_times(
-    root: pathlib.Path,
-    whole_runs: dict[str, tuple[Saved, float]],
-    tmp_path: pathlib.Path,
-):
-    """Five times each form; finished in between where no kill came in time."""
-
-    def survive(form: str) -> int:
-        rng = np.random.default_rng(FORMS.index(form))
-        expected, seconds = whole_runs[form]
-        path = tmp_path / form / "checkpoint"
-        output = ""
-        # Over all the time of a run, the parts of it by chance.
-        for delay in (rng.permutation(5) + rng.random(5)) / 5 * seconds:
-            process = start("train", root, tmp_path / form, form)
-            try:
-                output += process.communicate(timeout=delay)[0]
-            except subprocess.TimeoutExpired:
-                process.kill()
-                output += process.communicate()[0]
-            else:
-                assert process.returncode == 0, output
-                require_identical(saved(path), expected)
-        # Once more, when it is certain that something is there to go on with.
-        process = start("train", root, tmp_path / form, form)
-        newest = max([int(x.name) for x in path.glob("*") if x.name.isdigit()], default=-1)
-        wait_for_a_save(process, path, newest)
-        process.kill()
-        output += process.communicate()[0]
-        output += finish(start("train", root, tmp_path / form, form))
-        require_identical(saved(path), expected)
-        steps = [entry.name for entry in path.iterdir() if entry.name.isdigit()]
-        assert {entry.name for entry in path.iterdir()} == {*steps, calibration_file.NAME}
-        assert len(steps) == 1
-        return output.count(GOING_ON)
-
-    with concurrent.futures.ThreadPoolExecutor() as threads:
-        assert sum(threads.map(survive, FORMS)) >= 1
-
-
 @pytest.mark.parametrize(
     ("mode", "number"),
     [
         ("train", signal.SIGTERM),
         ("update", signal.SIGTERM),
-        ("update", signal.SIGKILL),  # train: above
+        ("update", signal.SIGKILL),  # train: tests/reliability/test_kills.py
     ],
 )
 def test_ended_for_real(
     mode: str,
     number: signal.Signals,
     root: pathlib.Path,
-    whole_runs: dict[str, tuple[Saved, float]],
     tmp_path: pathlib.Path,
 ):
     """SIGTERM ends it with 0 and a message; the same command finishes it in any case."""
     path, newest = tmp_path / "checkpoint", -1
-    expected = whole_runs["moments"][0]
     if mode == "update":
         config = make_config(root)
         records = normal(config).records
         for place in (path, tmp_path / "other" / "checkpoint"):
             fit(config, place, FolderSource(records[:5]))
         newest = max(int(entry.name) for entry in path.iterdir())
-        finish(start(mode, root, tmp_path / "other", "moments"))
-        expected = saved(tmp_path / "other" / "checkpoint")
+    finish(start(mode, root, tmp_path / "other", "moments"))
+    expected = saved(tmp_path / "other" / "checkpoint")
     process = start(mode, root, tmp_path, "moments")
     wait_for_a_save(process, path, newest)
     process.send_signal(number)

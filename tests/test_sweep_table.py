@@ -198,6 +198,12 @@ class TestBuild:
         table = build(make_config(repeats=2), finished)
         assert "bottle: 2 of 10 test images were trained on too" in table["legend"]
 
+    def test_skipped_images_are_counted_once(self):
+        skipped = [{"path": f"{number}.png", "reason": "broken"} for number in range(3)]
+        finished = {("bottle", i): measured(skipped=skipped) for i in range(2)}
+        table = build(make_config(repeats=2), finished)
+        assert "bottle: 3 images skipped, see skipped.csv" in table["legend"]
+
     def test_a_dataset_without_categories_has_its_folders_name(self):
         config = make_config(**{"dataset.name": "folder", "dataset.root": "/data/screws"})
         table = build(config, {("", 0): measured()}, categories=("",))
@@ -266,6 +272,16 @@ class TestForms:
         text = sweep_table.markdown(build(config, finished, {"c": "<b>|"}))
         assert "a\\|b &lt;img src=x>" in text
         assert "<" not in text
+        # No link and no picture from somewhere, which others' servers would see.
+        finished = {("![x](https://a.example/x.png) `&lt;`", 0): measured()}
+        text = sweep_table.markdown(build(config, finished))
+        assert "!\\[x\\](https://a.example/x.png) \\`&amp;lt;\\`" in text
+
+    def test_csv_has_no_formulas(self):
+        config = make_config(**{"dataset.name": "folder"})
+        finished = {(name, 0): measured() for name in ("=1+1", "@a", "b=1")}
+        rows = list(csv.reader(io.StringIO(sweep_table.csv_text(build(config, finished)))))
+        assert rows[0][4:] == ["./=1+1", "./@a", "b=1"]
 
     def test_csv_parses_back(self):
         finished = as_published() | {('so, "so"', 0): measured(aupro=None)}

@@ -1,11 +1,13 @@
 """The synthetic category: what is drawn, and what is done to the disk."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import importlib
 import json
 import math
 import pathlib
+import threading
 
 import numpy as np
 import pytest
@@ -260,7 +262,7 @@ def test_other_arguments_or_version_replace_all(tmp_path, monkeypatch, change):
     generate(tmp_path, **(FEW | change))
     assert contents(folder) != before
     assert contents(folder) == contents(generate(tmp_path / "fresh", **(FEW | change)))
-    assert {path.name for path in tmp_path.iterdir()} == {"part", "fresh"}
+    assert {path.name for path in tmp_path.iterdir()} == {"part", "fresh", ".locks"}
 
 
 @pytest.mark.parametrize("damage", ["deleted", "emptied"])
@@ -318,7 +320,7 @@ def test_a_crash_leaves_nothing_that_passes_for_finished(tmp_path, monkeypatch):
         patch.setattr(module, "photograph", failing(after=3))
         with pytest.raises(RuntimeError, match="power cut"):
             generate(tmp_path, **FEW)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".locks"]
     assert len(contents(generate(tmp_path, **FEW))) == 12  # 7 images, 4 masks, marker
 
 
@@ -346,20 +348,36 @@ def test_an_unfinished_folder_of_a_killed_process_is_no_category(tmp_path, monke
     assert all(name.startswith(".") for name in seen)
 
 
-def test_two_processes_at_once(tmp_path, monkeypatch):
-    """The slower one finds the faster one's work and keeps it."""
+def test_two_processes_at_once(tmp_path, monkeypatch, capsys):
+    """The slower one waits for the faster one's work and keeps it."""
+    begun, drawn, others = threading.Event(), [], []
 
-    first = iter([True])
+    def second():
+        begun.wait()
+        return generate(tmp_path, **FEW)
 
-    def slow(kind, rng, size):
-        if next(first, False):
-            generate(tmp_path, **FEW)
+    def look(kind, rng, size):
+        drawn.append(kind)
+        begun.set()
+        others.append(next(tmp_path.glob(".locks/part.json"), None))
         return photograph(kind, rng, size)
 
-    monkeypatch.setattr(module, "photograph", slow)
-    folder = generate(tmp_path, **FEW)
-    assert list(tmp_path.iterdir()) == [folder]
+    monkeypatch.setattr(module, "photograph", look)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        other = threads.submit(second)
+        folder = generate(tmp_path, **FEW)
+        assert other.result() == folder
+    assert all(others)  # who is at it is told
+    count = len(drawn)
     assert contents(folder) == contents(generate(tmp_path / "alone", **FEW))
+    assert len(drawn) == 2 * count
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    (tmp_path / ".part-abc" / "new").mkdir(parents=True)
+    folder = generate(tmp_path, **FEW)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / ".locks", folder]
+    assert [path.name for path in (tmp_path / ".locks").iterdir()] == ["part.lock"]
 
 
 def test_a_root_that_cannot_be_written(tmp_path):

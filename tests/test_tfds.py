@@ -1,6 +1,7 @@
 """Packed sets: the same bytes and records as the folder's, and never stale or half-made."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -209,7 +210,7 @@ def test_a_file_that_cannot_be_read_is_named(records, packed):
     path = records[3].image
     path.unlink()
     path.mkdir()
-    with pytest.raises(UserError, match="cannot be read") as caught:
+    with pytest.raises(UserError, match="a folder, not an image file") as caught:
         tfds_builder.prepare(packed, records)
     assert str(path) in str(caught.value)
 
@@ -316,3 +317,25 @@ def test_a_killed_preparation_is_no_packed_set(root, records, packed):
         tfds_builder.prepare(packed, None)
     builder = tfds_builder.prepare(packed, records)
     assert list(tfds_builder.open_split(builder, "train").records) == split(records, "train")
+
+
+def test_a_strangers_metadata_are_not_trusted(root, records, packed):
+    """Maps and pictures are called after the images, in the workdir."""
+    tfds_builder.prepare(packed, records)
+    shutil.rmtree(root)  # as a set from elsewhere
+    (path,) = packed.rglob("metadata.json")
+    whole = json.loads(path.read_text(encoding="utf-8"))
+
+    def refused(message: str, **more: object) -> None:
+        path.write_text(json.dumps(more), encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            tfds_builder.open_split(tfds_builder.prepare(packed, None), "test")
+
+    first, *others = whole["records"]
+    for name in ("../a.png", "test/../../a.png", "/etc/a.png"):
+        refused("which leads out of", records=[*others, {**first, "relative_path": name}])
+    for wrong in ("text", {}, {**first, "more": 1}, {**first, "label": 2}):
+        refused("a damaged packed set", records=[wrong, *others])
+    refused("a damaged packed set", records=[{**first, "image": 7}])
+    refused("a damaged packed set", records={})
+    refused("a damaged packed set")

@@ -3,18 +3,17 @@
 It comes as one archive of all fifteen categories: 5.3 GB, and as much again unpacked.
 """
 
-import hashlib
 import http.client
+import lzma
 import os
 import pathlib
 import tarfile
 import tempfile
-import urllib.error
-import urllib.parse
-import urllib.request
+from collections.abc import Callable
 
 import tqdm
 
+from padim_jax import fetch
 from padim_jax.datasets.mvtec_ad import CATEGORIES, URL
 from padim_jax.errors import UserError
 from padim_jax.paths import Path
@@ -25,15 +24,14 @@ ARCHIVE_URL = (
     "download/420938113-1629960298/mvtec_anomaly_detection.tar.xz"
 )
 SHA256 = "cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d"
-SCHEME = "https"  # of the archive's address, and of all that it redirects to
+SCHEME = fetch.SCHEME
+# The archive has 5.3e9, and as many unpacked.
+MOST_BYTES = 6_000_000_000
+MOST_UNPACKED = 2 * MOST_BYTES
 LICENCE = (
     "MVTec AD, (c) MVTec Software GmbH, is licensed under CC BY-NC-SA 4.0 and not for "
     "commercial use: https://creativecommons.org/licenses/by-nc-sa/4.0/"
 )
-
-
-class _RefusedError(Exception):
-    """What came is not what was asked for."""
 
 
 def mvtec_ad(root: Path, category: str) -> None:
@@ -70,18 +68,20 @@ def mvtec_ad(root: Path, category: str) -> None:
             f"be one of {', '.join(CATEGORIES)}"
         )
     print(LICENCE)
-    part = root.resolve().parent / "mvtec_anomaly_detection.tar.xz.part"
+    # A browser's unfinished download, say, would have another name.
+    part = root.resolve().parent / "mvtec_anomaly_detection.tar.xz.padim_jax.part"
     try:
         root.mkdir(parents=True, exist_ok=True)
         # Made first: that nothing can be written here should not come up 5 GB later.
         with tempfile.TemporaryDirectory(prefix=".unpacking_", dir=root) as unpacked:
-            _download(part)
+            fetch.fetch(ARCHIVE_URL, part, SHA256, MOST_BYTES, SCHEME)
             _unpack(part, unpacked, root)
         part.unlink()
-    except (_RefusedError, OSError, http.client.HTTPException, tarfile.TarError) as error:
-        kept = part.stat().st_size if part.is_file() else None
-        if kept == 0:
-            part.unlink()
+    except (
+        *(fetch.RefusedError, OSError, http.client.HTTPException),
+        *(tarfile.TarError, lzma.LZMAError, EOFError, ValueError),
+    ) as error:
+        kept = part.stat().st_size if part.is_file() else 0
         raise UserError(
             f"--download: {ARCHIVE_URL} could not be unpacked into config.dataset.root={root}: "
             f"{error}. Try again, or get MVTec AD from {URL} with a browser and unpack it so "
@@ -91,76 +91,11 @@ def mvtec_ad(root: Path, category: str) -> None:
         ) from error
 
 
-def _download(part: pathlib.Path) -> None:
-    """Makes `part` the complete archive, starting from what it holds already."""
-    with part.open("a+b") as file:
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256")
-        if digest.hexdigest() == SHA256:  # it was the unpacking that did not succeed
-            return
-        with _request(file.tell()) as response:
-            if response.status != http.HTTPStatus.PARTIAL_CONTENT:  # all of it, from the start
-                file.seek(0)
-                file.truncate()
-                digest = hashlib.sha256()
-            start = file.tell()
-            total = start + int(response.headers.get("Content-Length", 0))
-            with tqdm.tqdm(
-                desc="download",
-                total=total,
-                initial=start,
-                unit="B",
-                unit_scale=True,
-                disable=None,
-            ) as bar:
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-        size = file.tell()
-    if size < total:
-        raise _RefusedError(f"the connection ended after {size} of {total} bytes")
-    if digest.hexdigest() != SHA256:
-        # Nothing can go on from it, and nothing may take it for the archive.
-        part.unlink()
-        raise _RefusedError(
-            f"it gave {size} bytes with SHA-256 {digest.hexdigest()}, expected {SHA256}; they "
-            "were deleted"
-        )
-
-
-def _request(start: int) -> http.client.HTTPResponse:
-    """Asks for the archive from byte `start` on; the answer may be all of it."""
-    if not _allowed(ARCHIVE_URL):
-        raise _RefusedError(f"no {SCHEME} address")
-    headers = {"Range": f"bytes={start}-"} if start else {}
-    request = urllib.request.Request(ARCHIVE_URL, headers=headers)
-    try:
-        return urllib.request.build_opener(_Redirects).open(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return _request(0)  # as many bytes as the archive has, but wrong ones
-        raise
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if not _allowed(newurl):
-            msg = f"redirects to {newurl}, no {SCHEME} address"
-            raise urllib.error.HTTPError(req.full_url, code, msg, headers, fp)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _allowed(url: str) -> bool:
-    return urllib.parse.urlsplit(url).scheme == SCHEME
-
-
 def _unpack(archive: pathlib.Path, folder: str, root: pathlib.Path) -> None:
     """Unpacks into `folder`, then moves to `root` what is not there yet."""
     with tarfile.open(archive, "r:xz") as tar:
         members = tqdm.tqdm(tar, "unpack", disable=None, unit="file")
-        tar.extractall(folder, members, filter=_inside)
+        tar.extractall(folder, members, filter=_limited(MOST_UNPACKED))  # noqa: S202 (filter)
     for entry in sorted(pathlib.Path(folder).iterdir()):
         target = root / entry.name
         if os.path.lexists(target):
@@ -169,8 +104,21 @@ def _unpack(archive: pathlib.Path, folder: str, root: pathlib.Path) -> None:
             entry.rename(target)
 
 
-def _inside(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
-    # The data filter refuses what leads out, but makes absolute names relative in silence.
-    if member.name.startswith("/"):
-        raise tarfile.AbsolutePathError(member)
-    return tarfile.data_filter(member, folder)
+def _limited(most: int) -> Callable[[tarfile.TarInfo, str], tarfile.TarInfo]:
+    """A filter of files and folders that lie within, of at most so many bytes together."""
+    left = most
+
+    def inside(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+        nonlocal left
+        # The data filter refuses what leads out, but makes absolute names relative in silence.
+        if member.name.startswith("/"):
+            raise tarfile.AbsolutePathError(member)
+        # Links could lead out with some versions of Python's filter; there are none.
+        if not (member.isreg() or member.isdir()):
+            raise tarfile.SpecialFileError(member)
+        left -= member.size  # before a byte of it is written; of a sparse file what it claims
+        if left < 0:
+            raise tarfile.FilterError(f"{member.name!r}: more than {most} bytes unpacked")
+        return tarfile.data_filter(member, folder)
+
+    return inside

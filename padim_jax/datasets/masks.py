@@ -23,7 +23,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image, ImageChops
 
 from padim_jax.datasets.decoding import open_image
-from padim_jax.datasets.files import image_files, is_image, read_file
+from padim_jax.datasets.files import image_files, is_image, read_file, require_file, shown
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
 from padim_jax.paths import Path
@@ -141,9 +141,9 @@ def _unclear(name: str, values: list[int], why: str) -> UserError:
 
 def _union(folder: Path) -> Bool[np.ndarray, "h w"]:
     first, *others = image_files(folder)
-    union = decode(read_file(first), str(first)).copy()
+    union = decode(read_file(first), shown(first)).copy()
     for path in others:
-        mask = decode(read_file(path), str(path))
+        mask = decode(read_file(path), shown(path))
         if mask.shape != union.shape:
             raise UserError(
                 f"{path}: a mask of {_size(mask)} pixels beside {first.name} of {_size(union)} "
@@ -158,6 +158,7 @@ def _frame(path: Path, number: int) -> Bool[np.ndarray, "h w"]:
 
     Read by hand and not mapped into memory, which object stores do not offer.
     """
+    require_file(path)
     try:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
@@ -167,15 +168,22 @@ def _frame(path: Path, number: int) -> Bool[np.ndarray, "h w"]:
             }.get(version)
             if header is None:
                 raise ValueError(f"version {version} of the format is for other arrays")
-            shape, columns_first, dtype = header(file)
+            try:
+                shape, columns_first, dtype = header(file)
+            # NumPy parses Python's syntax there, with whatever errors that has.
+            except Exception as error:
+                raise ValueError(f"its header: {error}") from error
             _check(path, number, shape, dtype)
             _, height, width = shape
+            start, size = file.tell(), height * width * dtype.itemsize
+            needed = size * (shape[0] if columns_first else number + 1)
+            if start + needed > file.seek(0, io.SEEK_END):
+                raise ValueError("it is cut off")  # before room is made for what it claims
             if columns_first:  # a frame's pixels are all over the file
                 file.seek(0)
                 frame = np.lib.format.read_array(file, allow_pickle=False)[number]
             else:
-                size = height * width * dtype.itemsize
-                file.seek(number * size, io.SEEK_CUR)
+                file.seek(start + number * size)
                 frame = np.frombuffer(file.read(size), dtype).reshape(height, width)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error

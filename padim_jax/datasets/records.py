@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from padim_jax import paths
+from padim_jax.errors import UserError
 from padim_jax.paths import Path
 
 Split = Literal["train", "validation", "test"]
@@ -35,3 +37,25 @@ class Record:
     defect_type: str
     relative_path: str
     mask_frame: int | None = None
+
+    def __post_init__(self) -> None:
+        """Results are written to paths that are made of these, which may be a stranger's."""
+        for name in (self.relative_path, self.defect_type):
+            if not paths.is_below(name):
+                raise UserError(
+                    f"{self.image}: called {name!r}, which leads out of the folder of results; "
+                    "expected a relative path without .."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """An image that was left out, since it cannot be used.
+
+    Attributes:
+      path: its `relative_path`, written so that it can be printed.
+      reason: the error that it would have been.
+    """
+
+    path: str
+    reason: str

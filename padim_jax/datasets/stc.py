@@ -18,7 +18,14 @@ import shlex
 import numpy as np
 from jaxtyping import Bool
 
-from padim_jax.datasets.files import file_names, image_files, quoted, read_file, subfolders
+from padim_jax.datasets.files import (
+    file_names,
+    image_files,
+    quoted,
+    read_file,
+    require_file,
+    subfolders,
+)
 from padim_jax.datasets.layout import Layout, require_root, split_given
 from padim_jax.datasets.records import GOOD, Record
 from padim_jax.errors import UserError
@@ -27,6 +34,7 @@ from padim_jax.paths import Path, is_folder
 NAME = "ShanghaiTech Campus"
 URL = "https://svip-lab.github.io/dataset/campus_dataset.html"
 ANOMALY = "anomaly"
+_HEAD = 2**16  # bytes of an .npy file, which begins with what it holds
 
 
 def stc(root: Path, category: str) -> list[Record]:
@@ -152,15 +160,16 @@ def _test_records(root: Path, video: Path) -> list[Record]:
 def _labels(root: Path, video: Path, count: int) -> Bool[np.ndarray, " frames"]:
     path = root / "testing" / "test_frame_mask" / f"{video.name}.npy"
     data = read_file(path)
-    try:
-        labels = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: not an .npy file of NumPy: {error}") from error
-    if labels.shape != (count,):
+    shape, dtype, start = _header(data, path)
+    if shape != (count,):  # before room is made for what the header claims
         raise UserError(
-            f"{path}: labels of shape {labels.shape} for the {count} frames in {video}; "
+            f"{path}: labels of shape {shape} for the {count} frames in {video}; "
             "expected one for each. Unpack masks and test frames again"
         )
+    size = len(data) - start
+    if dtype.kind not in "biuf" or size != count * dtype.itemsize:
+        raise UserError(f"{path}: not an .npy file of {count} numbers: {size} bytes of {dtype}")
+    labels = np.frombuffer(data, dtype, offset=start)
     if not np.isin(labels, (0, 1)).all():
         raise UserError(
             f"{path}: holds {np.unique(labels)[:5]}; expected 0 or 1 for each frame"
@@ -170,22 +179,33 @@ def _labels(root: Path, video: Path, count: int) -> Bool[np.ndarray, " frames"]:
 
 def _require_masks(path: Path, video: Path, count: int) -> None:
     """Raises UserError unless there is a mask for each frame; only the file's head is read."""
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
+    require_file(path)
     try:
         with path.open("rb") as file:
-            shape = readers[np.lib.format.read_magic(file)](file)[0]
+            head = file.read(_HEAD)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path}: not an .npy file of NumPy: {error}") from error
+    shape, *_ = _header(head, path)
     if len(shape) != 3 or shape[0] != count:
         raise UserError(
             f"{path}: masks of shape {shape} for the {count} frames in {video}; expected "
             f"({count}, height, width). Unpack masks and test frames again"
         )
+
+
+def _header(data: bytes, path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape and dtype that an .npy file claims, and where its data begin."""
+    file = io.BytesIO(data)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    try:
+        shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
+    # NumPy parses Python's syntax there, with whatever errors that has.
+    except Exception as error:
+        raise UserError(f"{path}: not an .npy file of NumPy: {error}") from error
+    return shape, dtype, file.tell()
 
 
 def _frames(video: Path) -> dict[int, Path]:

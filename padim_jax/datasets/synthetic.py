@@ -18,12 +18,14 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
+from padim_jax import locks
 from padim_jax.datasets.mvtec_ad import mvtec_ad
 from padim_jax.datasets.records import GOOD, Record
 from padim_jax.datasets.synthetic_part import DEFECTS, photograph
@@ -115,20 +117,13 @@ def generate(
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # A hidden sibling: on the same file system, and no category in anybody's eyes.
-        with tempfile.TemporaryDirectory(prefix=f".{CATEGORY}-", dir=root) as work:
-            fresh = pathlib.Path(work, "new")
-            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(lambda shot: _write(fresh, shot, seed, size), shots))
-            (fresh / MARKER).write_text(json.dumps(marker, indent=1))
+        with locks.attempt(folder, wait=True):
             # Another process may have made the same meanwhile (one per host, say).
             if not _is_current(folder, marker):
-                with contextlib.suppress(FileNotFoundError):
-                    folder.replace(pathlib.Path(work, "old"))
-                fresh.replace(folder)
+                for left in root.glob(f".{CATEGORY}-*"):  # by a process that was killed
+                    shutil.rmtree(left)
+                _replace(folder, shots, seed, size, marker)
     except OSError as error:
-        if _is_current(folder, marker):  # the other process was the faster by a hair
-            return folder
         raise UserError(
             f"config.dataset.root={root}: cannot write the synthetic dataset there: {error}. "
             "Free some space or point config.dataset.root at a folder you can write to"
@@ -202,6 +197,20 @@ def _write(folder: pathlib.Path, shot: _Shot, seed: int, size: int) -> None:
     _save(folder / shot.image, image)
     if shot.mask:
         _save(folder / shot.mask, np.where(mask, np.uint8(255), np.uint8(0)))
+
+
+def _replace(
+    folder: pathlib.Path, shots: list[_Shot], seed: int, size: int, marker: dict[str, object]
+) -> None:
+    # A hidden sibling: on the same file system, and no category in anybody's eyes.
+    with tempfile.TemporaryDirectory(prefix=f".{CATEGORY}-", dir=folder.parent) as work:
+        fresh = pathlib.Path(work, "new")
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda shot: _write(fresh, shot, seed, size), shots))
+        (fresh / MARKER).write_text(json.dumps(marker, indent=1))
+        with contextlib.suppress(FileNotFoundError):
+            folder.replace(pathlib.Path(work, "old"))
+        fresh.replace(folder)
 
 
 def _save(path: pathlib.Path, pixels: np.ndarray) -> None:

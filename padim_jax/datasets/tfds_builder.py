@@ -6,11 +6,13 @@ set remembers a fingerprint of the files that it was made from.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import io
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from padim_jax import paths
+from padim_jax import locks, paths
 from padim_jax.datasets import masks
 from padim_jax.datasets.files import is_image, read_file
 from padim_jax.datasets.records import Record
@@ -137,35 +139,58 @@ def prepare(data_dir: paths.Path, records: Sequence[Record] | None) -> PadimData
         be packed to an object store.
     """
     builder = PadimDataset(data_dir=data_dir, records=records or ())
-    if not builder.is_prepared():
-        if builder.data_path.exists():
-            # As after a copy that was cut off; preparing alone writes all or nothing.
-            raise UserError(
-                f"{builder.data_path}: an incomplete packed set, its description is missing. "
-                f"Copy it again, or delete {data_dir} to pack again"
-            )
-        if records is None:
-            raise UserError(
-                f"config.dataset.source=tfds: no packed set in {data_dir} and no source folder "
-                "to make one from; check config.dataset.root and config.dataset.tfds_dir"
-            )
-        if not isinstance(data_dir, pathlib.Path):
-            raise UserError(
-                f"config.dataset.source=tfds: no packed set in {data_dir}, and array_record "
-                "files are written on this machine's disks only. Pack to a folder here "
-                f"(--config.dataset.tfds_dir) and copy its {data_dir.name} there"
-            )
-        if not sys.stderr.isatty():
-            tfds.disable_progress_bar()
-        builder.download_and_prepare()
-    elif records is not None and _metadata(builder)["fingerprint"] != fingerprint(records):
+    if builder.is_prepared():
+        _require_same(builder, data_dir, records)
+        return builder
+    # A process that packs the same is waited for. What is only read is not locked.
+    packing = records is not None and isinstance(data_dir, pathlib.Path)
+    with locks.attempt(data_dir, wait=True) if packing else contextlib.nullcontext():
+        builder = PadimDataset(data_dir=data_dir, records=records or ())
+        if not builder.is_prepared():
+            _pack(builder, data_dir, records)
+            return builder
+    _require_same(builder, data_dir, records)
+    return builder
+
+
+def _pack(
+    builder: PadimDataset, data_dir: paths.Path, records: Sequence[Record] | None
+) -> None:
+    if builder.data_path.exists():
+        # As after a copy that was cut off; preparing alone writes all or nothing.
+        raise UserError(
+            f"{builder.data_path}: an incomplete packed set, its description is missing. "
+            f"Copy it again, or delete {data_dir} to pack again"
+        )
+    if records is None:
+        raise UserError(
+            f"config.dataset.source=tfds: no packed set in {data_dir} and no source folder "
+            "to make one from; check config.dataset.root and config.dataset.tfds_dir"
+        )
+    if not isinstance(data_dir, pathlib.Path):
+        raise UserError(
+            f"config.dataset.source=tfds: no packed set in {data_dir}, and array_record "
+            "files are written on this machine's disks only. Pack to a folder here "
+            f"(--config.dataset.tfds_dir) and copy its {data_dir.name} there"
+        )
+    place = pathlib.Path(builder.data_path)
+    for left in place.parent.glob(f"incomplete.*_{place.name}"):  # by a killed process
+        shutil.rmtree(left)
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    builder.download_and_prepare()
+
+
+def _require_same(
+    builder: PadimDataset, data_dir: paths.Path, records: Sequence[Record] | None
+) -> None:
+    if records is not None and _metadata(builder).get("fingerprint") != fingerprint(records):
         raise UserError(
             f"{data_dir}: packed from {len(_metadata(builder)['records'])} images that differ "
             f"from the {len(records)} in the source folder now. Delete {data_dir} to pack "
             "again, name another --config.dataset.tfds_dir, or use "
             "--config.dataset.source=folder"
         )
-    return builder
 
 
 def open_split(builder: PadimDataset, split: str) -> TfdsSource:
@@ -174,24 +199,39 @@ def open_split(builder: PadimDataset, split: str) -> TfdsSource:
     Args:
       builder: from `prepare`.
       split: "train", "validation" or "test".
+
+    Raises:
+      UserError: what the set says of its images is damaged, or is not to be trusted.
     """
-    records = [
-        Record(
-            **{
-                **fields,
-                "image": paths.parse(fields["image"], needed=False),
-                "mask": fields["mask"] and paths.parse(fields["mask"], needed=False),
-            }
-        )
-        for fields in _metadata(builder)["records"]
-        if fields["split"] == split
-    ]
+    place = builder.data_path
+    every = [_record(fields, place) for fields in _metadata(builder)["records"]]
+    records = [record for record in every if record.split == split]
     if not records:
         return TfdsSource((), ())
     decoders = {"image": tfds.decode.SkipDecoding()}
     # TFDS's decorator hides the signature from the type checker.
     examples = builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
     return TfdsSource(records, examples)
+
+
+def _record(fields: Any, place: paths.Path) -> Record:
+    """One image as a packed set, which may be anybody's, describes it."""
+    try:
+        found = Record(
+            **{
+                **fields,
+                "image": paths.parse(fields["image"], needed=False),
+                "mask": fields["mask"] and paths.parse(fields["mask"], needed=False),
+            }
+        )
+        if found.label not in (0, 1):
+            raise TypeError("expected a label of 0 or 1")
+        return found
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{place}: a damaged packed set: {fields!r} is no image's description; copy it "
+            "again, or delete it to pack again"
+        ) from error
 
 
 def fingerprint(records: Sequence[Record]) -> str:
@@ -219,5 +259,9 @@ def _contents(record: Record) -> list[str]:
 
 def _metadata(builder: PadimDataset) -> dict[str, Any]:
     metadata = builder.info.metadata
-    assert isinstance(metadata, dict)
+    if not (isinstance(metadata, dict) and isinstance(metadata.get("records"), list)):
+        raise UserError(
+            f"{builder.data_path}: a damaged packed set: its metadata list no images; copy it "
+            "again, or delete it to pack again"
+        )
     return metadata

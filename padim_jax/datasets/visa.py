@@ -97,6 +97,12 @@ def _rows(root: Path) -> list[dict[str, str]]:
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise UserError(f"{table}, line {number}: expected {len(COLUMNS)} values")
+        name = row["object"]
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise UserError(
+                f"{table}, line {number}: object {name!r}; expected a folder's name, after "
+                "which results are called"
+            )
     return rows
 
 
@@ -115,7 +121,7 @@ def _record(root: Path, category: str, row: Mapping[str, str]) -> Record:
         raise wrong("no mask of an anomaly", "one for each")
     for name in filter(None, (row["image"], row["mask"])):
         parts = pathlib.PurePosixPath(name).parts
-        if parts[0] != category or ".." in parts:
+        if parts[:1] != (category,) or ".." in parts:
             raise wrong(f"the path {name!r}", f"one that begins with {category}/")
     return Record(
         split=split,

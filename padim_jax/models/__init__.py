@@ -190,6 +190,62 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
     "efficientnet_b5": ("efficientnet_b5.sw_in12k_ft_in1k",),
 }
 
+
+@dataclasses.dataclass(frozen=True)
+class Pin:
+    """Which file of the hub a name stands for.
+
+    Attributes:
+      revision: a commit of its repository.
+      sha256: of the file, in that commit and in any other.
+    """
+
+    revision: str
+    sha256: str
+
+
+# Where they are known; third_party/pretrained_weights.md says from where.
+PINNED = {
+    "resnet18.tv_in1k": Pin(
+        "bbd144b3e5565108aad885f145491d11bc6ce807",
+        "694f673df6520a3158624e8a89af086f59923ee4cd7436fe5bc3bc71d295ad81",
+    ),
+    "resnet34.tv_in1k": Pin(
+        "1b7b21cca82ff974d341713f777bf740c2db38c4",
+        "0bb82595a564991a9d424708b33f5d843f5aaed7f6c0886ff10849ff97022235",
+    ),
+    "resnet50.tv_in1k": Pin(
+        "78f3ecfdb38e06d9b8397f662e7ab8fee96026fa",
+        "5d061a3c593d795bfe682d9b152bafbcf550579873492def3515b46db1189888",
+    ),
+    "wide_resnet50_2.tv_in1k": Pin(
+        "343c5fa59ca8a131e0cdf42144a641b36a0387c2",
+        "df6fb6c4824769769de18e14088475fd6ee94236849aa4e5d8022ba9d9a9a16c",
+    ),
+}
+
+# torchvision's own files, whose names end in the first digits of their SHA-256.
+TORCHVISION_FILES = (
+    "resnet18-5c106cde.pth",
+    "resnet18-f37072fd.pth",
+    "resnet34-333f7ec4.pth",
+    "resnet34-b627a593.pth",
+    "resnet50-19c8e357.pth",
+    "resnet50-0676ba61.pth",
+    "resnet50-11ad3fa6.pth",
+    "resnet101-5d3b4d8f.pth",
+    "resnet101-63fe2227.pth",
+    "resnet101-cd907fc2.pth",
+    "resnet152-b121ed2d.pth",
+    "resnet152-394f9c45.pth",
+    "resnet152-f82ba261.pth",
+    "wide_resnet50_2-95faca4d.pth",
+    "wide_resnet50_2-9ba9bcbe.pth",
+    "wide_resnet101_2-32ee1156.pth",
+    "wide_resnet101_2-d733dc28.pth",
+    "efficientnet_b5_lukemelas-1a07897c.pth",
+)
+
 RANDOM_WEIGHTS = "random"
 
 # Suffixes of the weight files that can be read.

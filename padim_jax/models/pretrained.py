@@ -1,21 +1,32 @@
-"""Names of weights and weight files -> checked variables with batch norm folded."""
+"""Names of weights and weight files -> checked variables with batch norm folded.
+
+A file may be anybody's: nothing in it is run, and nothing of it is expanded before its header
+has been compared with what the backbone needs.
+"""
 
 import dataclasses
 import difflib
 import hashlib
 import io
+import math
+import os
 import pathlib
+import re
+import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from padim_jax import fetch, locks
 from padim_jax.errors import UserError
 from padim_jax.models import (
     BACKBONES,
+    PINNED,
     RANDOM_WEIGHTS,
+    TORCHVISION_FILES,
     WEIGHTS,
     ResNetSpec,
     Spec,
@@ -25,12 +36,24 @@ from padim_jax.models import (
 from padim_jax.models.naming import Convolution
 
 Tensors = dict[str, np.ndarray]  # by a file's names, convolutions OIHW
+StoredTensors = Mapping[str, "np.ndarray | Stored"]
 Variables = dict[str, Any]
 
 HUB_FILE = "model.safetensors"
 RANDOM_ORIGIN = "random (not ImageNet: for trying the program out)"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MOST_LISTED = 10  # names of one kind in an error message
+MOST_BYTES = 1_500_000_000  # of a file; a wide_resnet101_2 of float64 has 1.02e9
+SCHEME = fetch.SCHEME
+_MOST_MEMBERS = 10_000  # of an archive; the largest backbone has 800 tensors
+_MEMBER = b"PK\x01\x02"  # what the directory of a zip archive has for each
+# numpy refuses to read a longer header, but not before it has been expanded.
+_LONGEST_HEADER = 10_000
+_LEAST_TORCH = (2, 6)
+_LONGEST_ORIGIN = 1000  # characters
+_REVISION = re.compile("[0-9A-Za-z][0-9A-Za-z._-]{0,99}")
+_SHA256 = re.compile("[0-9a-f]{64}")
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +61,47 @@ class WeightsIdentity:
     """Which weights a model was made with.
 
     Attributes:
-      origin: hub repository, file name, or that the weights are random.
+      origin: hub repository and its commit, file name, or that the weights are random.
       sha256: hex digest of the file's bytes; for random weights of the tensors' bytes
         (little-endian float32) in the order of their names.
     """
 
     origin: str
     sha256: str
+
+
+def identity(stored: Any) -> WeightsIdentity:
+    """Of what a model's file says of its weights, as `dataclasses.asdict` made it.
+
+    Raises:
+      ValueError: it says something else.
+    """
+    if not isinstance(stored, Mapping) or set(stored) != {"origin", "sha256"}:
+        raise ValueError("it does not say which weights it was fitted with")
+    origin, sha256 = stored["origin"], stored["sha256"]
+    if not isinstance(origin, str) or len(origin) > _LONGEST_ORIGIN:
+        raise ValueError("the origin of its weights is no name")
+    if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        raise ValueError("its weights have no SHA-256")
+    return WeightsIdentity(origin, sha256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor that is in its file still; `np.asarray` reads it.
+
+    Attributes:
+      shape: as the file's header has it.
+      dtype: likewise.
+      read: gets the values.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
 
 
 def load(
@@ -54,7 +111,8 @@ def load(
 
     Args:
       name_or_path: a name from `padim_jax.models.WEIGHTS` (downloaded from the Hugging
-        Face hub once, then taken from its cache), a `.safetensors`, `.npz`, `.pth` or
+        Face hub once, then taken from its cache; with @REVISION behind it another commit than
+        the pinned one), a `.safetensors`, `.npz`, `.pth` or
         `.pt` file with torchvision's or timm's tensor names (with batch norm, or with
         batch norm already folded into each convolution's weight and bias), or "random".
       backbone: a key of `padim_jax.models.BACKBONES`.
@@ -77,28 +135,40 @@ def load(
         for name in sorted(tensors):
             digest.update(tensors[name].tobytes())
         return _variables(tensors, named), WeightsIdentity(RANDOM_ORIGIN, digest.hexdigest())
-    if any(name_or_path in names for names in WEIGHTS.values()):
-        if name_or_path not in WEIGHTS[backbone]:
+    name, _, revision = name_or_path.partition("@")
+    if any(name in names for names in WEIGHTS.values()):
+        if name not in WEIGHTS[backbone]:
             raise UserError(_expectation(name_or_path, backbone, "belongs to another backbone"))
-        path, origin = _download(name_or_path), f"huggingface.co/timm/{name_or_path}"
+        path, origin, published = _from_hub(name, revision)
     else:
         path = _local_file(name_or_path, backbone)
-        origin = path.name
+        origin, published = path.name, ""
+        if path.name in TORCHVISION_FILES:  # resnet18-5c106cde.pth
+            published = path.stem.rpartition("-")[2]
     content = _read(path)
     identity = WeightsIdentity(origin, hashlib.sha256(content).hexdigest())
+    if not identity.sha256.startswith(published):
+        raise UserError(
+            f"weights file {path}: {len(content)} bytes with SHA-256 {identity.sha256}; "
+            f"published is {published}{'' if len(published) == 64 else '...'}. It is damaged, "
+            "incomplete or another file: move it away and get it again"
+        )
     tensors = _parse(content, path)
     del content  # as large as the tensors
     return convert(tensors, backbone, stages, f"weights file {path}"), identity
 
 
-def convert(tensors: Tensors, backbone: str, stages: tuple[str, ...], source: str) -> Variables:
+def convert(
+    tensors: StoredTensors, backbone: str, stages: tuple[str, ...], source: str
+) -> Variables:
     """Checks the tensors of a weights file and makes variables of them.
 
     Args:
       tensors: what a weights file holds, by torchvision's names or timm's (decided by which
         more are there of): convolutions (OIHW) each with its batch norm, or each with
         batch norm already folded into weight and bias; decided from all names. Float16,
-        bfloat16, float32 or float64.
+        bfloat16, float32 or float64. Of `Stored` ones no more than needed are read, and
+        those after their shapes have been compared.
       backbone: a key of `padim_jax.models.BACKBONES`.
       stages: stages in use; tensors behind the deepest may be there and are left out.
       source: where the tensors are from, as an error message begins.
@@ -121,27 +191,34 @@ def convert(tensors: Tensors, backbone: str, stages: tuple[str, ...], source: st
     if not folded:
         norms = [layer.norm for layer in network] + [norm for _, norm in origin.head]
         allowed |= biases | {f"{norm}.num_batches_tracked" for norm in norms if norm}
+    found: Tensors = {}
+    wrong = []
+    for name, shape in expected.items():
+        if name not in tensors:
+            continue
+        problem = _mismatch(tensors[name], shape)
+        if not problem:
+            found[name] = _values(tensors[name], f"{source}: {name}")
+            problem = _fault(name, found[name])
+        if problem:
+            wrong.append(f"{name} {problem}")
     problems = {
         "missing": [name for name in expected if name not in tensors],
         "set twice, by batch norm too": [
             name for name in tensors if name in biases and not folded
         ],
         "unexpected": [name for name in tensors if name not in allowed],
-        "wrong": [
-            f"{name} {problem}"
-            for name, shape in expected.items()
-            if name in tensors and (problem := _problem(name, tensors[name], shape))
-        ],
+        "wrong": wrong,
     }
     if any(problems.values()):
         layout = "batch norm folded, as it holds none" if folded else "with batch norm"
-        known = " or ".join(f"{found.origin}'s" for found in naming.namings(backbone))
+        known = " or ".join(f"{each.origin}'s" for each in naming.namings(backbone))
         raise UserError(
             f"{source} does not hold what {backbone} needs up to "
             f"{parts_to_compute(BACKBONES[backbone], stages)[-1]} (read as {layout}, by "
             f"{origin.origin}'s names).\n"
             + "".join(
-                f"  {kind}: {_some(found)}\n" for kind, found in problems.items() if found
+                f"  {kind}: {_some(names)}\n" for kind, names in problems.items() if names
             )
             + f"Expected {known} names and shapes; is it a file of {backbone}, "
             "as config.model.backbone says?"
@@ -150,13 +227,22 @@ def convert(tensors: Tensors, backbone: str, stages: tuple[str, ...], source: st
     for layer in used:
         if folded or layer.norm is None:
             for name in layer.tensors(folded):
-                values[name] = np.asarray(tensors[name], np.float32)
+                values[name] = np.asarray(found[name], np.float32)
         else:
-            values |= _fold(layer, tensors, origin.epsilon)
+            with np.errstate(over="ignore", invalid="ignore"):  # seen to on the next line
+                folded_in = _fold(layer, found, origin.epsilon)
+            if not all(np.isfinite(tensor).all() for tensor in folded_in.values()):
+                raise UserError(
+                    f"{source}: with the batch norm {layer.norm} the weights of {layer.name} "
+                    "are too large for float32: it is damaged"
+                )
+            values |= folded_in
     return _variables(values, used)
 
 
-def _recognise(tensors: Tensors, backbone: str) -> tuple[naming.Naming, list[Convolution]]:
+def _recognise(
+    tensors: StoredTensors, backbone: str
+) -> tuple[naming.Naming, list[Convolution]]:
     """Whose names the tensors have, and the whole network by them."""
     found = [
         (origin, naming.convolutions(backbone, origin)) for origin in naming.namings(backbone)
@@ -199,28 +285,113 @@ def _local_file(name_or_path: str, backbone: str) -> pathlib.Path:
 def _read(path: pathlib.Path) -> bytes:
     # Read whole, so that what is hashed is what is parsed.
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(MOST_BYTES + 1) if size <= MOST_BYTES else b""
     except OSError as error:
         raise UserError(f"weights file {path} cannot be read: {error}") from error
+    if max(size, len(content)) > MOST_BYTES:
+        raise UserError(
+            f"weights file {path}: more than {MOST_BYTES} bytes, and so none of a backbone "
+            "that there is"
+        )
+    return content
 
 
-def _download(name: str) -> pathlib.Path:
-    import huggingface_hub
+def _from_hub(name: str, revision: str) -> tuple[pathlib.Path, str, str]:
+    """A file of the hub's cache, downloaded if it is not there yet.
 
+    Args:
+      name: of the weights.
+      revision: a commit, tag or branch; "" for the pinned one, or if none is for the newest.
+        What is in the cache under that name stays.
+
+    Returns:
+      Its path; where it comes from; the SHA-256 that is published for it, or "".
+    """
+    if revision and not _REVISION.fullmatch(revision):
+        raise UserError(
+            f"config.model.weights='{name}@{revision}': expected the name of a commit, tag or "
+            "branch behind the @"
+        )
+    repository = f"timm/{name}"
+    pin = None if revision else PINNED.get(name)
+    wanted = pin.revision if pin else revision or "main"
     try:
-        return pathlib.Path(huggingface_hub.hf_hub_download(f"timm/{name}", HUB_FILE))
+        path = _cached(repository, wanted)
+        if path is None and pin and (other := _cached(repository, "main")):
+            # From before: whatever the commit, the bytes count.
+            path = other if _has_sha256(other, pin.sha256) else None
+        if path is None:
+            path = _download(repository, wanted)
+    except UserError as error:
+        raise UserError(f"config.model.weights={name!r}: {error}") from error
     # No common base: OSErrors of the hub and of the disk, httpx's and hf-xet's own.
     except Exception as error:
         reason = error.__cause__ or error
         raise UserError(
             f"config.model.weights={name!r}: {HUB_FILE} could not be had from "
-            f"https://huggingface.co/timm/{name} ({type(reason).__name__}: {reason}). "
+            f"https://huggingface.co/{repository} ({type(reason).__name__}: {reason}). "
             f"Where there is no connection, download {HUB_FILE} from that page with a browser "
             f"and pass --config.model.weights=/path/to/{HUB_FILE}"
         ) from error
+    # snapshots/<commit>/model.safetensors, which links to blobs/<SHA-256> where it can.
+    blob, commit = path.resolve().name, path.parent.name
+    published = pin.sha256 if pin else blob if _SHA256.fullmatch(blob) else ""
+    origin = f"huggingface.co/{repository}"
+    return path, f"{origin}@{commit}" if _COMMIT.fullmatch(commit) else origin, published
 
 
-def _parse(content: bytes, path: pathlib.Path) -> Tensors:
+def _cached(repository: str, revision: str) -> pathlib.Path | None:
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(repository, HUB_FILE, revision=revision)
+    return pathlib.Path(found) if isinstance(found, str) else None
+
+
+def _has_sha256(path: pathlib.Path, digest: str) -> bool:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
+
+
+def _download(repository: str, revision: str) -> pathlib.Path:
+    """Gets a file of the hub into its client's cache, whole or not at all.
+
+    The client knows the cache's layout and what there is in the hub. It does not go on with
+    what another process has begun, nor does it mind where the hub redirects to.
+
+    Raises:
+      UserError: the hub offers something else, or somewhere else.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    url = hub.hf_hub_url(repository, HUB_FILE, revision=revision)
+    try:
+        fetch.require(url, SCHEME)
+        facts = hub.get_hf_file_metadata(url)
+        digest, commit = facts.etag or "", facts.commit_hash or ""
+        if not _SHA256.fullmatch(digest) or not _COMMIT.fullmatch(commit):
+            raise UserError(f"{url}: the hub states no SHA-256 and commit of it")
+        if (facts.size or 0) > MOST_BYTES:
+            raise UserError(f"{url}: {facts.size} bytes; expected at most {MOST_BYTES}")
+        folder = f"models--{repository}".replace("/", "--")
+        blob = pathlib.Path(constants.HF_HUB_CACHE, folder, "blobs", digest)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        part = blob.with_name(f"{digest}.padim_jax.part")
+        with locks.attempt(blob, wait=True):
+            if not blob.exists():
+                exact = hub.hf_hub_url(repository, HUB_FILE, revision=commit)
+                fetch.fetch(exact, part, digest, MOST_BYTES, SCHEME)
+                part.replace(blob)
+    except fetch.RefusedError as error:
+        raise UserError(f"{error}; nothing is taken from there") from error
+    # It finds the file there, and gives it its name.
+    hub.hf_hub_download(repository, HUB_FILE, revision=commit)
+    return pathlib.Path(hub.hf_hub_download(repository, HUB_FILE, revision=revision))
+
+
+def _parse(content: bytes, path: pathlib.Path) -> StoredTensors:
     try:
         return READERS[path.suffix](content)
     except UserError as error:
@@ -238,7 +409,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
-def _read_safetensors(content: bytes) -> Tensors:
+def _read_safetensors(content: bytes) -> StoredTensors:
     import safetensors
 
     # `safetensors.numpy.load` does not know bfloat16, so the views are made here. Integers
@@ -253,18 +424,57 @@ def _read_safetensors(content: bytes) -> Tensors:
     return tensors
 
 
-def _read_npz(content: bytes) -> Tensors:
-    archive = np.load(io.BytesIO(content), allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
+def _read_npz(content: bytes) -> StoredTensors:
+    # Not by np.load, which expands a member to whatever it claims to be.
+    if content.startswith(np.lib.format.MAGIC_PREFIX):
         raise UserError("holds a single array; expected an .npz archive of named arrays")
-    with archive:
-        twice = sorted({name for name in archive.files if archive.files.count(name) > 1})
-        if twice:
-            raise UserError(f"sets {', '.join(twice)} twice")
-        return {name: archive[name] for name in archive.files}
+    archive = _open_zip(content)
+    names = [info.filename.removesuffix(".npy") for info in archive.infolist()]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"sets {_some(twice)} twice")
+    return {
+        name: _npz_member(archive, info, name)
+        for name, info in zip(names, archive.infolist(), strict=True)
+    }
 
 
-def _read_torch(content: bytes) -> Tensors:
+def _open_zip(content: bytes) -> zipfile.ZipFile:
+    if content.count(_MEMBER) > _MOST_MEMBERS:
+        raise UserError(f"an archive of more than {_MOST_MEMBERS} members")
+    return zipfile.ZipFile(io.BytesIO(content))
+
+
+def _npz_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Stored:
+    with archive.open(info) as file:
+        header = io.BytesIO(file.read(_LONGEST_HEADER))
+    version = np.lib.format.read_magic(header)
+    if version == (1, 0):
+        found = np.lib.format.read_array_header_1_0(header)
+    elif version == (2, 0):
+        found = np.lib.format.read_array_header_2_0(header)
+    else:
+        raise UserError(f"{name} is of version {version} of NumPy's format, for other arrays")
+    (shape, columns_first, dtype), start = found, header.tell()
+    if dtype.hasobject:
+        raise UserError(
+            f"{name} holds Python objects, which only a pickle could make: a pickle is a "
+            "program, and is not run (allow_pickle=False)"
+        )
+
+    def read() -> np.ndarray:
+        size = math.prod(shape) * dtype.itemsize
+        with archive.open(info) as file:
+            file.read(start)
+            data = file.read(size + 1)  # to the end, where its checksum is compared
+        if len(data) != size:
+            raise ValueError(f"{len(data)} bytes or more, expected {size}")
+        return np.frombuffer(data, dtype).reshape(shape, order="F" if columns_first else "C")
+
+    return Stored(shape, dtype, read)
+
+
+def _read_torch(content: bytes) -> StoredTensors:
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -272,18 +482,46 @@ def _read_torch(content: bytes) -> Tensors:
             'reading it needs PyTorch: pip install "padim-jax[torch]", '
             "or convert it to .safetensors"
         ) from error
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < _LEAST_TORCH:
+        raise UserError(
+            f"PyTorch {torch.__version__} can be made to run programs that such files hold "
+            "(CVE-2025-32434); install 2.6 or later, or convert it to .safetensors"
+        )
+    if content.startswith(b"PK"):
+        _require_plain(_open_zip(content), len(content))
     # weights_only: a pickle is a program, and anything but tensors is refused unrun.
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping) or not all(
-        isinstance(value, torch.Tensor) for value in state.values()
+        isinstance(name, str) and isinstance(value, torch.Tensor)
+        for name, value in state.items()
     ):
         raise UserError("holds something else than a state_dict (tensor names -> tensors)")
-    # NumPy has no bfloat16 of its own; float32 holds both half precisions exactly.
-    halves = (torch.float16, torch.bfloat16)
-    return {
-        name: (value.detach().float() if value.dtype in halves else value.detach()).numpy()
-        for name, value in state.items()
-    }
+    return {name: _torch_tensor(value, name) for name, value in state.items()}
+
+
+def _require_plain(archive: zipfile.ZipFile, size: int) -> None:
+    """torch.save compresses nothing, so that a file expands to no more than its size."""
+    infos = archive.infolist()
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos) or (
+        sum(info.file_size for info in infos) > size
+    ):
+        raise UserError("expands to more than it holds, as nothing that torch.save writes")
+    if any(info.filename.endswith("/constants.pkl") for info in infos):
+        raise UserError("a TorchScript archive: a program, and not only weights")
+
+
+def _torch_tensor(value: Any, name: str) -> Stored:
+    kind = str(value.dtype).removeprefix("torch.")
+    if kind not in (*FLOATS, "int64"):  # batch norm's counters
+        raise UserError(f"{_some([name])} is {kind}; expected {', '.join(FLOATS)}")
+
+    def read() -> np.ndarray:
+        # NumPy has no bfloat16 of its own; float32 holds both half precisions exactly.
+        half = kind in ("float16", "bfloat16")
+        return (value.detach().float() if half else value.detach()).numpy()
+
+    dtype = np.dtype(jnp.bfloat16) if kind == "bfloat16" else np.dtype(kind)
+    return Stored(tuple(value.shape), dtype, read)
 
 
 READERS = {  # of models.WEIGHT_FILES
@@ -301,17 +539,35 @@ def _expected(network: Sequence[Convolution], folded: bool) -> dict[str, tuple[i
 
 def _some(names: Sequence[str]) -> str:
     rest = len(names) - MOST_LISTED
-    return "; ".join(names[:MOST_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
+    shown = (name if len(name) < 200 else f"{name[:200]}..." for name in names[:MOST_LISTED])
+    return "; ".join(shown) + (f"; and {rest} more" if rest > 0 else "")
 
 
-def _problem(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> str:
+def _mismatch(tensor: "np.ndarray | Stored", shape: tuple[int, ...]) -> str:
     if tensor.shape != shape:
         return f"has shape {tensor.shape}, not {shape}"
     if tensor.dtype.name not in FLOATS:
         return f"is {tensor.dtype.name}, not one of {', '.join(FLOATS)}"
+    return ""
+
+
+def _values(tensor: "np.ndarray | Stored", name: str) -> np.ndarray:
+    try:
+        return np.asarray(tensor)
+    # A damaged archive is noticed where it is read.
+    except Exception as error:
+        raise UserError(
+            f"{name} cannot be read: it is damaged or incomplete "
+            f"({type(error).__name__}: {_first_line(error)}). Get the file again"
+        ) from error
+
+
+def _fault(name: str, tensor: np.ndarray) -> str:
     values = tensor.astype(np.float64)
-    if not np.isfinite(values).all():
-        return f"has {np.count_nonzero(~np.isfinite(values))} values that are not finite"
+    with np.errstate(over="ignore"):  # of float64
+        finite = np.isfinite(values.astype(np.float32))
+    if not finite.all():
+        return f"has {np.count_nonzero(~finite)} values that are not finite"
     if name.endswith("running_var") and values.min() < 0:
         return "has negative variances"
     return ""

@@ -174,6 +174,9 @@ def _notes(config: Config, measured: Mapping[str, Any], sources: list[str]) -> l
     if leaks := measured.get("leaks"):
         some = ", ".join(leaks[:3]) + ", …" * (len(leaks) > 3)
         notes.append(f"{len(leaks)} test images were trained on too: {some}")
+    if skipped := measured.get("skipped"):
+        some = ", ".join(one["path"] for one in skipped[:3]) + ", …" * (len(skipped) > 3)
+        notes.append(f"{len(skipped)} images skipped, listed in skipped.csv: {some}")
     return notes
 
 

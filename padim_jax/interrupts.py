@@ -1,0 +1,62 @@
+"""Ctrl-C: the process ends at once, wherever it is.
+
+Python's own way is an exception in the main thread. It waits for C++ to return, which may
+compile or factorise for long, is swallowed by callbacks, destructors and imports, and ends in
+a traceback. Here a thread hears of the signal, from C's handler, and ends the process. What
+is on disk is there whole or not at all, so that this is as safe as a kill, for which the next
+run is prepared anyway.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+CODE = 130  # 128 + SIGINT, as shells have it
+# For last words, which may meet a full pipe or a process that does not answer.
+_SECONDS = 1.0
+
+_farewells: list[Callable[[], object]] = []
+
+
+def install() -> None:
+    """From now on Ctrl-C ends this process with code 130; only once, in the main thread.
+
+    Where SIGINT is ignored, as for a shell's background jobs, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, lambda *_: None)  # its number is in the pipe all the same
+    threading.Thread(target=_end_on_interrupt, args=(reader,), daemon=True).start()
+
+
+@contextlib.contextmanager
+def farewell(say: Callable[[], object]) -> Iterator[None]:
+    """In the block, an interrupted process calls `say`, in another thread, before it ends."""
+    _farewells.append(say)
+    try:
+        yield
+    finally:
+        _farewells.remove(say)
+
+
+def _end_on_interrupt(reader: int) -> None:
+    while signal.SIGINT not in os.read(reader, 64):
+        pass
+    late = threading.Timer(_SECONDS, os._exit, (CODE,))
+    late.daemon = True
+    late.start()
+    with contextlib.suppress(OSError):
+        os.write(2, b"\ninterrupted\n")
+    for say in _farewells:
+        with contextlib.suppress(Exception):
+            say()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(CODE)

@@ -1,0 +1,65 @@
+"""As `test_fuzz`, with many examples, others in every run: about 100 s.
+
+A failing example is printed with the line that repeats it.
+"""
+
+import fuzzing
+import hypothesis
+import pytest
+from fuzzing import FORMS, examples
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+    # Which draw random numbers while the strategies do.
+    pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared() -> None:
+    fuzzing.prepare()
+
+
+@examples(3000, same=False)
+@hypothesis.given(fuzzing.settings())
+def test_settings(values):
+    fuzzing.check_settings(values)
+
+
+@examples(600, same=False)
+@hypothesis.given(fuzzing.weights())
+def test_weights(file):
+    suffix, content = file
+    fuzzing.check_weights(suffix, content.data)
+
+
+@examples(600, same=False)
+@hypothesis.given(fuzzing.damages(), fuzzing.st.sampled_from([".npz", ".safetensors", ".pth"]))
+def test_damaged_weights(damage, suffix):
+    fuzzing.check_weights(suffix, damage(fuzzing.encoded(fuzzing.tensors(), suffix)))
+
+
+@examples(800, same=False)
+@hypothesis.given(fuzzing.model_files())
+def test_model_files_whose_checksum_is_right(file):
+    form, content = file
+    fuzzing.check_model_file(form, content.data)
+
+
+@examples(800, same=False)
+@hypothesis.given(fuzzing.st.sampled_from(FORMS), fuzzing.damages())
+def test_damaged_model_files(form, damage):
+    fuzzing.check_model_file(form, damage(fuzzing.model_content(form)), damaged=True)
+
+
+@examples(150, same=False)
+@hypothesis.given(fuzzing.checkpoints())
+def test_checkpoints(case):
+    fuzzing.check_checkpoint(*case)
+
+
+@examples(2000, same=False)
+@hypothesis.given(fuzzing.calibrations())
+def test_calibrations(content):
+    fuzzing.check_calibration(content)
