@@ -104,7 +104,8 @@ class Calibration:
         beyond = 1 - self.levels[-1]
         if self.tail_excess > 0:
             scale = self.tail_images * self.tail_excess
-            beyond = beyond * np.exp(-self.tail_images * np.log1p(excess / scale))
+            with np.errstate(over="ignore"):  # far beyond a tail of no width nothing is left
+                beyond = beyond * np.exp(-self.tail_images * np.log1p(excess / scale))
         else:  # the highest scores are equal: nothing is known but that none was higher
             beyond = 1 / (self.images + 1)
         found = np.where(excess > 0, 1 - beyond, body)

@@ -829,7 +829,7 @@ class TestLoadingFails:
         rng, refused = np.random.default_rng(0), []
         for file in sorted(file for file in path.rglob("*") if file.is_file()):
             whole = file.read_bytes()
-            for place in rng.integers(len(whole), size=min(len(whole), 8)):
+            for place in rng.integers(len(whole), size=min(len(whole), 4)):
                 broken = bytearray(whole)
                 broken[place] ^= 1
                 file.write_bytes(broken)

@@ -4,16 +4,12 @@ import csv
 import json
 import os
 import pathlib
-import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from padim_jax import checkpoint, defaults, experiment, parallel
@@ -152,32 +148,3 @@ def test_predictions_of_processes(
     assert len(found) == len(scores(one))
     assert not (tmp_path / "predictions.incomplete").exists()
     np.testing.assert_allclose(list(found.values()), list(scores(one).values()), rtol=2e-5)
-
-
-def test_processes_stop_together(launch: Any, root: pathlib.Path, tmp_path: pathlib.Path):
-    """SIGTERM to one of them saves and stops all; the same command goes on."""
-    images = sorted((root / "part" / "train" / "good").iterdir())
-    many = tmp_path / "data" / "part" / "train" / "good"
-    many.mkdir(parents=True)
-    for number in range(600):
-        (many / f"{number:03}.png").symlink_to(images[number % len(images)])
-    given = f"--config.dataset.root={tmp_path / 'data'}", "--config.train.checkpoint_every=0"
-    process = launch("train", tmp_path, *given)
-    while not (tmp_path / "checkpoint" / "3").exists():  # saved after every batch
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    children = psutil.Process(process.pid).children(recursive=True)
-    (second,) = (child for child in children if "--process_id=1" in child.cmdline())
-    second.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    stopped = re.search(r"stopped by SIGTERM after (\d+) of 600 images", out)
-    assert stopped, out
-    assert 6 < int(stopped[1]) < 600
-    process = launch("train", tmp_path, given[0])
-    out, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    assert f"after {stopped[1]} of 600 images" in out
-    assert out.count("fitted 600 images") == 1
-    fitted, _ = checkpoint.load(tmp_path / "checkpoint", Devices(1))
-    assert len(fitted.images) == int(fitted.statistics.count[0]) == 600

@@ -6,11 +6,7 @@ Real processes are killed, and some fits in this process, where the moment can b
 import dataclasses
 import os
 import pathlib
-import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -451,87 +447,3 @@ class TestUpdate:
         done, new = 16 * batches, IMAGES - 3
         assert f"{GOING_ON} update, after {done} of {new} images" in capsys.readouterr().out
         require_identical(saved(paths[1]), saved(paths[0]))
-
-
-# And for real.
-
-
-def start(
-    mode: str, root: pathlib.Path, workdir: pathlib.Path, form: str, *settings: str
-) -> subprocess.Popen[str]:
-    """The command that is interrupted, and given again."""
-    arguments = {key: value for key, value in SMALL.items() if key != "batch_size"} | {
-        "dataset.root": root,
-        "model.statistics": form,
-        "batch_size": 8,
-        "cache.dir": root / "cache",
-    }
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "padim_jax.main", f"--mode={mode}"),
-            *(f"--config={ROOT}/configs/mvtec.py", f"--workdir={workdir}"),
-            *(f"--config.{key}={value}" for key, value in arguments.items()),
-            *settings,
-        ],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    return out
-
-
-def wait_for_a_save(process: subprocess.Popen[str], path: pathlib.Path, newest: int) -> None:
-    """Until there is an unfinished fit with a higher number."""
-    while process.poll() is None:
-        if path.is_dir() and any(
-            entry.name.isdigit() and int(entry.name) > newest for entry in path.iterdir()
-        ):
-            return
-        time.sleep(0.005)
-
-
-@pytest.mark.parametrize(
-    ("mode", "number"),
-    [
-        ("train", signal.SIGTERM),
-        ("update", signal.SIGTERM),
-        ("update", signal.SIGKILL),  # train: tests/reliability/test_kills.py
-    ],
-)
-def test_ended_for_real(
-    mode: str,
-    number: signal.Signals,
-    root: pathlib.Path,
-    tmp_path: pathlib.Path,
-):
-    """SIGTERM ends it with 0 and a message; the same command finishes it in any case."""
-    path, newest = tmp_path / "checkpoint", -1
-    if mode == "update":
-        config = make_config(root)
-        records = normal(config).records
-        for place in (path, tmp_path / "other" / "checkpoint"):
-            fit(config, place, FolderSource(records[:5]))
-        newest = max(int(entry.name) for entry in path.iterdir())
-    finish(start(mode, root, tmp_path / "other", "moments"))
-    expected = saved(tmp_path / "other" / "checkpoint")
-    process = start(mode, root, tmp_path, "moments")
-    wait_for_a_save(process, path, newest)
-    process.send_signal(number)
-    if number == signal.SIGTERM:
-        out = finish(process)
-        expression = r"^stopped by SIGTERM after \d+ of \d+ images, saved in "
-        assert re.search(expression, out, re.MULTILINE), out
-        assert "Traceback" not in out
-    else:
-        process.communicate()
-        assert process.returncode == -number
-    out = finish(start(mode, root, tmp_path, "moments"))
-    assert GOING_ON in out
-    require_identical(saved(path), expected)
