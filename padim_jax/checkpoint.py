@@ -47,7 +47,7 @@ from padim_jax.paths import Path
 from padim_jax.types import Moments, Projection, Samples
 
 # Raised when a reader of the older form would misread the newer.
-_FORMAT = 4
+_FORMAT = 5
 _STEP = re.compile("0|[1-9][0-9]*")
 # Beside a step that is being deleted, until it is gone: what is left of it is no damage.
 _DELETED = ".deleted"

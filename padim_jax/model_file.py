@@ -35,7 +35,7 @@ from padim_jax.types import Gaussian, LowRank, Projection
 SUFFIX = ".safetensors"
 _DTYPES = ("float32", "float16")
 _LONGEST_REASON = 1000  # characters of a library's error
-_FORMAT = "padim_jax model 3"
+_FORMAT = "padim_jax model 4"
 # Arrays that are no part of the Gaussians.
 _SMALL = ("index", "images", "projection")
 

@@ -618,13 +618,13 @@ class TestNothingElseIsOverwritten:
         save(tmp_path / "new", make_fitted())
         (tmp_path / "new" / "0").rename(path)
         file = path / "_CHECKPOINT_METADATA"
-        file.write_text(file.read_text().replace('"format": 4', '"format": 2'))
+        file.write_text(file.read_text().replace('"format": 5', '"format": 2'))
         before = content(path)
         with pytest.raises(UserError, match="exists and is no checkpoint of padim_jax"):
             save(path, make_fitted(1))
-        with pytest.raises(UserError, match=r"format 2 .* reads format 4"):
+        with pytest.raises(UserError, match=r"format 2 .* reads format 5"):
             load(path)
-        with pytest.raises(UserError, match=r"format 2 .* reads format 4"):
+        with pytest.raises(UserError, match=r"format 2 .* reads format 5"):
             checkpoint.load_unfinished(path, ONE)
         assert content(path) == before
 
@@ -686,7 +686,7 @@ class TestLoadingFails:
         save_altered(path, lambda found: (found.clear(), found.update(other)), monkeypatch)
         with pytest.raises(UserError) as caught:
             load(path)
-        said = (str(path / "0"), f"format {number}", f"padim_jax {version}", "reads format 4")
+        said = (str(path / "0"), f"format {number}", f"padim_jax {version}", "reads format 5")
         for part in said:
             assert part in str(caught.value)
         with pytest.raises(UserError, match=f"format {number} "):

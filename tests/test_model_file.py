@@ -262,7 +262,7 @@ class TestFormat:
         save(path, model)
         entries, start = header(path)
         described = json.loads(entries.pop("__metadata__")["padim_jax"])
-        assert described["format"] == "padim_jax model 3"
+        assert described["format"] == "padim_jax model 4"
         assert described["version"] == padim_jax.__version__
         assert described["half"] is model.half
         names = {"U8": "<u1", "I64": "<i8", "F32": "<f4", "F16": "<f2"}
