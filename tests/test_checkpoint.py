@@ -916,9 +916,7 @@ class TestDevices:
         assert sizes
         assert max(sizes) <= largest / 4
 
-    @pytest.mark.parametrize(
-        ("writers", "readers"), [((1, 2), (2, 2)), ((2, 2), (1, 3)), ((2, 2), (2, 1))]
-    )
+    @pytest.mark.parametrize(("writers", "readers"), [((1, 2), (2, 2)), ((2, 2), (1, 3))])
     def test_processes(
         self, writers: tuple[int, int], readers: tuple[int, int], tmp_path: pathlib.Path
     ):
