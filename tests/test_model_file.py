@@ -365,7 +365,10 @@ class TestBroken:
         ("change", "message"),
         [
             ({"format": "padim_jax model 1", "version": "0.1"}, "'padim_jax model 1', .* 0.1;"),
-            ({"format": "padim_jax model 4", "version": "9.8"}, "'padim_jax model 4', .* 9.8;"),
+            (
+                {"format": "padim_jax model 99", "version": "9.8"},
+                "'padim_jax model 99', .* 9.8;",
+            ),
             ({"form": "Mixture"}, "no model file, or a broken one"),
             ({"weights": None}, "no model file, or a broken one"),
             ({"config": {"batch_size": 4}}, "broken one .*config"),
