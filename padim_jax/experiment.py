@@ -41,11 +41,11 @@ from padim_jax import detector as detector_lib
 from padim_jax import watch as watch_lib
 from padim_jax.config import Config
 from padim_jax.datasets import LAYOUTS, sampling
-from padim_jax.datasets.records import Record, Skipped, Split
+from padim_jax.datasets.records import Record, Skipped, Source, Split
 from padim_jax.detector import Detector
 from padim_jax.errors import UserError
 from padim_jax.fitting import Backbone
-from padim_jax.input_pipeline import FolderSource, Source
+from padim_jax.input_pipeline import FolderSource
 from padim_jax.paths import Path
 
 METRICS = "metrics.json"  # the last to be written, and the first to go

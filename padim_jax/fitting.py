@@ -32,10 +32,9 @@ from padim_jax import config as config_lib
 from padim_jax import detector as detector_lib
 from padim_jax.checkpoint import Fitted
 from padim_jax.config import Config, ModelConfig
-from padim_jax.datasets.records import Record
+from padim_jax.datasets.records import Record, Source
 from padim_jax.detector import Detector
 from padim_jax.errors import Stopped, UserError
-from padim_jax.input_pipeline import Source
 from padim_jax.models import pretrained
 from padim_jax.parallel import Devices
 from padim_jax.paths import Path

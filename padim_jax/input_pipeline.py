@@ -17,7 +17,7 @@ import pathlib
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -29,7 +29,7 @@ from padim_jax.config import ImageConfig
 from padim_jax.datasets import masks
 from padim_jax.datasets.decoding import open_rgb
 from padim_jax.datasets.files import read_file, shown
-from padim_jax.datasets.records import Record
+from padim_jax.datasets.records import Record, Source
 from padim_jax.errors import UserError
 from padim_jax.image_cache import Decoded, ImageCache
 
@@ -54,20 +54,6 @@ class View(NamedTuple):
     angle: float
     top: int
     left: int
-
-
-@runtime_checkable  # the tests check argument types at run time
-class Source(Protocol):
-    """Images that can be read in any order: what a dataset gives the pipeline."""
-
-    @property
-    def records(self) -> Sequence[Record]:
-        """What the images are."""
-        ...
-
-    def read(self, index: int) -> tuple[bytes, bytes | None]:
-        """The encoded image of `records[index]` and its mask's, if it has one."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

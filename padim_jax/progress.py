@@ -8,9 +8,10 @@ import tqdm
 
 from padim_jax import input_pipeline, parallel
 from padim_jax.config import Config
+from padim_jax.datasets.records import Source
 from padim_jax.errors import UserError
 from padim_jax.image_cache import ImageCache
-from padim_jax.input_pipeline import Batch, Share, Source
+from padim_jax.input_pipeline import Batch, Share
 from padim_jax.parallel import Devices
 
 

@@ -11,10 +11,9 @@ from padim_jax import input_pipeline, parallel, progress
 from padim_jax.config import Config
 from padim_jax.datasets import sampling
 from padim_jax.datasets.files import shown
-from padim_jax.datasets.records import Skipped
+from padim_jax.datasets.records import Skipped, Source
 from padim_jax.errors import UserError
 from padim_jax.image_cache import ImageCache
-from padim_jax.input_pipeline import Source
 from padim_jax.parallel import Devices
 
 

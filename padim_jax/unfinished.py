@@ -15,9 +15,8 @@ from typing import Any
 
 from padim_jax import figures, journal, paths, predictions, progress
 from padim_jax.datasets.files import shown
-from padim_jax.datasets.records import Record
+from padim_jax.datasets.records import Record, Source
 from padim_jax.errors import UserError
-from padim_jax.input_pipeline import Source
 from padim_jax.parallel import Devices
 
 NAME = "journal.jsonl"

@@ -7,10 +7,10 @@ from trees import write
 
 from padim_jax import config as config_lib
 from padim_jax import defaults, experiment
-from padim_jax.datasets.records import Record
+from padim_jax.datasets.records import Record, Source
 from padim_jax.datasets.sampling import held_out, part, subset
 from padim_jax.errors import UserError
-from padim_jax.input_pipeline import FolderSource, Source
+from padim_jax.input_pipeline import FolderSource
 
 
 def test_a_subset_is_the_seed_s_sample_in_the_given_order():

@@ -1,7 +1,8 @@
 """What a dataset is made of: records, without any pixels read yet."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, Protocol, runtime_checkable
 
 from padim_jax import paths
 from padim_jax.errors import UserError
@@ -59,3 +60,17 @@ class Skipped:
 
     path: str
     reason: str
+
+
+@runtime_checkable  # the tests check argument types at run time
+class Source(Protocol):
+    """Images that can be read in any order: what a dataset gives the pipeline."""
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """What the images are."""
+        ...
+
+    def read(self, index: int) -> tuple[bytes, bytes | None]:
+        """The encoded image of `records[index]` and its mask's, if it has one."""
+        ...

@@ -6,26 +6,12 @@ Both are pure functions of any sequence, of records or of their numbers, and kee
 import dataclasses
 import random
 from collections.abc import Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
-from padim_jax.datasets.records import Record
+from padim_jax.datasets.records import Record, Source
 from padim_jax.errors import UserError
 
 _Item = TypeVar("_Item")
-
-
-@runtime_checkable  # the tests check argument types at run time
-class Source(Protocol):
-    """As `input_pipeline.Source`, of which this package knows nothing."""
-
-    @property
-    def records(self) -> Sequence[Record]:
-        """What the images are."""
-        ...
-
-    def read(self, index: int) -> tuple[bytes, bytes | None]:
-        """The encoded image of `records[index]` and its mask's, if it has one."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,7 @@ class PadimDataset(tfds.core.GeneratorBasedBuilder):
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
-    """Reads a packed split; see `input_pipeline.Source`."""
+    """Reads a packed split; see `records.Source`."""
 
     records: Sequence[Record]
     examples: Sequence[Any]
