@@ -99,8 +99,6 @@ while [ "${#pids[@]}" -gt 0 ]; do
     echo "error: ${#pids[@]} processes did not end in 60 s after another one; killed" >&2
     break
   fi
-  # Waited for, not in the foreground: there bash leaves a Ctrl-C to the command that runs.
-  sleep 0.1 &
-  wait "$!" || true
+  sleep 0.1
 done
 exit "$code"

@@ -4,6 +4,7 @@ import atexit
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -11,6 +12,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as main.py does, and why
 
 # As many devices everywhere; a GPU, if there is one, would be shared by many processes.
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+# In a shell's background job Ctrl-C is ignored, and would be by all processes of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nothing is read from or written to the caches of who runs the tests, by child processes
 # neither. Before the imports, of which one may ask for the place.
