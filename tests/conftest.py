@@ -13,9 +13,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as main.py does, and why
 # As many devices everywhere; a GPU, if there is one, would be shared by many processes.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-# In a shell's background job Ctrl-C is ignored, and would be by all processes of the tests.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 # Nothing is read from or written to the caches of who runs the tests, by child processes
 # neither. Before the imports, of which one may ask for the place.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="padim_jax_tests_")
@@ -28,6 +25,9 @@ from jaxtyping import install_import_hook
 install_import_hook("padim_jax", "beartype.beartype")
 
 from padim_jax import parallel  # noqa: E402 (after the hook)
+
+# In a shell's background job Ctrl-C is ignored, and would be by all processes of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Virtual ones, for the tests of many; all others have one (see `one_device`).
