@@ -8,6 +8,7 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -139,9 +140,10 @@ def read_evaluation(path: Path, detector: str) -> Thresholds:
         measured = json.loads(path.read_text(encoding="utf-8"))
         if measured["detector"] != detector:
             return nothing
-        image, pixel = measured["image_f1_threshold"], measured["pixel_f1_threshold"]
-        scale = figures.ColorScale(*measured["color_scale"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = "image_f1_threshold", "pixel_f1_threshold"
+        image, pixel = (None if (x := measured[n]) is None else _finite(x) for n in names)
+        scale = figures.ColorScale(*map(_finite, measured["color_scale"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: not an evaluation's results ({type(error).__name__}: {error}); evaluate "
             "again (--mode=eval) or remove the file to predict without thresholds"
@@ -150,6 +152,12 @@ def read_evaluation(path: Path, detector: str) -> Thresholds:
         return dataclasses.replace(nothing, pixel=pixel, scale=scale)
     text = f"threshold {image:.4g}: the best F1 on the test set's labels, of {path}"
     return Thresholds(image, pixel, scale, text)
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no threshold")
+    return float(value)
 
 
 def restore_map(

@@ -238,7 +238,10 @@ def _require_same(one: Run) -> None:
     if not (one.workdir / _METRICS).exists():
         return
     wanted = _settings(config_lib.to_dict(one.config))
-    found = _settings(_read(one.workdir / _CONFIG))
+    path = one.workdir / _CONFIG
+    if not isinstance(stored := _read(path), dict):
+        raise _not_ours(path, "no configuration")
+    found = _settings(stored)
     for name, value in wanted.items():
         if found.get(name) != value:
             raise UserError(
@@ -259,12 +262,28 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
+    """What a run wrote there, a group or a list."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); do the run again with --overwrite"
-        ) from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _not_ours(path, str(error)) from error
+    if not isinstance(found, dict | list):
+        raise _not_ours(path, "no results")
+    return found
+
+
+def _measured(one: Run) -> dict[str, Any]:
+    """A finished run's metrics."""
+    found, path = _read(one.workdir / _METRICS), one.workdir / _METRICS
+    for name in sweep_table.METRICS:
+        value: Any = found.get(name, "missing") if isinstance(found, dict) else "missing"
+        if value is not None and (type(value) not in (int, float) or not 0 <= value <= 1):
+            raise _not_ours(path, f"{name}: {str(value)[:60]}")
+    return found
+
+
+def _not_ours(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: cannot be read ({reason}); do the run again with --overwrite")
 
 
 def _error(one: Run) -> str:
@@ -305,7 +324,7 @@ def _write(config: Config, runs: Sequence[Run], workdir: Path, devices: Devices)
     with locks.attempt(workdir / "table.json", devices.process, wait=True):
         failed = {one.name: message for one in runs if (message := _error(one))}
         finished = {
-            (one.category, one.repeat): _read(one.workdir / _METRICS)
+            (one.category, one.repeat): _measured(one)
             for one in runs
             if one.name not in failed and (one.workdir / _METRICS).exists()
         }

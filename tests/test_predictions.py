@@ -259,6 +259,10 @@ class TestThresholdsOfAnEvaluation:
             GOOD | {"color_scale": [1.0]},
             GOOD | {"color_scale": None},
             GOOD | {"color_scale": ["1", "6"]},
+            GOOD | {"image_f1_threshold": "high"},
+            GOOD | {"image_f1_threshold": float("nan")},
+            GOOD | {"pixel_f1_threshold": [3.5]},
+            "[" * 100_000,
         ],
     )
     def test_broken(self, content: Any, tmp_path: pathlib.Path):

@@ -252,3 +252,24 @@ def test_processes_share_a_sweep(root: pathlib.Path, tmp_path: pathlib.Path):
     whole = table(tmp_path / "results")
     assert whole["missing"] == []
     assert whole["this_run"]["aupro"]["nut"]["values"] == [0.7] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[]"),
+        ("config.json", "[" * 100_000),
+        ("metrics.json", "3"),
+        ("metrics.json", "{}"),
+        ("metrics.json", '{"image_auroc": "high"}'),
+    ],
+)
+def test_broken_results_are_named(
+    name: str, content: str, root: pathlib.Path, tmp_path: pathlib.Path, done: list[str]
+):
+    sweep.run(settings(root), tmp_path)
+    path = tmp_path / "nut" / name
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"nut/{name}: cannot be read .* --overwrite"):
+        sweep.run(settings(root), tmp_path)
+    sweep.run(settings(root), tmp_path, overwrite=True)
