@@ -57,7 +57,8 @@ class Run:
         values.dataset.root = str(shared / "data" / "mvtec_ad")
         values.model.weights = str(shared / "weights" / "resnet18.tv_in1k.folded.npz")
         values.model.statistics = form
-        values.outputs.maps = "npy"
+        values.outputs.maps, values.outputs.report = "npy", False
+        values.threshold.normal = "none"
         self.config: Config = validate(values)
         self.workdir = workdir
         self.checkpoint = workdir / "checkpoint"
