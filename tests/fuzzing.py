@@ -53,8 +53,9 @@ ONE = Devices(1)
 FORMS = ("moments", "samples")
 
 
-def examples(count: int, same: bool = True) -> hypothesis.settings:
-    """So many; the same in every run, or others."""
+def examples(count: int) -> hypothesis.settings:
+    """So many; the same in every run, but with PADIM_JAX_NEW_EXAMPLES=1 others."""
+    same = "PADIM_JAX_NEW_EXAMPLES" not in os.environ
     return hypothesis.settings(
         max_examples=count,
         derandomize=same,
