@@ -3,11 +3,12 @@
 Command:
     python -m padim_jax.main --config=configs/demo.py
 
-Expected (about 12 s on 4 CPU cores): image AUROC 0.94, pixel AUROC 0.99, AUPRO 0.88.
+Expected (about 12 s on 4 CPU cores): image AUROC 0.98, pixel AUROC 0.99, AUPRO 0.93.
 
 A textured part with varying pose and lighting and four kinds of defects is written
-to data/synthetic as PNG files in MVTec AD's layout. The weights are random, not
-ImageNet's: for trying the program out.
+to data/synthetic as PNG files in MVTec AD's layout. The weights come with padim_jax and
+were trained on other images that it draws itself. ImageNet's are better
+(--config.model.weights=resnet18.tv_in1k).
 
 Every setting is explained in padim_jax/defaults.py.
 """
@@ -25,5 +26,5 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # The one category of the synthetic dataset.
     config.category = "part"
     # Not ImageNet's: no weights need be downloaded.
-    config.model.weights = "random"
+    config.model.weights = "bundled"
     return config

@@ -92,7 +92,9 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # A name (<backbone>.tv_in1k or <backbone>.tv2_in1k: torchvision's first and second
     # ImageNet weights, downloaded once from the Hugging Face hub; of efficientnet_b5
     # <backbone>.sw_in12k_ft_in1k; with @REVISION behind it, another commit than the pinned
-    # one), a .safetensors, .npz or .pth file, or random. The default follows the backbone.
+    # one), a .safetensors, .npz or .pth file, bundled (of resnet18 up to layer3: comes with
+    # this package, trained on procedural images; lower results, but no download and none of
+    # ImageNet's terms), or random. The default follows the backbone.
     config.model.weights = config.model.get_ref("backbone") + ".tv_in1k"
     # How many of the stages' channels are kept, drawn at random: the paper takes
     # 100 for resnet18 and 550 for wide_resnet50_2. All of them: 448, 1792.

@@ -400,7 +400,7 @@ def roc_figure(
         rates; both ascend, and the points are joined by straight lines.
       title: text above the diagram.
     """
-    figure = _figure(5.0, 5.0)
+    figure = diagram(5.0, 5.0)
     axes = figure.add_subplot()
     for (label, fpr, tpr), color in zip(curves, itertools.cycle(_CURVES), strict=False):
         # A curve over all pixels has millions of points. fpr + tpr grows along a curve:
@@ -415,7 +415,7 @@ def roc_figure(
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    _save_diagram(figure, path)
+    save_diagram(figure, path)
 
 
 def score_histogram(
@@ -433,7 +433,7 @@ def score_histogram(
       threshold: the score from which an image is predicted anomalous, drawn as a line;
         None for no line.
     """
-    figure = _figure(6.0, 4.0)
+    figure = diagram(6.0, 4.0)
     axes = figure.add_subplot()
     scores = scores.astype(float)  # 30 bins may be too narrow for float32
     edges = np.histogram_bin_edges(scores, bins=30)
@@ -449,16 +449,18 @@ def score_histogram(
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend()
-    _save_diagram(figure, path)
+    save_diagram(figure, path)
 
 
-def _save_diagram(figure, path: Path) -> None:
+def save_diagram(figure, path: Path) -> None:
+    """Writes a matplotlib figure as a PNG."""
     content = io.BytesIO()
     figure.savefig(content, format="png", pil_kwargs={"compress_level": _COMPRESS_LEVEL})
     paths.write(path, content.getvalue())
 
 
-def _figure(width: float, height: float):
+def diagram(width: float, height: float):
+    """An empty matplotlib figure, sizes in inches."""
     from matplotlib.figure import Figure
 
     # Without pyplot a figure belongs to its caller alone, and is drawn by Agg.

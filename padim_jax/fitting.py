@@ -1,14 +1,11 @@
 """Normal images -> a fitted model on disk: fit, go on with a fit, extend it, merge several."""
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +16,7 @@ from padim_jax import (
     checkpoint,
     compilation_cache,
     image_cache,
+    interrupts,
     locks,
     memory,
     model_file,
@@ -335,7 +333,7 @@ def _scatter(
 ) -> reduction.Scatter:
     """Of all images' embeddings, in a pass of its own."""
     found = reduction.empty(detector_lib.total_channels(config.model))
-    with _sigterm() as asked:
+    with interrupts.sigterm() as asked:
         cache = image_cache.open_cache(config.cache)
         for batch in progress.batches(source, config, "principal components", cache, devices):
             if np.any(parallel.gather(np.array([asked()]))):
@@ -429,10 +427,12 @@ def load_weights(
             "that file is now)"
         ) from error
     if found.sha256 != identity.sha256:
+        both = found.origin == identity.origin == pretrained.BUNDLED_ORIGIN
         raise UserError(
             f"weights {place}: other weights ({found.origin}, sha256 {found.sha256[:12]}...) "
-            f"than the model {path} was fitted with ({wanted}). Name that file with "
-            "--weights, or fit again"
+            f"than the model {path} was fitted with ({wanted}). "
+            + ("Those came with another version of padim_jax. " if both else "")
+            + "Name that file with --weights, or fit again"
         )
     return variables
 
@@ -459,7 +459,7 @@ def _fit(
         return dataclasses.replace(fitted, statistics=now, images=np.concatenate(digests))
 
     alike = _Alike()
-    with _sigterm() as asked:
+    with interrupts.sigterm() as asked:
         cache = image_cache.open_cache(config.cache)
         saved, done = time.monotonic(), start
         for batch in progress.batches(source, config, "fit", cache, devices, start):
@@ -522,20 +522,6 @@ def _fit(
     if stop:
         raise Stopped(f"stopped by SIGTERM; the fit is finished and saved in {path}")
     return detector
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Tells whether SIGTERM came in the block, which it does not end."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set  # only the main thread can handle signals
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Ctrl-C: the process ends at once, wherever it is.
+"""Signals. Ctrl-C: the process ends at once, wherever it is.
 
 Python's own way is an exception in the main thread. It waits for C++ to return, which may
 compile or factorise for long, is swallowed by callbacks, destructors and imports, and ends in
 a traceback. Here a thread hears of the signal, from C's handler, and ends the process. What
 is on disk is there whole or not at all, so that this is as safe as a kill, for which the next
-run is prepared anyway.
+run is prepared anyway. SIGTERM: long work is told, and saves before it ends.
 """
 
 import contextlib
@@ -43,6 +43,20 @@ def farewell(say: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         _farewells.remove(say)
+
+
+@contextlib.contextmanager
+def sigterm() -> Iterator[Callable[[], bool]]:
+    """Tells whether SIGTERM came in the block, which it does not end."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set  # only the main thread can handle signals
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end_on_interrupt(reader: int) -> None:

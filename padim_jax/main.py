@@ -10,6 +10,7 @@ Modes:
   update          extend a saved model by normal images: --input, or the configuration's
   merge           join models of disjoint images: --models=A,B --checkpoint=JOINED
   export          write model.safetensors, for scoring alone; half the size with --half
+  pretrain        train a backbone of your own on drawn images: --config=configs/pretrain.py
 
 Examples:
   python -m padim_jax.main --config=configs/demo.py
@@ -19,9 +20,11 @@ Examples:
   python -m padim_jax.main --config=configs/folder.py --config.dataset.root=/path/to/parts
   python -m padim_jax.main --mode=eval --workdir=results/mvtec_ad_bottle
   python -m padim_jax.main --mode=predict --workdir=results/mvtec_ad_bottle --input=parts/
+  python -m padim_jax.main --config=configs/pretrain.py --mode=pretrain
 
 `padim-jax` is the same as `python -m padim_jax.main`. Every setting of --config can be
-overridden, as in --config.batch_size=16; padim_jax/defaults.py explains them all.
+overridden, as in --config.batch_size=16; padim_jax/defaults.py explains them all, and
+padim_jax/pretrain/defaults.py those of --mode=pretrain.
 Results go to --workdir. Exit codes: 0 done, 1 a bug or a failing machine, 2 something
 to mend in the command, the settings or the files, 130 interrupted (Ctrl-C).
 """
@@ -39,14 +42,15 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 # XLA runs small factorisations in parallel already; the threads of OpenBLAS, which it
 # calls for each, would fight for the same cores (measured with three cores busy: 10 to
 # 25 times slower). To be set before NumPy is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -54,10 +58,11 @@ import padim_jax
 from padim_jax import cluster, paths
 from padim_jax import config as config_lib
 from padim_jax.errors import Stopped, UserError
+from padim_jax.pretrain import config as pretrain_config
 
 MODES = (
     *("train_and_eval", "train", "eval", "predict"),
-    *("calibrate", "update", "merge", "export"),
+    *("calibrate", "update", "merge", "export", "pretrain"),
 )
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -70,7 +75,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 _CONFIG_MODULE = "config_config"  # as ml_collections calls the file's module
 _MODE = flags.DEFINE_enum("mode", MODES[0], MODES, "What to do.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the results; default: results/<dataset>_<category>."
+    "workdir",
+    None,
+    "Folder of the results; default: results/<dataset>_<category>, for pretrain "
+    "results/pretrain.",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "The fitted model, a folder or file; default: <workdir>/checkpoint."
@@ -134,23 +142,77 @@ _STOPPED_CODE = flags.DEFINE_integer(
     "to start it again.",
 )
 
+# What says nothing to --mode=pretrain, and what to do instead.
+_NOT_FOR_PRETRAIN = (
+    (_CHECKPOINT, "it saves in --workdir"),
+    (_INPUT, "images of your own are --config.images.photos"),
+    (_WATCH, "it is a form of --mode=predict"),
+    (_POLL_SECONDS, "it is for --watch"),
+    (_SETTLE_SECONDS, "it is for --watch"),
+    (_MODELS, "it names what to merge"),
+    (_WEIGHTS, "weights to go on from are --config.start"),
+    (_HALF, "it is a form of --mode=export"),
+    (
+        _OVERWRITE,
+        "an unfinished training goes on, a finished one stays; another --workdir begins anew",
+    ),
+    (_DOWNLOAD, "it is for --config.dataset.name=mvtec_ad"),
+)
+
 
 def main(argv: Sequence[str]) -> None:
-    """Checks the command, then hands over to `experiment`."""
+    """Checks the command, then hands over to what does it."""
     del argv
-    config = _config()
-    mode = _MODE.value
+    if _MODE.value == "pretrain":
+        _run_pretraining()
+    else:
+        _run_experiment(_MODE.value)
+
+
+def _run_pretraining() -> None:
+    values = _settings()
+    if values is None:
+        raise UserError(
+            "--config: missing; --mode=pretrain needs one, as in --config=configs/pretrain.py"
+        )
+    if "dataset" in values and "optimizer" not in values:
+        raise UserError(
+            f"--mode=pretrain: {_config_file()} is no recipe of a pretraining; expected one, "
+            "as in --config=configs/pretrain.py"
+        )
+    recipe = pretrain_config.validate(values)
+    for flag, instead in _NOT_FOR_PRETRAIN:
+        if flag.value != flag.default:
+            raise UserError(f"--{flag.name}: not for --mode=pretrain; {instead}")
+    given = _WORKDIR.value
+    workdir = pathlib.Path("results/pretrain") if given is None else paths.parse(given)
+
+    place = _place()
+    settings = _shared_settings(pretrain_config.to_dict(recipe)) if place else {}
+
+    # Only now what takes long to import: a mistake should not have to wait for it.
+    from padim_jax import distributed
+    from padim_jax.pretrain import run
+
+    with distributed.session(place, settings, _JOIN_SECONDS.value), paths.explained():
+        run.pretrain(recipe, workdir)
+
+
+def _run_experiment(mode: str) -> None:
+    config = _config(mode)
     _check_flags(mode, config)
     workdir = _workdir(config)
     given = _CHECKPOINT.value
     checkpoint = paths.parse(given) if given else workdir / "checkpoint"
 
-    place = cluster.find(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, os.environ)
+    place = _place()
+    nested = config_lib.to_dict(config) if config is not None else {}
+    nested.pop("cache", None)  # each machine's own affair
+    settings = _shared_settings(nested) if place else {}
 
     # Only now what takes long to import: a mistake should not have to wait for it.
     from padim_jax import distributed, experiment, parallel, sweep, watch
 
-    settings = _shared_settings(config) if place else {}
     with distributed.session(place, settings, _JOIN_SECONDS.value), paths.explained():
         if _DOWNLOAD.value:
             from padim_jax.datasets import download
@@ -178,7 +240,12 @@ def main(argv: Sequence[str]) -> None:
         )
 
 
-def _config() -> config_lib.Config | None:
+def _place() -> cluster.Place | None:
+    return cluster.find(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, os.environ)
+
+
+def _settings() -> Mapping[str, Any] | ml_collections.ConfigDict | None:
+    """What --config gives, unchecked."""
     if not _CONFIG.present:
         return None
     values = _CONFIG.value
@@ -190,6 +257,20 @@ def _config() -> config_lib.Config | None:
     if not settings:
         kind = type(values).__name__
         raise UserError(f"--config: get_config() returns {kind}; expected a ConfigDict")
+    return values
+
+
+def _config_file() -> str:
+    """As it was given."""
+    return config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])
+
+
+def _config(mode: str) -> config_lib.Config | None:
+    values = _settings()
+    if values is None:
+        return None
+    if "optimizer" in values and "dataset" not in values:
+        raise UserError(f"--mode={mode}: {_config_file()} is a recipe for --mode=pretrain")
     return config_lib.validate(values)
 
 
@@ -255,7 +336,7 @@ def _check_flags(mode: str, config: config_lib.Config | None) -> None:
         raise UserError("--download: only for --config.dataset.name=mvtec_ad")
 
 
-def _shared_settings(config: config_lib.Config | None) -> dict[str, str]:
+def _shared_settings(config: Mapping[str, Any]) -> dict[str, str]:
     """What has to be the same in all processes, for comparison."""
     given = (
         *(_MODE, _WORKDIR, _CHECKPOINT, _INPUT, _MODELS, _WEIGHTS),
@@ -264,12 +345,9 @@ def _shared_settings(config: config_lib.Config | None) -> dict[str, str]:
     settings = {f"--{flag.name}": str(flag.value) for flag in given}
     settings["version of padim_jax"] = padim_jax.__version__
     settings["version of jax"] = importlib.metadata.version("jax")
-    if config is not None:
-        nested = config_lib.to_dict(config)
-        del nested["cache"]  # each machine's own affair
-        for name, value in nested.items():
-            for key, setting in value.items() if isinstance(value, dict) else [("", value)]:
-                settings[f"config.{name}.{key}".rstrip(".")] = str(setting)
+    for name, value in config.items():
+        for key, setting in value.items() if isinstance(value, dict) else [("", value)]:
+            settings[f"config.{name}.{key}".rstrip(".")] = str(setting)
     return settings
 
 
@@ -308,6 +386,8 @@ def _explanation(error: Exception) -> str:
             if frame.f_globals.get("__name__") == _CONFIG_MODULE:
                 place = f"{frame.f_code.co_filename}, line {line}"
                 return f"--config: {place}: {type(cause).__name__}: {_one_line(cause)}"
+        if isinstance(cause, TypeError) and "get_config() takes 0 " in str(cause):
+            return "--config: the file has no presets; leave out what is behind the colon"
         cause = cause.__context__
     if isinstance(error, AttributeError) and error.name == "get_config":
         return "--config: the file has no function get_config()"
@@ -330,7 +410,10 @@ def _unknown_setting(message: str) -> str:
     if close:
         return f"--config: no such setting {close[2]!r}; did you mean {close[1]!r}?"
     name = "".join(re.findall(r"\w", message))
-    return f"--config: no such setting {name!r}; padim_jax/defaults.py lists them"
+    return (
+        f"--config: no such setting {name!r}; padim_jax/defaults.py lists them, and "
+        "padim_jax/pretrain/defaults.py those of --mode=pretrain"
+    )
 
 
 def _fail(message: str) -> NoReturn:

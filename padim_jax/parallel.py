@@ -29,7 +29,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array, Bool, Float32, Int
 
 from padim_jax.types import Levels, Valid
 
@@ -129,6 +129,33 @@ def free_memory() -> int | None:
 def replicate(tree: Tree, devices: Devices) -> Tree:
     """The same arrays on each of this process's devices."""
     return jax.device_put(tree, NamedSharding(devices.local_mesh, PartitionSpec()))
+
+
+def copies(tree: Any, devices: Devices) -> Any:
+    """The same arrays once for each of this process's devices, (k, ...): to be mapped over."""
+    sharding = NamedSharding(devices.local_mesh, PartitionSpec(AXIS))
+
+    def copy(x: Array | np.ndarray) -> Array:
+        x = np.asarray(x)
+        return jax.device_put(np.broadcast_to(x, (devices.local, *x.shape)), sharding)
+
+    return jax.tree.map(copy, tree)
+
+
+def mean(tree: Tree) -> Tree:
+    """Inside of `mapped`: of every array the mean over all devices."""
+    return lax.pmean(tree, AXIS)
+
+
+def total(tree: Tree) -> Tree:
+    """Inside of `mapped`: of every array the sum over all devices."""
+    return lax.psum(tree, AXIS)
+
+
+def share_of(count: int) -> Int[Array, " _n"]:
+    """Inside of `mapped`: this device's part of the first `count` numbers."""
+    own = count // lax.psum(1, AXIS)
+    return lax.axis_index(AXIS) * own + jnp.arange(own)
 
 
 def to_regions(levels: Levels) -> tuple[Float32[Array, "_k _n _d _b"], ...]:

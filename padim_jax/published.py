@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from padim_jax import models
 from padim_jax.config import Config
 
 AVERAGE = "Avg"
@@ -88,7 +89,8 @@ def applicable(config: Config) -> tuple[Published, ...]:
     Returns:
       One for each source; sources that agree in all figures and settings are one.
     """
-    if config.dataset.name != "mvtec_ad" or config.model.weights == "random":
+    not_imagenet = (models.RANDOM_WEIGHTS, models.BUNDLED_WEIGHTS)
+    if config.dataset.name != "mvtec_ad" or config.model.weights in not_imagenet:
         return ()
     views = {name: _setting(config, name) for name in _VIEWS}
     found: list[Published] = []

@@ -95,6 +95,24 @@ STAGES = {
     "scoring": {"interpolation", "types"},
     "metrics": {"errors"},
     "figures": {"errors", "paths"},
+    # Of a pretraining, whose stages build upon each other.
+    "pretrain.config": {"checks", "errors", "models", "paths"},
+    "pretrain.defaults": set(),
+    "pretrain.textures": set(),
+    "pretrain.scenes": {"pretrain.textures"},
+    "pretrain.inspection": set(),
+    "pretrain.redundancy": set(),
+    "pretrain.network": {"models", "models.resnet", "parallel"},
+    "pretrain.training": {
+        "models",
+        "parallel",
+        "pretrain.config",
+        "pretrain.inspection",
+        "pretrain.network",
+        "pretrain.redundancy",
+        "pretrain.scenes",
+        "pretrain.textures",
+    },
 }
 
 
@@ -116,6 +134,38 @@ def test_numeric_stages_import_jax_and_numpy_only(stage):
     assert libraries(f"{FACADE}.{stage}") <= {"jax", "numpy", "jaxtyping"}
 
 
+# What a pretraining draws and learns; `run` and `saving` beside it read and write.
+LEARNING = ["textures", "scenes", "inspection", "redundancy", "network", "training"]
+
+
+@pytest.mark.parametrize("stage", LEARNING)
+def test_pretraining_is_pure_but_for_its_run(stage):
+    module = f"{FACADE}.pretrain.{stage}"
+    assert libraries(module) <= {"flax", "jax", "jaxtyping", "numpy", "optax"}
+    standard = {name.partition(".")[0] for name, _ in IMPORTS[module]} & sys.stdlib_module_names
+    assert standard <= {"collections", "dataclasses", "functools", "math", "typing"}
+    # Without an import one could still do this.
+    files = {"open", "load", "save", "savez", "fromfile", "tofile"}
+    tree = ast.parse(SOURCES[module].read_text(encoding="utf-8"))
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    called = {call.id for call in calls if isinstance(call, ast.Name)}
+    called |= {call.attr for call in calls if isinstance(call, ast.Attribute)}
+    assert not called & files
+
+
+def test_pretraining_stands_apart():
+    pretrain = f"{FACADE}.pretrain"
+    importers = {
+        name
+        for name in MODULES
+        if not within(name, pretrain)
+        and any(within(found, pretrain) for found, _ in IMPORTS[name])
+    }
+    assert importers == {f"{FACADE}.main"}
+    used = {name for name in our_modules(f"{FACADE}.main") if within(name, pretrain)}
+    assert used - {pretrain} == {f"{pretrain}.config", f"{pretrain}.run"}
+
+
 @pytest.mark.parametrize(
     ("imported", "owners"),
     [
@@ -124,11 +174,13 @@ def test_numeric_stages_import_jax_and_numpy_only(stage):
         ("ml_collections.config_flags", "main"),
         ("padim_jax.experiment", "main sweep"),
         ("padim_jax.main", ""),
+        ("padim_jax.pretrain.run", "main"),
         ("padim_jax.sweep", "main"),
         ("padim_jax.fitting", "experiment sweep"),
         ("padim_jax.distributed", "main"),
         ("filelock", "locks"),
-        ("orbax", "checkpoint"),
+        ("optax", "pretrain.training"),
+        ("orbax", "checkpoint pretrain.saving"),
         ("psutil", "memory"),
         ("jax.sharding", "parallel"),
         ("jax.experimental.multihost_utils", "parallel"),
@@ -184,8 +236,11 @@ def test_torch_is_imported_on_demand_only(module):
 
 
 # Checking a configuration, listing a dataset and showing --help are to be quick.
-LIGHT = ["", "config", "defaults", "errors", "figures", "main", "metrics", "models", "datasets"]
-HEAVY = ["flax", "grain", "jax", "matplotlib", "orbax", "tensorflow", "torch"]
+LIGHT = [
+    *("", "checks", "config", "defaults", "errors", "figures", "main", "metrics", "models"),
+    *("datasets", "pretrain", "pretrain.config", "pretrain.defaults"),
+]
+HEAVY = ["flax", "grain", "jax", "matplotlib", "optax", "orbax", "tensorflow", "torch"]
 
 
 def test_light_modules_do_not_bring_heavy_libraries():

@@ -432,6 +432,16 @@ def test_weights_follow_the_backbone_until_they_are_set():
     assert config_lib.validate(config).model.weights == "random"
 
 
+def test_bundled_weights_are_of_resnet18_up_to_layer3():
+    settings: Any = defaults.get_config()
+    settings.model.weights = "bundled"
+    assert config_lib.validate(settings).model.weights == "bundled"
+    settings.model.layers = ("layer2", "layer4")
+    assert "end at layer3, and config.model.layers asks for layer4" in message_of(settings)
+    settings.model.backbone, settings.model.layers = "resnet34", ("layer2",)
+    assert "of resnet18, and none of resnet34" in message_of(settings)
+
+
 def test_default_weights_exist_for_every_backbone():
     # configs/efficientnet_b5.py names its own.
     for backbone in models.RESNETS:
@@ -446,8 +456,10 @@ def test_an_unknown_preset():
     assert "papr" in str(caught.value)
 
 
-# One of layers alone has presets of its own; see test_layers.
-FILES = sorted(path for path in CONFIGS.glob("*.py") if path.stem != "layers")
+# One of layers alone has presets of its own, see test_layers; the other is of another kind,
+# see test_pretrain_config.
+OTHERS = ("layers", "pretrain")
+FILES = sorted(path for path in CONFIGS.glob("*.py") if path.stem not in OTHERS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -579,6 +591,9 @@ def test_a_checkpoint_keeps_absolute_paths(tmp_path, monkeypatch):
     assert kept.dataset.tfds_dir == tmp_path / "packed"
     assert kept.cache.dir == tmp_path / "kept"
     assert kept.model.weights == str(tmp_path / "weights" / "r18.npz")
+    settings.model.weights = "bundled"
+    bundled = config_lib.with_absolute_paths(config_lib.validate(settings))
+    assert bundled.model.weights == "bundled"
     settings.model.weights = "resnet18.tv_in1k"
     settings.dataset.tfds_dir = settings.cache.dir = ""
     named = config_lib.with_absolute_paths(config_lib.validate(settings))

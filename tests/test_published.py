@@ -127,6 +127,7 @@ def test_what_is_not_known_does_not_differ():
     "settings",
     [
         {"model.weights": "random"},
+        {"model.weights": "bundled"},
         {"dataset.name": "folder"},
         {"dataset.name": "synthetic"},
         {"model.backbone": "resnet50"},

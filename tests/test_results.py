@@ -170,6 +170,7 @@ class TestTable:
         "settings",
         [
             {"model.weights": "random"},
+            {"model.weights": "bundled"},
             {"dataset.name": "folder"},
             {"dataset.name": "synthetic"},
             {"model.backbone": "resnet50"},

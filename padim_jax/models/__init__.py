@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+from padim_jax.errors import UserError
+
 # Of every stage whose feature map can be had: pixels of the input to a cell of it.
 STRIDES = {
     "layer1": 4,
@@ -248,8 +250,55 @@ TORCHVISION_FILES = (
 
 RANDOM_WEIGHTS = "random"
 
+# Weights that are part of this package, trained by `padim_jax.pretrain`.
+BUNDLED_WEIGHTS = "bundled"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundled:
+    """A weights file of this package: `bundled/<backbone>.safetensors`.
+
+    Attributes:
+      stages: those whose weights it has.
+      sha256: of the file.
+    """
+
+    stages: tuple[str, ...]
+    sha256: str
+
+
+BUNDLED = {
+    "resnet18": Bundled(
+        ("layer1", "layer2", "layer3"),
+        "fe05e94793a7a1cc1f789a8c7e0934f86444122a2c5c1f628de3e16d79a82492",
+    ),
+}
+
 # Suffixes of the weight files that can be read.
 WEIGHT_FILES = (".safetensors", ".npz", ".pth", ".pt")
+
+
+def require_bundled(backbone: str, stages: Sequence[str]) -> Bundled:
+    """The bundled weights of a backbone cut after the deepest of `stages`.
+
+    Raises:
+      UserError: there are none of that backbone, or not of all stages.
+    """
+    setting = f"config.model.weights={BUNDLED_WEIGHTS!r}"
+    found = BUNDLED.get(backbone)
+    if found is None:
+        raise UserError(
+            f"{setting}: there are bundled weights of {', '.join(BUNDLED)}, and none of "
+            f"{backbone}. Set config.model.backbone={next(iter(BUNDLED))!r}, or other weights: "
+            f"{', '.join(WEIGHTS[backbone])}, {RANDOM_WEIGHTS} or a file"
+        )
+    if lacking := [stage for stage in stages if stage not in found.stages]:
+        raise UserError(
+            f"{setting}: the bundled weights of {backbone} end at {found.stages[-1]}, and "
+            f"config.model.layers asks for {', '.join(lacking)}. Leave that out, or set other "
+            f"weights: {', '.join(WEIGHTS[backbone])}, {RANDOM_WEIGHTS} or a file"
+        )
+    return found
 
 
 def parts_to_compute(spec: Spec, stages: Sequence[str]) -> tuple[str, ...]:

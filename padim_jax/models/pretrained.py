@@ -24,6 +24,8 @@ from padim_jax import fetch, locks
 from padim_jax.errors import UserError
 from padim_jax.models import (
     BACKBONES,
+    BUNDLED,
+    BUNDLED_WEIGHTS,
     PINNED,
     RANDOM_WEIGHTS,
     TORCHVISION_FILES,
@@ -32,6 +34,7 @@ from padim_jax.models import (
     Spec,
     naming,
     parts_to_compute,
+    require_bundled,
 )
 from padim_jax.models.naming import Convolution
 
@@ -41,6 +44,8 @@ Variables = dict[str, Any]
 
 HUB_FILE = "model.safetensors"
 RANDOM_ORIGIN = "random (not ImageNet: for trying the program out)"
+BUNDLED_ORIGIN = "bundled with padim_jax (trained on procedural images, not ImageNet's)"
+BUNDLED_FOLDER = pathlib.Path(__file__).with_name("bundled")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MOST_LISTED = 10  # names of one kind in an error message
 MOST_BYTES = 1_500_000_000  # of a file; a wide_resnet101_2 of float64 has 1.02e9
@@ -61,7 +66,8 @@ class WeightsIdentity:
     """Which weights a model was made with.
 
     Attributes:
-      origin: hub repository and its commit, file name, or that the weights are random.
+      origin: hub repository and its commit, file name, or that the weights are random or
+        bundled.
       sha256: hex digest of the file's bytes; for random weights of the tensors' bytes
         (little-endian float32) in the order of their names.
     """
@@ -114,7 +120,8 @@ def load(
         Face hub once, then taken from its cache; with @REVISION behind it another commit than
         the pinned one), a `.safetensors`, `.npz`, `.pth` or
         `.pt` file with torchvision's or timm's tensor names (with batch norm, or with
-        batch norm already folded into each convolution's weight and bias), or "random".
+        batch norm already folded into each convolution's weight and bias), "bundled" (a
+        file of this package; see `padim_jax.models.BUNDLED`), or "random".
       backbone: a key of `padim_jax.models.BACKBONES`.
       stages: stages in use, of the backbone's.
 
@@ -135,13 +142,16 @@ def load(
         for name in sorted(tensors):
             digest.update(tensors[name].tobytes())
         return _variables(tensors, named), WeightsIdentity(RANDOM_ORIGIN, digest.hexdigest())
+    if name_or_path == BUNDLED_WEIGHTS:
+        return _bundled(backbone, stages)
     name, _, revision = name_or_path.partition("@")
     if any(name in names for names in WEIGHTS.values()):
         if name not in WEIGHTS[backbone]:
-            raise UserError(_expectation(name_or_path, backbone, "belongs to another backbone"))
-        path, origin, published = _from_hub(name, revision)
+            problem = "belongs to another backbone"
+            raise UserError(_expectation(name_or_path, backbone, stages, problem))
+        path, origin, published = _from_hub(name, revision, _to_bundled(backbone, stages))
     else:
-        path = _local_file(name_or_path, backbone)
+        path = _local_file(name_or_path, backbone, stages)
         origin, published = path.name, ""
         if path.name in TORCHVISION_FILES:  # resnet18-5c106cde.pth
             published = path.stem.rpartition("-")[2]
@@ -156,6 +166,31 @@ def load(
     tensors = _parse(content, path)
     del content  # as large as the tensors
     return convert(tensors, backbone, stages, f"weights file {path}"), identity
+
+
+def _bundled(backbone: str, stages: tuple[str, ...]) -> tuple[Variables, WeightsIdentity]:
+    expected = require_bundled(backbone, stages).sha256
+    path = BUNDLED_FOLDER / f"{backbone}.safetensors"
+    again = (
+        "Install padim_jax again, with pip's --force-reinstall, or restore the file where "
+        "padim_jax runs from a clone of its repository"
+    )
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"config.model.weights={BUNDLED_WEIGHTS!r}: {path} cannot be read, and is part of "
+            f"padim_jax ({error.strerror}). {again}"
+        ) from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != expected:
+        raise UserError(
+            f"config.model.weights={BUNDLED_WEIGHTS!r}: {path} has {len(content)} bytes with "
+            f"SHA-256 {digest}; expected {expected}. It is damaged, or of another version of "
+            f"padim_jax. {again}"
+        )
+    variables = convert(_parse(content, path), backbone, stages, f"weights file {path}")
+    return variables, WeightsIdentity(BUNDLED_ORIGIN, digest)
 
 
 def convert(
@@ -260,23 +295,40 @@ def _used(
     return [layer for layer in network if layer.path[0].split("_")[0] not in behind]
 
 
-def _expectation(found: str, backbone: str, problem: str) -> str:
-    names = (*WEIGHTS[backbone], RANDOM_WEIGHTS)
+def _expectation(found: str, backbone: str, stages: Sequence[str], problem: str) -> str:
+    bundled = (BUNDLED_WEIGHTS,) if backbone in BUNDLED else ()
+    names = (*WEIGHTS[backbone], *bundled, RANDOM_WEIGHTS)
     close = difflib.get_close_matches(found, names, n=1)
     return (
         f"config.model.weights={found!r}: {problem}"
         + (f"; did you mean {close[0]!r}?" if close else ".")
         + f" Expected for {backbone}: {', '.join(names)}, or the path of a file that ends in "
-        + ", ".join(READERS)
+        + f"{', '.join(READERS)}. {_to_bundled(backbone, stages)}"
     )
 
 
-def _local_file(name_or_path: str, backbone: str) -> pathlib.Path:
+def _to_bundled(backbone: str, stages: Sequence[str]) -> str:
+    """What else can be done, in a message about weights that are not to be had.
+
+    It is said, and never done unasked: results are others.
+    """
+    known = backbone if backbone in BUNDLED else next(iter(BUNDLED))
+    settings = [] if known == backbone else [f"--config.model.backbone={known}"]
+    settings.append(f"--config.model.weights={BUNDLED_WEIGHTS}")
+    if not set(stages) <= set(BUNDLED[known].stages):
+        settings.append(f'--config.model.layers="{BUNDLED[known].stages}"')
+    return (
+        "Weights that come with padim_jax need no download and come without ImageNet's terms, "
+        f"but results are lower than with ImageNet's: {' '.join(settings)}"
+    )
+
+
+def _local_file(name_or_path: str, backbone: str, stages: Sequence[str]) -> pathlib.Path:
     path = pathlib.Path(name_or_path).expanduser()
     if path.suffix not in READERS:
         if path.exists():
-            raise UserError(_expectation(name_or_path, backbone, "not a weights file"))
-        raise UserError(_expectation(name_or_path, backbone, "no such weights"))
+            raise UserError(_expectation(name_or_path, backbone, stages, "not a weights file"))
+        raise UserError(_expectation(name_or_path, backbone, stages, "no such weights"))
     if not path.is_file():
         raise UserError(f"config.model.weights={name_or_path!r}: no such file")
     return path
@@ -298,13 +350,14 @@ def _read(path: pathlib.Path) -> bytes:
     return content
 
 
-def _from_hub(name: str, revision: str) -> tuple[pathlib.Path, str, str]:
+def _from_hub(name: str, revision: str, otherwise: str) -> tuple[pathlib.Path, str, str]:
     """A file of the hub's cache, downloaded if it is not there yet.
 
     Args:
       name: of the weights.
       revision: a commit, tag or branch; "" for the pinned one, or if none is for the newest.
         What is in the cache under that name stays.
+      otherwise: what else can be done, for error messages.
 
     Returns:
       Its path; where it comes from; the SHA-256 that is published for it, or "".
@@ -325,7 +378,7 @@ def _from_hub(name: str, revision: str) -> tuple[pathlib.Path, str, str]:
         if path is None:
             path = _download(repository, wanted)
     except UserError as error:
-        raise UserError(f"config.model.weights={name!r}: {error}") from error
+        raise UserError(f"config.model.weights={name!r}: {error}. {otherwise}") from error
     # No common base: OSErrors of the hub and of the disk, httpx's and hf-xet's own.
     except Exception as error:
         reason = error.__cause__ or error
@@ -333,7 +386,7 @@ def _from_hub(name: str, revision: str) -> tuple[pathlib.Path, str, str]:
             f"config.model.weights={name!r}: {HUB_FILE} could not be had from "
             f"https://huggingface.co/{repository} ({type(reason).__name__}: {reason}). "
             f"Where there is no connection, download {HUB_FILE} from that page with a browser "
-            f"and pass --config.model.weights=/path/to/{HUB_FILE}"
+            f"and pass --config.model.weights=/path/to/{HUB_FILE}. {otherwise}"
         ) from error
     # snapshots/<commit>/model.safetensors, which links to blobs/<SHA-256> where it can.
     blob, commit = path.resolve().name, path.parent.name

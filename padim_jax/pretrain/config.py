@@ -1,0 +1,226 @@
+"""The recipe of a pretraining: a ConfigDict goes in, frozen dataclasses that hold come out.
+
+`defaults` explains every setting. Like `padim_jax.config`, this imports nothing heavy.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast, get_args
+
+import ml_collections
+
+from padim_jax import checks, models, paths
+from padim_jax.errors import UserError
+
+# Blocks of two 3x3 convolutions: what the network with norms is written for.
+BACKBONES = tuple(name for name, spec in models.RESNETS.items() if spec.block == "basic")
+# Trained, and what channels are drawn from.
+STAGES = ("layer1", "layer2", "layer3")
+TEXTURE_SIZE = 128  # pixels of a texture, of which every image is cut
+FAMILIES = 13  # of textures; fewer classes would leave some out
+_MULTIPLE = 16  # pixels of the input to a cell of layer3
+_LEAST_SIZE = 32
+# Far beyond what is of use; above, memory or time would end before the work does.
+_MOST_TEXTURES = 100_000  # of a byte for each pixel, 1.6 GB
+_MOST_PIXELS = 4096  # a side of a photograph
+_MOST_SCENES = 4096  # a step
+_MOST_IMAGES = 256  # of a scene
+_MOST_STEPS = 10_000_000
+_MOST_SEED = 2**31 - 1  # JAX takes 32 bits
+_LEAST_PART = 1e-3
+_LEAST_RATE = 1e-9
+_MOST_AVERAGE = 0.999999  # as float32 has it, not 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesConfig:
+    """What the images show."""
+
+    size: int
+    classes: int
+    instances: int
+    photos: paths.Path | None
+    photo_part: float
+    photo_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What is to be learnt from them."""
+
+    good: int
+    inspected: int
+    channels: int
+    redundancy: float
+    pixels: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How it is learnt."""
+
+    steps: int
+    scenes: int
+    learning_rate: float
+    warmup: int
+    weight_decay: float
+    average: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """A whole, valid recipe.
+
+    Attributes:
+      seed: of weights, textures and images.
+      backbone: a key of `models.RESNETS`, of basic blocks.
+      start: "random", or weights to go on from: a name or a file.
+      precision: of the network's arithmetic.
+      checkpoint_every: seconds.
+    """
+
+    seed: int
+    backbone: str
+    start: str
+    precision: models.Precision
+    images: ImagesConfig
+    task: TaskConfig
+    optimizer: OptimizerConfig
+    checkpoint_every: float
+
+    @property
+    def batch_size(self) -> int:
+        """Images a step."""
+        return self.optimizer.scenes * (self.task.good + self.task.inspected)
+
+
+def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> PretrainConfig:
+    """Checks a recipe whole.
+
+    Args:
+      values: a ConfigDict, or the nested mapping that `to_dict` returned.
+
+    Returns:
+      The same settings as frozen dataclasses.
+
+    Raises:
+      UserError: one line that names the field, its value and what is allowed.
+    """
+    checks.fields("config", values, PretrainConfig)
+    groups: Any = values  # unchecked yet: anything
+    images, task, optimizer = groups["images"], groups["task"], groups["optimizer"]
+    checks.fields("config.images", images, ImagesConfig)
+    checks.fields("config.task", task, TaskConfig)
+    checks.fields("config.optimizer", optimizer, OptimizerConfig)
+    backbone = checks.one_of("config.backbone", values["backbone"], BACKBONES)
+    size = _size(images["size"])
+    steps = checks.integer("config.optimizer.steps", optimizer["steps"], 1, _MOST_STEPS)
+    config = PretrainConfig(
+        seed=checks.integer("config.seed", values["seed"], 0, _MOST_SEED),
+        backbone=backbone,
+        start=checks.text("config.start", values["start"]),
+        precision=cast(
+            models.Precision,
+            checks.one_of("config.precision", values["precision"], get_args(models.Precision)),
+        ),
+        images=ImagesConfig(
+            size=size,
+            classes=checks.integer(
+                "config.images.classes", images["classes"], FAMILIES, _MOST_TEXTURES
+            ),
+            instances=checks.integer(
+                "config.images.instances", images["instances"], 1, _MOST_TEXTURES
+            ),
+            photos=checks.optional_path("config.images.photos", images["photos"]),
+            photo_part=checks.within(
+                "config.images.photo_part", images["photo_part"], _LEAST_PART, 1.0
+            ),
+            photo_size=checks.integer(
+                "config.images.photo_size", images["photo_size"], size, _MOST_PIXELS
+            ),
+        ),
+        task=TaskConfig(
+            # Two at least have a covariance.
+            good=checks.integer("config.task.good", task["good"], 2, _MOST_IMAGES),
+            inspected=checks.integer(
+                "config.task.inspected", task["inspected"], 1, _MOST_IMAGES
+            ),
+            channels=checks.integer(
+                "config.task.channels",
+                task["channels"],
+                1,
+                sum(map(models.RESNETS[backbone].channels, STAGES)),
+            ),
+            redundancy=checks.within(
+                "config.task.redundancy", task["redundancy"], 0.0, checks.MOST
+            ),
+            pixels=checks.within("config.task.pixels", task["pixels"], 0.0, checks.MOST),
+        ),
+        optimizer=OptimizerConfig(
+            steps=steps,
+            scenes=checks.integer(
+                "config.optimizer.scenes", optimizer["scenes"], 1, _MOST_SCENES
+            ),
+            learning_rate=checks.within(
+                "config.optimizer.learning_rate", optimizer["learning_rate"], _LEAST_RATE, 1.0
+            ),
+            warmup=_warmup(optimizer["warmup"], steps),
+            weight_decay=checks.within(
+                "config.optimizer.weight_decay", optimizer["weight_decay"], 0.0, 1.0
+            ),
+            average=checks.within(
+                "config.optimizer.average", optimizer["average"], 0.0, _MOST_AVERAGE
+            ),
+        ),
+        checkpoint_every=checks.within(
+            "config.checkpoint_every", values["checkpoint_every"], 0.0, checks.MOST_SECONDS
+        ),
+    )
+    _check_together(config)
+    return config
+
+
+def to_dict(config: PretrainConfig) -> dict[str, Any]:
+    """The recipe as nested JSON values; `validate` takes it back."""
+    values = dataclasses.asdict(config)
+    photos = config.images.photos
+    values["images"]["photos"] = None if photos is None else str(photos)
+    return values
+
+
+def _size(value: Any) -> int:
+    name = "config.images.size"
+    size = checks.integer(name, value, _LEAST_SIZE, TEXTURE_SIZE)
+    if size % _MULTIPLE:
+        raise UserError(
+            f"{name}={size}: expected a multiple of {_MULTIPLE} from {_LEAST_SIZE} to "
+            f"{TEXTURE_SIZE}; textures have {TEXTURE_SIZE} pixels a side"
+        )
+    return size
+
+
+def _warmup(value: Any, steps: int) -> int:
+    name = "config.optimizer.warmup"
+    warmup = checks.integer(name, value, 0, _MOST_STEPS)
+    if warmup >= steps:
+        raise UserError(
+            f"{name}={warmup}: expected fewer steps than config.optimizer.steps={steps}"
+        )
+    return warmup
+
+
+def _check_together(config: PretrainConfig) -> None:
+    images = config.images
+    if images.classes * images.instances > _MOST_TEXTURES:
+        raise UserError(
+            f"config.images.instances={images.instances}: of "
+            f"config.images.classes={images.classes} these are more than {_MOST_TEXTURES} "
+            "textures, which are all kept in memory; expected fewer"
+        )
+    if config.start == models.BUNDLED_WEIGHTS and config.backbone not in models.BUNDLED:
+        raise UserError(
+            f"config.start={config.start!r}: there are bundled weights of "
+            f"{', '.join(models.BUNDLED)}, and none of config.backbone={config.backbone!r}; "
+            f"expected {models.RANDOM_WEIGHTS}, {', '.join(models.WEIGHTS[config.backbone])} "
+            "or a file"
+        )

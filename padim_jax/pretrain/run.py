@@ -1,0 +1,290 @@
+"""A whole pretraining: recipe -> weights, curves and a description; files are written here.
+
+In the working folder: `backbone.safetensors`, the weights, batch norm folded, float16, by
+torchvision's names, for `config.model.weights`; `recipe.json`, what they were made by;
+`curves.png` and `history.json`; `images.png`, some of the images; and `checkpoint`, from
+which an interrupted training goes on.
+"""
+
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jaxtyping import Array, Float, Float32
+from PIL import Image
+
+import padim_jax
+from padim_jax import figures, input_pipeline, interrupts, locks, parallel, paths, progress
+from padim_jax.datasets.files import image_files, read_file, shown
+from padim_jax.errors import Stopped, UserError
+from padim_jax.models import RANDOM_WEIGHTS, pretrained
+from padim_jax.models import network as networks
+from padim_jax.parallel import Devices
+from padim_jax.paths import Path
+from padim_jax.pretrain import config as config_lib
+from padim_jax.pretrain import inspection, network, saving, training
+from padim_jax.pretrain.config import PretrainConfig
+from padim_jax.pretrain.scenes import Bank, Photos
+from padim_jax.pretrain.training import Measures, State
+
+WEIGHTS = "backbone.safetensors"
+RECIPE = "recipe.json"
+HISTORY = "history.json"
+CURVES = "curves.png"
+IMAGES = "images.png"
+CHECKPOINT = "checkpoint"
+# Steps between two points of the curves.
+_EVERY = 50
+# Images that the features' deviation is measured on, at least, and scenes that are shown.
+_MEASURED = 256
+_SHOWN = 8
+
+
+def pretrain(config: PretrainConfig, workdir: Path) -> None:
+    """Trains a backbone, or goes on with an interrupted training of the same recipe.
+
+    Args:
+      config: the recipe.
+      workdir: see above.
+
+    Raises:
+      UserError: something in the recipe cannot be had or done.
+      Stopped: by SIGTERM; what was done is saved.
+    """
+    devices = parallel.every()
+    if config.optimizer.scenes % devices.total:
+        raise UserError(
+            f"config.optimizer.scenes={config.optimizer.scenes}: cannot be shared out to "
+            f"{devices.total} devices; expected a multiple of {devices.total}"
+        )
+    with locks.held(workdir / CHECKPOINT, devices.process):
+        recipe = config_lib.to_dict(config)
+        del recipe["checkpoint_every"]  # changes no result
+        if _finished(workdir, recipe):
+            print(f"{workdir / WEIGHTS}: finished already, by this recipe")
+            return
+        _pretrain(config, recipe, workdir, devices)
+
+
+def _pretrain(
+    config: PretrainConfig, recipe: dict[str, Any], workdir: Path, devices: Devices
+) -> None:
+    photos = _photos(config)
+    with progress.bar(config.images.classes, "textures", devices, unit="class") as bar:
+        bank = training.bank(config, bar.update)
+    weights = None
+    if config.start != RANDOM_WEIGHTS:
+        weights = pretrained.load(config.start, config.backbone, network.STAGES)[0]["params"]
+    examples = _images(config, bank, photos)
+    state = training.initial(config, examples, weights)
+    done, history = 0, []
+    if found := saving.load(workdir / CHECKPOINT, state, recipe, devices):
+        done, state, history = found
+        print(f"going on with an interrupted training, after {done} steps")
+    state = _train(config, recipe, workdir, state, bank, photos, done, history, devices)
+    tensors = _exported(config, state, examples)
+    if devices.process == 0:
+        _write(config, recipe, workdir, tensors, history, examples)
+
+
+def _train(
+    config: PretrainConfig,
+    recipe: dict[str, Any],
+    workdir: Path,
+    state: State,
+    bank: Bank,
+    photos: Photos | None,
+    done: int,
+    history: saving.History,
+    devices: Devices,
+) -> State:
+    """All steps that are left; the history grows."""
+    step = parallel.mapped(training.train_step, static=(0,), replicated=(2, 3), donated=(1,))
+    bank, photos = parallel.replicate((bank, photos), devices)
+    total = config.optimizer.steps
+    state = parallel.copies(state, devices)
+    kept = done
+
+    def save() -> None:
+        nonlocal kept
+        # What is there already is not given up for another copy of it.
+        if kept < done:
+            host = jax.tree.map(lambda x: np.asarray(x[0]), state)
+            saving.save(workdir / CHECKPOINT, done, host, recipe, history, devices)
+            kept = done
+
+    measures: list[Measures] = []
+    saved = time.monotonic()
+    with (
+        interrupts.sigterm() as asked,
+        progress.bar(total, "pretrain", devices, done, "step") as bar,
+    ):
+        while done < total:
+            state, found = step(config, state, bank, photos)
+            measures.append(found)
+            done += 1
+            # Joined processes are to look at the same time.
+            stopping = asked() and devices.processes == 1
+            if done % _EVERY and done < total and not stopping:
+                # No more than one step ahead of the devices.
+                jax.block_until_ready(measures[-2:][0])
+                bar.update()
+                continue
+            means = _means(measures)
+            measures = []
+            if not np.all(np.isfinite(means)):
+                raise UserError(
+                    f"pretraining: after {done} steps the loss is no number; lower "
+                    f"config.optimizer.learning_rate={config.optimizer.learning_rate:g}"
+                )
+            history.append([done, *means])
+            bar.set_postfix({"AUROC": f"{means[1]:.3f}"}, refresh=False)
+            bar.update()
+            late = time.monotonic() - saved > config.checkpoint_every
+            stop, due = parallel.gather(np.array([[asked(), late]])).reshape(-1, 2).any(0)
+            if stop or due:
+                save()
+                saved = time.monotonic()
+                if devices.process == 0:
+                    progress.say(
+                        f"{done} of {total} steps, saved: ranking loss {means[0]:.3f}, "
+                        f"AUROC of patches {means[1]:.3f}"
+                    )
+            if stop and done < total:
+                raise Stopped(
+                    f"stopped by SIGTERM after {done} of {total} steps, saved in "
+                    f"{workdir / CHECKPOINT}; the same command goes on"
+                )
+    save()
+    return jax.tree.map(lambda x: np.asarray(x[0]), state)
+
+
+def _means(measures: list[Measures]) -> list[float]:
+    values = [[float(np.asarray(x)[0]) for x in each] for each in measures]
+    # A step may by chance have no scene with a plain defect, and so no AUROC.
+    auroc = [row[1] for row in values if np.isfinite(row[1])]
+    means = np.mean(values, 0).tolist()
+    means[1] = float(np.mean(auroc)) if auroc else 0.5
+    means[-1] = values[-1][-1]
+    return means
+
+
+def _photos(config: PretrainConfig) -> Photos | None:
+    """The user's own images, all of one size."""
+    folder, size = config.images.photos, config.images.photo_size
+    if folder is None:
+        return None
+    resize = {"size": (size, size), "resample": Image.Resampling.BILINEAR}
+    return np.stack(
+        [
+            np.asarray(input_pipeline.decode(read_file(file), shown(file)).resize(**resize))
+            for file in image_files(folder)
+        ]
+    )
+
+
+def _images(
+    config: PretrainConfig, bank: Bank, photos: Photos | None
+) -> Float[Array, "b s s 3"]:
+    """Some of a training's images, of no step."""
+    each = config.task.good + config.task.inspected
+    scenes = -(-_MEASURED // each)
+
+    @jax.jit
+    def draw(bank: Bank, photos: Photos | None) -> Float[Array, "b s s 3"]:
+        numbers = jnp.arange(scenes * each)
+        return training.draw(config, jnp.int32(-1), numbers, bank, photos).image
+
+    return draw(bank, photos)
+
+
+def _exported(
+    config: PretrainConfig, state: State, images: Float[Array, "b s s 3"]
+) -> dict[str, np.ndarray]:
+    """The average's weights, norms folded, features of the deviation they were trained with."""
+    tensors = network.folded(state.average)
+    variables = pretrained.convert(tensors, config.backbone, network.STAGES, "pretraining")
+    model = networks.build(config.backbone, network.STAGES, "float32")
+    features = jax.jit(model.apply)(variables, training.normalised(images))
+    factors = {
+        stage: np.full(
+            x.shape[-1], inspection.DEVIATION / np.sqrt(np.var(x, (0, 1, 2)).mean()), np.float32
+        )
+        for stage, x in zip(network.STAGES, map(np.asarray, features), strict=True)
+    }
+    return network.rescaled(tensors, factors)
+
+
+def _write(
+    config: PretrainConfig,
+    recipe: dict[str, Any],
+    workdir: Path,
+    tensors: dict[str, Float32[np.ndarray, "..."]],
+    history: saving.History,
+    images: Float[Array, "b s s 3"],
+) -> None:
+    # In memory's order, and not in that of the axes, safetensors writes what it is given.
+    half = {name: np.ascontiguousarray(x, np.float16) for name, x in tensors.items()}
+    if not all(np.isfinite(x).all() for x in half.values()):
+        raise UserError("pretraining: the weights are too large for float16; lower the rate")
+    _draw_curves(workdir / CURVES, history)
+    names = ("step", *Measures._fields)
+    rows = [dict(zip(names, row, strict=True)) for row in history]
+    paths.write(workdir / HISTORY, (json.dumps(rows, indent=1) + "\n").encode())
+    each = config.task.good + config.task.inspected
+    pixels = np.asarray(jnp.round(images[: _SHOWN * each] * 255)).astype(np.uint8)
+    shown_images = [Image.fromarray(x) for x in pixels]
+    figures.save(figures.contact_sheet(shown_images, each), workdir / IMAGES)
+    content = safetensors.numpy.save(half)
+    paths.write(workdir / WEIGHTS, content)
+    said = {
+        "recipe": recipe,
+        "version of padim_jax": padim_jax.__version__,
+        "images": config.batch_size * config.optimizer.steps,
+        "last": rows[-1] if rows else {},
+    }
+    paths.write(workdir / RECIPE, (json.dumps(said, indent=2) + "\n").encode())
+    print(
+        f"{workdir / WEIGHTS}: {len(content) / 1e6:.1f} MB; use it with "
+        f"--config.model.weights={workdir / WEIGHTS}"
+    )
+
+
+def _finished(workdir: Path, recipe: dict[str, Any]) -> bool:
+    """Whether there are weights by this recipe.
+
+    Raises:
+      UserError: there are weights by another one.
+    """
+    if not (workdir / RECIPE).exists():
+        return False
+    try:
+        said = json.loads((workdir / RECIPE).read_text(encoding="utf-8"))
+        same = said["recipe"] == recipe
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{workdir / RECIPE}: no recipe ({error}); move it away") from error
+    if not same:
+        raise UserError(
+            f"{workdir}: holds weights by another recipe ({RECIPE} says which); name another "
+            "--workdir"
+        )
+    return (workdir / WEIGHTS).exists()
+
+
+def _draw_curves(path: Path, history: saving.History) -> None:
+    figure = figures.diagram(9.0, 5.0)
+    columns = np.array(history, float).reshape(-1, 1 + len(Measures._fields)).T
+    names = (
+        *("ranking loss", "AUROC of patches", "redundancy of channels"),
+        *("pixel error", "learning rate"),
+    )
+    for i, (name, values) in enumerate(zip(names, columns[1:], strict=True)):
+        axes = figure.add_subplot(2, 3, i + 1)
+        axes.plot(columns[0], values, linewidth=1)
+        axes.set(xlabel="step", title=name)
+        axes.grid(alpha=0.3)
+    figures.save_diagram(figure, path)

@@ -1,0 +1,132 @@
+"""A training on its way, in Orbax checkpoints: one folder a save, the newest one counts."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from padim_jax import parallel, paths
+from padim_jax.errors import UserError
+from padim_jax.parallel import Devices
+from padim_jax.paths import Path
+
+Tree = TypeVar("Tree")
+History = list[list[float | int]]
+
+# In Orbax's names of what is not written whole, or was not when it was killed.
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+def save(
+    folder: Path,
+    step: int,
+    state: Any,
+    recipe: Mapping[str, Any],
+    history: History,
+    devices: Devices,
+) -> None:
+    """Saves, and removes what was saved before.
+
+    Args:
+      folder: for all saves of one training.
+      step: how many are done.
+      state: arrays of the host, the same in all processes.
+      recipe: the configuration, for JSON: a training goes on with its own only.
+      history: what was measured.
+      devices: of all processes, which call this together.
+
+    Raises:
+      UserError: the disk is full, say; the earlier save is as it was.
+    """
+    place = paths.absolute(folder) / str(step)
+    leaves = {f"{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
+    metadata = {"recipe": dict(recipe), "history": history}
+    if devices.process == 0:
+        paths.make_folder(folder)
+        _remove_leftovers(folder)
+        _remove(place)
+    parallel.agreed(step)
+    try:
+        ocp.save(os.fspath(place), leaves, custom_metadata=metadata)
+    except Exception as error:
+        if devices.process == 0:
+            with contextlib.suppress(OSError):  # what is half done fills a full disk
+                _remove_leftovers(folder)
+        if (reason := paths.explanation(error, folder)) is None:
+            raise
+        raise UserError(f"{reason}. What was saved before is as it was") from error
+    if devices.process == 0:
+        for number in _numbered(folder):
+            if number != step:
+                _remove(folder / str(number))
+    parallel.agreed(step)
+
+
+def load(
+    folder: Path, state: Tree, recipe: Mapping[str, Any], devices: Devices
+) -> tuple[int, Tree, History] | None:
+    """The newest save.
+
+    Args:
+      folder: see `save`.
+      state: one of the same structure, shapes and types.
+      recipe: what is to go on.
+      devices: of all processes, which call this together.
+
+    Returns:
+      Steps done, the state, and the history; None if there is no save.
+
+    Raises:
+      UserError: it is of another recipe, or cannot be read.
+    """
+    numbers = sorted(_numbered(folder)) if paths.is_folder(folder) else []
+    step = parallel.agreed(numbers[-1] if numbers else -1)
+    if step < 0:
+        return None
+    place = paths.absolute(folder) / str(step)
+    leaves, structure = jax.tree.flatten(state)
+    target = {
+        f"{i:04d}": jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=parallel.everywhere(devices)
+        )
+        for i, x in enumerate(leaves)
+    }
+    try:
+        metadata: Any = ocp.metadata(os.fspath(place)).custom_metadata
+        if metadata["recipe"] != dict(recipe):
+            raise UserError(
+                f"{folder}: holds an unfinished training by another recipe; go on with that, "
+                "or name another --workdir, or delete the folder"
+            )
+        found: Any = ocp.load(os.fspath(place), target)
+        history = metadata["history"]
+    except UserError:
+        raise
+    # Whatever a damaged file makes its readers trip over.
+    except Exception as error:
+        raise UserError(
+            f"{place}: cannot be read ({type(error).__name__}); delete it, and training begins "
+            "anew"
+        ) from error
+    values = [np.asarray(found[f"{i:04d}"]) for i in range(len(leaves))]
+    return step, jax.tree.unflatten(structure, values), history
+
+
+def _numbered(folder: Path) -> list[int]:
+    return [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()]
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for entry in list(folder.iterdir()):
+        if _UNFINISHED in entry.name:
+            _remove(entry)
+
+
+def _remove(place: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(place)
