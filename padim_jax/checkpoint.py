@@ -157,7 +157,7 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
     try:
         with _uncompressed():
             ocp.save(os.fspath(folder / str(step)), state, custom_metadata=metadata)
-        _flush(folder / str(step))
+        paths.flush(folder / str(step))
     except Exception as error:
         if devices.process == 0:
             with contextlib.suppress(OSError):  # what is half done fills a full disk
@@ -178,15 +178,6 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
             if number < step and (fitted.unfinished is None or not _is_finished(earlier)):
                 _remove(earlier)
     parallel.agreed(step)  # for no process to find what another one is deleting
-
-
-def _flush(step: Path) -> None:
-    """To the disk itself, before the earlier one goes: there may be a power cut."""
-    if isinstance(step, pathlib.Path):
-        for path in (*step.rglob("*"), step, step.parent):
-            file = os.open(path, os.O_RDONLY)
-            os.fsync(file)
-            os.close(file)
 
 
 def check_destination(path: Path) -> None:

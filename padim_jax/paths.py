@@ -278,6 +278,15 @@ def move_folder(source: Path, target: Path, last: str) -> None:
     remove_folder(source)
 
 
+def flush(folder: Path) -> None:
+    """Sees to it that what is in a local folder, and its name, outlive a power cut."""
+    if isinstance(folder, pathlib.Path):
+        for path in (*folder.rglob("*"), folder, folder.parent):
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            os.close(file)
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder with all in it, if there is one; links in it, not what they lead to.
 

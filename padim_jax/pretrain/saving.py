@@ -53,6 +53,7 @@ def save(
     parallel.agreed(step)
     try:
         ocp.save(os.fspath(place), leaves, custom_metadata=metadata)
+        paths.flush(place)  # before the earlier one goes
     except Exception as error:
         if devices.process == 0:
             with contextlib.suppress(OSError):  # what is half done fills a full disk
