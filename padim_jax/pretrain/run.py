@@ -37,8 +37,8 @@ HISTORY = "history.json"
 CURVES = "curves.png"
 IMAGES = "images.png"
 CHECKPOINT = "checkpoint"
-# Steps between two points of the curves.
-_EVERY = 50
+# Points of the curves, at least, and steps between two of them, at most.
+_POINTS, _EVERY = 20, 50
 # Images that the features' deviation is measured on, at least, and scenes that are shown.
 _MEASURED = 256
 _SHOWN = 8
@@ -106,6 +106,7 @@ def _train(
     step = parallel.mapped(training.train_step, static=(0,), replicated=(2, 3), donated=(1,))
     bank, photos = parallel.replicate((bank, photos), devices)
     total = config.optimizer.steps
+    every = max(1, min(_EVERY, total // _POINTS))
     state = parallel.copies(state, devices)
     kept = done
 
@@ -129,7 +130,7 @@ def _train(
             done += 1
             # Joined processes are to look at the same time.
             stopping = asked() and devices.processes == 1
-            if done % _EVERY and done < total and not stopping:
+            if done % every and done < total and not stopping:
                 # No more than one step ahead of the devices.
                 jax.block_until_ready(measures[-2:][0])
                 bar.update()
