@@ -187,18 +187,6 @@ class TestScenes:
         colour = np.ptp(images.mean(2), axis=-1).mean(1)
         assert colour.min() < 0.1 < colour.max()
 
-    def test_nothing_happens_at_the_border(self):
-        """No dark rim where something is blurred, no ridge where the image ends."""
-        grey = jnp.full((SIZE, SIZE, 3), 0.5)
-        np.testing.assert_allclose(scenes._blur(grey, 5), grey, rtol=1e-6)
-        ramp = jnp.broadcast_to(jnp.arange(SIZE, dtype=jnp.float32), (SIZE, SIZE))
-        rising = np.ones((SIZE, SIZE))
-        rising[:, [0, -1]] = 0.5  # one of the two neighbours is the pixel itself
-        for x, y in zip(scenes._slopes(ramp), (rising, 0 * rising), strict=True):
-            np.testing.assert_array_equal(x, y)
-        for x, y in zip(scenes._slopes(ramp.T), (0 * rising, rising.T), strict=True):
-            np.testing.assert_array_equal(x, y)
-
 
 class TestPhotographs:
     def test_good_ones_are_pieces_of_photographs(self, taken: tuple[Drawn, Drawn]):

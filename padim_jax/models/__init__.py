@@ -270,7 +270,7 @@ class Bundled:
 BUNDLED = {
     "resnet18": Bundled(
         ("layer1", "layer2", "layer3"),
-        "fe05e94793a7a1cc1f789a8c7e0934f86444122a2c5c1f628de3e16d79a82492",
+        "0766a8ee8cb6e7e96f481c724dfea3d15ef10f838807590cb22a04cc1c1f6b66",
     ),
 }
 

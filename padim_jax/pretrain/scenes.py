@@ -303,10 +303,9 @@ def _scratch(key: Random, size: int) -> Field:
 
 
 def _slopes(height: Field) -> tuple[Field, Field]:
-    padded = jnp.pad(height, 1, mode="edge")
     return (
-        (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2,
-        (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2,
+        (jnp.roll(height, -1, 1) - jnp.roll(height, 1, 1)) / 2,
+        (jnp.roll(height, -1, 0) - jnp.roll(height, 1, 0)) / 2,
     )
 
 
@@ -329,10 +328,9 @@ def _lit(key: Random, view: Random, canvas: _Canvas) -> Picture:
 
 
 def _blur(picture: Picture, width: int) -> Picture:
-    """The mean of a square about every pixel; beyond the edge is what is at it."""
-    half = width // 2
-    padded = jnp.pad(picture, ((half, half), (half, half), (0, 0)), mode="edge")
-    total = lax.reduce_window(padded, 0.0, lax.add, (width, width, 1), (1, 1, 1), "VALID")
+    """The mean of a square about every pixel."""
+    window = (width, width, 1)
+    total = lax.reduce_window(picture, 0.0, lax.add, window, (1, 1, 1), "SAME")
     return total / width**2
 
 

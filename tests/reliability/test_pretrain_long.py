@@ -23,7 +23,7 @@ from padim_jax.models import network as networks
 from padim_jax.models import pretrained
 from padim_jax.parallel import Devices
 from padim_jax.pretrain import config as config_lib
-from padim_jax.pretrain import defaults, inspection, network, run, saving, training
+from padim_jax.pretrain import defaults, network, run, saving, training
 from padim_jax.pretrain.config import PretrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -292,9 +292,7 @@ def examples(bank: np.ndarray) -> jax.Array:
     return run._images(make_config(), bank, None)
 
 
-def test_features_have_the_deviation_they_were_trained_with(
-    whole: pathlib.Path, examples: jax.Array
-):
+def test_features_have_their_deviation(whole: pathlib.Path, examples: jax.Array):
     weights = str(whole / run.WEIGHTS)
     variables, _ = pretrained.load(weights, "resnet18", network.STAGES)
     model = networks.build("resnet18", network.STAGES, "float32")
@@ -302,7 +300,7 @@ def test_features_have_the_deviation_they_were_trained_with(
     for stage, x in zip(network.STAGES, features, strict=True):
         deviation = np.sqrt(np.var(np.asarray(x, np.float64), (0, 1, 2)).mean())
         # Weights rounded to 11 bits, errors that mostly average out.
-        assert deviation == pytest.approx(inspection.DEVIATION, rel=2e-3), stage
+        assert deviation == pytest.approx(run.DEVIATION, rel=2e-3), stage
 
 
 STEP = parallel.mapped(training.train_step, static=(0,), replicated=(2, 3))
