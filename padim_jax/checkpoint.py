@@ -1,4 +1,4 @@
-"""Fitted models on disk; the only module that knows Orbax.
+"""Fitted models on disk, with Orbax.
 
 A checkpoint is a folder of steps, 0, 1, ..., each written whole by Orbax: the newest
 finished one is the model, a newer unfinished one is a fit on its way. A step's state

@@ -13,7 +13,7 @@ from padim_jax import parallel
 from padim_jax.models import RESNETS, Precision, pretrained
 from padim_jax.models.resnet import ResNet
 from padim_jax.pretrain import defaults, inspection, network, run, training
-from padim_jax.pretrain.config import validate
+from padim_jax.pretrain.config import STAGES, validate
 from padim_jax.pretrain.inspection import DEVIATION, EPSILON
 from padim_jax.pretrain.redundancy import redundancy
 
@@ -320,6 +320,9 @@ def require_near(found: Any, expected: Any) -> None:
 
 
 class TestNetwork:
+    def test_stages_are_those_that_recipes_count_channels_of(self):
+        assert network.STAGES == STAGES
+
     def test_folded_and_rescaled_is_the_same_function(self):
         variables = random_variables(8)
         features, told = jax.jit(network.Network(BACKBONE, "float32").apply)(variables, IMAGES)

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -49,7 +48,7 @@ def save(
     if devices.process == 0:
         paths.make_folder(folder)
         _remove_leftovers(folder)
-        _remove(place)
+        paths.remove_folder(place)
     parallel.agreed(step)
     try:
         ocp.save(os.fspath(place), leaves, custom_metadata=metadata)
@@ -64,7 +63,7 @@ def save(
     if devices.process == 0:
         for number in _numbered(folder):
             if number != step:
-                _remove(folder / str(number))
+                paths.remove_folder(folder / str(number))
     parallel.agreed(step)
 
 
@@ -125,9 +124,4 @@ def _numbered(folder: Path) -> list[int]:
 def _remove_leftovers(folder: Path) -> None:
     for entry in list(folder.iterdir()):
         if _UNFINISHED in entry.name:
-            _remove(entry)
-
-
-def _remove(place: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(place)
+            paths.remove_folder(entry)
