@@ -185,7 +185,12 @@ def _run_pretraining() -> None:
         if flag.value != flag.default:
             raise UserError(f"--{flag.name}: not for --mode=pretrain; {instead}")
     given = _WORKDIR.value
-    workdir = pathlib.Path("results/pretrain") if given is None else paths.parse(given)
+    workdir = paths.parse("results/pretrain" if given is None else given, needed=False)
+    if not isinstance(workdir, pathlib.Path):
+        raise UserError(
+            f"--workdir={workdir}: --mode=pretrain writes on file systems only; name a "
+            "folder there"
+        )
 
     place = _place()
     settings = _shared_settings(pretrain_config.to_dict(recipe)) if place else {}

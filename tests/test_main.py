@@ -290,6 +290,10 @@ class TestMistakes:
             ([*PRETRAIN, "--download"], "--download: not .* --config.dataset.name=mvtec_ad"),
             ([*PRETRAIN, "--config.images.size=72"], "config.images.size=72: .*multiple of 16"),
             ([*PRETRAIN, "--config.images.sice=72"], "no such setting 'sice'; .* 'size'"),
+            (
+                [*PRETRAIN, "--workdir=gs://b/c"],
+                "--workdir=gs://b/c: .* file systems only",
+            ),
             ([*PRETRAIN, "--config.xyz=1"], "'xyz'; .*padim_jax/pretrain/defaults.py"),
             ([*PRETRAIN, "--processes=2"], "--process_id: missing|--coordinator: missing"),
             # Of the settings.

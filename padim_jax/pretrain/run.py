@@ -6,7 +6,10 @@ torchvision's names, for `config.model.weights`; `recipe.json`, what they were m
 which an interrupted training goes on.
 """
 
+import dataclasses
+import hashlib
 import json
+import pathlib
 import time
 from typing import Any
 
@@ -29,7 +32,7 @@ from padim_jax.pretrain import config as config_lib
 from padim_jax.pretrain import network, saving, training
 from padim_jax.pretrain.config import PretrainConfig
 from padim_jax.pretrain.scenes import Bank, Photos
-from padim_jax.pretrain.training import Measures, State
+from padim_jax.pretrain.training import Measures, State, Tree
 
 WEIGHTS = "backbone.safetensors"
 RECIPE = "recipe.json"
@@ -48,12 +51,27 @@ _MEASURED = 256
 _SHOWN = 8
 
 
-def pretrain(config: PretrainConfig, workdir: Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """What a training is given, beside its recipe.
+
+    Attributes:
+      weights: to go on from; None for random ones.
+      photos: the user's own images; None for none.
+      identity: of both, for JSON.
+    """
+
+    weights: Tree | None
+    photos: Photos | None
+    identity: dict[str, Any]
+
+
+def pretrain(config: PretrainConfig, workdir: pathlib.Path) -> None:
     """Trains a backbone, or goes on with an interrupted training of the same recipe.
 
     Args:
       config: the recipe.
-      workdir: see above.
+      workdir: see above; on a file system.
 
     Raises:
       UserError: something in the recipe cannot be had or done.
@@ -68,37 +86,40 @@ def pretrain(config: PretrainConfig, workdir: Path) -> None:
     with locks.held(workdir / CHECKPOINT, devices.process):
         recipe = config_lib.to_dict(config)
         del recipe["checkpoint_every"]  # changes no result
-        if _finished(workdir, recipe):
+        inputs = _inputs(config)
+        made_by = {"recipe": recipe, "inputs": inputs.identity}
+        if _finished(workdir, made_by):
             print(f"{workdir / WEIGHTS}: finished already, by this recipe")
             return
-        _pretrain(config, recipe, workdir, devices)
+        _pretrain(config, inputs, made_by, workdir, devices)
 
 
 def _pretrain(
-    config: PretrainConfig, recipe: dict[str, Any], workdir: Path, devices: Devices
+    config: PretrainConfig,
+    inputs: _Inputs,
+    made_by: dict[str, Any],
+    workdir: pathlib.Path,
+    devices: Devices,
 ) -> None:
-    photos = _photos(config)
+    photos = inputs.photos
     with progress.bar(config.images.classes, "textures", devices, unit="class") as bar:
         bank = training.bank(config, bar.update)
-    weights = None
-    if config.start != RANDOM_WEIGHTS:
-        weights = pretrained.load(config.start, config.backbone, network.STAGES)[0]["params"]
     examples = _images(config, bank, photos)
-    state = training.initial(config, examples, weights)
+    state = training.initial(config, examples, inputs.weights)
     done, history = 0, []
-    if found := saving.load(workdir / CHECKPOINT, state, recipe, devices):
+    if found := saving.load(workdir / CHECKPOINT, state, made_by, devices):
         done, state, history = found
         print(f"going on with an interrupted training, after {done} steps")
-    state = _train(config, recipe, workdir, state, bank, photos, done, history, devices)
+    state = _train(config, made_by, workdir, state, bank, photos, done, history, devices)
     tensors = _exported(config, state, examples)
     if devices.process == 0:
-        _write(config, recipe, workdir, tensors, history, examples)
+        _write(config, made_by, workdir, tensors, history, examples)
 
 
 def _train(
     config: PretrainConfig,
-    recipe: dict[str, Any],
-    workdir: Path,
+    made_by: dict[str, Any],
+    workdir: pathlib.Path,
     state: State,
     bank: Bank,
     photos: Photos | None,
@@ -119,7 +140,7 @@ def _train(
         # What is there already is not given up for another copy of it.
         if kept < done:
             host = jax.tree.map(lambda x: np.asarray(x[0]), state)
-            saving.save(workdir / CHECKPOINT, done, host, recipe, history, devices)
+            saving.save(workdir / CHECKPOINT, done, host, made_by, history, devices)
             kept = done
 
     measures: list[Measures] = []
@@ -178,18 +199,27 @@ def _means(measures: list[Measures]) -> list[float]:
     return means
 
 
-def _photos(config: PretrainConfig) -> Photos | None:
-    """The user's own images, all of one size."""
-    folder, size = config.images.photos, config.images.photo_size
-    if folder is None:
-        return None
+def _inputs(config: PretrainConfig) -> _Inputs:
+    """Reads them; what is at their paths later may be something else."""
+    weights, identity = None, None
+    if config.start != RANDOM_WEIGHTS:
+        variables, found = pretrained.load(config.start, config.backbone, network.STAGES)
+        weights, identity = variables["params"], dataclasses.asdict(found)
+    photos, content = None, None
+    if config.images.photos is not None:
+        photos, content = _photos(config.images.photos, config.images.photo_size)
+    return _Inputs(weights, photos, {"start": identity, "photos": content})
+
+
+def _photos(folder: Path, size: int) -> tuple[Photos, dict[str, Any]]:
+    """A folder's images, all of one size; and, for JSON, which files they were."""
     resize = {"size": (size, size), "resample": Image.Resampling.BILINEAR}
-    return np.stack(
-        [
-            np.asarray(input_pipeline.decode(read_file(file), shown(file)).resize(**resize))
-            for file in image_files(folder)
-        ]
-    )
+    pixels, digest = [], hashlib.sha256()
+    for file in image_files(folder):
+        content = read_file(file)
+        digest.update(hashlib.sha256(content).digest())
+        pixels.append(np.asarray(input_pipeline.decode(content, shown(file)).resize(**resize)))
+    return np.stack(pixels), {"images": len(pixels), "sha256": digest.hexdigest()}
 
 
 def _images(
@@ -226,8 +256,8 @@ def _exported(
 
 def _write(
     config: PretrainConfig,
-    recipe: dict[str, Any],
-    workdir: Path,
+    made_by: dict[str, Any],
+    workdir: pathlib.Path,
     tensors: dict[str, Float32[np.ndarray, "..."]],
     history: saving.History,
     images: Float[Array, "b s s 3"],
@@ -247,7 +277,7 @@ def _write(
     content = safetensors.numpy.save(half)
     paths.write(workdir / WEIGHTS, content)
     said = {
-        "recipe": recipe,
+        **made_by,
         "version of padim_jax": padim_jax.__version__,
         "images": config.batch_size * config.optimizer.steps,
         "last": rows[-1] if rows else {},
@@ -259,23 +289,23 @@ def _write(
     )
 
 
-def _finished(workdir: Path, recipe: dict[str, Any]) -> bool:
-    """Whether there are weights by this recipe.
+def _finished(workdir: pathlib.Path, made_by: dict[str, Any]) -> bool:
+    """Whether there are weights by this recipe, and of these inputs.
 
     Raises:
-      UserError: there are weights by another one.
+      UserError: there are others.
     """
     if not (workdir / RECIPE).exists():
         return False
     try:
         said = json.loads((workdir / RECIPE).read_text(encoding="utf-8"))
-        same = said["recipe"] == recipe
+        same = all(said[name] == value for name, value in made_by.items())
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{workdir / RECIPE}: no recipe ({error}); move it away") from error
     if not same:
         raise UserError(
-            f"{workdir}: holds weights by another recipe ({RECIPE} says which); name another "
-            "--workdir"
+            f"{workdir}: holds weights by another recipe or of other images or first weights "
+            f"({RECIPE} says which); name another --workdir"
         )
     return (workdir / WEIGHTS).exists()
 

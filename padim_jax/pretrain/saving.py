@@ -35,7 +35,7 @@ def save(
       folder: for all saves of one training.
       step: how many are done.
       state: arrays of the host, the same in all processes.
-      recipe: the configuration, for JSON: a training goes on with its own only.
+      recipe: what the training is made by, for JSON: it goes on with the same only.
       history: what was measured.
       devices: of all processes, which call this together.
 
@@ -82,7 +82,7 @@ def load(
       Steps done, the state, and the history; None if there is no save.
 
     Raises:
-      UserError: it is of another recipe, or cannot be read.
+      UserError: it is made by something else, or cannot be read.
     """
     numbers = sorted(_numbered(folder)) if paths.is_folder(folder) else []
     step = parallel.agreed(numbers[-1] if numbers else -1)
@@ -100,8 +100,9 @@ def load(
         metadata: Any = ocp.metadata(os.fspath(place)).custom_metadata
         if metadata["recipe"] != dict(recipe):
             raise UserError(
-                f"{folder}: holds an unfinished training by another recipe; go on with that, "
-                "or name another --workdir, or delete the folder"
+                f"{folder}: holds an unfinished training by another recipe or of other images "
+                "or first weights; go on with those, or name another --workdir, or delete the "
+                "folder"
             )
         found: Any = ocp.load(os.fspath(place), target)
         history = metadata["history"]

@@ -198,6 +198,54 @@ class TestFinished:
             run.pretrain(make_config(), tmp_path)
 
 
+class TestInputs:
+    """What is at the paths that a recipe names may change; this is no longer its training."""
+
+    @pytest.fixture
+    def made(
+        self, whole: pathlib.Path, tmp_path: pathlib.Path
+    ) -> tuple[PretrainConfig, pathlib.Path]:
+        """A finished training of one step, from weights and images of its own."""
+        (tmp_path / "photos").mkdir()
+        for number in range(2):
+            pixels = np.full((40, 40, 3), 50 * number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+        shutil.copy(whole / run.WEIGHTS, tmp_path / "start.safetensors")
+        values = config_lib.to_dict(make_config(steps=1, warmup=0))
+        values["start"] = str(tmp_path / "start.safetensors")
+        values["images"] |= {"photos": str(tmp_path / "photos"), "photo_size": 48}
+        config = config_lib.validate(values)
+        inputs = run._inputs(config)
+        recipe = {name: x for name, x in values.items() if name != "checkpoint_every"}
+        (tmp_path / "run").mkdir()
+        said = {"recipe": recipe, "inputs": inputs.identity}
+        (tmp_path / "run" / run.RECIPE).write_text(json.dumps(said))
+        shutil.copy(whole / run.WEIGHTS, tmp_path / "run")
+        return config, tmp_path
+
+    def test_the_same(self, made: tuple[PretrainConfig, pathlib.Path], capsys: Any):
+        config, folder = made
+        run.pretrain(config, folder / "run")
+        assert "finished already, by this recipe" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("change", ["another", "one more", "exchanged", "weights"])
+    def test_others(self, made: tuple[PretrainConfig, pathlib.Path], change: str):
+        config, folder = made
+        first, second = folder / "photos" / "0.png", folder / "photos" / "1.png"
+        if change == "another":
+            Image.new("RGB", (40, 40), "red").save(first)
+        elif change == "one more":
+            shutil.copy(first, folder / "photos" / "2.png")
+        elif change == "exchanged":  # which image is drawn goes by their order
+            contents = first.read_bytes(), second.read_bytes()
+            second.write_bytes(contents[0])
+            first.write_bytes(contents[1])
+        else:
+            shutil.copy(pretrained.BUNDLED_FOLDER / "resnet18.safetensors", config.start)
+        with pytest.raises(UserError, match=r"other images or first weights \(recipe\.json"):
+            run.pretrain(config, folder / "run")
+
+
 def test_scenes_that_devices_cannot_share(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
