@@ -4,8 +4,10 @@ Command:
     python -m padim_jax.main --config=configs/pretrain.py --mode=pretrain
 
 No image and no weight is downloaded: textures, objects and their defects are drawn in every
-step anew. This is the recipe of the weights that come with padim_jax (bundled). Results go to
-results/pretrain, or --workdir; the same command goes on with a training that was interrupted.
+step anew. This is the recipe of the weights that come with padim_jax (bundled), which were
+trained on two devices: another number rounds otherwise, and comes to weights that are alike,
+not the same. Results go to results/pretrain, or --workdir; the same command goes on with a
+training that was interrupted.
 
 Expected: about 40 minutes on 4 CPU cores (5,600 steps of 64 images).
 

@@ -113,7 +113,8 @@ def _pretrain(
     state = _train(config, made_by, workdir, state, bank, photos, done, history, devices)
     tensors = _exported(config, state, examples)
     if devices.process == 0:
-        _write(config, made_by, workdir, tensors, history, examples)
+        said = {**made_by, "devices": devices.total}  # these change the rounding
+        _write(config, said, workdir, tensors, history, examples)
 
 
 def _train(
@@ -256,7 +257,7 @@ def _exported(
 
 def _write(
     config: PretrainConfig,
-    made_by: dict[str, Any],
+    said: dict[str, Any],
     workdir: pathlib.Path,
     tensors: dict[str, Float32[np.ndarray, "..."]],
     history: saving.History,
@@ -276,9 +277,9 @@ def _write(
     figures.save(figures.contact_sheet(shown_images, each), workdir / IMAGES)
     content = safetensors.numpy.save(half)
     paths.write(workdir / WEIGHTS, content)
-    said = {
-        **made_by,
+    said = said | {
         "version of padim_jax": padim_jax.__version__,
+        "version of jax": jax.__version__,
         "images": config.batch_size * config.optimizer.steps,
         "last": rows[-1] if rows else {},
     }

@@ -123,6 +123,8 @@ def test_what_is_written(whole: pathlib.Path):
     assert all(0 <= row["auroc"] <= 1 for row in rows)
     said = json.loads((whole / run.RECIPE).read_text())
     assert said["images"] == STEPS * 2 * 5
+    assert said["devices"] == 1
+    assert said["version of jax"] == jax.__version__
     for name in (run.CURVES, run.IMAGES):
         with Image.open(whole / name) as image:
             image.load()
