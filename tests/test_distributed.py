@@ -50,7 +50,8 @@ try:
             return int(jax.pmap(lambda x: jax.lax.psum(x, "i"), "i")(ones)[0])
 
         print("sum", total())
-        print("error output of", jax.process_index(), file=sys.stderr)
+        # At once: print would write it in pieces, and another's end come between.
+        sys.stderr.write(f"error output of {jax.process_index()}\\n")
         if action == "handler":
             signal.signal(signal.SIGTERM, lambda *_: print("handled") or sys.exit(0))
             os.kill(os.getpid(), signal.SIGTERM)
