@@ -42,8 +42,9 @@ import pathlib
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 # XLA runs small factorisations in parallel already; the threads of OpenBLAS, which it
 # calls for each, would fight for the same cores (measured with three cores busy: 10 to
@@ -57,7 +58,7 @@ from ml_collections import config_flags
 import padim_jax
 from padim_jax import cluster, paths
 from padim_jax import config as config_lib
-from padim_jax.errors import Stopped, UserError
+from padim_jax.errors import DataWarning, Stopped, UserError
 from padim_jax.pretrain import config as pretrain_config
 
 MODES = (
@@ -140,6 +141,9 @@ _STOPPED_CODE = flags.DEFINE_integer(
     0,
     "Exit code after SIGTERM, when the unfinished fit is saved; not 0 for a scheduler that is "
     "to start it again.",
+)
+_STRICT = flags.DEFINE_bool(
+    "strict", False, "End with an error where there would be a warning about the data."
 )
 
 # What says nothing to --mode=pretrain, and what to do instead.
@@ -345,7 +349,7 @@ def _shared_settings(config: Mapping[str, Any]) -> dict[str, str]:
     """What has to be the same in all processes, for comparison."""
     given = (
         *(_MODE, _WORKDIR, _CHECKPOINT, _INPUT, _MODELS, _WEIGHTS),
-        *(_HALF, _DOWNLOAD, _OVERWRITE, _WATCH, _POLL_SECONDS, _SETTLE_SECONDS),
+        *(_HALF, _STRICT, _DOWNLOAD, _OVERWRITE, _WATCH, _POLL_SECONDS, _SETTLE_SECONDS),
     )
     settings = {f"--{flag.name}": str(flag.value) for flag in given}
     settings["version of padim_jax"] = padim_jax.__version__
@@ -422,13 +426,36 @@ def _unknown_setting(message: str) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    # Names of files may hold what a terminal would act on, or cannot print.
-    safe = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
-    print(f"error: {''.join(safe)}", file=sys.stderr)
+    print(f"error: {_printable(message)}", file=sys.stderr)
     sys.exit(2)
 
 
+def _printable(message: str) -> str:
+    # Names of files may hold what a terminal would act on, or cannot print.
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a `DataWarning` as one line, above the progress bars; others as Python does."""
+    if not issubclass(category, DataWarning):
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+        (file or sys.stderr).write(text)
+        return
+    import tqdm
+
+    tqdm.tqdm.write(f"warning: {_printable(str(message))}", file=sys.stderr)
+
+
 def _main(argv: Sequence[str]) -> None:
+    warnings.simplefilter("error" if _STRICT.value else "always", DataWarning)
+    warnings.showwarning = _show_warning
     try:
         main(argv)
     except UserError as error:
