@@ -73,7 +73,9 @@ class Calibration:
       pixel_rate: the share of normal pixels that may be called anomalous. Estimated, not
         promised: pixels of an image depend on each other.
       pixel_threshold: in standard deviations, as the maps.
-      typical_pixel: the median pixel.
+      typical_pixel: a central value of normal maps, for the colours of heat maps: the median
+        over images of each map's median, of every fourth row and column. Near the median of
+        all pixels, but not equal to it.
       quantiles: normal scores, rising.
       levels: what share of normal images scores lower than these.
       tail_images: how many images scored higher than the last quantile.
@@ -136,17 +138,13 @@ def calibrate(
     if images < MIN_IMAGES:
         raise ValueError(f"{images} normal images; thresholds need at least {MIN_IMAGES}")
     scores, medians = [], []
-    top, kept = np.zeros(0, np.float32), 0
+    highest = np.zeros(0, np.float32)
     for maps, part in parts:
         scores.append(part)
-        # Maps are smooth: every fourth row and column has the same median much sooner.
+        # Maps are smooth: a sixteenth of the pixels shows where a map's middle is.
         medians.append(np.median(maps[:, ::4, ::4], axis=(1, 2)))
         pixels = images * math.prod(maps.shape[1:])
-        kept = pixels - _rank(pixels, pixel_rate) + 1
-        values = maps[maps >= top[0]] if len(top) == kept else maps.ravel()
-        top = np.concatenate([top, values])
-        if len(top) > kept:  # its least in front
-            top = np.partition(top, len(top) - kept)[len(top) - kept :]
+        highest = _largest(highest, maps.ravel(), pixels - _rank(pixels, pixel_rate) + 1)
     found = np.sort(np.concatenate(scores)) if scores else np.zeros(0, np.float32)
     if len(found) != images:
         raise ValueError(f"{len(found)} normal images; {images} were to come")
@@ -157,9 +155,21 @@ def calibrate(
         origin,
         image_rate,
         pixel_rate,
-        pixel_threshold=_above(float(top.min())),
+        pixel_threshold=_above(float(highest.min())),
         typical_pixel=float(np.median(np.concatenate(medians))),
     )
+
+
+def _largest(
+    largest: Float32[np.ndarray, " _k"], values: Float32[np.ndarray, " _n"], count: int
+) -> Float32[np.ndarray, " _m"]:
+    """Return the `count` largest values of both (all, if there are fewer), in any order."""
+    if len(largest) == count:  # most values are below all of them, and are not copied
+        values = values[values > largest.min()]
+    both = np.concatenate([largest, values])
+    if len(both) <= count:
+        return both
+    return np.partition(both, len(both) - count)[len(both) - count :]
 
 
 def _of_scores(

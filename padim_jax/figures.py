@@ -73,11 +73,11 @@ def color_scale(
 ) -> ColorScale:
     """The fixed colour scale for the anomaly maps of a test set.
 
-    `low` is the median pixel of the normal images, so that normal surface is cold. `high`
-    is the median score (maximum of the map) of the anomalous images, so that a typical
-    defect just reaches the hottest colour, whatever the share of anomalous images
-    and however extreme a single one. Where one of the two kinds is missing, all images
-    take its place. If that leaves `high` not above `low`, everything is drawn cold.
+    `low` is the median pixel of the normal images, of every fourth row and column, so that
+    normal surface is cold. `high` is the median score (maximum of the map) of the anomalous
+    images, so that a typical defect just reaches the hottest colour, whatever the share of
+    anomalous images and however extreme a single one. Where one of the two kinds is missing,
+    all images take its place. If that leaves `high` not above `low`, everything is drawn cold.
 
     Args:
       maps: the anomaly maps of the whole test set.
@@ -88,7 +88,7 @@ def color_scale(
     """
     normal = labels == 0 if (labels == 0).any() else slice(None)
     anomalous = labels == 1 if (labels == 1).any() else slice(None)
-    # Maps are smooth: every fourth row and column has the same median much sooner.
+    # Maps are smooth: a sixteenth of the pixels has nearly the same median.
     low = float(np.median(maps[normal, ::4, ::4]))
     high = float(np.median(maps.max(axis=(1, 2))[anomalous]))
     return ColorScale(low, low + max(1.0, abs(low)) if high <= low else high)

@@ -5,8 +5,11 @@ import json
 import pathlib
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from fuzzing import examples
+from hypothesis import strategies as st
 from scipy import stats
 
 from padim_jax import calibration, calibration_file, checkpoint, defaults, detector, parallel
@@ -90,15 +93,62 @@ class TestPixels:
         return calibrate(parts, len(maps), "given", 0.05, rate)
 
     @pytest.mark.parametrize("rate", [0.0001, 0.001, 0.01, 0.3, 0.95])
-    @pytest.mark.parametrize("ends", [[], [1, 2, 3], [7, 14, 21], list(range(1, 23))])
-    def test_streaming_is_sorting(self, rate: float, ends: list[int]):
-        found = self.in_parts(self.MAPS, ends, rate)
-        ranked = np.sort(self.MAPS, axis=None)
+    def test_as_many_pixels_are_called_as_the_rate_allows(self, rate: float):
+        found = self.in_parts(self.MAPS, [7, 14, 21], rate)
         called = np.float32(found.pixel_threshold) <= self.MAPS
         # Of N + 1 pixels this many may be above; at least none.
-        assert called.sum() == max(0, int(np.floor(rate * (ranked.size + 1) + 1e-9)) - 1)
-        assert np.nextafter(np.float32(found.pixel_threshold), np.float32(0)) in ranked
-        assert found == self.in_parts(self.MAPS, [5], rate)
+        assert called.sum() == max(0, int(np.floor(rate * (self.MAPS.size + 1) + 1e-9)) - 1)
+
+    @examples(200)
+    @hypothesis.given(
+        images=st.integers(calibration.MIN_IMAGES, 12),
+        size=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+        ties=st.sampled_from([None, 1, 4]),
+        first=st.sampled_from([None, -99.0, 99.0]),
+        split=st.integers(1, 12) | st.sets(st.integers(1, 11)),
+        kept=st.integers(1, 6) | st.floats(1e-6, 1 - 1e-6),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    def test_streaming_is_sorting(
+        self,
+        images: int,
+        size: tuple[int, int],
+        ties: int | None,
+        first: float | None,
+        split: int | set[int],
+        kept: int | float,
+        seed: int,
+    ):
+        """Any values, split in any way, at any rate.
+
+        Some pixels are equal, the first may be extreme, and what is kept of them may be just
+        as many as some images have.
+        """
+        maps = np.random.default_rng(seed).gumbel(size=(images, *size)).astype(np.float32)
+        if ties is not None:
+            maps = np.round(maps * ties)
+        if first is not None:
+            maps[0, 0, 0] = first
+        rate = kept
+        if isinstance(kept, int):
+            rate = min(kept, images - 1) * size[0] * size[1] / (maps.size + 1)
+        ends = list(range(split, images, split)) if isinstance(split, int) else sorted(split)
+        found = self.in_parts(maps, [end for end in ends if end < images], rate)
+        # The k-th smallest of n, k = ceil((n + 1) (1 - rate)); see the module's text.
+        rank = min(maps.size, int(np.ceil(np.round((maps.size + 1) * (1 - rate), 6))))
+        threshold = np.sort(maps, axis=None)[rank - 1]
+        assert found.pixel_threshold == np.nextafter(threshold, np.float32(np.inf))
+        middles = [np.median(image[::4, ::4]) for image in maps]
+        assert found.typical_pixel == np.median(np.array(middles, np.float32))
+        assert found == self.in_parts(maps, [], rate)  # what is of scores, too
+
+    def test_a_high_pixel_comes_first(self):
+        """As many pixels as a batch has are kept, and the first of them is the highest."""
+        maps = np.random.default_rng(3).gumbel(4, 1, (100, 4, 4)).astype(np.float32)
+        maps[0, 0, 0] = 99
+        found = self.in_parts(maps, list(range(1, 100)), 0.01)
+        assert found == self.in_parts(maps, [3], 0.01)
+        assert np.mean(maps >= np.float32(found.pixel_threshold)) <= 0.01
 
     def test_equal_pixels(self):
         maps = np.full((5, 8, 8), 3, np.float32)
@@ -106,8 +156,10 @@ class TestPixels:
         found = self.in_parts(maps, [2], 0.01)
         assert 3 < found.pixel_threshold < 3.00001
 
-    def test_median(self):
+    def test_typical_pixel(self):
+        """The images' median of the medians of every fourth row and column."""
         maps = np.repeat(np.arange(5, dtype=np.float32), 64).reshape(5, 8, 8)
+        maps[:, 1:4] = maps[:, :, 1:4] = 99
         assert self.in_parts(maps, [3], 0.1).typical_pixel == 2
 
 
