@@ -1,10 +1,15 @@
 """The low-rank form against dense float64 covariances and against the moments."""
 
+import functools
+
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import patchwise
 import pytest
+from fuzzing import examples
+from hypothesis import strategies as st
 
 from padim_jax import detector, gaussian, low_rank, parallel, scoring
 from padim_jax.parallel import Devices
@@ -143,6 +148,43 @@ def test_merge_of_two_models_is_one_fit():
     assert int(merged.count) == 7
     for found, expected in zip(merged.values, whole.values, strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@examples(60)
+@hypothesis.given(
+    room=st.sampled_from([0, 3, 8, 13]),
+    valid=st.lists(st.booleans(), min_size=8, max_size=8),
+    ends=st.lists(st.integers(0, 8), max_size=4).map(sorted),
+    models=st.lists(st.integers(0, 5), min_size=5, max_size=5),
+    bad=st.sampled_from([1e6, np.nan]),
+)
+def test_any_images_split_into_any_batches_and_models(room, valid, ends, models, bad):
+    """Batches of 0 to 8 images with padding anywhere, added to any of several models.
+
+    Every model begins with room for some, and gets more as it grows; the result has its
+    images in the models' order, each bit for bit.
+    """
+    case = patchwise.CASES["two levels"]
+    pyramid = patchwise.lay(case)
+    levels, _ = patchwise.random_levels(case, 8)
+    valid = np.array(valid)
+    parts, seen = {}, {}
+    for batch, model in zip(np.split(np.arange(8), ends), models, strict=False):
+        flags = np.zeros(8, bool)
+        flags[batch] = valid[batch]
+        padded = tuple(jnp.asarray(np.where(flags, x, np.float32(bad))) for x in levels)
+        samples = parts.get(model, low_rank.init(pyramid.shapes, room))
+        there = seen.setdefault(model, [])
+        there += np.flatnonzero(flags).tolist()
+        if samples.values[0].shape[2] < len(there):
+            samples = low_rank.resize(samples, 13)
+        parts[model] = update(samples, padded, jnp.asarray(flags))
+    full = [low_rank.resize(parts[model], len(seen[model])) for model in parts]
+    whole = functools.reduce(low_rank.merge, full)
+    order = [number for model in parts for number in seen[model]]
+    assert int(whole.count) == len(order)
+    for found, expected in zip(whole.values, levels, strict=True):
+        np.testing.assert_array_equal(found, expected[..., order].swapaxes(2, 3))
 
 
 def test_levels_are_the_images_as_they_came():

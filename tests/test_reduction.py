@@ -1,10 +1,15 @@
 """Projections: orthonormal, uniform, and the components that plain float64 finds."""
 
+import functools
+
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import patchwise
 import pytest
+from fuzzing import examples
+from hypothesis import strategies as st
 
 from padim_jax import reduction
 from padim_jax.reduction import Scatter
@@ -69,6 +74,41 @@ def test_scatter_is_that_of_all_patches(shapes: list, upsample: str):
     # Sums in float32, of which the largest has 40 or so roundoffs at most; measured 2e-7.
     np.testing.assert_allclose(found.mean, x.mean(axis=0), atol=2e-6 * np.abs(x).max())
     np.testing.assert_allclose(found.m2, expected, atol=2e-6 * np.abs(expected).max())
+
+
+@examples(100)
+@hypothesis.given(
+    images=st.integers(0, 9),
+    ends=st.lists(st.integers(0, 9), max_size=5).map(sorted),
+    halves=st.booleans(),
+    mean=st.sampled_from([0.0, 1.0, -1e3]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_merge_is_that_of_all_images(
+    images: int, ends: list, halves: bool, mean: float, seed: int
+):
+    """Of any parts, also of none, one after the other or the ones of two halves first."""
+    x = np.random.default_rng(seed).normal(mean, 1, (images, 4, 3))  # images, patches, channels
+    parts = [scatter_of(part) for part in np.split(x, ends)]
+    middle = len(parts) // 2 if halves else 0
+    first, second = (
+        functools.reduce(reduction.merge, some, reduction.empty(3))
+        for some in (parts[:middle], parts[middle:])
+    )
+    found, expected = reduction.merge(first, second), scatter_of(x)
+    assert found.count == images
+    # float64: sums of few terms, of which the mean takes part in those of merging.
+    size = np.abs(x).max(initial=1)
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=0, atol=1e-14 * size)
+    np.testing.assert_allclose(found.m2, expected.m2, rtol=0, atol=1e-13 * size)
+
+
+def scatter_of(x: np.ndarray) -> Scatter:
+    """Of embeddings (images, patches, channels), as defined."""
+    if not len(x):
+        return reduction.empty(x.shape[-1])
+    mean = x.mean(axis=(0, 1))
+    return Scatter(len(x), mean, np.einsum("npi,npj->ij", x - mean, x - mean) / x.shape[1])
 
 
 def test_components_are_the_leading_ones():
