@@ -1,12 +1,16 @@
 """The stages put together: the right form, the paper's embeddings, no trace of padding."""
 
+import dataclasses
 from typing import Any
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import patchwise
 import pytest
+from fuzzing import examples
+from hypothesis import strategies as st
 
 from padim_jax import (
     defaults,
@@ -186,6 +190,81 @@ def test_fit_and_score_in_batches(form: str):
     np.testing.assert_array_equal(scores, maps.max(axis=(1, 2)))
     # The image that was marked as padding is not among those fitted.
     assert np.argmax(scores) == 4
+
+
+SMALL = make_config(channels=8, layers=("layer1",))
+
+
+@pytest.fixture(scope="module")
+def fitted() -> detector.Detector:
+    """To four of six images, and to twenty others: more than channels."""
+    given, variables = arguments(SMALL), variables_of(SMALL)
+    images = np.concatenate([random_images(6, SMALL)[:4], random_images(20, SMALL, seed=1)])
+    shapes = detector.pyramid(SMALL.image, SMALL.model, given["index"]).shapes
+    statistics = detector.init(shapes, 24, "moments", ONE)
+    valid, settings = np.ones((1, 24), bool), tuple(given.values())
+    statistics = detector.fit_batch(statistics, variables, images[None], valid, *settings)
+    return detector.Detector(
+        SMALL,
+        detector.channel_index(SMALL.model),
+        variables,
+        pretrained.WeightsIdentity("random", ""),
+        detector.finalize(statistics, SMALL.model.regularization),
+        "",
+        np.zeros((24, 32), np.uint8),
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(fitted: detector.Detector) -> dict[bool, list[detector.Anomalies]]:
+    """Each of six images by itself; and each of the four that were fitted, left out."""
+    images = np.asarray(random_images(6, SMALL))
+    return {
+        left_out: [
+            detector.score_pixels(fitted, images[i][None], left_out)
+            for i in range(4 if left_out else 6)
+        ]
+        for left_out in (False, True)
+    }
+
+
+class TestBatches:
+    """Images are scored alone, whatever else is in their batch."""
+
+    @examples(40)
+    @hypothesis.given(
+        chosen=st.lists(st.integers(0, 5), max_size=7), batch_size=st.integers(1, 4)
+    )
+    def test_any_batch_size(
+        self,
+        chosen: list[int],
+        batch_size: int,
+        fitted: detector.Detector,
+        alone: dict[bool, list[detector.Anomalies]],
+    ):
+        config = dataclasses.replace(fitted.config, batch_size=batch_size)
+        images = np.asarray(random_images(6, SMALL))
+        found = detector.score(
+            dataclasses.replace(fitted, config=config), [images[i] for i in chosen]
+        )
+        assert found.maps.shape == (len(chosen), *config.image.size)
+        for i, anomaly_map, score in zip(chosen, found.maps, found.scores, strict=True):
+            # Products of another shape, whose sums have another order; measured 8e-7.
+            np.testing.assert_allclose(anomaly_map, alone[False][i].maps[0], rtol=2e-5)
+            np.testing.assert_allclose(score, alone[False][i].scores[0], rtol=2e-5)
+
+    @examples(25)
+    @hypothesis.given(chosen=st.lists(st.integers(0, 3), min_size=1, max_size=4))
+    def test_any_images_left_out(
+        self,
+        chosen: list[int],
+        fitted: detector.Detector,
+        alone: dict[bool, list[detector.Anomalies]],
+    ):
+        images = np.asarray(random_images(6, SMALL))
+        found = detector.score_pixels(fitted, images[chosen], left_out=True)
+        for i, anomaly_map in zip(chosen, found.maps, strict=True):
+            np.testing.assert_allclose(anomaly_map, alone[True][i].maps[0], rtol=2e-5)
 
 
 class TestFinalize:

@@ -3,9 +3,12 @@
 import itertools
 import json
 
+import hypothesis
 import numpy as np
 import pytest
 import sklearn.metrics
+from fuzzing import examples
+from hypothesis import strategies as st
 
 from padim_jax import metrics
 
@@ -372,6 +375,72 @@ def test_each_defect_type_is_evaluated_with_all_normal_images(levels):
         alone = metrics.evaluate(*take(images, *everything))
         del alone["per_defect"]
         assert found[name] == pytest.approx(alone, EXACT)
+
+
+@examples(60)
+@hypothesis.given(
+    types=st.lists(st.sampled_from(["good", "a", "b", "c"]), min_size=1, max_size=8),
+    levels=st.sampled_from([None, 1, 3, 30]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_groups_of_images_are_evaluated_as_if_alone(types, levels, seed):
+    """Counted group by group and put together: what scikit-learn and the plain loops give."""
+    masks, maps = random_maps(seed, levels, np.float32, n=len(types), size=4)
+    labels = np.array([name != "good" for name in types])
+    masks &= labels[:, None, None]
+    scores = maps.max(axis=(1, 2))
+    found = metrics.evaluate(labels, scores, types, masks, maps)
+    named = {name: ["good", name] for name in sorted({*types} - {"good"})}
+    assert list(found["per_defect"]) == list(named)
+    for name, chosen in {None: {"good", *types}, **named}.items():
+        result = found if name is None else found["per_defect"][name]
+        images = np.isin(types, list(chosen))
+        require_metrics(result, "image_", labels[images], scores[images])
+        require_metrics(result, "pixel_", masks[images].ravel(), maps[images].ravel())
+        if result["pixel_auroc"] is None:
+            assert result["aupro"] is None
+        else:
+            area = plain_aupro(masks[images], maps[images], 0.3)
+            assert result["aupro"] == pytest.approx(area, EXACT)
+
+
+def require_metrics(result, prefix, labels, scores):
+    auroc, ap, f1, threshold = (
+        result[prefix + name] for name in ("auroc", "ap", "f1_max", "f1_threshold")
+    )
+    if labels.all() or not labels.any():
+        assert (auroc, ap, f1, threshold) == (None,) * 4
+        return
+    assert auroc == pytest.approx(sklearn.metrics.roc_auc_score(labels, scores), EXACT)
+    expected = sklearn.metrics.average_precision_score(labels, scores)
+    assert ap == pytest.approx(expected, EXACT)
+    # F1 = 2 TP / (called + defects), of every distinct score; the highest of the best.
+    thresholds = np.unique(scores)[::-1]
+    called = scores >= thresholds[:, None]
+    every = 2 * (called & labels).sum(axis=1) / (called.sum(axis=1) + labels.sum())
+    assert f1 == pytest.approx(every.max(), EXACT)
+    assert threshold == thresholds[np.argmax(every)]
+
+
+@examples(60)
+@hypothesis.given(
+    images=st.integers(1, 20),
+    levels=st.sampled_from([None, 1, 3]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_curves_of_any_number_of_images(images, levels, seed):
+    """Sorted in eight parts of the images, some of them empty, and merged."""
+    masks, maps = random_maps(seed, levels, np.float32, n=images, size=3)
+    curves = metrics.pixel_curves(masks, maps)
+    roc, pro = metrics.roc_curve(masks.ravel(), maps.ravel()), metrics.pro_curve(masks, maps)
+    if curves is None:
+        assert roc is None
+        assert pro is None
+        return
+    assert pro is not None
+    np.testing.assert_array_equal(curves[0], roc)
+    x, y = curves[1]
+    np.testing.assert_allclose(np.interp(x + y, sum(pro), pro[0]), x, rtol=0, atol=EXACT)
 
 
 def test_order_of_images_does_not_matter():
