@@ -35,6 +35,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
+import padim_jax
+
 # Where the normal images come from, and how to say it.
 ORIGINS = {
     "leave_one_out": "training images, each scored by the model without it",
@@ -54,7 +56,7 @@ _POINTS = 256
 # A threshold for one in 10^300, say, is still a number.
 _FARTHEST = 1e30
 _FORMAT = "padim_jax calibration 2"
-_ASIDE = {"format", "detector", "sha256"}
+_ASIDE = {"format", "version", "detector", "sha256"}
 _LARGEST = float(np.finfo(np.float32).max)  # of what is compared with scores
 _MOST_IMAGES = 2**31
 
@@ -62,6 +64,8 @@ _MOST_IMAGES = 2**31
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """What normal images say of scores. Scores of at least a threshold are anomalous.
+
+    A field that is added has a default that says what is known of thresholds stored without it.
 
     Attributes:
       origin: of the normal images, one of `ORIGINS`.
@@ -310,10 +314,13 @@ def to_dict(calibration: Calibration, detector: str) -> dict[str, Any]:
       detector: fingerprint of the one whose scores these are.
     """
     fields = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(calibration).items()
+        field.name: list(value) if isinstance(value, tuple) else value
+        for field in dataclasses.fields(calibration)
+        # What older versions do not know, they need not where it says nothing.
+        if (value := getattr(calibration, field.name)) != field.default
     }
-    said = {"format": _FORMAT, "detector": detector, **fields}
+    about = {"format": _FORMAT, "version": padim_jax.__version__, "detector": detector}
+    said = about | fields
     return said | {"sha256": _digest(said)}
 
 
@@ -321,25 +328,35 @@ def _digest(said: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def from_dict(stored: Any, detector: str) -> Calibration | None:
+def from_dict(stored: Any, *detector: str) -> Calibration | None:
     """Of this detector; None of another one (fitted again since, say).
 
+    Args:
+      stored: what `to_dict` returned, in this version or another one.
+      detector: the fingerprints that it may have been stored with.
+
     Raises:
-      ValueError: it is not what `to_dict` made.
+      ValueError: it is not what `to_dict` made, or has a field that this version lacks.
     """
     if not isinstance(stored, Mapping) or stored.get("format") != _FORMAT:
         raise ValueError(f"expected a group with format {_FORMAT!r}")
-    names = {field.name for field in dataclasses.fields(Calibration)}
-    if differing := sorted(names.symmetric_difference(stored) - _ASIDE):
-        raise ValueError(f"{', '.join(map(str, differing))[:200]}: missing, or unknown")
-    fields: dict[str, Any] = {name: stored[name] for name in names}
+    known = {field.name: field.default for field in dataclasses.fields(Calibration)}
+    if unknown := sorted(map(str, set(stored) - known.keys() - _ASIDE)):
+        raise ValueError(
+            f"{', '.join(unknown)[:200]}: unknown to padim_jax {padim_jax.__version__}; "
+            f"padim_jax {str(stored.get('version'))[:60]} wrote it"
+        )
+    first = {name for name, default in known.items() if default is dataclasses.MISSING}
+    if missing := sorted(first - set(stored)):
+        raise ValueError(f"{', '.join(missing)}: missing")
+    fields: dict[str, Any] = {name: stored.get(name, known[name]) for name in known}
     _check(fields)
     if not isinstance(stored.get("detector"), str):
         raise ValueError("it does not say of which detector it is")
     said = {name: value for name, value in stored.items() if name != "sha256"}
     if stored.get("sha256") != _digest(said):
         raise ValueError("its contents are not what was saved")
-    if stored["detector"] != detector:
+    if stored["detector"] not in detector:
         return None
     fields |= {name: tuple(fields[name]) for name in ("quantiles", "levels")}
     return Calibration(**fields)

@@ -45,12 +45,12 @@ def write(folder: Path, calibration: Calibration, detector: str) -> None:
         raise UserError(f"{folder / NAME}: cannot be written ({error})") from error
 
 
-def read(folder: Path, detector: str) -> Calibration | None:
+def read(folder: Path, *detector: str) -> Calibration | None:
     """Reads what `write` wrote.
 
     Args:
       folder: the checkpoint's.
-      detector: fingerprint of the one in use. A calibration of another one (extended by
+      detector: fingerprints of the one in use. A calibration of another one (extended by
         images since, or with other settings of maps) is not used, and a line says so.
 
     Raises:
@@ -67,13 +67,13 @@ def read(folder: Path, detector: str) -> Calibration | None:
         stored = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         raise _broken(path, error) from error
-    return restore(path, stored, detector)
+    return restore(path, stored, *detector)
 
 
-def restore(path: Path, stored: Any, detector: str) -> Calibration | None:
+def restore(path: Path, stored: Any, *detector: str) -> Calibration | None:
     """What `calibration.to_dict` made, in whatever file it was; see `read`."""
     try:
-        found = calibration_lib.from_dict(stored, detector)
+        found = calibration_lib.from_dict(stored, *detector)
     except ValueError as error:
         raise _broken(path, error) from error
     if found is None:

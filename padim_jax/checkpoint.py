@@ -134,7 +134,7 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
     metadata: dict[str, Any] = {
         "format": _FORMAT,
         "version": padim_jax.__version__,
-        "config": config_lib.to_dict(fitted.config),
+        "config": config_lib.to_stored(fitted.config),
         "weights": dataclasses.asdict(fitted.weights),
         "regions": fitted.regions,
         "unfinished": fitted.unfinished,
@@ -249,7 +249,7 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
     assert info is not None
     metadata = info.custom_metadata
     try:
-        config = config_lib.validate(metadata["config"])
+        config = config_lib.restore(metadata["config"], metadata.get("version"))
         weights = pretrained.identity(metadata["weights"])
         regions = metadata["regions"]
         if not isinstance(metadata["unfinished"], str | None):
@@ -278,6 +278,8 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
         return fitted, _identity(small, weights)
     except jax.errors.JaxRuntimeError:  # as without memory
         raise
+    except config_lib.UnknownSettingError as error:
+        raise UserError(f"{step}: {error}") from error
     # The parsers raise whatever a damaged file makes them trip over.
     except Exception as error:
         # TensorStore appends its whole specification.

@@ -25,8 +25,7 @@ _MOST_SHOWN = 200  # characters of a wrong value in a message
 
 def fields(name: str, value: Any, schema: type) -> None:
     """Raises UserError for what is not a group of exactly the fields of a dataclass."""
-    if not isinstance(value, Mapping | ml_collections.ConfigDict):
-        raise UserError(f"{name}={shown(value)}: expected a group of settings")
+    group(name, value)
     expected = {field.name for field in dataclasses.fields(schema)}
     found = set(value.keys())
     # A file's JSON may have any text for a name.
@@ -39,6 +38,12 @@ def fields(name: str, value: Any, schema: type) -> None:
         )
     if missing := sorted(expected - found):
         raise UserError(f"{name}.{missing[0]}: missing; expected {', '.join(sorted(expected))}")
+
+
+def group(name: str, value: Any) -> None:
+    """Raises UserError for what is not a group of settings."""
+    if not isinstance(value, Mapping | ml_collections.ConfigDict):
+        raise UserError(f"{name}={shown(value)}: expected a group of settings")
 
 
 def one_of(name: str, value: Any, allowed: Collection[str]) -> str:

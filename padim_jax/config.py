@@ -2,17 +2,23 @@
 
 Everything that can be wrong with a setting alone is found here, before anything
 slow: this module imports neither JAX nor TensorFlow Datasets.
+
+A setting that is added goes last in its dataclass, with a default there: the value with
+which scores are what they were before the setting existed, whatever `defaults` has for new
+models. Models stored without it are read with that value (`restore`), and at that value it
+is neither stored (`to_stored`) nor part of a model's fingerprint (`score_settings`).
 """
 
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
 import ml_collections
 
-from padim_jax import checks, models, paths
+import padim_jax
+from padim_jax import checks, defaults, models, paths
 from padim_jax.datasets import LAYOUTS
 from padim_jax.errors import UserError
 
@@ -39,6 +45,10 @@ FIGURES = ("none", "some", "all")
 MAPS = ("none", "npy", "tiff")
 
 Size = tuple[int, int]
+
+
+class UnknownSettingError(UserError):
+    """A stored model has a setting that this version lacks, and that scores may depend on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +198,12 @@ class Config:
         return self.category == ALL or "," in self.category or self.repeats > 1
 
 
+# Groups with what scores depend on. Others say where things lie and what else is done.
+_SCORES = ("image", "model", "map")
+# Of them, what statistics depend on.
+FITTED = ("image", "model")
+
+
 def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
     """Checks a configuration whole.
 
@@ -305,17 +321,56 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as nested JSON values; `validate` takes it back."""
+    return _plain(dataclasses.asdict(config))
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, pathlib.PurePath):
-            return str(value)
-        if isinstance(value, tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return value
 
-    return plain(dataclasses.asdict(config))
+def to_stored(config: Config) -> dict[str, Any]:
+    """What a stored model keeps of its configuration, as JSON; `restore` takes it back.
+
+    As `to_dict`, without the settings that change nothing against the versions before them:
+    those versions read the model, too.
+    """
+    return _without_later(to_dict(config), type(config))
+
+
+def restore(stored: Any, version: Any) -> Config:
+    """Returns the configuration of a stored model, of whatever version of this program.
+
+    Settings that came later take the value that changes nothing. Unknown settings are left
+    out where scores do not depend on them.
+
+    Args:
+      stored: what `to_stored` returned.
+      version: of padim_jax that wrote the model, for messages.
+
+    Raises:
+      UnknownSettingError: an unknown setting that scores may depend on.
+      UserError: a wrong one.
+    """
+    return validate(
+        _complete("config", stored, Config, defaults.get_config().to_dict(), version)
+    )
+
+
+def score_settings(config: Config, groups: Sequence[str] = _SCORES) -> dict[str, Any]:
+    """Returns the settings that scores depend on, by names as in "image.resize".
+
+    Weights are left out, which count by their content, the form of the statistics, which
+    agree up to rounding, seeds of what is not drawn, and settings that came later where they
+    change nothing.
+
+    Args:
+      config: a configuration.
+      groups: `FITTED` for what the statistics depend on, alone.
+    """
+    aside = {"model.weights", "model.statistics"}
+    if not config.image.rotation and config.image.crop_at != "random":
+        aside.add("image.seed")
+    if config.model.reduction not in ("random", "semi_orthogonal"):
+        aside.add("model.seed")
+    stored = to_stored(config)
+    found = {f"{g}.{name}": value for g in groups for name, value in stored[g].items()}
+    return {name: value for name, value in found.items() if name not in aside}
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -332,6 +387,66 @@ def with_absolute_paths(config: Config) -> Config:
         model=dataclasses.replace(config.model, weights=weights),
         cache=dataclasses.replace(cache, dir=cache.dir and paths.absolute(cache.dir)),
     )
+
+
+def _without_later(values: Mapping[str, Any], schema: Any) -> dict[str, Any]:
+    kept = {}
+    for field in dataclasses.fields(schema):
+        value = values[field.name]
+        if dataclasses.is_dataclass(field.type):
+            value = _without_later(value, field.type)
+            # A group that came later, with nothing in it.
+            if value or any(map(_is_first, dataclasses.fields(field.type))):
+                kept[field.name] = value
+        elif _is_first(field) or value != _plain(field.default):
+            kept[field.name] = value
+    return kept
+
+
+def _is_first(field: dataclasses.Field) -> bool:
+    """Whether a setting is in all stored models."""
+    return field.default is dataclasses.MISSING
+
+
+def _complete(
+    name: str, stored: Any, schema: Any, otherwise: Mapping[str, Any], version: Any
+) -> dict[str, Any]:
+    """Returns a stored group with exactly the settings of this version."""
+    checks.group(name, stored)
+    known = {field.name: field for field in dataclasses.fields(schema)}
+    needed = name.removeprefix("config.") in _SCORES
+    unknown = sorted(set(stored) - set(known))
+    if unknown and (needed or schema is Config):
+        setting = f"{name}.{checks.one_line(str(unknown[0]))}"
+        raise UnknownSettingError(
+            f"{setting}={checks.shown(stored[unknown[0]])}: unknown to padim_jax "
+            f"{padim_jax.__version__}, and scores may depend on it; padim_jax "
+            f"{checks.one_line(str(version))} wrote it. Use that version or a later one"
+        )
+    values = {}
+    for key, field in known.items():
+        if dataclasses.is_dataclass(field.type):
+            values[key] = _complete(
+                f"{name}.{key}", stored.get(key, {}), field.type, otherwise[key], version
+            )
+        elif key in stored:
+            values[key] = stored[key]
+        elif not _is_first(field):
+            values[key] = field.default
+        elif not needed:
+            values[key] = otherwise[key]
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Returns a setting as a JSON value."""
+    if isinstance(value, pathlib.PurePath):
+        return str(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
 
 
 def _keep_all(config: Config) -> Config:

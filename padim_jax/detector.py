@@ -7,6 +7,7 @@ preprocessing, backbone and embedding are the same everywhere.
 import dataclasses
 import functools
 import hashlib
+import json
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32, UInt8
 from PIL import Image
 
+from padim_jax import config as config_lib
 from padim_jax import (
     embedding,
     gaussian,
@@ -57,6 +59,16 @@ PROJECTION = "projection"
 # Of the regularization, after rounding. Lost from a direction that has nothing else, a part of
 # it changes squared distances by as much.
 LEAST_KEPT = 0.95
+
+# The settings that scores depended on at first, in that order; see `_first_fingerprint`.
+_FIRST_SETTINGS = {
+    "image": ("resize", "method", "crop", "mean", "std", "rotation", "crop_at", "seed"),
+    "model": (
+        *("backbone", "layers", "weights", "channels", "seed", "reduction", "pooling"),
+        *("upsample", "precision", "regularization", "statistics"),
+    ),
+    "map": ("upsample", "sigma"),
+}
 
 # Above, their squares overflow float32.
 _LARGEST_FEATURE = 1.8e19
@@ -125,15 +137,46 @@ class Anomalies:
 
 
 def fingerprint(detector: Detector) -> str:
-    """SHA-256 hex digest that tells detectors apart: thresholds belong to one of them.
+    """Return the SHA-256 hex digest that tells detectors apart: thresholds belong to one.
 
-    Covers the statistics, and what turns images into maps.
+    Covers the statistics, the weights, and the settings that scores depend on. A setting that
+    a later version adds does not change the fingerprints of models without it.
+    """
+    said = {
+        "identity": detector.identity,
+        "weights": detector.weights.sha256,
+        **config_lib.score_settings(detector.config),
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprints(detector: Detector) -> tuple[str, ...]:
+    """Return every fingerprint that stored thresholds of a detector may have.
+
+    That of this version is the first; see `fingerprint`.
+    """
+    first = _first_fingerprint(detector)
+    return (fingerprint(detector), *([] if first is None else [first]))
+
+
+def _first_fingerprint(detector: Detector) -> str | None:
+    """Return the fingerprint of padim_jax 0.1.0, which was made of its dataclasses' text.
+
+    None for a model with settings that came later.
     """
     config = detector.config
-    # Where the weights lie and which form the statistics have changes nothing.
-    model = dataclasses.replace(config.model, weights=detector.weights.sha256, statistics="")
-    said = (detector.identity, config.image, model, config.map)
-    return hashlib.sha256(repr(said).encode()).hexdigest()
+    stored = config_lib.to_stored(config)
+    texts = []
+    for group, names in _FIRST_SETTINGS.items():
+        if set(stored[group]) != set(names):
+            return None
+        values = {name: getattr(getattr(config, group), name) for name in names}
+        if group == "model":
+            values |= {"weights": detector.weights.sha256, "statistics": ""}
+        listed = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        texts.append(f"{group.capitalize()}Config({listed})")
+    said = f"({detector.identity!r}, {', '.join(texts)})"
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def total_channels(config: ModelConfig) -> int:

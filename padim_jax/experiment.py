@@ -394,15 +394,15 @@ def load(
     variables = parallel.replicate(variables, devices)
     if isinstance(fitted, checkpoint.Fitted):
         detector = fitting.ready(fitted, identity, config, variables)
-        found = calibration_file.read(place, detector_lib.fingerprint(detector))
+        found = calibration_file.read(place, *detector_lib.fingerprints(detector))
     else:
         fitting.require_whole(place, fitted, fitted.fitted)
         detector = Detector(
             *(config, fitted.index, variables, fitted.weights),
             *(fitted.fitted, fitted.identity, fitted.images),
         )
-        stored, mark = fitted.calibration, detector_lib.fingerprint(detector)
-        found = None if stored is None else calibration_file.restore(place, stored, mark)
+        stored, marks = fitted.calibration, detector_lib.fingerprints(detector)
+        found = None if stored is None else calibration_file.restore(place, stored, *marks)
     return dataclasses.replace(detector, calibration=found)
 
 
@@ -573,8 +573,8 @@ def _known_thresholds(detector: Detector, workdir: Path) -> predictions.Threshol
     if detector.calibration is not None:
         known = predictions.thresholds(detector.calibration)
     else:
-        fingerprint = detector_lib.fingerprint(detector)
-        known = predictions.read_evaluation(workdir / "metrics.json", fingerprint)
+        fingerprints = detector_lib.fingerprints(detector)
+        known = predictions.read_evaluation(workdir / "metrics.json", *fingerprints)
     print(known.text)
     return known
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import hashlib
+import operator
 import os
 import time
 from collections.abc import Sequence
@@ -365,35 +366,16 @@ def _scatter(
     return whole
 
 
-# What the statistics depend on; the weights are compared by their content.
-_IMAGE = ("resize", "method", "crop", "rotation", "crop_at", "mean", "std")
-_MODEL = (
-    *("backbone", "layers", "reduction", "channels", "pooling", "upsample", "precision"),
-    "regularization",
-)
-
-
-def _fitted_settings(config: Config) -> dict[str, Any]:
-    image, model = config.image, config.model
-    found = {f"image.{name}": getattr(image, name) for name in _IMAGE}
-    found |= {f"model.{name}": getattr(model, name) for name in _MODEL}
-    # Seeds of what is not drawn change nothing.
-    if image.rotation or image.crop_at == "random":
-        found["image.seed"] = image.seed
-    if model.reduction in ("random", "semi_orthogonal"):
-        found["model.seed"] = model.seed
-    return found
-
-
 def require_same(path: Path, fitted: Config, wanted: Config) -> None:
     """Makes sure that a model serves a configuration.
 
     Raises:
       UserError: what its statistics depend on differs.
     """
-    others = _fitted_settings(fitted)
-    for name, ours in _fitted_settings(wanted).items():
-        if ours != (theirs := others[name]):
+    names = [config_lib.score_settings(x, config_lib.FITTED) for x in (fitted, wanted)]
+    for name in names[0] | names[1]:
+        setting = operator.attrgetter(name)
+        if (ours := setting(wanted)) != (theirs := setting(fitted)):
             raise UserError(
                 f"config.{name}={ours}: the model {path} was fitted with {theirs}. Ask for "
                 "that, fit again, or leave out --config to take the model's configuration"

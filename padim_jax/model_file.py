@@ -120,7 +120,7 @@ def save(path: Path, model: Model, regions: int) -> int:
         "form": type(fitted).__name__,
         "half": model.half,
         "identity": model.identity,
-        "config": config_lib.to_dict(model.config),
+        "config": config_lib.to_stored(model.config),
         "weights": dataclasses.asdict(model.weights),
         "comparison": model.comparison,
         "calibration": model.calibration,
@@ -185,7 +185,9 @@ def load(path: Path, devices: Devices) -> Model:
         if _digest(arrays, described) != described["sha256"]:
             raise ValueError("its contents are not what was saved")
         try:
-            config = config_lib.validate(described["config"])
+            config = config_lib.restore(described["config"], described.get("version"))
+        except config_lib.UnknownSettingError as error:
+            raise UserError(f"{path}: {error}") from error
         except UserError as error:
             raise ValueError(str(error)) from error
         weights = pretrained.identity(described["weights"])

@@ -118,12 +118,12 @@ def thresholds(calibration: Calibration) -> Thresholds:
     )
 
 
-def read_evaluation(path: Path, detector: str) -> Thresholds:
+def read_evaluation(path: Path, *detector: str) -> Thresholds:
     """Thresholds and colours of an evaluation's metrics.json, for want of a calibration.
 
     Args:
       path: the file.
-      detector: fingerprint of the one in use. Where the file is absent or of another
+      detector: fingerprints of the one in use. Where the file is absent or of another
         detector (fitted again since, say), nothing is known.
 
     Raises:
@@ -138,7 +138,7 @@ def read_evaluation(path: Path, detector: str) -> Thresholds:
         return nothing
     try:
         measured = json.loads(path.read_text(encoding="utf-8"))
-        if measured["detector"] != detector:
+        if measured["detector"] not in detector:
             return nothing
         names = "image_f1_threshold", "pixel_f1_threshold"
         image, pixel = (None if (x := measured[n]) is None else _finite(x) for n in names)
