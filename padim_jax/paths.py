@@ -338,11 +338,6 @@ def is_below(name: str) -> bool:
     return not foreign and "\0" not in name and ".." not in parts and parts[0] != ""
 
 
-def as_cell(name: str) -> str:
-    """A relative path for a table that a spreadsheet may open: the same path, no formula."""
-    return f"./{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
-
-
 # What is wrong with a place, and not with this program.
 _ADVICE = {
     errno.ENOSPC: "make room there",

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import csv
 import dataclasses
 import glob
 import hashlib
@@ -19,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from padim_jax import calibration as calibration_lib
-from padim_jax import figures, input_pipeline, paths, results
+from padim_jax import figures, input_pipeline, paths, results, tables
 from padim_jax.calibration import Calibration
 from padim_jax.config import ImageConfig
 from padim_jax.datasets.files import images_below, is_image, read_file
@@ -258,20 +257,13 @@ def rows(
         calibrated = [calibration_lib.shown(float(level)) for level in levels]
     return [
         (
-            paths.as_cell(name),
+            name,
             score,
             "" if threshold is None else int(score >= threshold),
             level,
         )
         for name, score, level in zip(names, scores, calibrated, strict=True)
     ]
-
-
-def as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
-    """Rows of a table; bytes of file names that are no text stay as they are."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 @contextlib.contextmanager
@@ -401,7 +393,7 @@ class Writer:
         self._pictures.draw(record.relative_path, image, anomaly_map)
 
     def _append(self, rows: Iterable[Sequence[Any]]) -> None:
-        self._file.write(as_csv(rows))
+        self._file.write(tables.as_csv(rows))
         self._file.flush()
 
     def _upload(self) -> None:

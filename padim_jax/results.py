@@ -1,7 +1,6 @@
 """What an evaluation leaves behind: the table, metrics.json, scores.csv, maps, pictures."""
 
 import concurrent.futures
-import csv
 import dataclasses
 import importlib
 import io
@@ -15,7 +14,7 @@ from jaxtyping import Bool, Float, Float32, UInt8
 from PIL import Image
 
 from padim_jax import calibration as calibration_lib
-from padim_jax import figures, metrics, paths, published
+from padim_jax import figures, metrics, paths, published, tables
 from padim_jax.calibration import Calibration
 from padim_jax.config import Config
 from padim_jax.datasets.files import shown
@@ -206,11 +205,8 @@ def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
     if not skipped:
         table.unlink(missing_ok=True)
         return
-    text = io.StringIO(newline="")
-    rows = csv.writer(text)
-    rows.writerow(("path", "reason"))
-    rows.writerows((paths.as_cell(one.path), one.reason) for one in skipped)
-    paths.write(table, text.getvalue().encode())
+    rows = [("path", "reason"), *((one.path, one.reason) for one in skipped)]
+    paths.write(table, tables.as_csv(rows))
 
 
 def save_map(
@@ -366,11 +362,9 @@ def _threshold(measured: dict[str, Any], level: str) -> float | None:
 def _write_scores(
     path: Path, scored: Scored, f1_threshold: float | None, calibration: Calibration | None
 ) -> None:
-    table = io.StringIO(newline="")
-    writer = csv.writer(table)
-    writer.writerow(
+    rows: list[tuple[Any, ...]] = [
         ("path", "label", "defect_type", "score", "predicted", "predicted_f1", "calibrated")
-    )
+    ]
     threshold = calibration and calibration.image_threshold
     calibrated = (
         [""] * len(scored.records)
@@ -378,17 +372,17 @@ def _write_scores(
         else map(calibration_lib.shown, calibration.calibrated(scored.scores))
     )
     for record, score, rarity in zip(scored.records, scored.scores, calibrated, strict=True):
-        writer.writerow(
+        rows.append(
             (
-                paths.as_cell(record.relative_path),
+                record.relative_path,
                 record.label,
-                paths.as_cell(record.defect_type),
+                record.defect_type,
                 score,
                 *("" if t is None else int(score >= t) for t in (threshold, f1_threshold)),
                 rarity,
             )
         )
-    paths.write(path, table.getvalue().encode())
+    paths.write(path, tables.as_csv(rows))
 
 
 def _roc_curves(

@@ -335,10 +335,11 @@ def _write(config: Config, runs: Sequence[Run], workdir: Path, devices: Devices)
         first = [one for one in runs if not one.repeat and (one.category, 0) in finished]
         pages, pictures = {}, {}
         for one in first:
+            category = one.name.partition("/")[0]  # as the tables call it
             if (one.workdir / experiment.REPORT).exists():
-                pages[one.category] = f"{one.name}/{experiment.REPORT}"
+                pages[category] = f"{one.name}/{experiment.REPORT}"
             if (one.workdir / experiment.THUMBNAILS).exists():
-                pictures[one.category] = _read(one.workdir / experiment.THUMBNAILS)
+                pictures[category] = _read(one.workdir / experiment.THUMBNAILS)
         page = report.sweep_page(found, pages, pictures)
         paths.write(workdir / experiment.REPORT, page.encode())
     print(f"\n{sweep_table.text(found)}\n\nresults: {workdir}")

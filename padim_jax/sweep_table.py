@@ -3,21 +3,20 @@
 `build` makes of finished runs what table.json holds; the rest only renders that.
 """
 
-import csv
-import io
 import json
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from padim_jax import paths, published
+from padim_jax import paths, published, tables
 from padim_jax.config import Config
 from padim_jax.paths import Path
 from padim_jax.published import AVERAGE, CATEGORIES, METRICS, TOLERANCE, Published
 
 MARK = "!"
-NAMES = ("table.md", "table.csv", "table.json")  # in the order in which they are written
+CSV_KEYS = ("metric", "source", "quantity")  # columns before those of the categories
+NAMES = ("table.csv", "table.md", "table.json")  # in the order in which they are written
 
 
 def build(
@@ -78,11 +77,11 @@ def build(
 
 
 def write(folder: Path, table: Mapping[str, Any]) -> None:
-    """Writes table.md, table.csv and, last, table.json into a folder that is there."""
+    """Writes table.csv, table.md and, last, table.json into a folder that is there."""
     as_json = json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    contents = (markdown(table), csv_text(table), as_json)
+    contents = (csv_table(table), markdown(table).encode(), as_json.encode())
     for name, content in zip(NAMES, contents, strict=True):
-        paths.write(folder / name, content.encode())
+        paths.write(folder / name, content)
 
 
 def markdown(table: Mapping[str, Any]) -> str:
@@ -109,21 +108,19 @@ def markdown(table: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def csv_text(table: Mapping[str, Any]) -> str:
+def csv_table(table: Mapping[str, Any]) -> bytes:
     """A row for each metric, source and quantity; a column for each category.
 
     Quantities: mean, std and runs of this run; value, difference and mark ("!" beyond the
     tolerance) of each source. An empty cell is undefined or unknown.
     """
     columns = [AVERAGE, *table["categories"]]
-    file = io.StringIO(newline="")
-    writer = csv.writer(file)
-    writer.writerow(("metric", "source", "quantity", *map(paths.as_cell, columns)))
+    rows: list[tuple[Any, ...]] = [(*CSV_KEYS, *columns)]
 
     def write_row(key: str, source: str, quantity: str, values: Mapping[str, Any]) -> None:
         cells = (values.get(column) for column in columns)
         shown = (f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells)
-        writer.writerow((key, source, quantity, *shown))
+        rows.append((key, source, quantity, *shown))
 
     for key in table["metrics"]:
         ours = table["this_run"][key]
@@ -137,7 +134,7 @@ def csv_text(table: Mapping[str, Any]) -> str:
             write_row(key, source["source"], "difference", source["differences"][key])
             marks = dict.fromkeys(source["out_of_tolerance"][key], MARK)
             write_row(key, source["source"], "mark", marks)
-    return file.getvalue()
+    return tables.as_csv(rows)
 
 
 def text(table: Mapping[str, Any]) -> str:

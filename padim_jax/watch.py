@@ -28,7 +28,16 @@ import numpy as np
 from jaxtyping import UInt8
 
 from padim_jax import detector as detector_lib
-from padim_jax import figures, input_pipeline, journal, locks, parallel, paths, predictions
+from padim_jax import (
+    figures,
+    input_pipeline,
+    journal,
+    locks,
+    parallel,
+    paths,
+    predictions,
+    tables,
+)
 from padim_jax.datasets.files import is_image, read_file, shown
 from padim_jax.detector import Detector
 from padim_jax.errors import UserError
@@ -264,9 +273,9 @@ class Log:
         """
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         sizes = self._sizes()
-        table = predictions.as_csv(result.cells() for result in results)
+        table = tables.as_csv(result.cells() for result in results)
         if not sizes[self._table]:
-            table = predictions.as_csv([COLUMNS]) + table
+            table = tables.as_csv([COLUMNS]) + table
         lines = "".join(json.dumps(x.line(when), allow_nan=False) + "\n" for x in results)
         keys = [x.arrival.key for x in results]
         with predictions.writing(self._journal):

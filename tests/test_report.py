@@ -5,6 +5,7 @@ import html.parser
 import json
 import pathlib
 import re
+import urllib.parse
 from typing import Any
 
 import numpy as np
@@ -219,6 +220,22 @@ def test_names_make_no_elements_and_no_attributes(which):
     assert not [link for link in links if link.startswith("javascript:")]
     seen = "".join(Elements(hostile).text)
     assert "<img src=x onerror=\"window.hacked='img'\">.png" in seen
+
+
+@pytest.mark.parametrize(
+    "category",
+    ["part#1", "a?b", "50%25", "https:x", "javascript:alert(1)", "ü", "bad\udcff"],
+)
+def test_links_lead_to_the_categorys_folder(category: str):
+    table = sweep_table_of()
+    table["categories"] = [category]
+    page = report.sweep_page(table, {category: f"{category}/report.html"})
+    links = [str(found["href"]) for found in Elements(page).having("a")]
+    (link,) = {link for link in links if link.endswith("report.html")}
+    url = urllib.parse.urlsplit(urllib.parse.urljoin("file:///sweep/report.html", link))
+    assert (url.scheme, url.query, url.fragment) == ("file", "", "")
+    path = urllib.parse.unquote(url.path, errors="surrogateescape")
+    assert path == f"/sweep/{category}/report.html"
 
 
 def test_data_do_not_end_their_script():

@@ -5,6 +5,7 @@ called `ran` (see `bomb`), or one outside of the folder that they are unpacked t
 results go to.
 """
 
+import csv
 import dataclasses
 import io
 import json
@@ -35,6 +36,7 @@ from padim_jax import (
     model_file,
     paths,
     results,
+    tables,
 )
 from padim_jax.config import Config, validate
 from padim_jax.datasets import LAYOUTS
@@ -584,12 +586,19 @@ def test_what_a_terminal_would_act_on_is_not_printed(tmp_path, capsys):
 
 
 def test_tables_hold_no_formulas(tmp_path: pathlib.Path):
-    assert paths.as_cell("=cmd|' /C calc'!A0.png") == "./=cmd|' /C calc'!A0.png"
-    assert [paths.as_cell(f"{sign}1") for sign in "=+-@\t\r"] == [
-        f"./{sign}1" for sign in "=+-@\t\r"
-    ]
-    assert paths.as_cell("bottle/test/a=b.png") == "bottle/test/a=b.png"
+    wide = "\uff1d\uff0b\uff0d\uff20"
+    names = [f"{sign}cmd|'C calc'!A0.png" for sign in "=+-@\t\r\n" + wide]
+    text = tables.as_csv([names]).decode()
+    (row,) = csv.reader(io.StringIO(text, newline=""))
+    assert row == [f"./{name}" for name in names]
     # The same file still.
-    for name in ("=a.png", "-b.png"):
+    for name, cell in zip(names, row, strict=True):
         (tmp_path / name).write_text("x")
-        assert (tmp_path / paths.as_cell(name)).samefile(tmp_path / name)
+        assert (tmp_path / cell).samefile(tmp_path / name)
+    assert tables.as_csv([("a/b=c.png", -0.5, "-0.5", "+1e-3", "")]) == (
+        b"a/b=c.png,-0.5,-0.5,+1e-3,\r\n"
+    )
+
+
+def test_tables_are_utf_8_whatever_the_names_are():
+    assert tables.as_csv([("b\udcffd.png", "\u00fc")]).decode() == "b\\udcffd.png,\u00fc\r\n"

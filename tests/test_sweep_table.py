@@ -189,7 +189,7 @@ class TestBuild:
         table = build(make_config(), {}, {"bottle": "no"}, ("bottle", "cable"))
         assert table["categories"] == []
         assert table["this_run"][AUROC]["Avg"]["mean"] is None
-        for render in (sweep_table.markdown, sweep_table.csv_text, sweep_table.text):
+        for render in (sweep_table.markdown, sweep_table.csv_table, sweep_table.text):
             assert render(table)
 
     def test_leaks_are_counted_once(self):
@@ -225,7 +225,7 @@ class TestMarks:
         table = build(make_config(), finished)
         assert sources(table)[BOTH]["out_of_tolerance"][key] == expected
         # In each form as many as in the data.
-        rows = list(csv.reader(io.StringIO(sweep_table.csv_text(table), newline="")))
+        rows = list(csv.reader(io.StringIO(sweep_table.csv_table(table).decode(), newline="")))
         marks = next(row for row in rows if row[:3] == [key, BOTH, "mark"])
         named = [name for name, mark in zip(rows[0], marks, strict=True) if mark == "!"]
         assert named == expected
@@ -280,13 +280,15 @@ class TestForms:
     def test_csv_has_no_formulas(self):
         config = make_config(**{"dataset.name": "folder"})
         finished = {(name, 0): measured() for name in ("=1+1", "@a", "b=1")}
-        rows = list(csv.reader(io.StringIO(sweep_table.csv_text(build(config, finished)))))
+        rows = list(
+            csv.reader(io.StringIO(sweep_table.csv_table(build(config, finished)).decode()))
+        )
         assert rows[0][4:] == ["./=1+1", "./@a", "b=1"]
 
     def test_csv_parses_back(self):
         finished = as_published() | {('so, "so"', 0): measured(aupro=None)}
         table = build(make_config(), finished)
-        rows = list(csv.reader(io.StringIO(sweep_table.csv_text(table), newline="")))
+        rows = list(csv.reader(io.StringIO(sweep_table.csv_table(table).decode(), newline="")))
         heading = ["metric", "source", "quantity", "Avg", *CATEGORIES, 'so, "so"']
         assert rows[0] == heading
         assert {len(row) for row in rows} == {len(heading)}
@@ -333,4 +335,4 @@ class TestForms:
         assert json.loads((tmp_path / "table.json").read_text(encoding="utf-8")) == table
         text = (tmp_path / "table.md").read_text(encoding="utf-8")
         assert text == sweep_table.markdown(table)
-        assert (tmp_path / "table.csv").read_bytes() == sweep_table.csv_text(table).encode()
+        assert (tmp_path / "table.csv").read_bytes() == sweep_table.csv_table(table)

@@ -1,6 +1,7 @@
 """The page of a sweep: every metric's table beside the published ones, and the worst images."""
 
 import pathlib
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ def sweep_page(
 
     Args:
       sweep: what table.json holds (see `sweep_table.build`).
-      links: of a category the relative URL of its own report.
+      links: of a category the path of its own report, relative to this page.
       pictures: of a category its worst images, from `thumbnails`.
 
     Returns:
@@ -88,7 +89,12 @@ def _row(heading: str, cells: list[str], style: str = "") -> str:
 def _category(category: str, links: Mapping[str, str]) -> str:
     if category not in links:
         return name(category)
-    return f'<a href="{text(links[category])}">{name(category)}</a>'
+    return f'<a href="{text(_url(links[category]))}">{name(category)}</a>'
+
+
+def _url(path: str) -> str:
+    """Return the URL of a relative path; a folder's name may look like a scheme or a query."""
+    return "./" + urllib.parse.quote(path, errors="surrogateescape")
 
 
 def _ours(found: Mapping[str, Any] | None) -> str:
