@@ -20,6 +20,7 @@ MOST_SEED = 2**63 - 1
 MOST_SECONDS = 1e9
 MOST = 1e6  # of numbers that have a meaning around 1: float32 squares them
 _LONGEST_PATH = 4095
+_LARGEST_BYTE = 255
 _MOST_SHOWN = 200  # characters of a wrong value in a message
 
 
@@ -117,12 +118,17 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def rgb(name: str, value: Any, low: float) -> tuple[float, float, float]:
-    """Three numbers of at least `low`."""
-    if isinstance(value, tuple | list) and len(value) == 3:
-        red, green, blue = (within(name, item, low, MOST) for item in value)
-        return red, green, blue
-    raise UserError(f"{name}={shown(value)}: expected three numbers (red, green, blue)")
+def rgb(name: str, value: Any, low: float, high: float) -> tuple[float, float, float]:
+    """Three numbers from `low` to `high`, of pixel values in 0..1."""
+    if not isinstance(value, tuple | list) or len(value) != 3:
+        raise UserError(f"{name}={shown(value)}: expected three numbers (red, green, blue)")
+    if any(is_number(item) and high < item <= _LARGEST_BYTE for item in value):
+        raise UserError(
+            f"{name}={shown(value)}: expected three numbers from {low:g} to {high:g}, of pixel "
+            f"values in 0..1; divide those of 0..{_LARGEST_BYTE} by {_LARGEST_BYTE}"
+        )
+    red, green, blue = (within(name, item, low, high) for item in value)
+    return red, green, blue
 
 
 def is_number(value: Any) -> bool:

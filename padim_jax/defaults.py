@@ -1,4 +1,4 @@
-"""Every setting with its default and its meaning; configs/*.py start from here.
+"""Every setting with its default, meaning and range; configs/*.py start from here.
 
 It lies in the package so that a config file works from any folder and installation:
 
@@ -41,6 +41,7 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     config.category = "bottle"
     # Runs of each category, of which model.seed, and image.seed for random crops and
     # rotations, are 1 higher each time; the table then has means and standard deviations.
+    # Range: 1 to 1000.
     config.repeats = 1
 
     config.dataset = ml_collections.ConfigDict()
@@ -56,9 +57,10 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # $TFDS_DATA_DIR or ~/tensorflow_datasets.
     config.dataset.tfds_dir = ""
     # At most so many training images, drawn with dataset.seed; 0 takes them all.
+    # Range: 0 to 2^63 - 1.
     config.dataset.train_images = 0
     # Of what is drawn from a dataset: train_images, threshold.held_out, and the split of
-    # datasets that have none.
+    # datasets that have none. Range: 0 to 2^63 - 1.
     config.dataset.seed = 0
     # Whether images that cannot be read are left out, and listed in the results, instead of
     # ending the run (docs/bad_inputs.md). They are looked for in a pass of its own.
@@ -66,21 +68,25 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
 
     config.image = ml_collections.ConfigDict()
     # Height and width that every image is resized to, whatever its aspect.
+    # Range: 32 to 16384 pixels each.
     config.image.resize = (256, 256)
     # Pillow's filter: nearest, bilinear, bicubic or lanczos.
     config.image.method = "bilinear"
-    # Height and width of the crop after resizing, or None.
+    # Height and width of the crop after resizing, or None. Range: 32 to image.resize each.
     config.image.crop = config_dict.placeholder(tuple)
     # Where it lies: centre, or random (the paper's Rd-MVTec AD; drawn for each image of
     # training and evaluation with image.seed).
     config.image.crop_at = "centre"
     # Each of these images is turned by a random angle of at most so many degrees either
-    # way, before cropping; 0 for none.
+    # way, before cropping; 0 for none. Range: 0 to 180.
     config.image.rotation = 0.0
+    # Seed of random angles and crops. Range: 0 to 2^63 - 1.
     config.image.seed = 0
     # Per-channel mean and standard deviation (RGB, of values in 0..1) that the
-    # backbone was trained with: ImageNet's.
+    # backbone was trained with: ImageNet's. Divide those of 0..255 by 255.
+    # Range: 0 to 1 each.
     config.image.mean = (0.485, 0.456, 0.406)
+    # Range: 1e-6 to 1 each.
     config.image.std = (0.229, 0.224, 0.225)
 
     config.model = ml_collections.ConfigDict()
@@ -98,21 +104,25 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     config.model.weights = config.model.get_ref("backbone") + ".tv_in1k"
     # How many of the stages' channels are kept, drawn at random: the paper takes
     # 100 for resnet18 and 550 for wide_resnet50_2. All of them: 448, 1792.
+    # Range: 1 to all channels of model.layers.
     config.model.channels = 100
     # Seed of that draw: random.Random(seed).sample, as in the PyTorch projects.
+    # Range: 0 to 2^63 - 1.
     config.model.seed = 42
     # How channels become fewer. random: that draw. none: all are kept, whatever `channels`
     # says. semi_orthogonal: `channels` random orthonormal mixtures of all (Kim et al. 2021).
     # pca: the `channels` principal components of the normal patches.
     config.model.reduction = "random"
     # Each stage's features averaged over so many cells by so many, an odd number.
+    # Range: 1 to 63.
     config.model.pooling = 1
     # How deeper stages come to the first one's grid: nearest (as published) or bilinear.
     config.model.upsample = "nearest"
     # Arithmetic of the backbone: float32, tf32 (float32 on CPUs; PyTorch's default
     # on NVIDIA GPUs) or bfloat16. Statistics and distances are always float32.
     config.model.precision = "tf32"
-    # Added to the covariance's diagonal (the paper's epsilon); at least 1e-4.
+    # Added to the covariance's diagonal (the paper's epsilon).
+    # Range: 1e-4 to 1e6.
     config.model.regularization = 0.01
     # What is kept of the normal images: moments (mean and covariance), samples (the
     # embeddings themselves, which take less for few images), or auto for the smaller.
@@ -123,6 +133,7 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # Interpolation from patch distances to the input's size: bilinear or bicubic.
     config.map.upsample = "bilinear"
     # Standard deviation of the Gaussian blur, in pixels of the input; 0 for none.
+    # Range: 0 to 16384.
     config.map.sigma = 4.0
 
     # Thresholds from normal images alone, for scores that say how rare they are.
@@ -133,17 +144,21 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # are any, else leave_one_out) or none.
     config.threshold.normal = "auto"
     # The part of the training images that held_out keeps back, where it has to.
+    # Range: above 0, below 1.
     config.threshold.held_out = 0.2
     # Of normal images, and of their pixels, this part may be called anomalous.
+    # Range: above 0, below 1.
     config.threshold.image_rate = 0.01
+    # Range: above 0, below 1.
     config.threshold.pixel_rate = 0.001
 
     # Images per step, of all devices together; bounds memory, does not change results.
+    # Range: 1 to 65536.
     config.batch_size = 32
 
     config.train = ml_collections.ConfigDict()
     # Seconds between saves of an unfinished fit, which goes on from the last one after an
-    # interruption; 0 saves after every batch.
+    # interruption; 0 saves after every batch. Range: 0 to 1e9.
     config.train.checkpoint_every = 300.0
 
     config.outputs = ml_collections.ConfigDict()
@@ -162,7 +177,7 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # Its folder; "" is $XDG_CACHE_HOME/padim_jax or ~/.cache/padim_jax.
     config.cache.dir = ""
     # At most so many gigabytes (10^9 bytes) of decoded and resized images, of which the
-    # least recently used go first; 0 keeps none.
+    # least recently used go first; 0 keeps none. Range: 0 to 1e6.
     config.cache.images_gb = 4.0
     # Whether the programs that XLA compiles are kept.
     config.cache.compilation = True

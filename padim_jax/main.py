@@ -61,6 +61,8 @@ from padim_jax import config as config_lib
 from padim_jax.errors import DataWarning, Stopped, UserError
 from padim_jax.pretrain import config as pretrain_config
 
+_MOST_JOIN_SECONDS = 1e6  # eleven days
+
 MODES = (
     *("train_and_eval", "train", "eval", "predict"),
     *("calibrate", "update", "merge", "export", "pretrain"),
@@ -74,6 +76,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=True,
 )
 _CONFIG_MODULE = "config_config"  # as ml_collections calls the file's module
+_OVERRIDE = re.compile(r"--?(?P<name>config\.[\w.]+)(?P<equals>=|$)")
 _MODE = flags.DEFINE_enum("mode", MODES[0], MODES, "What to do.")
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -141,6 +144,8 @@ _STOPPED_CODE = flags.DEFINE_integer(
     0,
     "Exit code after SIGTERM, when the unfinished fit is saved; not 0 for a scheduler that is "
     "to start it again.",
+    lower_bound=0,
+    upper_bound=255,
 )
 _STRICT = flags.DEFINE_bool(
     "strict", False, "End with an error where there would be a warning about the data."
@@ -250,6 +255,11 @@ def _run_experiment(mode: str) -> None:
 
 
 def _place() -> cluster.Place | None:
+    if not 0 < _JOIN_SECONDS.value <= _MOST_JOIN_SECONDS:
+        raise UserError(
+            f"--join_seconds={_JOIN_SECONDS.value}: expected a number of seconds above 0 and "
+            f"at most {_MOST_JOIN_SECONDS:g}"
+        )
     return cluster.find(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, os.environ)
 
 
@@ -374,7 +384,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         print(f"{__doc__}\nFlags:\n{flags.FLAGS.module_help(__name__)}")
         sys.exit(0)
     try:
-        remaining = flags.FLAGS(argv)
+        remaining = flags.FLAGS(_last_overrides(argv))
     except UserError as error:
         _fail(str(error))
     except Exception as error:  # a configuration file runs code: it can raise anything
@@ -385,6 +395,22 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if len(remaining) > 1:
         _fail(f"unexpected argument {remaining[1]!r}; every setting starts with --")
     return remaining
+
+
+def _last_overrides(argv: Sequence[str]) -> list[str]:
+    """Drop overrides that a later one replaces: ml_collections would join those of a tuple."""
+    kept: list[str] = []
+    overridden: set[str] = set()
+    for argument in reversed(argv):
+        override = _OVERRIDE.match(argument)
+        if override and override["name"] in overridden:
+            if not override["equals"] and kept and not kept[-1].startswith("-"):
+                kept.pop()  # its value, as in `--config.image.resize (96, 96)`
+            continue
+        if override:
+            overridden.add(override["name"])
+        kept.append(argument)
+    return kept[::-1]
 
 
 def _explanation(error: Exception) -> str:

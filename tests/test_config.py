@@ -1,9 +1,12 @@
 """Settings that hold pass unchanged; each mistake is one line that says what to do."""
 
+import ast
 import copy
 import importlib.util
+import inspect
 import json
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -16,6 +19,8 @@ from ml_collections import config_flags
 from padim_jax import config as config_lib
 from padim_jax import defaults, models, paths
 from padim_jax.errors import UserError
+from padim_jax.pretrain import config as pretrain_config
+from padim_jax.pretrain import defaults as pretrain_defaults
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PRESETS = ("anomalib", "seed", "paper", "rd")
@@ -102,7 +107,7 @@ def test_settings_arrive_where_they_belong():
             "method": "lanczos",
             "crop": [160, 256],
             "mean": [0, 0.25, 0.5],
-            "std": [1, 2, 3],
+            "std": [1, 0.5, 0.25],
             "rotation": 10,
             "crop_at": "random",
             "seed": 9,
@@ -247,7 +252,11 @@ SIZES = [
     ("config.image.mean", (0.5, 0.5, (0.5,)), ["number"]),
     ("config.image.std", (0.2, 0.0, 0.2), ["from 1e-06"]),
     ("config.image.std", (0.2, 1e-40, 0.2), ["from 1e-06"]),
-    ("config.image.mean", (0.5, 1e39, 0.5), ["to 1e+06"]),
+    ("config.image.mean", (0.5, 1e39, 0.5), ["from 0 to 1"]),
+    ("config.image.mean", (0.5, -0.1, 0.5), ["from 0 to 1"]),
+    ("config.image.mean", (123.675, 116.28, 103.53), ["from 0 to 1", "divide", "by 255"]),
+    ("config.image.std", (58.395, 57.12, 57.375), ["from 1e-06 to 1", "divide", "by 255"]),
+    ("config.image.std", (0.5, 1.5, 0.5), ["from 1e-06 to 1", "by 255"]),
 ]
 LAYERS = [
     ("config.model.layers", (), ["one or more of layer1, layer2, layer3, layer4"]),
@@ -284,6 +293,82 @@ def test_a_wrong_value_is_one_line_with_field_value_and_allowed(field, value, sa
     assert any(shown.startswith(repr(item)) for item in (value, *items))
     for text in said:
         assert text in message
+
+
+# The sentence of a setting's comment that its check has to agree with.
+RANGE = re.compile(r"Range: (above )?(.+?)(?: to |, below )(.+?)( pixels)?( each)?\.$")
+BOUNDS = {  # that depend on other settings, as they are by default
+    "image.resize": 256,
+    "all channels of model.layers": 448,
+    "images.size": 64,
+    "100000 / instances": 100_000 // 6,
+    "100000 / classes": 100_000 // 260,
+    "all channels of layer1 to layer3": 448,
+    "warmup + 1": 101,
+    "steps - 1": 5599,
+    "2^31 - 1": 2**31 - 1,
+    "2^63 - 1": 2**63 - 1,
+}
+
+
+def stated_ranges(module) -> dict[str, re.Match[str]]:
+    """What the comment above each setting of a defaults.py says of its range."""
+    ranges, comment = {}, ""
+    for line in inspect.getsource(module).splitlines():
+        if line.strip().startswith("#"):
+            comment += f" {line.strip(' #')}"
+            continue
+        setting = re.match(r"    (config\.[\w.]+) = ", line)
+        if setting and (stated := RANGE.search(comment)):
+            ranges[setting[1]] = stated
+        comment = ""
+    return ranges
+
+
+def is_number(value) -> bool:
+    items = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(x, int | float) and not isinstance(x, bool) for x in items)
+
+
+@pytest.mark.parametrize(
+    ("module", "validate"),
+    [(defaults, config_lib.validate), (pretrain_defaults, pretrain_config.validate)],
+    ids=["fit", "pretrain"],
+)
+def test_the_documented_range_is_the_checked_one(module, validate):
+    settings = module.get_config().to_dict()
+    ranges = stated_ranges(module)
+    numbers = {field for field in leaves(settings) if is_number(setting(settings, field))}
+    assert set(ranges) - {"config.image.crop"} == numbers
+    for field, stated in ranges.items():
+        is_open, *bounds = stated.groups()[:3]
+        low, high = (
+            BOUNDS[text] if text in BOUNDS else ast.literal_eval(text) for text in bounds
+        )
+        value = setting(settings, field)
+        count = len(value) if isinstance(value, tuple) else 2 if value is None else 0
+        whole = isinstance(low, int) and isinstance(high, int) and not is_open
+        step = 1 if whole else (high - low) * 1e-3
+
+        def check(bound, field=field, count=count):
+            *groups, name = field.split(".")[1:]
+            changed = copy.deepcopy(settings)
+            group = changed[groups[0]] if groups else changed
+            group[name] = (bound,) * count if count else bound
+            validate(changed)
+
+        refused = [low - step, high + step, *([low, high] if is_open else [])]
+        for bound in () if is_open else (low, high):
+            check(bound)
+        for bound in refused:
+            with pytest.raises(UserError, match=re.escape(field)):
+                check(bound)
+
+
+def setting(settings, field):
+    for name in field.split(".")[1:]:
+        settings = settings[name]
+    return settings
 
 
 def leaves(settings, prefix="config"):

@@ -270,6 +270,9 @@ class TestMistakes:
             (["--mode=eval", "--workdir=x"], "x/checkpoint: no such checkpoint"),
             ([MVTEC, "--processes=2", "--process_id=2"], "--process_id=2: expected 0 to 1"),
             ([MVTEC, "--coordinator=localhost:1"], "--processes: missing"),
+            ([MVTEC, "--join_seconds=0"], "--join_seconds=0.0: expected .* above 0"),
+            ([MVTEC, "--join_seconds=nan"], "--join_seconds=nan: expected .* above 0"),
+            ([MVTEC, "--stopped_code=256"], "--stopped_code=256: .* range .0, 255"),
             (["--config.batch_size=4", MVTEC], "before a value for --config"),
             (["--mode=eval", "--workdir=x", "--config.batch_size=4"], "--config, .* missing"),
             # Of a pretraining.
@@ -311,6 +314,33 @@ class TestMistakes:
             ([MVTEC, "--config.model.channels=449"], "channels=449: resnet18 has 448"),
             ([MVTEC, "--config.image.crop=(224, 300)"], r"crop=\(224, 300\): larger than"),
             ([f"{MVTEC}:anomalip"], "anomalip: expected one of anomalib, seed, paper"),
+            (
+                [MVTEC, "--config.image.mean=(123.675, 116.28, 103.53)"],
+                r"config.image.mean=\(123.675, .*from 0 to 1.* divide .* by 255",
+            ),
+            # The last one counts: a tuple's are not joined.
+            (
+                [MVTEC, "--config.image.resize=(96, 96)", "--config.image.resize=(8, 8)"],
+                r"config.image.resize=\(8, 8\): ",
+            ),
+            (
+                [MVTEC, "--config.image.resize", "(8, 8)", "-config.image.resize", "(9, 9)"],
+                r"config.image.resize=\(9, 9\): ",
+            ),
+            (
+                [
+                    *(MVTEC, "--config.image.crop=(8, 8)", "--config.image.crop=(64, 64)"),
+                    *("--config.image.mean=(0, 0, 2)", "--config.image.mean=(0, 0, 0)"),
+                    *("--config.image.std=(0, 0, 0)", "--config.image.std=(1, 1, 1)"),
+                    *("--config.model.layers=layer9", "--config.model.layers=layer2"),
+                    *("--config.batch_size=0", "--config.batch_size=-1"),
+                ],
+                "config.batch_size=-1: ",
+            ),
+            (
+                [*PRETRAIN, "--config.images.size=64", "--config.images.size=72"],
+                "config.images.size=72: ",
+            ),
             # Of the files.
             (["--config=nowhere.py"], "--config: .*nowhere.py"),
             (["--config=/"], "--config: .*'/'"),
