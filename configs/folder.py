@@ -6,6 +6,7 @@ Command:
 Expected below the root:
     train/good/*                     normal images to fit
     val/good/*, val/bad/*            to evaluate on (other folders than good are defect types)
+                                     (good may be called normal, ok, ...: docs/datasets.md)
     masks/bad/NAME.png               optional: masks of val/bad (NAME.png or NAME_mask.png)
 
 Expected: with ResNet-18 on 4 CPU cores 292 images of 900x900 pixels (MVTec AD's bottle) take

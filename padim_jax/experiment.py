@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -41,6 +42,7 @@ from padim_jax import detector as detector_lib
 from padim_jax import watch as watch_lib
 from padim_jax.config import Config
 from padim_jax.datasets import LAYOUTS, sampling
+from padim_jax.datasets import folder as folder_layout
 from padim_jax.datasets.records import Record, Skipped, Source, Split
 from padim_jax.detector import Detector
 from padim_jax.errors import UserError
@@ -97,6 +99,7 @@ def run(
             with compilation_cache.enabled(config.cache):
                 dataset = open_dataset(config)
                 del dataset["test"]  # nor looked at
+                _say_folders(config, dataset)
                 dataset, skipped = _readable(config, dataset)
                 train(config, dataset, checkpoint_path)
             if parallel.every().process == 0:
@@ -136,6 +139,7 @@ def train_and_eval(
       Stopped: by SIGTERM, during the fit.
     """
     dataset = open_dataset(config)
+    _say_folders(config, dataset)
     _require_test_images(config, dataset["test"])
     with _writing_results(workdir), compilation_cache.enabled(config.cache):
         memory.require_for_maps(config, len(dataset["test"].records))  # not after the fit
@@ -243,6 +247,7 @@ def _update(
     else:
         assert config is not None
         source = open_dataset(config)["train"]
+        _say_folders(config, {"train": source})
     fitting.update(checkpoint_path, source, config, weights)
 
 
@@ -279,6 +284,7 @@ def _use(
         print(f"weights: {detector.weights.origin}")
         if mode == "eval":
             dataset = open_dataset(detector.config)
+            _say_folders(detector.config, {"test": dataset["test"]})
             evaluate(detector.config, detector, dataset["test"], workdir)
         elif mode == "calibrate":
             assert source is not None
@@ -324,6 +330,13 @@ def open_dataset(config: Config) -> dict[str, Source]:
         fitted, held = sampling.held_out(every, threshold.held_out, seed)
         validation, train = sampling.part(train, held), sampling.part(train, fitted)
     return {**sources, "train": train, "validation": validation}
+
+
+def _say_folders(config: Config, sources: Mapping[str, Source]) -> None:
+    """Print which folders were taken for good images, where their names alone decide."""
+    if config.dataset.name == "folder":
+        records = itertools.chain.from_iterable(source.records for source in sources.values())
+        print(folder_layout.summary(records))
 
 
 def _readable(

@@ -86,6 +86,7 @@ def plan(config: Config, workdir: Path) -> list[Run]:
         categories = LAYOUTS[config.dataset.name].categories(config.dataset.root)
     else:
         categories = config.category.split(",")
+    _require_plain_names(config, categories)
     if config.repeats > 1 and not _is_drawn(config):
         raise UserError(
             f"config.repeats={config.repeats}: nothing is drawn with "
@@ -105,6 +106,19 @@ def plan(config: Config, workdir: Path) -> list[Run]:
                 name = f"{name}/seed_{model.seed}"
             runs.append(Run(name, category, repeat, own, workdir / name))
     return runs
+
+
+def _require_plain_names(config: Config, categories: Sequence[str]) -> None:
+    """Refuse a folder whose name means several categories when it is written as a setting."""
+    root = config.dataset.root
+    for name in (config.category, *categories):
+        several = name == ALL or "," in name
+        if several and (name in categories or paths.is_folder(root / name / "train")):
+            raise UserError(
+                f"config.category={config.category!r}: {root / name} is a folder's name that "
+                f"cannot be told from several categories ({ALL}, or names with commas "
+                "between); rename the folder"
+            )
 
 
 def run(config: Config, workdir: Path, overwrite: bool = False) -> None:

@@ -8,6 +8,7 @@ import pytest
 from trees import fails, listing, rows, write
 
 from padim_jax.datasets import LAYOUTS
+from padim_jax.datasets import folder as folder_lib
 from padim_jax.datasets.folder import folder
 from padim_jax.datasets.mvtec_ad import mvtec_ad
 from padim_jax.errors import UserError
@@ -193,6 +194,56 @@ def test_folder_pairs_masks_by_name(tmp_path):
         "val/bad/10.png": tmp_path / "masks/bad/10.png",
         "val/dent/1.png": tmp_path / "masks/dent/1.png",
     }
+
+
+@pytest.mark.parametrize("name", ["normal", "OK", "Good", "Okay", "PASSED", "Defect-free"])
+def test_folder_knows_the_usual_names_of_good_images(tmp_path, name):
+    write(tmp_path, f"train/{name}/a.png", f"val/{name}/b.png", "val/bad/c.png")
+    write(tmp_path, "train/defective/d.png")
+    records = folder(tmp_path)
+    assert sorted(rows(records)) == [
+        ("test", "bad", 1, "val/bad/c.png", None),
+        ("test", "good", 0, f"val/{name}/b.png", None),
+        ("train", "good", 0, f"train/{name}/a.png", None),
+    ]
+    expected = f"folders of good images: train/{name}, val/{name}; of defects: val/bad"
+    assert folder_lib.summary(
+        sorted(records, key=lambda record: record.split, reverse=True)
+    ) == (expected)
+
+
+def test_folder_reads_all_folders_of_good_images(tmp_path):
+    write(tmp_path, "train/good/a.png", "train/OK/a.png", "val/good/b.png", "val/OK/b.png")
+    write(tmp_path, "val/not ok/c.png", "masks/OK/b.png", "masks/not ok/c.png")
+    assert rows(folder(tmp_path)) == [
+        ("train", "good", 0, "train/OK/a.png", None),
+        ("train", "good", 0, "train/good/a.png", None),
+        ("test", "good", 0, "val/OK/b.png", None),
+        ("test", "good", 0, "val/good/b.png", None),
+        ("test", "not ok", 1, "val/not ok/c.png", "c.png"),
+    ]
+
+
+def test_folder_without_a_folder_of_good_images(tmp_path):
+    write(tmp_path, "train/parts/a.png")
+    fails(
+        [tmp_path / "train/good", "no such folder", "parts", "good, normal"], folder, tmp_path
+    )
+
+
+@pytest.mark.parametrize("name", ["masks", "mask", "Mask", "ground_truth", "Ground Truth"])
+def test_folder_finds_masks_by_their_usual_names(tmp_path, name):
+    write(tmp_path, "train/good/a.png", "val/bad/b.png", f"{name}/bad/b_mask.png")
+    assert folder(tmp_path)[-1].mask == tmp_path / name / "bad/b_mask.png"
+
+
+def test_folder_with_masks_that_are_ambiguous(tmp_path):
+    write(tmp_path, "train/good/a.png", "val/bad/b.png")
+    write(tmp_path, "mask/bad/b.png", "ground_truth/bad/b.png")
+    fails([tmp_path, "2 folders of masks", "ground_truth, mask"], folder, tmp_path)
+    shutil.rmtree(tmp_path / "mask")
+    (tmp_path / "ground_truth").rename(tmp_path / "val/ground_truth")
+    fails([tmp_path / "val/ground_truth", "folder of masks"], folder, tmp_path)
 
 
 def test_folder_with_a_category_reads_below_it_only(tmp_path):

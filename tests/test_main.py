@@ -902,6 +902,7 @@ class TestOwnFolder:
     def test_train_then_predict(self, given: tuple[str, ...], tmp_path: pathlib.Path):
         out = succeed("--mode=train", *given, cwd=tmp_path)
         workdir = tmp_path / "results" / "folder_parts"
+        assert "folders of good images: train/good; of defects: none\n" in out
         assert "fitted 6 images, 16x16 patches of 20 channels" in out
         assert {path.name for path in workdir.iterdir()} == {".locks", "checkpoint"}
         succeed("--mode=predict", *given, "--input=parts/train/good/000.png", cwd=tmp_path)

@@ -96,6 +96,20 @@ def test_a_list_of_categories_in_its_own_order(root: pathlib.Path, tmp_path: pat
     ]
 
 
+@pytest.mark.parametrize("name", ["all", "left,right"])
+@pytest.mark.parametrize("category", ["all", None])
+def test_folders_whose_names_mean_several_categories(
+    name: str, category: str | None, root: pathlib.Path, tmp_path: pathlib.Path
+):
+    (tmp_path / name / "train").mkdir(parents=True)
+    (tmp_path / "bolt" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{name} is a folder's name .* rename the folder"):
+        sweep.plan(settings(tmp_path, category=category or name), tmp_path)
+    # A folder of that name elsewhere is nobody's category.
+    (root / "notes,2").mkdir(exist_ok=True)
+    assert len(sweep.plan(settings(root), tmp_path)) == len(CATEGORIES)
+
+
 def test_repeats_of_nothing_drawn_are_refused(root: pathlib.Path, tmp_path: pathlib.Path):
     values: Any = defaults.get_config()
     values.repeats, values.model.reduction = 3, "none"

@@ -5,16 +5,26 @@
     root/val/bad/*  or  root/val/<defect type>/*   anomalous images
     root/masks/<defect type>/<name>.png  or  <name>_mask.png    optional ground truth
 
-With a category, `root/category` is read instead of `root`. png, jpg, jpeg, bmp,
-tif, tiff and webp, in any case. The layout of the PyTorch project Lornatang/PaDiM.
+A folder of normal images may have any of the names in `GOOD_NAMES`, the folder of masks any
+of those in `MASKS`. With a category, `root/category` is read instead of `root`. png, jpg, jpeg,
+bmp, tif, tiff and webp, in any case. The layout of the PyTorch project Lornatang/PaDiM.
 """
 
 import collections
+from collections.abc import Iterable
 
-from padim_jax.datasets.files import folders_only, image_files, quoted, subfolders
+from padim_jax.datasets.files import folders_only, image_files, quoted, shown, subfolders
 from padim_jax.datasets.records import GOOD, Record
 from padim_jax.errors import UserError
 from padim_jax.paths import Path, is_folder
+
+# Compared without regard to case, spaces, hyphens and underscores: "Defect-free" is one, too.
+GOOD_NAMES = (
+    *(GOOD, "normal", "ok", "okay", "fine", "pass", "passed", "healthy"),
+    *("defect free", "no defect", "no defects", "non defective"),
+)
+MASKS = ("masks", "mask", "ground_truth")
+_MOST_LISTED = 20  # folders in a line
 
 
 def folder(root: Path, category: str = "") -> list[Record]:
@@ -31,11 +41,13 @@ def folder(root: Path, category: str = "") -> list[Record]:
 
     Returns:
       Records of train/good, then of val/*. An absent `val` gives only the former:
-      a model can be fitted, and used on images of which nothing is known.
+      a model can be fitted, and used on images of which nothing is known. Several folders
+      of normal images, as `good` and `OK`, are all read; `summary` names them.
 
     Raises:
       UserError: a folder is missing or empty, images lie beside the folders that they
-        belong in, or a mask is missing, left over or ambiguous.
+        belong in, there are several folders of masks, or a mask is missing, left over or
+        ambiguous.
     """
     base = root / category
     if not is_folder(base):
@@ -47,7 +59,8 @@ def folder(root: Path, category: str = "") -> list[Record]:
         )
     records = [
         Record("train", path, None, 0, GOOD, path.relative_to(root).as_posix())
-        for path in image_files(base / "train" / GOOD)
+        for good in _good_folders(base / "train")
+        for path in image_files(good)
     ]
     if not (base / "val").exists():
         return records
@@ -57,9 +70,16 @@ def folder(root: Path, category: str = "") -> list[Record]:
             f"{base / 'val'}: holds no folder; expected good and bad (or one for each defect "
             "type) in it, or no val at all to fit a model without evaluating it"
         )
-    if (base / "masks").exists():
+    for defect in defects:
+        if _plain(defect.name) in map(_plain, MASKS):
+            raise UserError(
+                f"{defect}: by its name a folder of masks, in the place of a defect type's "
+                f"images; expected masks in {base / MASKS[0] / 'bad'}"
+            )
+    mask_folder = _mask_folder(base)
+    if mask_folder is not None:
         names = [defect.name for defect in defects]
-        for left_over in folders_only(base / "masks"):
+        for left_over in folders_only(mask_folder):
             if left_over.name not in names:
                 raise UserError(
                     f"{left_over}: masks for no images; expected the name of a folder in "
@@ -67,19 +87,69 @@ def folder(root: Path, category: str = "") -> list[Record]:
                 )
     for defect in defects:
         images = image_files(defect)
-        masks = _masks(base / "masks" / defect.name, images) if defect.name != GOOD else {}
+        good = is_good(defect.name)
+        masks = {}
+        if mask_folder is not None and not good:
+            masks = _masks(mask_folder / defect.name, images)
         records += [
             Record(
                 split="test",
                 image=path,
                 mask=masks.get(path),
-                label=int(defect.name != GOOD),
-                defect_type=defect.name,
+                label=int(not good),
+                defect_type=GOOD if good else defect.name,
                 relative_path=path.relative_to(root).as_posix(),
             )
             for path in images
         ]
     return records
+
+
+def is_good(name: str) -> bool:
+    """Whether a folder of this name holds normal images; see `GOOD_NAMES`."""
+    return _plain(name) in map(_plain, GOOD_NAMES)
+
+
+def summary(records: Iterable[Record]) -> str:
+    """Return one line that says which folders hold normal images and which hold defects."""
+    folders: dict[int, dict[str, None]] = {0: {}, 1: {}}
+    for record in records:
+        folders[record.label][record.relative_path.rpartition("/")[0]] = None
+    normal, defects = (_listed(list(names)) for names in folders.values())
+    return f"folders of good images: {normal}; of defects: {defects}"
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - _MOST_LISTED
+    text = ", ".join(map(shown, names[:_MOST_LISTED])) or "none"
+    return text + (f" and {rest} more" if rest > 0 else "")
+
+
+def _plain(name: str) -> str:
+    return name.casefold().translate(str.maketrans("", "", " -_"))
+
+
+def _good_folders(train: Path) -> list[Path]:
+    """The folders of normal images in `train`; where there is none, the one expected."""
+    folders = subfolders(train) if is_folder(train) else []
+    good = [path for path in folders if is_good(path.name)]
+    if folders and not good:
+        raise UserError(
+            f"{train / GOOD}: no such folder, and {train} holds {quoted(folders)}; expected "
+            f"the normal images in a folder called {', '.join(GOOD_NAMES)}"
+        )
+    return good or [train / GOOD]
+
+
+def _mask_folder(base: Path) -> Path | None:
+    names = list(map(_plain, MASKS))
+    present = [path for path in subfolders(base) if _plain(path.name) in names]
+    if len(present) > 1:
+        raise UserError(
+            f"{base}: holds {len(present)} folders of masks, {quoted(present)}; expected one. "
+            "Move the others elsewhere"
+        )
+    return present[0] if present else None
 
 
 def categories(root: Path) -> list[str]:
