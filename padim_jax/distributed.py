@@ -27,7 +27,7 @@ import jax
 
 from padim_jax import interrupts, parallel
 from padim_jax.cluster import Place
-from padim_jax.errors import Stopped, UserError
+from padim_jax.errors import NO_MEMORY, Stopped, UserError, is_out_of_memory
 
 _BEAT_SECONDS = 1.0
 # Signs of life that may be missed in a row. Counted, not timed: a whole job that was
@@ -82,7 +82,7 @@ def session(
         group.leave()
         raise
     except BaseException as error:
-        group.fail(error)
+        group.fail(UserError(NO_MEMORY) if is_out_of_memory(error) else error)
 
 
 def _silence(place: Place) -> None:

@@ -30,7 +30,7 @@ from padim_jax.datasets import masks
 from padim_jax.datasets.decoding import open_rgb
 from padim_jax.datasets.files import read_file, shown
 from padim_jax.datasets.records import Record, Source
-from padim_jax.errors import UserError
+from padim_jax.errors import MachineError, UserError
 from padim_jax.image_cache import Decoded, ImageCache
 
 _FILTERS = {
@@ -197,7 +197,7 @@ def warm(source: Source, config: ImageConfig, cache: ImageCache, stop: threading
                 return
             try:
                 _load(source, config, index, cache)
-            except UserError:
+            except (UserError, MemoryError):
                 continue
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -217,11 +217,16 @@ def faults(
 
     Yields:
       What `batches` would raise of each image, or None if it is as it should be.
+
+    Raises:
+      MachineError: an image cannot be read, which says nothing of it.
     """
 
     def fault(number: int) -> str | None:
         try:
             _load(source, config, number, cache)
+        except MachineError:
+            raise
         except UserError as error:
             return str(error)
         return None

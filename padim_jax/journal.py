@@ -1,12 +1,17 @@
 """A local file of JSON lines, appended to as work is done, that outlives its writer.
 
 Whatever kills the writer, the lines before the last one are whole; a torn end is cut off.
+What was written outlasts a power cut once the function that wrote it has returned, so that the
+order of calls is the order in which things are on the disk.
 """
 
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
+
+from padim_jax import paths
 
 
 def read(path: pathlib.Path) -> list[Any]:
@@ -37,13 +42,25 @@ def write(path: pathlib.Path, entries: Sequence[Any]) -> None:
     """Replaces the file, or makes it, at once."""
     growing = path.with_name(f"{path.name}.incomplete")
     growing.write_bytes(b"".join(map(_line, entries)))
+    paths.sync(growing)
     growing.replace(path)
+    paths.sync(path.parent)
 
 
 def append(path: pathlib.Path, entry: Any) -> None:
     """Adds an entry, in one write."""
+    append_bytes(path, _line(entry))
+
+
+def append_bytes(path: pathlib.Path, data: bytes) -> None:
+    """Append to a file, or make it."""
     with path.open("ab") as file:
-        file.write(_line(entry))
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        is_new = file.tell() == len(data)
+    if is_new:
+        paths.sync(path.parent)
 
 
 def _line(entry: Any) -> bytes:

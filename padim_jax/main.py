@@ -26,7 +26,8 @@ Examples:
 overridden, as in --config.batch_size=16; padim_jax/defaults.py explains them all, and
 padim_jax/pretrain/defaults.py those of --mode=pretrain.
 Results go to --workdir. Exit codes: 0 done, 1 a bug or a failing machine, 2 something
-to mend in the command, the settings or the files, 130 interrupted (Ctrl-C).
+to mend in the command, the settings, the files or the limits of memory, 130 interrupted
+(Ctrl-C).
 """
 
 from padim_jax import interrupts
@@ -58,7 +59,7 @@ from ml_collections import config_flags
 import padim_jax
 from padim_jax import cluster, paths
 from padim_jax import config as config_lib
-from padim_jax.errors import DataWarning, Stopped, UserError
+from padim_jax.errors import NO_MEMORY, DataWarning, Stopped, UserError, is_out_of_memory
 from padim_jax.pretrain import config as pretrain_config
 
 _MOST_JOIN_SECONDS = 1e6  # eleven days
@@ -489,6 +490,10 @@ def _main(argv: Sequence[str]) -> None:
     except Stopped as stop:
         print(stop)
         sys.exit(_STOPPED_CODE.value)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail(NO_MEMORY)
 
 
 def run() -> None:

@@ -225,6 +225,19 @@ def write(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def sync(path: pathlib.Path) -> None:
+    """Make a file, or the names in a folder, outlast a power cut from now on.
+
+    Raises:
+      OSError: it is not there, or cannot be written.
+    """
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def modified(path: Path) -> float:
     """When a file was written: seconds since 1970, by the clock of the place where it is."""
     if isinstance(path, pathlib.Path):

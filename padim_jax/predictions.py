@@ -229,6 +229,9 @@ class Pictures:
     ) -> None:
         """Writes an image's map and overlay; there is a colour scale.
 
+        Local ones are on the disk then: what is written later, as their row, says that they
+        are whole.
+
         Raises:
           UserError: they cannot be written.
         """
@@ -236,12 +239,16 @@ class Pictures:
         height, width, _ = image.shape
         full = restore_map(anomaly_map, (height, width), self._config)
         overlay = figures.overlay(image, full, self.scale, self._thresholds.pixel)
-        _, path = files(self._folder, name, self._suffix)
+        written = files(self._folder, name, self._suffix)
+        path = written[1]
         with writing(path):
             results.save_map(self._folder / "maps", name, self._suffix, full)
             if isinstance(path, pathlib.Path):
                 path.parent.mkdir(parents=True, exist_ok=True)
             figures.save(overlay, path)
+            for file in written:
+                if isinstance(file, pathlib.Path):
+                    paths.sync(file)
 
 
 def rows(
@@ -395,6 +402,8 @@ class Writer:
     def _append(self, rows: Iterable[Sequence[Any]]) -> None:
         self._file.write(tables.as_csv(rows))
         self._file.flush()
+        if isinstance(self._table, pathlib.Path):
+            os.fsync(self._file.fileno())  # before the journal says so, if there is one
 
     def _upload(self) -> None:
         if isinstance(self._file, io.BytesIO):

@@ -33,7 +33,7 @@ from padim_jax import (
 from padim_jax import config as config_lib
 from padim_jax.config import ALL, Config
 from padim_jax.datasets import LAYOUTS
-from padim_jax.errors import Stopped, UserError
+from padim_jax.errors import NO_MEMORY, Stopped, UserError, is_out_of_memory
 from padim_jax.fitting import Backbone
 from padim_jax.parallel import Devices
 from padim_jax.paths import Path
@@ -166,6 +166,8 @@ def run(config: Config, workdir: Path, overwrite: bool = False) -> None:
                         except Exception as error:
                             if devices.processes > 1:
                                 raise
+                            if is_out_of_memory(error):
+                                error = UserError(NO_MEMORY)
                             _report_failure(one, error)
                             progress.say(f"{one.name}: failed: {error}")
                             if not isinstance(error, UserError):

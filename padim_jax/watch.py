@@ -5,8 +5,12 @@ A file is taken when neither its size nor its date has changed for a while and i
 decoded, so that it does not matter how it came: written slowly, copied, or moved in.
 
 What is finished is in a journal. Before a batch's rows are written it says how long the tables
-are, and behind them which files these rows are of: whatever ends the process, the next
-one cuts off what is not finished, and no file is scored twice or left out.
+are, and behind them which files these rows are of: whatever ends the process, or the machine,
+the next one cuts off what is not finished, and no file is scored twice or left out.
+
+Only what is wrong with a file itself finishes it without a score. Where the machine is at fault
+(too little memory, too many open files, no permission, a disk that does not answer) nothing is
+known of the file, and it is tried again, later and later, by the next process as well.
 """
 
 import concurrent.futures
@@ -21,14 +25,15 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 
 from padim_jax import detector as detector_lib
 from padim_jax import (
+    errors,
     figures,
     input_pipeline,
     journal,
@@ -40,15 +45,18 @@ from padim_jax import (
 )
 from padim_jax.datasets.files import is_image, read_file, shown
 from padim_jax.detector import Detector
-from padim_jax.errors import UserError
+from padim_jax.errors import MachineError, UserError
 from padim_jax.paths import Path
 from padim_jax.predictions import Pictures, Thresholds
 
 TABLE, LINES, JOURNAL = predictions.TABLE, "scores.jsonl", "journal.jsonl"
 COLUMNS = (*predictions.COLUMNS, "error")
 
-# So many are read, drawn and written together.
-_TOGETHER = 8
+# So many are read, drawn and written together, unless their files have more bytes than that:
+# it is these that are kept meanwhile, not the decoded pixels.
+_TOGETHER, _TOGETHER_BYTES = 8, 2**28
+# Until a file is tried again that the machine was at fault for: at first, and at most.
+_FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0  # seconds
 # A file that cannot be decoded may still be on its way, if its writer was held up.
 _PATIENCE_SECONDS = 5.0
 # Listing takes at most this part of the time: with very many files it is done less often.
@@ -214,6 +222,63 @@ class Result:
         }
 
 
+@dataclasses.dataclass
+class _Delay:
+    """Of a file that the machine was at fault for.
+
+    Attributes:
+      until: when to try it again.
+      seconds: how long it waits for that.
+      reasons: what was printed of it.
+    """
+
+    until: float
+    seconds: float
+    reasons: set[str]
+
+
+class Delays:
+    """When to try the files again that the machine was at fault for."""
+
+    def __init__(self):
+        self._delays: dict[int, _Delay] = {}
+
+    def __len__(self) -> int:
+        """How many files wait."""
+        return len(self._delays)
+
+    def __contains__(self, arrival: Arrival) -> bool:
+        """Whether it failed before, and was neither scored nor refused since."""
+        return arrival.key in self._delays
+
+    def due(self, arrivals: Sequence[Arrival], now: float) -> list[Arrival]:
+        """Return what need not wait; forget all that has not arrived any more.
+
+        Args:
+          arrivals: all that are not seen.
+          now: seconds of a clock that only goes forwards.
+        """
+        keys = {arrival.key for arrival in arrivals}
+        self._delays = {key: x for key, x in self._delays.items() if key in keys}
+        delays = [self._delays.get(arrival.key) for arrival in arrivals]
+        pairs = zip(arrivals, delays, strict=True)
+        return [arrival for arrival, delay in pairs if delay is None or delay.until <= now]
+
+    def postpone(self, arrival: Arrival, reason: str, now: float) -> None:
+        """Try a file later, twice as late as the last time; print each reason once."""
+        delay = self._delays.setdefault(arrival.key, _Delay(now, 0.0, set()))
+        delay.seconds = min(max(_FIRST_DELAY, 2 * delay.seconds), _LONGEST_DELAY)
+        delay.until = now + delay.seconds
+        if reason not in delay.reasons:
+            delay.reasons.add(reason)
+            print(f"tried again later: {reason}", flush=True)
+
+    def forget(self, arrivals: Iterable[Arrival]) -> None:
+        """They are done with."""
+        for arrival in arrivals:
+            self._delays.pop(arrival.key, None)
+
+
 class Log:
     """The tables of a watched folder, and the journal of what is finished.
 
@@ -232,6 +297,7 @@ class Log:
         self._table, self._lines = folder / TABLE, folder / LINES
         self._journal = folder / JOURNAL
         self.seen: set[int] = set()
+        self.refused = 0  # of those seen; older versions' journals did not tell
         self.scale: figures.ColorScale | None = None
         header = json.loads(json.dumps({**said, "format of the journal": 1}))
         entries = journal.read(self._journal)
@@ -257,13 +323,20 @@ class Log:
     def _take_up(self, entries: Sequence[dict[str, Any]]) -> None:
         for entry in entries:
             self.seen.update(int(key, 16) for key in entry.get("done", ()))
+            self.refused += int(entry.get("refused", 0))
             if "scale" in entry:
                 self.scale = figures.ColorScale(*entry["scale"])
         if entries and "done" not in entries[-1]:
             for path, size in self._sizes().items():
                 if size > (before := int(entries[-1][path.name])):
                     os.truncate(path, before)
+                    paths.sync(path)
             journal.append(self._journal, {"done": []})
+
+    def summary(self) -> str:
+        """How many images are scored, and how many are not."""
+        scored = f"{len(self.seen) - self.refused} images are scored"
+        return f"{scored}, {self.refused} refused" if self.refused else scored
 
     def add(self, results: Sequence[Result], scale: figures.ColorScale | None) -> None:
         """Writes what is said of some arrivals, which are seen from now on.
@@ -280,13 +353,16 @@ class Log:
         keys = [x.arrival.key for x in results]
         with predictions.writing(self._journal):
             journal.append(self._journal, {path.name: size for path, size in sizes.items()})
-            _append(self._table, table)
-            _append(self._lines, lines.encode())
+            journal.append_bytes(self._table, table)
+            journal.append_bytes(self._lines, lines.encode())
             done: dict[str, Any] = {"done": [f"{key:x}" for key in keys]}
+            if refused := sum(bool(result.error) for result in results):
+                done["refused"] = refused
             if scale is not None and self.scale is None:
                 self.scale, done["scale"] = scale, [scale.low, scale.high]
             journal.append(self._journal, done)
         self.seen.update(keys)
+        self.refused += refused
 
     def _sizes(self) -> dict[pathlib.Path, int]:
         return {
@@ -301,19 +377,11 @@ _NOT_OURS = (
 )
 
 
-def _append(path: pathlib.Path, data: bytes) -> None:
-    with path.open("ab") as file:
-        file.write(data)
-        file.flush()
-        # On the disk before the journal says so: a power cut would lose rows otherwise.
-        os.fsync(file.fileno())
-
-
 @dataclasses.dataclass(frozen=True)
 class _Image:
     arrival: Arrival
     sha256: str
-    pixels: UInt8[np.ndarray, "height width 3"]
+    data: bytes  # the file's; decoded again for its pictures
     seen: UInt8[np.ndarray, "h w 3"]  # by the detector
 
 
@@ -336,8 +404,9 @@ def run(
     scores.csv gets a row an image, scores.jsonl a line: what is in the table, and the file's
     SHA-256, size and date and the time in UTC. maps/ and overlays/ are as in `predictions`.
     An image that cannot be decoded gets a row and a line with the error, which is printed,
-    and is tried again only when it changes, as every file is that is written to. While the
-    folder cannot be listed (an unmounted share) it is waited for.
+    and is tried again only when it changes, as every file is that is written to. One that the
+    machine cannot read or has no memory for is tried again until it can, and gets its row then.
+    While the folder cannot be listed (an unmounted share) it is waited for.
 
     SIGTERM ends this behind the batch in hand; any other end is as good for what is written.
 
@@ -377,19 +446,23 @@ def run(
         # no other, and its score does not depend on what else has come.
         blank = np.zeros((1, *detector.config.image.size, 3), np.uint8)
         detector_lib.score_pixels(detector, blank)
-        print(f"watching {folder}, {len(log.seen)} images are scored\nresults: {output}")
+        print(f"watching {folder}, {log.summary()}\nresults: {output}")
+        delays = Delays()
         with concurrent.futures.ThreadPoolExecutor(_TOGETHER) as threads:
-            scorer = _Scorer(detector, known, pictures, log, threads, timing)
-            _loop(watched, scorer, timing, asked)
-        print(f"stopped, {len(log.seen)} images are scored")
+            scorer = _Scorer(detector, known, pictures, log, delays, threads, timing)
+            _loop(watched, scorer, delays, timing, asked)
+        waiting = f", {len(delays)} are tried again by the next --watch" if delays else ""
+        print(f"stopped, {log.summary()}{waiting}")
 
 
-def _loop(watched: Folder, scorer: "_Scorer", timing: Timing, asked: threading.Event) -> None:
+def _loop(
+    watched: Folder, scorer: "_Scorer", delays: Delays, timing: Timing, asked: threading.Event
+) -> None:
     gone = False
     while not asked.is_set():
         began = time.monotonic()
         try:
-            arrived = watched.poll(began)
+            arrived = delays.due(watched.poll(began), began)
         except OSError as error:
             if not gone:
                 print(f"{error.filename}: {error.strerror}; waiting for it", flush=True)
@@ -399,12 +472,28 @@ def _loop(watched: Folder, scorer: "_Scorer", timing: Timing, asked: threading.E
                 print("the folder is there again", flush=True)
             gone = False
         listed = time.monotonic() - began
-        for start in range(0, len(arrived), _TOGETHER):
+        for group in _groups(arrived, delays):
             if asked.is_set():
                 break
-            scorer.score(arrived[start : start + _TOGETHER])
+            scorer.score(group)
         rest = timing.poll - (time.monotonic() - began)
         asked.wait(max(rest, listed * (1 / _LISTING_SHARE - 1)))
+
+
+def _groups(arrivals: Sequence[Arrival], delays: Delays) -> list[list[Arrival]]:
+    """Which files to score together; those that failed before last, each alone.
+
+    Together they may have been what took the memory.
+    """
+    groups: list[list[Arrival]] = []
+    size = 0
+    for arrival in (x for x in arrivals if x not in delays):
+        size += arrival.stamp.size
+        if not groups or len(groups[-1]) == _TOGETHER or size > _TOGETHER_BYTES:
+            groups.append([])
+            size = arrival.stamp.size
+        groups[-1].append(arrival)
+    return groups + [[arrival] for arrival in arrivals if arrival in delays]
 
 
 class _Scorer:
@@ -416,23 +505,31 @@ class _Scorer:
         known: Thresholds,
         pictures: Pictures,
         log: Log,
+        delays: Delays,
         threads: concurrent.futures.Executor,
         timing: Timing,
     ):
         self._detector, self._known, self._pictures, self._log = detector, known, pictures, log
-        self._threads, self._timing = threads, timing
+        self._delays, self._threads, self._timing = delays, threads, timing
 
     def score(self, arrivals: Sequence[Arrival]) -> None:
         """Scores a few files, and writes what is said of them."""
         loaded = list(self._threads.map(self._load, arrivals))
         results = [x for x in loaded if isinstance(x, Result)]
         if images := [x for x in loaded if isinstance(x, _Image)]:
-            results += self._score(images)
+            try:
+                results += self._score(images)
+            except Exception as error:
+                if not errors.is_out_of_memory(error):
+                    raise
+                for image in images:
+                    self._postpone(image.arrival, _no_memory(image.arrival))
         for result in results:
             if result.error:
                 print(f"passed over: {result.error}", flush=True)
         if results:
             self._log.add(results, self._pictures.scale)
+            self._delays.forget(result.arrival for result in results)
 
     def _score(self, images: Sequence[_Image]) -> list[Result]:
         results, scored = [], []
@@ -452,25 +549,36 @@ class _Scorer:
         names = [image.arrival.name for image in good]
         self._pictures.set_scale(maps)
         # Before their rows: where there is a row, its pictures are whole.
-        list(self._threads.map(self._pictures.draw, names, [x.pixels for x in good], maps))
+        list(self._threads.map(self._draw, good, maps))
         rows = predictions.rows(names, scores, self._known.image, self._detector.calibration)
         pairs = zip(good, rows, strict=True)
         return results + [Result(image.arrival, image.sha256, row) for image, row in pairs]
 
+    def _draw(self, image: _Image, anomaly_map: Float32[np.ndarray, "h w"]) -> None:
+        pixels = input_pipeline.decode(image.data, shown(image.arrival.path))
+        self._pictures.draw(image.arrival.name, np.asarray(pixels), anomaly_map)
+
+    def _postpone(self, arrival: Arrival, reason: str) -> None:
+        self._delays.postpone(arrival, reason, time.monotonic())
+
     def _load(self, arrival: Arrival) -> _Image | Result | None:
-        """A file's pixels, or what is wrong with it; None of one to look at again later."""
+        """A file as it is seen, or what is wrong with it; None of one to look at again."""
         digest = ""
         try:
             data = _read(arrival)
             digest = hashlib.sha256(data).hexdigest()
             image = input_pipeline.decode(data, shown(arrival.path))
             seen = input_pipeline.preprocess(image, self._detector.config.image)
-            return _Image(arrival, digest, np.asarray(image), seen)
+            return _Image(arrival, digest, data, seen)
         except _GoneError:
             return None
+        except MachineError as error:
+            return self._postpone(arrival, str(error))
+        except MemoryError:
+            return self._postpone(arrival, _no_memory(arrival))
         except UserError as error:
             reason = str(error)
-        except Exception as error:  # whatever a decoder makes of a broken file
+        except Exception as error:  # no single file may end this
             reason = f"{shown(arrival.path)}: cannot be read: {type(error).__name__}: {error}"
         # It may be on its way still, held up for longer than it took to settle.
         unchanged = time.monotonic() - arrival.since
@@ -479,12 +587,17 @@ class _Scorer:
         return Result(arrival, digest, None, reason)
 
 
+def _no_memory(arrival: Arrival) -> str:
+    return f"{shown(arrival.path)}: not enough memory at this time"
+
+
 def _read(arrival: Arrival) -> bytes:
     """The file's content, all of one time.
 
     Raises:
       _GoneError: it is not as it was found.
-      UserError: it cannot be read.
+      MachineError: it cannot be read at this time.
+      UserError: it is no file to be read.
     """
     path = arrival.path
     try:

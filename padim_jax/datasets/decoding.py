@@ -30,6 +30,10 @@ _Result = TypeVar("_Result")
 # industrial cameras have 151 million.
 MAX_PIXELS = 178_956_970
 
+# That a decoder may want, at most: bytes, for a file whose size is not known yet, and for a
+# pixel (WebP has three copies of four bytes).
+_ROOM, _ROOM_PIXEL = 2**28, 16
+
 MAX_SIDE = 65_500  # of a JPEG, in libjpeg
 
 # Pillow would warn of half as many, in the midst of other output. An application that has
@@ -148,7 +152,7 @@ def _open(data: bytes, name: str) -> tuple[Image.Image, bool]:
             _require_whole_jpeg(data)
         image.load()
 
-    _trying(name, load)
+    _trying(name, load, _ROOM_PIXEL * width * height)
     deep = image.mode.startswith("I;16") or ";16" in layout
     if deep and (image.mode not in _DEEP_MODES or (whites and image.mode == "I;16")):
         kind = "0 for white" if whites else f"signed or other values (Pillow mode {image.mode})"
@@ -166,13 +170,26 @@ def _open(data: bytes, name: str) -> tuple[Image.Image, bool]:
     return image, deep
 
 
-def _trying(name: str, action: Callable[[], _Result]) -> _Result:
-    """Pillow's plugins raise whatever comes of the bytes that they find."""
+def _trying(name: str, action: Callable[[], _Result], room: int = _ROOM) -> _Result:
+    """Pillow's plugins raise whatever comes of the bytes that they find.
+
+    Args:
+      name: of the file.
+      action: opens or decodes it.
+      room: bytes that it may want. Decoders in C say of a want of memory that the file is
+        broken (WebP: "could not create decoder object"): where there is no such room, nothing
+        is known of the file.
+
+    Raises:
+      MemoryError: there may be too little memory.
+      UserError: the file is broken.
+    """
     try:
         return action()
     except MemoryError:  # not the file's fault
         raise
     except Exception as error:
+        bytes(room)  # asked for, not written to; a MemoryError if there is no more
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name}: the image cannot be decoded: {reason}; {_AGAIN}") from error
 

@@ -1,12 +1,13 @@
 """Listing and reading image files: the one rule for what counts as an image in a folder."""
 
+import errno
 import os
 import pathlib
 import stat
 from collections.abc import Sequence
 
 from padim_jax import paths
-from padim_jax.errors import UserError
+from padim_jax.errors import MachineError, UserError
 from padim_jax.paths import Path
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -15,6 +16,11 @@ MAX_BYTES = 2**30  # of a file: more than the largest image takes that is decode
 # Of a file's name, in UTF-8. Results are called after it, with a few letters more, and file
 # systems take 255.
 MAX_NAME = 240
+# What is wrong with the name or the link; of any other error the machine is the cause.
+_FAULTS_OF_FILES = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.EILSEQ),
+}
 _NO_FILES = {
     stat.S_ISDIR: "a folder",
     stat.S_ISFIFO: "a named pipe",
@@ -137,8 +143,9 @@ def read_file(path: Path) -> bytes:
     """The bytes of a file.
 
     Raises:
-      UserError: it cannot be read (see `require_file`), is larger than `MAX_BYTES`, or has a
-        name that results cannot have.
+      MachineError: it cannot be read, which says nothing of the file; see there.
+      UserError: it is no file (see `require_file`), is larger than `MAX_BYTES`, or has a name
+        that results cannot have.
     """
     _require_name(path)
     try:
@@ -151,7 +158,7 @@ def read_file(path: Path) -> bytes:
             if size <= MAX_BYTES:
                 return file.read(MAX_BYTES)
     except (OSError, ValueError) as error:  # of a zero byte in the name
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     raise UserError(
         f"{shown(path)}: {size} bytes; expected an image of at most {MAX_BYTES}. Make it "
         "smaller"
@@ -162,6 +169,7 @@ def require_file(path: Path) -> None:
     """Makes sure that a path is a file to be read: reading a pipe or a device may not end.
 
     Raises:
+      MachineError: the machine cannot tell.
       UserError: it is none. Nothing is asked of object stores.
     """
     if not isinstance(path, pathlib.Path):
@@ -169,7 +177,7 @@ def require_file(path: Path) -> None:
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if not stat.S_ISREG(status.st_mode):
         what = next((text for is_, text in _NO_FILES.items() if is_(status.st_mode)), "no file")
         raise UserError(
@@ -200,11 +208,15 @@ def _require_name(path: Path) -> None:
         )
 
 
-def _unreadable(path: Path, error: OSError | ValueError) -> UserError:
+def unreadable(path: Path, error: OSError | ValueError) -> UserError:
+    """Return the error to raise of a file that cannot be read."""
     reason, link = (isinstance(error, OSError) and error.strerror) or error, ""
     if isinstance(path, pathlib.Path) and isinstance(error, OSError) and path.is_symlink():
         link = f" (a link to {shown(path.readlink())})"
-    return UserError(
+    # A store's errors may have no number, but the classes of Python that stand for it.
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    own = isinstance(error, ValueError) or missing or error.errno in _FAULTS_OF_FILES
+    return (UserError if own else MachineError)(
         f"{shown(path)}: cannot be read: {reason}{link}; make it readable, or leave it out"
     )
 

@@ -23,7 +23,14 @@ from jaxtyping import Bool, UInt8
 from PIL import Image, ImageChops
 
 from padim_jax.datasets.decoding import open_image
-from padim_jax.datasets.files import image_files, is_image, read_file, require_file, shown
+from padim_jax.datasets.files import (
+    image_files,
+    is_image,
+    read_file,
+    require_file,
+    shown,
+    unreadable,
+)
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
 from padim_jax.paths import Path
@@ -186,7 +193,7 @@ def _frame(path: Path, number: int) -> Bool[np.ndarray, "h w"]:
                 file.seek(start + number * size)
                 frame = np.frombuffer(file.read(size), dtype).reshape(height, width)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
     except (ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a whole .npy file of NumPy: {error}") from error
     values = _bytes(path, number, frame)

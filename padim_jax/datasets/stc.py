@@ -25,6 +25,7 @@ from padim_jax.datasets.files import (
     read_file,
     require_file,
     subfolders,
+    unreadable,
 )
 from padim_jax.datasets.layout import Layout, require_root, split_given
 from padim_jax.datasets.records import GOOD, Record
@@ -184,7 +185,7 @@ def _require_masks(path: Path, video: Path, count: int) -> None:
         with path.open("rb") as file:
             head = file.read(_HEAD)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
     shape, *_ = _header(head, path)
     if len(shape) != 3 or shape[0] != count:
         raise UserError(
