@@ -1,7 +1,7 @@
 """Exceptions and warnings that are meant for the person who runs the program."""
 
 NO_MEMORY = (
-    "not enough memory: it ran out on the way. Make room, raise the limit that this process has "
+    "not enough memory: it ran out on the way. Make room, raise the limit of this process "
     "(ulimit -v, a container's, a job's), or take a smaller config.batch_size or "
     "config.image.resize"
 )

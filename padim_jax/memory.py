@@ -1,7 +1,9 @@
 """How much memory a run takes, and how much there is: before it, not by being killed."""
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,21 @@ _FEATURES = {"basic": 90, "bottleneck": 345, "mbconv": 320}
 _SCORED, _MEASURED, _DEFECT = 5, 15, 200
 _USUAL_DEFECTS = 0.05  # the share of pixels, before masks are read
 _CGROUPS = pathlib.Path("/sys/fs/cgroup")
+_OWN_CGROUPS = pathlib.Path("/proc/self/cgroup")
+_V2 = ("memory.max", "memory.high"), "memory.current", "memory.stat", "inactive_file"
+# Where control groups are; the files of their limits, of what is used and of what of it; the
+# cached files there.
+_CGROUP_FILES = {
+    "v2": ("", *_V2),
+    "hybrid": ("unified", *_V2),
+    "v1": (
+        "memory",
+        ("memory.limit_in_bytes",),
+        "memory.usage_in_bytes",
+        "memory.stat",
+        "total_inactive_file",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,46 +166,79 @@ def require_for_maps(config: Config, images: int, defects: float | None = None) 
         )
 
 
-def available(cgroups: pathlib.Path = _CGROUPS) -> int:
+def available(cgroups: pathlib.Path = _CGROUPS, own: pathlib.Path = _OWN_CGROUPS) -> int:
     """Bytes free where the statistics go: the device's own memory, or the machine's.
 
     Args:
       cgroups: see `available_to_host`.
+      own: likewise.
     """
     free = parallel.free_memory()
-    return available_to_host(cgroups) if free is None else free
+    return available_to_host(cgroups, own) if free is None else free
 
 
-def available_to_host(cgroups: pathlib.Path = _CGROUPS) -> int:
-    """Bytes free of the machine's memory; in a container of that, if it is less.
+def available_to_host(
+    cgroups: pathlib.Path = _CGROUPS, own: pathlib.Path = _OWN_CGROUPS
+) -> int:
+    """Bytes free of the machine's memory, or what a limit leaves to this process, if less.
+
+    Limits are those of the control groups that the process is in (of a container, a job of
+    SLURM, a service of systemd) and of all that these are in, and the process's own
+    (`ulimit -v`, `ulimit -d`).
 
     Args:
       cgroups: where Linux has its control groups.
+      own: the file that names those of this process.
     """
-    return min([psutil.virtual_memory().available, *_container_limits(cgroups)])
+    limits = [*_cgroup_limits(cgroups, own), *_process_limits()]
+    return max(0, min([psutil.virtual_memory().available, *limits]))
 
 
-def _container_limits(root: pathlib.Path) -> list[int]:
+def _cgroup_limits(root: pathlib.Path, own: pathlib.Path) -> Iterator[int]:
     """What Linux' control groups leave, of version 2 and 1; nothing where there are none."""
-    found = []
-    for limit, usage, stat, cache in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-            "total_inactive_file",
-        ),
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    places = dict.fromkeys(_CGROUP_FILES, "")
+    for line in lines:
+        number, controllers, place = line.split(":", 2)
+        if number == "0":
+            places["v2"] = places["hybrid"] = place
+        elif "memory" in controllers.split(","):
+            places["v1"] = place
+    for kind, (base, most, usage, stat, cache) in _CGROUP_FILES.items():
+        # A container may see its own group as the root, by whatever name it goes outside:
+        # groups that are not there limit nothing.
+        folder = root / base / places[kind].strip("/")
+        for group in (folder, *folder.parents):
+            if not group.is_relative_to(root / base):
+                break
+            try:
+                used = int((group / usage).read_text())
+                entries = map(str.split, (group / stat).read_text().splitlines())
+                # Files that were read count as used until something else needs the room.
+                droppable = sum(int(value) for name, value in entries if name == cache)
+            except (OSError, ValueError):
+                continue
+            for limit in most:
+                with contextlib.suppress(OSError, ValueError):  # "max": no limit
+                    yield int((group / limit).read_text()) - used + droppable
+
+
+def _process_limits() -> Iterator[int]:
+    """What `setrlimit` leaves; elsewhere than on Linux memory is not limited by it."""
+    if not psutil.LINUX:
+        return
+    process = psutil.Process()
+    mapped = process.memory_info()
+    for limit, used in (
+        (psutil.RLIMIT_AS, mapped.vms),
+        (psutil.RLIMIT_DATA, mapped.data),
     ):
-        try:
-            most, used = int((root / limit).read_text()), int((root / usage).read_text())
-            lines = (line.split() for line in (root / stat).read_text().splitlines())
-            # Files that were read count as used until something else needs the room.
-            droppable = sum(int(value) for name, value in lines if name == cache)
-        except (OSError, ValueError):  # no such version, or "max": no limit
-            continue
-        found.append(most - used + droppable)
-    return found
+        soft, _ = process.rlimit(limit)
+        if soft != psutil.RLIM_INFINITY:
+            yield soft - used
 
 
 def _shapes(config: Config) -> list[detector.Shape]:

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import pathlib
 import re
+import subprocess
+import sys
 import types
 from typing import Any
 
@@ -461,6 +463,72 @@ class TestAvailable:
         write_cgroup(tmp_path, V2, str(4 * GB), used=GB, droppable=0)
         (tmp_path / missing).unlink()
         assert memory.available(tmp_path) == 8 * GB
+
+    @pytest.mark.parametrize(
+        ("line", "base", "names"),
+        [
+            ("0::/a.slice/b.service", "", V2),
+            ("0::/a.slice/b.service", "unified", V2),
+            ("7:cpu,memory:/a.slice/b.service", "", V1),
+        ],
+    )
+    def test_nested(self, line: str, base: str, names: tuple[str, ...], tmp_path: pathlib.Path):
+        """Any of the groups that the process's own is in may have the tightest limit."""
+        own, root = tmp_path / "own", tmp_path / "cgroup" / base
+        own.write_text(f"3:pids:/x:y\n{line}\n1:name=systemd:/\n")
+        first, *others = names[:3]
+        folder = pathlib.Path(first).parent
+        groups = [folder, folder / "a.slice", folder / "a.slice" / "b.service"]
+
+        def write(limits: list[int]) -> None:
+            for group, limit in zip(groups, limits, strict=True):
+                inside = [str(group / pathlib.Path(name).name) for name in (first, *others)]
+                write_cgroup(root, (*inside, names[3]), str(limit * GB), 2 * GB, GB // 2)
+
+        for tightest in range(3):
+            limits = [7, 7, 7]
+            limits[tightest] = 4
+            write(limits)
+            assert memory.available(tmp_path / "cgroup", own) == 2.5 * GB
+        # A limit that is passed leaves nothing.
+        write([7, 1, 7])
+        assert memory.available(tmp_path / "cgroup", own) == 0
+        # Groups beside it are others' affair.
+        write([7, 7, 7])
+        for group in (groups[1] / "c.service", folder / "d"):
+            inside = [str(group / pathlib.Path(name).name) for name in (first, *others)]
+            write_cgroup(root, (*inside, names[3]), str(GB), GB, 0)
+        assert memory.available(tmp_path / "cgroup", own) == 5.5 * GB
+        # A container's group has another name outside of it.
+        own.write_text(f"{line}/unknown\n{line.partition('/')[0]}/../x\n")
+        assert memory.available(tmp_path / "cgroup", own) == 5.5 * GB
+
+    def test_a_limit_above_which_a_group_is_slowed_down(self, tmp_path: pathlib.Path):
+        write_cgroup(tmp_path, V2, "max", used=GB, droppable=0)
+        (tmp_path / "memory.high").write_text(f"{3 * GB}\n")
+        assert memory.available(tmp_path) == 2 * GB
+
+    @pytest.mark.skipif(not memory.psutil.LINUX, reason="memory is limited so on Linux alone")
+    @pytest.mark.parametrize("name", ["RLIMIT_AS", "RLIMIT_DATA"])
+    def test_limits_of_the_process(self, name: str):
+        """What is mapped already counts; so much and no more can then be had."""
+        code = f"""
+import resource
+from padim_jax import memory
+resource.setrlimit(resource.{name}, (3 * 10**9, -1))
+free = memory.available_to_host()
+assert 10**8 < free < 3 * 10**9, free
+held = bytearray(free * 9 // 10)
+left = memory.available_to_host()
+assert left < free // 8, (left, free)
+try:
+    bytearray(free // 5)
+except MemoryError:
+    print("as said")
+"""
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout == "as said\n"
 
     def test_device_with_memory_of_its_own(
         self, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch

@@ -3,11 +3,13 @@
 import contextlib
 import csv
 import datetime
+import errno
 import hashlib
 import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -21,10 +23,11 @@ import pytest
 from PIL import Image
 
 from padim_jax import config, defaults, experiment, parallel, predictions, watch
+from padim_jax.datasets import files
 from padim_jax.datasets.synthetic import generate
 from padim_jax.detector import Detector, score
 from padim_jax.errors import UserError
-from padim_jax.watch import Arrival, Folder, Log, Result, Stamp, Timing
+from padim_jax.watch import Arrival, Delays, Folder, Log, Result, Stamp, Timing
 
 
 def draw(path: pathlib.Path, seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
@@ -140,6 +143,45 @@ def table(folder: pathlib.Path) -> list[dict[str, str]]:
 SAID = {"model": "abc", "threshold": (0.5, None)}
 
 
+class TestDelays:
+    def test_later_and_later(self, capsys: pytest.CaptureFixture[str]):
+        delays, a, b = Delays(), arrival("a.png"), arrival("b.png")
+        assert delays.due([a, b], 0.0) == [a, b]
+        delays.postpone(a, "busy", 0.0)
+        waits, now = [], 0.0
+        for _ in range(8):
+            start = now
+            while delays.due([a, b], now) == [b]:
+                now += 0.5
+            waits.append(now - start)
+            delays.postpone(a, "busy", now)
+        assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
+        delays.postpone(a, "no memory", now)
+        out = capsys.readouterr().out
+        assert out == "tried again later: busy\ntried again later: no memory\n"
+
+    def test_only_of_what_is_there_still(self):
+        delays, a = Delays(), arrival("a.png")
+        delays.postpone(a, "busy", 0.0)
+        changed = arrival("a.png", number=1)
+        assert delays.due([changed], 0.0) == [changed]
+        assert not len(delays)
+        delays.postpone(changed, "busy", 0.0)
+        delays.forget([changed])
+        assert delays.due([changed], 0.0) == [changed]
+
+    def test_groups(self, monkeypatch: pytest.MonkeyPatch):
+        """Of bounded size; what failed before is scored alone."""
+        monkeypatch.setattr(watch, "_TOGETHER", 3)
+        monkeypatch.setattr(watch, "_TOGETHER_BYTES", 25)  # two and a half of them
+        arrivals, delays = [arrival(f"{n}.png") for n in range(5)], Delays()
+        for n in (1, 3):
+            delays.postpone(arrivals[n], "busy", 0.0)
+        groups = watch._groups(arrivals, delays)
+        names = [[x.name for x in group] for group in groups]
+        assert names == [["0.png", "2.png"], ["4.png"], ["1.png"], ["3.png"]]
+
+
 class TestLog:
     def test_rows_and_lines(self, tmp_path: pathlib.Path):
         log = Log(tmp_path / "out", SAID)
@@ -165,6 +207,7 @@ class TestLog:
         again = Log(tmp_path, SAID)
         assert again.seen == {arrival("a.png").key, arrival("b.png").key}
         assert again.scale == scale
+        assert again.summary() == log.summary() == "1 images are scored, 1 refused"
         again.add([result("c.png")], None)
         assert [row["path"] for row in table(tmp_path)] == ["a.png", "b.png", "c.png"]
 
@@ -389,6 +432,63 @@ class TestRun:
         errors = {line["path"]: line["error"] for line in found}
         assert errors["two\nlines.png"] is None
         assert sum(error is not None for error in errors.values()) == 3
+
+    @pytest.mark.parametrize("fault", ["read", "memory", "score", "draw"])
+    def test_a_fault_of_the_machine_passes(
+        self,
+        fault: str,
+        watching: Watching,
+        tmp_path: pathlib.Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ):
+        """No good image is given up for it, by the next process either."""
+        out, ended = tmp_path / "work" / "watch", threading.Event()
+        error: BaseException = MemoryError()
+        if fault == "read":
+            error = OSError(errno.EMFILE, "Too many open files")
+        place, name = {
+            "read": (files.os, "open"),
+            "memory": (watch.input_pipeline, "decode"),
+            "score": (watch.detector_lib, "score_pixels"),
+            "draw": (predictions.figures, "overlay"),
+        }[fault]
+        function = getattr(place, name)
+
+        def failing(*args: Any, **keywords: Any) -> Any:
+            # Only where it is asked of the watched images.
+            ours = fault != "read" or pathlib.Path(args[0]).parent == tmp_path / "in"
+            ours &= fault != "score" or bool(args[1].any())  # the first one compiles
+            if ours and not ended.is_set():
+                raise error
+            return function(*args, **keywords)
+
+        monkeypatch.setattr(place, name, failing)
+        monkeypatch.setattr(watch, "_FIRST_DELAY", 0.1)
+        for number in range(3):
+            draw(tmp_path / "in" / f"{number}.png", number)
+        (tmp_path / "in" / "empty.png").write_bytes(b"")  # the file's own fault
+        said = []
+        with watching():
+            while "".join(said).count("tried again later") < 3:
+                said.append(capsys.readouterr().out)
+                time.sleep(0.01)
+            time.sleep(0.5)  # some more tries
+            if fault != "read" and fault != "memory":
+                assert [x["path"] for x in wait_for(1, out)] == ["empty.png"]
+        said.append(capsys.readouterr().out)
+        text = "".join(said)
+        for number in range(3):
+            assert text.count(f"tried again later: {tmp_path}/in/{number}.png: ") == 1
+        assert re.search(r"stopped, .*, [34] are tried again by the next --watch\n$", text)
+        ended.set()
+        with watching():
+            found = wait_for(4, out)
+        assert {x["path"]: x["error"] is None for x in found} == {
+            **{f"{number}.png": True for number in range(3)},
+            "empty.png": False,
+        }
+        assert "stopped, 3 images are scored, 1 refused\n" in capsys.readouterr().out
 
     def test_an_image_without_a_finite_score(
         self, watching: Watching, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
