@@ -86,6 +86,6 @@ def restore(path: Path, stored: Any, *detector: str) -> Calibration | None:
 
 def _broken(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"{path}: no thresholds, or broken ones ({error}); remove a checkpoint's {NAME} (then "
-        "--mode=calibrate finds new ones), export a model file again"
+        f"{path}: thresholds that cannot be read ({error}); move a checkpoint's {NAME} away "
+        "(then --mode=calibrate finds new ones), export a model file again"
     )

@@ -21,6 +21,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -72,6 +73,9 @@ _LONGEST_REASON = 1000  # characters of a library's error
 _DESCRIPTIONS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/_sharding")
 _LONGEST_DESCRIPTION = 64_000_000
 _MOST_IMAGES = 10**7
+_ORBAX = importlib.metadata.version("orbax-checkpoint")
+# Of checkpoints that do not say which one wrote them.
+_FIRST_ORBAX = "0.12"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +138,7 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
     metadata: dict[str, Any] = {
         "format": _FORMAT,
         "version": padim_jax.__version__,
+        "orbax": _ORBAX,
         "config": config_lib.to_stored(fitted.config),
         "weights": dataclasses.asdict(fitted.weights),
         "regions": fitted.regions,
@@ -193,6 +198,8 @@ def check_destination(path: Path) -> None:
         return
     for entry in folder.iterdir():
         if _is_leftover(entry) or _is_deleted(entry) or entry.name in calibration_file.NAMES:
+            continue
+        if paths.is_system_file(entry.name):
             continue
         if not _STEP.fullmatch(entry.name) or _describe(entry) is None:
             raise UserError(
@@ -285,9 +292,10 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
         # TensorStore appends its whole specification.
         reason = " ".join(str(error).partition(" [tensorstore_spec")[0].split())
         reason = reason[:_LONGEST_REASON]
+        versions = _orbax_versions(metadata)
         raise UserError(
-            f"{step}: the checkpoint is broken ({type(error).__name__}: {reason}); fit again "
-            "or restore it from a copy"
+            f"{step}: the checkpoint is broken ({type(error).__name__}: {reason}){versions}; "
+            "fit again or restore it from a copy"
         ) from error
 
 
@@ -402,10 +410,7 @@ def _steps(folder: Path) -> list[tuple[int, dict[str, Any]]]:
             continue
         info = _describe(step)
         if info is None:
-            raise UserError(
-                f"{step}: a damaged checkpoint (a power cut?); delete this folder to go back "
-                "to one before it, restore it from a copy, or fit to another --checkpoint"
-            )
+            raise UserError(f"{step}: {_unreadable(step)}; {_restore_advice(bool(found))}")
         _require_format(step, info.custom_metadata)
         found.append((number, info.custom_metadata))
     return found
@@ -485,6 +490,39 @@ def _describe(folder: Path) -> Any:
     metadata = info.custom_metadata
     known = isinstance(metadata, dict) and type(metadata.get("format")) is int
     return info if known else None
+
+
+def _unreadable(step: Path) -> str:
+    """Return why Orbax does not describe a step, as far as its own JSON tells."""
+    try:
+        with (step / _DESCRIPTIONS[0]).open("rb") as file:
+            content = file.read(_LONGEST_DESCRIPTION)
+        metadata = json.loads(content)["custom_metadata"]
+        whole = type(metadata["format"]) is int
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        whole, metadata = False, {}
+    if not whole:
+        return f"no checkpoint that Orbax {_ORBAX} can read, or a damaged one (a power cut?)"
+    versions = _orbax_versions(metadata) or f" (both with Orbax {_ORBAX})"
+    return (
+        "its description is whole, but the rest cannot be read: damaged, or written otherwise "
+        f"than is read here{versions}"
+    )
+
+
+def _orbax_versions(metadata: Mapping[str, Any]) -> str:
+    """Return which Orbax wrote a checkpoint and which one reads it, if another one."""
+    wrote = metadata.get("orbax")
+    if wrote == _ORBAX or (wrote is None and _ORBAX.startswith(f"{_FIRST_ORBAX}.")):
+        return ""
+    by = str(wrote)[:60] if wrote is not None else _FIRST_ORBAX
+    return f" (written with Orbax {by}, read with Orbax {_ORBAX}: install that one to read it)"
+
+
+def _restore_advice(earlier: bool) -> str:
+    """Return what to do about a step; it is not known to be worthless."""
+    back = "move this folder away to go back to the one before it, " if earlier else ""
+    return f"{back}restore it from a copy, or fit to another --checkpoint"
 
 
 def _no_checkpoint(folder: Path) -> str:

@@ -767,7 +767,8 @@ def _require_own(folder: Path, *signs: Path) -> None:
     paths.require_no_link(folder)
     if not folder.exists() or any(sign.exists() for sign in signs):
         return
-    if isinstance(folder, pathlib.Path) and folder.is_dir() and not any(folder.iterdir()):
+    local = isinstance(folder, pathlib.Path) and folder.is_dir()
+    if local and all(paths.is_system_file(entry.name) for entry in folder.iterdir()):
         return  # a run that was killed has just made it
     raise UserError(
         f"{folder}: exists and is not from an earlier run (there is no {signs[0]}); move it "

@@ -29,6 +29,11 @@ else:
 
 # The schemes that etils, TFDS and JAX share, and the package that fsspec takes for each.
 SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}
+# What operating systems put into folders that people look into: macOS, Windows, KDE, Synology,
+# ext4. Never ours, and no sign that a folder is anybody else's.
+_SYSTEM_FILES = {
+    *(".DS_Store", ".directory", "@eaDir", "Thumbs.db", "desktop.ini", "lost+found"),
+}
 # Packages below them, whose errors are no OSErrors.
 _CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs")
 
@@ -298,6 +303,11 @@ def flush(folder: Path) -> None:
             file = os.open(path, os.O_RDONLY)
             os.fsync(file)
             os.close(file)
+
+
+def is_system_file(name: str) -> bool:
+    """Return whether an operating system puts files or folders of this name anywhere."""
+    return name in _SYSTEM_FILES or name.startswith(("._", ".nfs"))
 
 
 def remove_folder(path: Path) -> None:

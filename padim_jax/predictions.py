@@ -145,7 +145,7 @@ def read_evaluation(path: Path, *detector: str) -> Thresholds:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: not an evaluation's results ({type(error).__name__}: {error}); evaluate "
-            "again (--mode=eval) or remove the file to predict without thresholds"
+            "again (--mode=eval) or move the file away to predict without thresholds"
         ) from error
     if image is None:
         return dataclasses.replace(nothing, pixel=pixel, scale=scale)

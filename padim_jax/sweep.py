@@ -257,7 +257,10 @@ def _require_same(one: Run) -> None:
     path = one.workdir / _CONFIG
     if not isinstance(stored := _read(path), dict):
         raise _not_ours(path, "no configuration")
-    found = _settings(stored)
+    try:
+        found = _settings(config_lib.to_dict(config_lib.restore(stored, "another version")))
+    except UserError as error:
+        raise _not_ours(path, str(error)) from error
     for name, value in wanted.items():
         if found.get(name) != value:
             raise UserError(

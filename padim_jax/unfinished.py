@@ -158,7 +158,7 @@ class Progress:
         for name in ("maps", "overlays"):
             if paths.is_folder(self._folder / name):
                 for path in paths.files_below(self._folder / name):
-                    if path not in known:
+                    if path not in known and not paths.is_system_file(path.name):
                         path.unlink()
 
 

@@ -302,7 +302,8 @@ class Log:
         header = json.loads(json.dumps({**said, "format of the journal": 1}))
         entries = journal.read(self._journal)
         if not entries:
-            if folder.is_dir() and any(x for x in folder.iterdir() if x != self._journal):
+            others = folder.iterdir() if folder.is_dir() else ()
+            if any(x != self._journal and not paths.is_system_file(x.name) for x in others):
                 raise UserError(f"{folder}: {_NOT_OURS.format('not of a watched folder')}")
             paths.make_folder(folder)
             journal.append(self._journal, header)

@@ -322,7 +322,7 @@ class TestStored:
         stored = to_dict(found, "abc")
         assert from_dict(stored, "abc") == found
         (tmp_path / "calibration.json").write_text(json.dumps(stored | change))
-        with pytest.raises(UserError, match="no thresholds, or broken ones") as caught:
+        with pytest.raises(UserError, match="thresholds that cannot be read") as caught:
             calibration_file.read(tmp_path, "abc")
         assert str(caught.value).startswith(f"{tmp_path / 'calibration.json'}: ")
 
@@ -336,7 +336,7 @@ class TestStored:
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", 9999 * b"["])
     def test_no_json(self, content: bytes, tmp_path: pathlib.Path):
         (tmp_path / "calibration.json").write_bytes(content)
-        with pytest.raises(UserError, match="no thresholds, or broken ones"):
+        with pytest.raises(UserError, match="thresholds that cannot be read"):
             calibration_file.read(tmp_path, "abc")
 
     def test_a_checkpoint_may_replace_it_and_nothing_else(self, tmp_path: pathlib.Path):

@@ -13,17 +13,19 @@ import numpy as np
 import oldest_models
 import pytest
 
-from padim_jax import calibration_file, config, detector, experiment, fitting
+from padim_jax import calibration_file, checkpoint, config, detector, experiment, fitting
 from padim_jax.config import Config
 from padim_jax.detector import Detector
 from padim_jax.errors import UserError
 from padim_jax.input_pipeline import FolderSource
+from padim_jax.parallel import Devices
 
 EXPECTED = json.loads((oldest_models.FOLDER / "expected.json").read_text(encoding="utf-8"))
 MODELS = (*oldest_models.FORMS, *(f"{kind}.safetensors" for kind in oldest_models.FILES))
 # Sums of float32 in another order change distances by 2.4e-6 (test_experiment), other versions
 # of XLA and of linear algebra by some times that; half the numbers' bits change 1.8e-4.
 TOLERANCE = 5e-5
+ONE = Devices(1)
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +178,57 @@ def test_a_new_setting_that_changes_nothing(root: pathlib.Path, weights: pathlib
     assert config.to_stored(other)["map"]["shares"] == [1.0, 2.0]
     assert config.to_stored(other)["group"] == {"size": 4}
     assert config.score_settings(other)["map.shares"] == [1.0, 2.0]
+
+
+SYSTEM_FILES = (
+    *(".DS_Store", ".nfs000000000123", "desktop.ini", "Thumbs.db", "._0", ".directory"),
+    *("@eaDir/x", "lost+found/x"),
+)
+
+
+def test_files_of_the_operating_system(models: pathlib.Path, weights: pathlib.Path):
+    """They neither keep a model from being replaced nor are they deleted."""
+    for name in SYSTEM_FILES:
+        (models / "moments" / name).parent.mkdir(exist_ok=True)
+        (models / "moments" / name).write_text("x")
+    fitted, _ = checkpoint.load(models / "moments", ONE)
+    checkpoint.save(models / "moments", fitted, ONE)
+    assert all((models / "moments" / name).exists() for name in SYSTEM_FILES)
+    assert not (models / "moments/0").exists()
+    (models / "moments/letter.txt").write_text("x")
+    with pytest.raises(UserError, match=r"holds letter\.txt"):
+        checkpoint.check_destination(models / "moments")
+
+
+class TestOrbaxOfAnotherVersion:
+    """It cannot read a sound checkpoint: nobody is told to delete that."""
+
+    def test_it_has_other_functions(self, models: pathlib.Path, monkeypatch: Any):
+        monkeypatch.delattr(checkpoint.ocp, "metadata")  # as in 0.11
+        monkeypatch.setattr(checkpoint, "_ORBAX", "0.11.36")
+        with pytest.raises(UserError) as caught:
+            checkpoint.load(models / "moments", ONE)
+        message = str(caught.value)
+        for said in ("written with Orbax 0.12", "read with Orbax 0.11.36", "moments/0: "):
+            assert said in message
+        assert "delete" not in message
+
+    def test_it_reads_otherwise(self, models: pathlib.Path, monkeypatch: Any):
+        fitted, _ = checkpoint.load(models / "moments", ONE)
+        checkpoint.save(models / "moments", fitted, ONE)
+        installed = checkpoint._ORBAX
+
+        def load(*_: Any) -> None:
+            raise TypeError("not so")
+
+        monkeypatch.setattr(checkpoint.ocp, "load", load)
+        monkeypatch.setattr(checkpoint, "_ORBAX", "0.99.0")
+        with pytest.raises(UserError, match=f"Orbax {installed}, read with Orbax 0.99.0"):
+            checkpoint.load(models / "moments", ONE)
+
+    def test_a_damaged_one(self, models: pathlib.Path):
+        (models / "moments/0/_CHECKPOINT_METADATA").write_text("{")
+        with pytest.raises(UserError, match="or a damaged one") as caught:
+            checkpoint.load(models / "moments", ONE)
+        assert "delete" not in str(caught.value)
+        assert "one before it" not in str(caught.value)  # there is none

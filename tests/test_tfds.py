@@ -148,7 +148,7 @@ def test_a_source_that_changed_is_noticed(root, records, packed, change):
     message = str(caught.value)
     assert str(packed) in message
     assert f"packed from 15 images that differ from the {len(changed)}" in message
-    assert f"Delete {packed}" in message
+    assert f"Move {packed} away" in message
     assert files(packed) == before  # and the old one is left as it was
     shutil.rmtree(packed)
     builder = tfds_builder.prepare(packed, changed)
@@ -249,7 +249,7 @@ def test_half_a_copy_is_no_packed_set(records, packed):
     for source in (records, None):
         with pytest.raises(UserError, match="incomplete packed set") as caught:
             tfds_builder.prepare(packed, source)
-        assert f"delete {packed}" in str(caught.value)
+        assert f"move {packed} away" in str(caught.value)
 
 
 def test_default_folder_is_that_of_tfds(monkeypatch, tmp_path):

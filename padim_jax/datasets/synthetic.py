@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from padim_jax import locks
+from padim_jax import locks, paths
 from padim_jax.datasets.mvtec_ad import mvtec_ad
 from padim_jax.datasets.records import GOOD, Record
 from padim_jax.datasets.synthetic_part import DEFECTS, photograph
@@ -188,7 +188,8 @@ def _is_current(folder: pathlib.Path, marker: dict[str, object]) -> bool:
 def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """The files below a folder that hold something, but for hidden ones."""
     for path in folder.rglob("*"):
-        if path.is_file() and path.stat().st_size and not path.name.startswith("."):
+        hidden = path.name.startswith(".") or paths.is_system_file(path.name)
+        if path.is_file() and path.stat().st_size and not hidden:
             yield path
 
 

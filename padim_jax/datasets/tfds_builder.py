@@ -160,7 +160,7 @@ def _pack(
         # As after a copy that was cut off; preparing alone writes all or nothing.
         raise UserError(
             f"{builder.data_path}: an incomplete packed set, its description is missing. "
-            f"Copy it again, or delete {data_dir} to pack again"
+            f"Copy it again, or move {data_dir} away to pack again"
         )
     if records is None:
         raise UserError(
@@ -187,8 +187,8 @@ def _require_same(
     if records is not None and _metadata(builder).get("fingerprint") != fingerprint(records):
         raise UserError(
             f"{data_dir}: packed from {len(_metadata(builder)['records'])} images that differ "
-            f"from the {len(records)} in the source folder now. Delete {data_dir} to pack "
-            "again, name another --config.dataset.tfds_dir, or use "
+            f"from the {len(records)} in the source folder now. Move {data_dir} away to "
+            "pack again, name another --config.dataset.tfds_dir, or use "
             "--config.dataset.source=folder"
         )
 
@@ -230,7 +230,7 @@ def _record(fields: Any, place: paths.Path) -> Record:
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"{place}: a damaged packed set: {fields!r} is no image's description; copy it "
-            "again, or delete it to pack again"
+            "again, or move it away to pack again"
         ) from error
 
 
@@ -262,6 +262,6 @@ def _metadata(builder: PadimDataset) -> dict[str, Any]:
     if not (isinstance(metadata, dict) and isinstance(metadata.get("records"), list)):
         raise UserError(
             f"{builder.data_path}: a damaged packed set: its metadata list no images; copy it "
-            "again, or delete it to pack again"
+            "again, or move it away to pack again"
         )
     return metadata

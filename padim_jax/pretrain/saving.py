@@ -101,8 +101,8 @@ def load(
         if metadata["recipe"] != dict(recipe):
             raise UserError(
                 f"{folder}: holds an unfinished training by another recipe or of other images "
-                "or first weights; go on with those, or name another --workdir, or delete the "
-                "folder"
+                "or first weights; go on with those, name another --workdir, or move the "
+                "folder away"
             )
         found: Any = ocp.load(os.fspath(place), target)
         history = metadata["history"]
@@ -111,8 +111,8 @@ def load(
     # Whatever a damaged file makes its readers trip over.
     except Exception as error:
         raise UserError(
-            f"{place}: cannot be read ({type(error).__name__}); delete it, and training begins "
-            "anew"
+            f"{place}: cannot be read ({type(error).__name__}): damaged, or written by "
+            "another version of Orbax; move it away, and training begins anew"
         ) from error
     values = [np.asarray(found[f"{i:04d}"]) for i in range(len(leaves))]
     return step, jax.tree.unflatten(structure, values), history

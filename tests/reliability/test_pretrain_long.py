@@ -310,7 +310,7 @@ class TestSaves:
             if error:
                 failed += 1
                 assert f"{copy / '3'}: cannot be read" in error
-                assert "delete it, and training begins anew" in error
+                assert "move it away, and training begins anew" in error
             else:
                 for x, y in zip(
                     jax.tree.leaves(state), jax.tree.leaves(self.STATE), strict=True
