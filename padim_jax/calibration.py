@@ -40,6 +40,7 @@ import padim_jax
 # Where the normal images come from, and how to say it.
 ORIGINS = {
     "leave_one_out": "training images, each scored by the model without it",
+    "leave_some_out": "some of the training images, each scored by the model without it",
     "held_out": "not fitted",
     "given": "given for it",
 }

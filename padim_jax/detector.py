@@ -10,7 +10,7 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -518,9 +518,33 @@ def _score_left_out_batch(
     index: tuple[int, ...],
 ) -> tuple[AnomalyMaps, Scores]:
     levels = extract(variables, images, image=image, model=model, index=index)
-    by_region = scoring.mahalanobis(fitted, parallel.to_regions(levels))
-    left_out = scoring.leave_one_out(by_region, count)
+    left_out = _left_out(fitted, count, parallel.to_regions(levels))
     return _maps_and_scores(left_out, image, model, map_, index)
+
+
+def _score_samples_batch(
+    fitted: LowRank,
+    count: Int32[Array, ""],
+    start: Int32[Array, ""],
+    size: int,
+    image: ImageConfig,
+    model: ModelConfig,
+    map_: MapConfig,
+    index: tuple[int, ...],
+) -> tuple[AnomalyMaps, Scores]:
+    rows = jnp.minimum(start + jnp.arange(size), count - 1)  # padding repeats the last image
+    levels = tuple(
+        (deviations[:, :, rows] + mean[:, :, None]).swapaxes(-1, -2)
+        for deviations, mean in zip(fitted.deviations, fitted.mean, strict=True)
+    )
+    return _maps_and_scores(_left_out(fitted, count, levels), image, model, map_, index)
+
+
+def _left_out(
+    fitted: Gaussian | LowRank, count: Int32[Array, ""], levels: Levels
+) -> Float32[Array, "r n _b"]:
+    """Distances of fitted images, each from the model without it, in a device's regions."""
+    return scoring.leave_one_out(scoring.mahalanobis(fitted, levels), count)
 
 
 def _maps_and_scores(
@@ -627,6 +651,19 @@ Args:
   count: of images fitted; the other arguments are `score_batch`'s.
 """
 
+score_samples_batch = parallel.mapped(
+    _score_samples_batch, replicated=(1, 2), static=(3, 4, 5, 6, 7)
+)
+"""`score_left_out_batch` of images whose embeddings the fitted model holds.
+
+Args:
+  fitted: see `finalize`; of `Samples`.
+  count: of images fitted.
+  start: number of the first image of the batch, in the order of fitting.
+  size: images of the batch, which all devices together divide; static.
+  image, model, map_, index: static.
+"""
+
 
 def score_pixels(
     detector: Detector,
@@ -669,6 +706,44 @@ def score_pixels(
     )
     _require_finite(detector, found.scores, names)
     return found
+
+
+def score_samples(
+    detector: Detector,
+) -> Iterator[tuple[Anomalies, Bool[np.ndarray, " _b"]]]:
+    """Score every image that was fitted by the model without it, from the model alone.
+
+    The low-rank form holds the embeddings of all its images; no file is read.
+
+    Args:
+      detector: fitted, to at least three images, in the low-rank form.
+
+    Yields:
+      In the order of fitting, batch by batch: the scores of this process's part of a batch,
+      and which of them are not padding.
+
+    Raises:
+      UserError: a score is not finite.
+      ValueError: the model has another form, or fewer images.
+    """
+    config, devices, fitted = detector.config, parallel.every(), detector.gaussian
+    if not isinstance(fitted, LowRank):
+        raise ValueError("the model does not hold the embeddings of its images")
+    if detector.count < 3:
+        raise ValueError(f"{detector.count} images fitted: without one there is no covariance")
+    size = devices.padded(min(config.batch_size, detector.count))
+    own = size // devices.processes
+    static = (size, config.image, config.model, config.map, tuple(detector.index.tolist()))
+    count = np.int32(detector.count)
+    for start in range(0, detector.count, size):
+        maps, scores = score_samples_batch(fitted, count, np.int32(start), *static)
+        found = Anomalies(
+            np.asarray(maps).reshape(-1, *config.image.size), np.asarray(scores).reshape(-1)
+        )
+        first = start + devices.process * own
+        numbers = range(first, first + own)
+        _require_finite(detector, found.scores, [f"fitted image {i}" for i in numbers])
+        yield found, np.array(numbers) < detector.count
 
 
 def _require_finite(

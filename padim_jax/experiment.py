@@ -1,5 +1,6 @@
 """Train, evaluate, predict: where the stages meet, and where all side effects start."""
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -8,7 +9,8 @@ import json
 import os
 import pathlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
@@ -45,10 +47,11 @@ from padim_jax.datasets import LAYOUTS, sampling
 from padim_jax.datasets import folder as folder_layout
 from padim_jax.datasets.records import Record, Skipped, Source, Split
 from padim_jax.detector import Detector
-from padim_jax.errors import UserError
+from padim_jax.errors import DataWarning, UserError
 from padim_jax.fitting import Backbone
 from padim_jax.input_pipeline import FolderSource
 from padim_jax.paths import Path
+from padim_jax.types import LowRank
 
 METRICS = "metrics.json"  # the last to be written, and the first to go
 _CONFIG = "config.json"  # the first
@@ -107,7 +110,7 @@ def run(
         elif mode == "update":
             _update(config, checkpoint_path, pattern, weights)
         elif mode == "merge":
-            fitting.merge(models, checkpoint_path)
+            merge(models, checkpoint_path)
         else:
             _use(mode, config, workdir, checkpoint_path, pattern, weights, half, watching)
     except jax.errors.JaxRuntimeError as error:
@@ -184,46 +187,80 @@ def train(
 
 
 def calibrate(detector: Detector, source: Source, origin: str, path: Path) -> Detector:
-    """Finds thresholds on normal images, and keeps them beside the model.
+    """Find thresholds on normal images, and keep them beside the model.
 
     Args:
       detector: fitted.
       source: normal images.
-      origin: how they stand to the model, of `calibration.ORIGINS`; "leave_one_out" are those
-        that were fitted, all of them.
+      origin: how they relate to the model, one of `calibration.ORIGINS`. "leave_one_out" takes
+        all images that were fitted, "leave_some_out" some of them, each once. "held_out" and
+        "given" take images that were not fitted: of the former, copies of fitted images are
+        left out with a `DataWarning`; of the latter, they are an error.
       path: the checkpoint's folder.
 
     Returns:
       The detector with its thresholds.
 
     Raises:
-      UserError: too few images, an unreadable one, or another process writes to the
-        checkpoint.
+      UserError: too few images, images that contradict `origin`, an unreadable one, or another
+        process writes to the checkpoint.
     """
     with locks.held(path, parallel.every().process):
         return _calibrate(detector, source, origin, path)
 
 
 def _calibrate(detector: Detector, source: Source, origin: str, path: Path) -> Detector:
-    config, count = detector.config, len(source.records)
-    given, left_out = origin == "given", origin == "leave_one_out"
+    config, given = detector.config, origin == "given"
+    left_out = origin in ("leave_one_out", "leave_some_out")
+    if origin == "held_out":
+        source = _without_fitted(detector, source)
+    count = len(source.records)
+    if origin == "leave_one_out" and count != detector.count:
+        raise UserError(
+            f"thresholds: {count} images to leave out one by one, and the model was fitted to "
+            f"{detector.count}; expected all of those, each once"
+        )
     seen = _for_new_images(detector) if given else detector
     # Given ones are seen once; see `predict`.
     cache = None if given else image_cache.open_cache(config.cache)
 
     def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        unused = collections.Counter(map(bytes, detector.images))
         for part in _scores(seen, source, "calibrate", cache, left_out):
-            if given:
-                _require_unknown(detector, part)
+            for record, digest in zip(part.records, map(bytes, part.digests), strict=True):
+                if not left_out:
+                    _require_unknown(record, digest in unused, origin)
+                    continue
+                _require_fitted(record, digest in unused, unused[digest])
+                unused[digest] -= 1
             yield part.maps, part.scores
 
+    return _keep_thresholds(detector, parts(), count, origin, path)
+
+
+def _calibrate_samples(detector: Detector, path: Path) -> Detector:
+    """Thresholds of all images fitted, whose embeddings the model holds."""
+
+    def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for found, valid in detector_lib.score_samples(detector):
+            valid, maps, scores = parallel.gather((valid, found.maps, found.scores))
+            yield maps[valid], scores[valid]
+
+    return _keep_thresholds(detector, parts(), detector.count, "leave_one_out", path)
+
+
+def _keep_thresholds(
+    detector: Detector,
+    parts: Iterable[tuple[np.ndarray, np.ndarray]],
+    count: int,
+    origin: str,
+    path: Path,
+) -> Detector:
+    """Thresholds of the maps and scores of `count` normal images, kept beside the model."""
+    threshold = detector.config.threshold
     try:
         found = calibration_lib.calibrate(
-            parts(),
-            count,
-            origin,
-            config.threshold.image_rate,
-            config.threshold.pixel_rate,
+            parts, count, origin, threshold.image_rate, threshold.pixel_rate
         )
     except ValueError as error:
         raise UserError(
@@ -236,6 +273,244 @@ def _calibrate(detector: Detector, source: Source, origin: str, path: Path) -> D
     return dataclasses.replace(detector, calibration=found)
 
 
+def _without_fitted(detector: Detector, source: Source) -> Source:
+    """The images that a model was not fitted to, with a warning about the others.
+
+    Raises:
+      UserError: too few are left for thresholds.
+    """
+    devices = parallel.every()
+    progress.listing(source, devices)
+    fitted = set(map(bytes, detector.images))
+    copies = [bytes(digest) in fitted for digest in fitting.hash_files(source, devices)]
+    if not any(copies):
+        return source
+    names = [str(source.records[i].image) for i in np.flatnonzero(copies).tolist()]
+    message = (
+        f"{len(names)} of {len(copies)} validation images are copies of images that the model "
+        f"was fitted to ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    )
+    others = np.flatnonzero(~np.array(copies)).tolist()
+    if len(others) < calibration_lib.MIN_IMAGES:
+        raise UserError(
+            f"{message}; {len(others)} are left, and thresholds need at least "
+            f"{calibration_lib.MIN_IMAGES}. Expected other images, or "
+            "--config.threshold.normal=leave_one_out"
+        )
+    if devices.process == 0:
+        warnings.warn(
+            DataWarning(
+                f"{message}: left out of the thresholds, which say nothing of new images "
+                f"otherwise; {len(others)} images remain. Check how the dataset was split"
+            ),
+            stacklevel=2,
+        )
+    return sampling.part(source, others)
+
+
+def update(
+    path: Path,
+    source: Source,
+    config: Config | None = None,
+    weights: str | None = None,
+    dataset: Mapping[str, Source] | None = None,
+) -> Detector:
+    """Extend a fitted model by normal images, and find its thresholds again.
+
+    The thresholds are of the images that `config.threshold.normal` asks for, as far as these
+    are at hand: in the model itself (of the low-rank form), in `source`, or where the model's
+    dataset was. See `fitting.update` for the rest.
+
+    Args:
+      path: the checkpoint's folder; the extended model replaces it.
+      source: normal images.
+      config: None takes the model's own.
+      weights: where the backbone's weights are now; see `load`.
+      dataset: the splits of the configuration's dataset, if they are listed already.
+
+    Returns:
+      The extended detector.
+
+    Raises:
+      UserError: see `fitting.update` and `calibrate`; or another process writes there.
+      Stopped: by SIGTERM.
+    """
+    with locks.held(path, parallel.every().process):
+        extended = fitting.update(path, source, config, weights)
+        detector = extended.detector
+        with compilation_cache.enabled(detector.config.cache):
+            if not extended.added:  # an update that was killed may lack its thresholds
+                mark = detector_lib.fingerprint(detector)
+                if known := calibration_file.read(path, mark):
+                    return dataclasses.replace(detector, calibration=known)
+            splits = dataset or _dataset_at_hand(detector.config)
+            hashed = [(extended.source, extended.digests)]
+            return _find_thresholds(detector, [splits], hashed, path)
+
+
+def merge(
+    models: Sequence[str | os.PathLike[str]], destination: str | os.PathLike[str]
+) -> Detector:
+    """Join models that were fitted to disjoint images of the same kind.
+
+    The result is that of one fit to all images, up to rounding. It can be merged or extended
+    again. Thresholds are found again as by `update`; where the images are not at hand, a
+    `DataWarning` says that there are none.
+
+    Args:
+      models: checkpoints' folders, at least two; a model file does not do, it has no
+        statistics.
+      destination: the merged checkpoint's folder; one that is there is replaced.
+
+    Returns:
+      The merged detector, with the backbone's variables only if thresholds took them: `load`
+      it to score images.
+
+    Raises:
+      UserError: a checkpoint is missing, models differ in settings, channels or weights,
+        or share an image; or another process writes to the destination.
+    """
+    place = paths.parse(os.fspath(destination))
+    with locks.held(place, parallel.every().process):
+        detector, configs = fitting.merge(models, place)
+        with compilation_cache.enabled(detector.config.cache):
+            datasets = [_dataset_at_hand(config) for config in configs]
+            if any(datasets):
+                detector, loaded = _with_backbone(detector, place)
+                datasets = datasets if loaded else []
+            return _find_thresholds(detector, datasets, [], place)
+
+
+def _with_backbone(detector: Detector, path: Path) -> tuple[Detector, bool]:
+    """The same detector with its backbone's variables, and whether they can be had."""
+    variables, loaded = {}, True
+    try:
+        variables = fitting.load_weights(path, detector.weights, detector.config, None)
+    except UserError as error:
+        print(f"thresholds: no image can be scored ({error})")
+        loaded = False
+    if not _all_processes(loaded):
+        return detector, False
+    variables = detector_lib.with_projection(variables, detector.projection)
+    variables = parallel.replicate(variables, parallel.every())
+    return dataclasses.replace(detector, variables=variables), True
+
+
+def _find_thresholds(
+    detector: Detector,
+    datasets: Sequence[Mapping[str, Source]],
+    hashed: Sequence[tuple[Source, UInt8[np.ndarray, "_n 32"]]],
+    path: Path,
+) -> Detector:
+    """Find the thresholds of a model that has grown, from what is at hand.
+
+    Args:
+      detector: the grown model.
+      datasets: the splits of its datasets; none of a dataset that is not at hand.
+      hashed: other images, and the SHA-256 of their files.
+      path: the checkpoint's folder.
+    """
+    config, devices, minimum = detector.config, parallel.every(), calibration_lib.MIN_IMAGES
+    if config.threshold.normal == "none":
+        # Those of the model before, if it had some, are not silently gone.
+        mark = detector_lib.fingerprint(detector)
+        return dataclasses.replace(detector, calibration=calibration_file.read(path, mark))
+    validation = [splits["validation"] for splits in datasets if splits]
+    complete = len(validation) == len(datasets) and all(x.records for x in validation)
+    if validation and complete and config.threshold.normal != "leave_one_out":
+        images = [(x, i) for x in validation for i in range(len(x.records))]
+        sources, _ = _readable(config, {"validation": _Images(images)})
+        return _calibrate(detector, sources["validation"], "held_out", path)
+    if detector.count < minimum:
+        print(
+            f"no thresholds: leaving one out needs at least {minimum} images that were fitted"
+        )
+        return detector
+    if isinstance(detector.gaussian, LowRank):
+        return _calibrate_samples(detector, path)
+    # A random view depends on the name that an image had when it was fitted.
+    centred = input_pipeline.centred(config.image) == config.image
+    source = _fitted_at_hand(detector, datasets, hashed) if centred else _Images([])
+    count = len(source.records)
+    if count == detector.count:
+        return _calibrate(detector, source, "leave_one_out", path)
+    at_hand = f"{count} of the {detector.count} images that were fitted are at hand"
+    if count >= minimum:
+        print(at_hand)
+        return _calibrate(detector, source, "leave_some_out", path)
+    if devices.process == 0:
+        why = at_hand if centred else "random views of fitted images cannot be drawn again"
+        warnings.warn(
+            DataWarning(
+                f"{path}: the model has no thresholds now: {why}. Find them with "
+                f"--mode=calibrate --checkpoint={path} --input=<normal images that were not "
+                "fitted>"
+            ),
+            stacklevel=2,
+        )
+    return detector
+
+
+@dataclasses.dataclass(frozen=True)
+class _Images:
+    """Images of several sources, as one: (source, number) each."""
+
+    images: Sequence[tuple[Source, int]]
+
+    @property
+    def records(self) -> Sequence[Record]:
+        return [source.records[number] for source, number in self.images]
+
+    def read(self, index: int) -> tuple[bytes, bytes | None]:
+        source, number = self.images[index]
+        return source.read(number)
+
+
+def _fitted_at_hand(
+    detector: Detector,
+    datasets: Sequence[Mapping[str, Source]],
+    hashed: Sequence[tuple[Source, UInt8[np.ndarray, "_n 32"]]],
+) -> Source:
+    """The images that were fitted, told by their contents, each as often as it was fitted."""
+    unused = collections.Counter(map(bytes, detector.images))
+    chosen: list[tuple[Source, int]] = []
+
+    def choose(source: Source, digests: UInt8[np.ndarray, "_n 32"]) -> None:
+        for number, digest in enumerate(map(bytes, digests)):
+            if unused[digest] > 0:
+                unused[digest] -= 1
+                chosen.append((source, number))
+
+    for source, digests in hashed:
+        choose(source, digests)
+    for splits in datasets:
+        if splits and len(chosen) < detector.count:
+            devices = parallel.every()
+            progress.listing(splits["train"], devices)
+            choose(splits["train"], fitting.hash_files(splits["train"], devices))
+    return _Images(chosen)
+
+
+def _dataset_at_hand(config: Config) -> dict[str, Source]:
+    """The splits of a model's dataset; none if it is not where it was. A collective.
+
+    Nothing is drawn, packed or downloaded.
+    """
+    layout, dataset, found = LAYOUTS[config.dataset.name], config.dataset, {}
+    with contextlib.suppress(UserError, OSError):
+        if dataset.source == "folder" and paths.is_folder(
+            layout.folder(dataset.root, config.category)
+        ):
+            records = layout.records(dataset.root, config.category, dataset.seed)
+            found = _held_back(config, _by_split(records))
+    return found if _all_processes(bool(found)) else {}
+
+
+def _all_processes(said: bool) -> bool:
+    """Whether all processes say so. A collective."""
+    return bool(np.all(parallel.gather(np.array([said]))))
+
+
 def _update(
     config: Config | None,
     checkpoint_path: Path,
@@ -243,12 +518,12 @@ def _update(
     weights: str | None,
 ) -> None:
     if pattern is not None:
-        source: Source = FolderSource(predictions.find(pattern))
+        update(checkpoint_path, FolderSource(predictions.find(pattern)), config, weights)
     else:
         assert config is not None
-        source = open_dataset(config)["train"]
-        _say_folders(config, {"train": source})
-    fitting.update(checkpoint_path, source, config, weights)
+        dataset = open_dataset(config)
+        _say_folders(config, {"train": dataset["train"]})
+        update(checkpoint_path, dataset["train"], config, weights, dataset)
 
 
 def _use(
@@ -319,7 +594,12 @@ def open_dataset(config: Config) -> dict[str, Source]:
     Raises:
       UserError: folders or files are missing.
     """
-    sources, seed = _open_splits(config), config.dataset.seed
+    return _held_back(config, _open_splits(config))
+
+
+def _held_back(config: Config, sources: dict[str, Source]) -> dict[str, Source]:
+    """The splits of a dataset as a configuration uses them; see `open_dataset`."""
+    seed = config.dataset.seed
     train, validation = sources["train"], sources["validation"]
     if count := config.dataset.train_images:
         chosen = sampling.subset(range(len(train.records)), count, seed)
@@ -356,11 +636,7 @@ def _open_splits(config: Config) -> dict[str, Source]:
         dataset = config.dataset
         layout = LAYOUTS[dataset.name]
         if dataset.source == "folder":
-            records = layout.records(dataset.root, config.category, dataset.seed)
-            return {
-                split: FolderSource([record for record in records if record.split == split])
-                for split in get_args(Split)
-            }
+            return _by_split(layout.records(dataset.root, config.category, dataset.seed))
         # Imported here: TensorFlow Datasets takes its time, and few need it.
         from padim_jax.datasets import tfds_builder
 
@@ -376,6 +652,13 @@ def _open_splits(config: Config) -> dict[str, Source]:
             )
         builder = tfds_builder.prepare(packed, records)
         return {split: tfds_builder.open_split(builder, split) for split in get_args(Split)}
+
+
+def _by_split(records: Sequence[Record]) -> dict[str, Source]:
+    return {
+        split: FolderSource([record for record in records if record.split == split])
+        for split in get_args(Split)
+    }
 
 
 def load(
@@ -864,15 +1147,28 @@ def _regions(detector: Detector) -> int:
     return detector_lib.pyramid(config.image, config.model, index).shapes[0][0]
 
 
-def _require_unknown(detector: Detector, part: _Part) -> None:
+def _require_unknown(record: Record, fitted: bool, origin: str) -> None:
     """Images that a model was fitted to score lower than others: no thresholds come of them."""
-    known = {digest.tobytes() for digest in detector.images}
-    for record, digest in zip(part.records, part.digests, strict=True):
-        if digest.tobytes() in known:
-            raise UserError(
-                f"--input: {record.image} is one of the images that the model was fitted to, "
-                "and scores lower than others do; expected normal images that it does not know"
-            )
+    if fitted:
+        raise UserError(
+            f"{'--input' if origin == 'given' else 'thresholds'}: {record.image} is one of the "
+            "images that the model was fitted to, and scores lower than others do; expected "
+            "normal images that it does not know"
+        )
+
+
+def _require_fitted(record: Record, fitted: bool, unused: int) -> None:
+    """Only images that were fitted can be left out, each as often as it was fitted."""
+    if not fitted:
+        raise UserError(
+            f"thresholds: {record.image} is none of the images that the model was fitted to; "
+            "expected those, since no others can be left out of it"
+        )
+    if not unused:
+        raise UserError(
+            f"thresholds: {record.image} is there more often than it was fitted; expected each "
+            "image once"
+        )
 
 
 def _require_test_images(config: Config, source: Source) -> None:

@@ -18,7 +18,6 @@ from padim_jax import (
     compilation_cache,
     image_cache,
     interrupts,
-    locks,
     memory,
     model_file,
     parallel,
@@ -31,6 +30,7 @@ from padim_jax import config as config_lib
 from padim_jax import detector as detector_lib
 from padim_jax.checkpoint import Fitted
 from padim_jax.config import Config, ModelConfig
+from padim_jax.datasets import sampling
 from padim_jax.datasets.records import Record, Source
 from padim_jax.detector import Detector
 from padim_jax.errors import Stopped, UserError
@@ -87,7 +87,7 @@ def train(
         _require_resumable(path, fitted, config, weights, listed)
         require_whole(path, fitted, fitted.statistics)
         # Names are not enough: files may have been replaced meanwhile.
-        done = _hash(_part(source, range(len(fitted.images))), devices)
+        done = hash_files(sampling.part(source, range(len(fitted.images))), devices)
         if not np.array_equal(done, fitted.images):
             changed = int(np.argmax(np.any(done != fitted.images, axis=1)))
             name = source.records[changed].image
@@ -110,12 +110,30 @@ def train(
     return _fit(fitted, source, start, config, variables, path, devices)
 
 
+@dataclasses.dataclass(frozen=True)
+class Extended:
+    """What `update` makes.
+
+    Attributes:
+      detector: the extended model.
+      source: the images that were to be added and can be read, all of which are in it now.
+      digests: SHA-256 of their files.
+      added: how many of them the model did not know.
+    """
+
+    detector: Detector
+    source: Source
+    digests: UInt8[np.ndarray, "n 32"]
+    added: int
+
+
 def update(
     path: Path, source: Source, config: Config | None = None, weights: str | None = None
-) -> None:
+) -> Extended:
     """Extends a fitted model by normal images that are not in it yet.
 
-    The result is that of one fit to all, up to rounding.
+    The result is that of one fit to all, up to rounding. It has no thresholds; see
+    `experiment.update`, which also locks the checkpoint.
 
     Args:
       path: the checkpoint's folder; the extended model replaces it.
@@ -126,14 +144,9 @@ def update(
 
     Raises:
       UserError: no checkpoint, other settings or weights than it was fitted with, an
-        unreadable image, too little memory, or another process writes there.
+        unreadable image, or too little memory.
       Stopped: by SIGTERM.
     """
-    with locks.held(path, parallel.every().process):
-        _update(path, source, config, weights)
-
-
-def _update(path: Path, source: Source, config: Config | None, weights: str | None) -> None:
     devices = parallel.every()
     fitted, identity = load_checkpoint(path, devices)
     config = config or fitted.config
@@ -144,7 +157,7 @@ def _update(path: Path, source: Source, config: Config | None, weights: str | No
     variables = load_weights(path, fitted.weights, config, weights)
     known = {digest.tobytes() for digest in fitted.images}
     progress.listing(source, devices)  # or they could not tell each other their parts
-    digests = _hash(source, devices)
+    digests = hash_files(source, devices)
     new = [i for i, digest in enumerate(digests) if digest.tobytes() not in known]
     if len(new) < len(source.records):
         left_out = len(source.records) - len(new)
@@ -159,7 +172,9 @@ def _update(path: Path, source: Source, config: Config | None, weights: str | No
         print(f"going on with an interrupted update, after {start} of {len(new)} images")
     elif not new:
         print(f"nothing to add: {path} is as it was")
-        return
+        variables = detector_lib.with_projection(variables, fitted.projection)
+        variables = parallel.replicate(variables, devices)
+        return Extended(ready(fitted, identity, config, variables), source, digests, 0)
     total = len(fitted.images) + len(new)
     memory.require(config, total, devices)
     shapes = detector_lib.pyramid(config.image, config.model, fitted.index.tolist()).shapes
@@ -173,39 +188,41 @@ def _update(path: Path, source: Source, config: Config | None, weights: str | No
     )
     del fitted, unfinished  # whose statistics are used up, or would be there twice
     with compilation_cache.enabled(config.cache):
-        _fit(extended, _part(source, new), start, config, variables, path, devices)
+        part = sampling.part(source, new)
+        detector = _fit(extended, part, start, config, variables, path, devices)
+    return Extended(detector, source, digests, len(new))
 
 
 def merge(
-    models: Sequence[str | os.PathLike[str]], destination: str | os.PathLike[str]
-) -> None:
+    models: Sequence[str | os.PathLike[str]], destination: Path
+) -> tuple[Detector, list[Config]]:
     """Joins models that were fitted to disjoint images of the same kind.
 
     The result is that of one fit to all images, up to rounding. It can be merged or
-    extended again.
+    extended again. It has no thresholds; see `experiment.merge`, which also locks the
+    destination.
 
     Args:
       models: checkpoints' folders, at least two; a model file does not do, it has no
         statistics.
       destination: the merged checkpoint's folder; one that is there is replaced.
 
+    Returns:
+      The merged model, without the backbone's variables, which merging does not need; and
+      the configurations of the models, in their order.
+
     Raises:
       UserError: a checkpoint is missing, models differ in settings, channels or weights,
-        or share an image; or another process writes to the destination.
+        or share an image.
     """
     if len(models) < 2:
         raise UserError(f"{len(models)} model(s) to merge; expected at least 2")
-    place = paths.parse(os.fspath(destination))
-    with locks.held(place, parallel.every().process):
-        _merge(models, place)
-
-
-def _merge(models: Sequence[str | os.PathLike[str]], destination: Path) -> None:
     devices = parallel.every()
     _check_place(destination, devices)
     names = [paths.parse(os.fspath(model)) for model in models]
     merged, _ = load_checkpoint(names[0], devices)
     owners = {digest.tobytes(): names[0] for digest in merged.images}
+    configs = [merged.config]
     for name in names[1:]:
         other, _ = load_checkpoint(name, devices)
         require_same(name, other.config, merged.config)
@@ -231,6 +248,7 @@ def _merge(models: Sequence[str | os.PathLike[str]], destination: Path) -> None:
                 "disjoint images, or extend one by the images it lacks (--mode=update)"
             )
         owners |= {digest.tobytes(): name for digest in other.images}
+        configs.append(other.config)
         model = merged.config.model
         shapes = detector_lib.pyramid(merged.config.image, model, merged.index.tolist()).shapes
         merged = Fitted(
@@ -244,9 +262,11 @@ def _merge(models: Sequence[str | os.PathLike[str]], destination: Path) -> None:
         )
         del other
     count = len(merged.images)
-    with checkpoint.saving(destination, merged, devices):
-        _finalize(merged)
+    variables = detector_lib.with_projection({}, merged.projection)
+    with checkpoint.saving(destination, merged, devices) as identity:
+        detector = ready(merged, identity, merged.config, variables)
     print(f"merged {len(models)} models of {count} images in all -> {destination}")
+    return detector, configs
 
 
 def _same_projection(a: Projection | None, b: Projection | None) -> bool:
@@ -506,24 +526,11 @@ def _fit(
     return detector
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """Some images of a source; see `_part`."""
+def hash_files(source: Source, devices: Devices) -> UInt8[np.ndarray, "n 32"]:
+    """Return the SHA-256 of every image's file, of which each process reads its share.
 
-    source: Source
-    chosen: Sequence[int]
-    records: Sequence[Record]
-
-    def read(self, index: int) -> tuple[bytes, bytes | None]:
-        return self.source.read(self.chosen[index])
-
-
-def _part(source: Source, chosen: Sequence[int]) -> _Part:
-    return _Part(source, chosen, [source.records[i] for i in chosen])
-
-
-def _hash(source: Source, devices: Devices) -> UInt8[np.ndarray, "n 32"]:
-    """SHA-256 of every image's file, of which each process reads its share."""
+    A collective: all processes have to see the same images (`progress.listing`).
+    """
     own = range(devices.process, len(source.records), devices.processes)
     found = np.zeros((-(-len(source.records) // devices.processes), 32), np.uint8)
 

@@ -1,0 +1,327 @@
+"""Thresholds: of which images they may come, and that models that grow have them again."""
+
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+
+from padim_jax import calibration_file, defaults, detector, experiment, fitting, parallel
+from padim_jax.config import Config, validate
+from padim_jax.datasets.synthetic import generate
+from padim_jax.errors import DataWarning, UserError
+from padim_jax.input_pipeline import FolderSource
+from padim_jax.parallel import Devices
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("drawn")
+    generate(folder, n_train=14, n_test_good=1, n_test_per_defect=1, size=64)
+    return folder / "part"
+
+
+@pytest.fixture
+def root(drawn: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A dataset of its own for each test."""
+    shutil.copytree(drawn, tmp_path / "data" / "part")
+    return tmp_path / "data"
+
+
+def make_config(root: pathlib.Path, form: str = "moments", **changes: Any) -> Config:
+    values: Any = defaults.get_config()
+    values.dataset.name, values.dataset.root, values.category = "mvtec_ad", str(root), "part"
+    values.image.resize = (64, 64)
+    values.model.weights, values.model.channels = "random", 6
+    values.model.layers, values.model.statistics = ("layer1",), form
+    values.threshold.image_rate = 0.2
+    values.batch_size = 5
+    values.update_from_flattened_dict(changes)
+    return validate(values)
+
+
+def normal(root: pathlib.Path, start: int, stop: int) -> FolderSource:
+    """Some of the fourteen normal images."""
+    config = make_config(root)
+    return FolderSource(experiment.open_dataset(config)["train"].records[start:stop])
+
+
+def with_validation(root: pathlib.Path, copies: int, others: int) -> pathlib.Path:
+    """MVTec LOCO's layout: validation images, of which some are training images again."""
+    folder = root / "part" / "validation" / "good"
+    folder.mkdir(parents=True)
+    files = sorted((root / "part" / "train" / "good").iterdir())
+    for file in files[:copies]:
+        shutil.copy(file, folder / f"copy_{file.name}")
+    for file in files[len(files) - others :]:
+        file.replace(folder / file.name)
+    for mask in list((root / "part" / "ground_truth").glob("*/*_mask.png")):
+        own = mask.parent / mask.stem.removesuffix("_mask")
+        own.mkdir()
+        mask.replace(own / "000.png")
+    return root
+
+
+def train(config: Config, path: pathlib.Path, source: FolderSource | None = None) -> None:
+    dataset = experiment.open_dataset(config)
+    if source is not None:
+        dataset = {"train": source, "validation": FolderSource([]), "test": FolderSource([])}
+    experiment.train(config, dataset, path)
+
+
+def thresholds(path: pathlib.Path) -> Any:
+    return experiment.load(path).calibration
+
+
+class TestImagesThatWereFitted:
+    def loco(self, root: pathlib.Path, **changes: Any) -> Config:
+        return make_config(root, **{"dataset.name": "mvtec_loco", **changes})
+
+    def test_copies_among_validation_images_are_left_out(
+        self, root: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        config = self.loco(with_validation(root, copies=3, others=4))
+        with pytest.warns(DataWarning, match=r"3 of 7 validation images .*copy_000\.png"):
+            train(config, tmp_path / "model")
+        found = thresholds(tmp_path / "model")
+        assert (found.origin, found.images) == ("held_out", 4)
+        # As if the copies had never been there.
+        for copy in (root / "part" / "validation" / "good").glob("copy_*"):
+            copy.unlink()
+        train(config, tmp_path / "model")
+        assert thresholds(tmp_path / "model") == found
+
+    def test_too_few_others(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        config = self.loco(with_validation(root, copies=12, others=2))
+        with pytest.raises(UserError, match=r"12 of 14 validation .*; 2 are left.*at least 3"):
+            train(config, tmp_path / "model")
+
+    def test_those_that_are_given_are_refused(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        train(make_config(root), tmp_path / "model")
+        fitted = experiment.load(tmp_path / "model")
+        with pytest.raises(UserError, match=r"--input: .*000\.png is one of the images that"):
+            experiment.calibrate(fitted, normal(root, 0, 3), "given", tmp_path / "model")
+
+    def test_leave_one_out_takes_all_fitted_images_once(
+        self, root: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        path = tmp_path / "model"
+        train(make_config(root), path, normal(root, 0, 10))
+        fitted, before = experiment.load(path), (path / "calibration.json").read_bytes()
+        first = normal(root, 0, 10)
+        for records, message in (
+            (first.records[:9], r"9 images to leave out .* fitted to 10"),
+            ([*first.records[:9], *normal(root, 12, 13).records], r"012\.png is none of the"),
+            ([*first.records[:9], first.records[0]], r"000\.png is there more often"),
+        ):
+            with pytest.raises(UserError, match=message):
+                experiment.calibrate(fitted, FolderSource(records), "leave_one_out", path)
+        assert (path / "calibration.json").read_bytes() == before
+        experiment.calibrate(fitted, first, "leave_one_out", path)
+        assert (path / "calibration.json").read_bytes() == before
+
+    def test_part_of_the_fitted_images(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        path = tmp_path / "model"
+        train(make_config(root), path)
+        fitted = experiment.load(path)
+        found = experiment.calibrate(fitted, normal(root, 3, 9), "leave_some_out", path)
+        assert found.calibration is not None
+        assert found.calibration.images == 6
+        assert thresholds(path) == found.calibration
+
+
+def test_scores_of_samples_are_those_of_the_files(
+    root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Without a file, in batches that do not divide the images, on one device and four."""
+    config = make_config(root, "samples")
+    source = normal(root, 0, 14)
+    fitting.train(config, source, tmp_path / "model")
+    batch = next(experiment.input_pipeline.batches(source, config.image, 14))
+    expected = detector.score_pixels(experiment.load(tmp_path / "model"), batch.images, True)
+    for devices in (1, 4):
+        monkeypatch.setattr(parallel, "every", lambda devices=devices: Devices(devices))
+        fitted = experiment.load(tmp_path / "model")
+        parts = list(detector.score_samples(fitted))
+        maps = np.concatenate([found.maps[valid] for found, valid in parts])
+        scores = np.concatenate([found.scores[valid] for found, valid in parts])
+        # The mean is taken off and put back, of which a roundoff remains: measured 4e-6.
+        np.testing.assert_allclose(maps, expected.maps, rtol=1e-4)
+        np.testing.assert_allclose(scores, expected.scores, rtol=1e-4)
+
+
+def same(found: Any, expected: Any) -> None:
+    """The same thresholds up to the rounding of a model that has grown."""
+    assert (found.origin, found.images) == (expected.origin, expected.images)
+    for name in ("image_threshold", "pixel_threshold", "typical_pixel"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-3)
+
+
+class TestUpdate:
+    @pytest.mark.parametrize("form", ["moments", "samples"])
+    def test_thresholds_are_those_of_one_fit(
+        self, form: str, root: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        config = make_config(root, form)
+        train(config, tmp_path / "whole")
+        train(config, tmp_path / "grown", normal(root, 0, 9))
+        grown = experiment.update(tmp_path / "grown", normal(root, 9, 14))
+        found = thresholds(tmp_path / "grown")
+        assert found == grown.calibration
+        same(found, thresholds(tmp_path / "whole"))
+
+    def test_samples_need_no_files(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        config = make_config(root, "samples")
+        train(config, tmp_path / "whole")
+        train(config, tmp_path / "grown", normal(root, 0, 9))
+        more = tmp_path / "more"
+        shutil.move(root / "part" / "train" / "good", more)
+        for file in sorted(more.iterdir())[:9]:
+            file.unlink()
+        experiment.run("update", None, tmp_path, tmp_path / "grown", str(more))
+        same(thresholds(tmp_path / "grown"), thresholds(tmp_path / "whole"))
+
+    def test_moments_take_the_images_at_hand(
+        self, root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    ):
+        train(make_config(root), tmp_path / "model", normal(root, 0, 9))
+        more = tmp_path / "more"
+        shutil.move(root / "part" / "train" / "good", more)
+        for file in sorted(more.iterdir())[:9]:
+            file.unlink()
+        capsys.readouterr()
+        experiment.run("update", None, tmp_path, tmp_path / "model", str(more))
+        found = thresholds(tmp_path / "model")
+        assert (found.origin, found.images) == ("leave_some_out", 5)
+        out = capsys.readouterr().out
+        assert "5 of the 14 images that were fitted are at hand" in out
+        assert "thresholds of 5 normal images (some of the training images" in out
+
+    def test_too_few_at_hand(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        train(make_config(root), tmp_path / "model", normal(root, 0, 9))
+        more = tmp_path / "more"
+        shutil.move(root / "part" / "train" / "good", more)
+        for file in sorted(more.iterdir())[:12]:
+            file.unlink()
+        with pytest.warns(DataWarning, match=r"no thresholds now: 2 of the 11 .*calibrate"):
+            experiment.run("update", None, tmp_path, tmp_path / "model", str(more))
+        assert thresholds(tmp_path / "model") is None
+
+    def test_validation_images(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        """Those of the model's dataset, without any that are fitted now."""
+        with_validation(root, copies=0, others=5)
+        config = make_config(root, **{"dataset.name": "mvtec_loco"})
+        train(config, tmp_path / "model")
+        assert thresholds(tmp_path / "model").images == 5
+        more = tmp_path / "more"
+        more.mkdir()
+        for file in sorted((root / "part" / "validation" / "good").iterdir())[:2]:
+            shutil.copy(file, more)
+        with pytest.warns(DataWarning, match="2 of 5 validation images are copies"):
+            experiment.run("update", None, tmp_path, tmp_path / "model", str(more))
+        found = thresholds(tmp_path / "model")
+        assert (found.origin, found.images) == ("held_out", 3)
+
+    def test_the_configurations_images(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        config = make_config(root)
+        train(config, tmp_path / "model", normal(root, 0, 9))
+        experiment.run("update", config, tmp_path, tmp_path / "model")
+        found = thresholds(tmp_path / "model")
+        assert (found.origin, found.images) == ("leave_one_out", 14)
+
+    def test_an_update_that_was_killed_before_its_thresholds(
+        self, root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        train(make_config(root), tmp_path / "model", normal(root, 0, 9))
+        more = normal(root, 9, 14)
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(calibration_file, "write", killed)
+            with pytest.raises(KeyboardInterrupt):
+                experiment.update(tmp_path / "model", more)
+        assert thresholds(tmp_path / "model") is None
+        experiment.update(tmp_path / "model", more)
+        found = thresholds(tmp_path / "model")
+        assert (found.origin, found.images) == ("leave_one_out", 14)
+        before = (tmp_path / "model" / "calibration.json").stat().st_mtime_ns
+        experiment.update(tmp_path / "model", more)  # nothing to do
+        assert (tmp_path / "model" / "calibration.json").stat().st_mtime_ns == before
+
+    def test_none_stays_none(
+        self, root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    ):
+        config = make_config(root, **{"threshold.normal": "none"})
+        train(config, tmp_path / "model", normal(root, 0, 6))
+        experiment.calibrate(
+            experiment.load(tmp_path / "model"),
+            normal(root, 10, 14),
+            "given",
+            tmp_path / "model",
+        )
+        assert thresholds(tmp_path / "model") is not None
+        capsys.readouterr()
+        experiment.update(tmp_path / "model", normal(root, 6, 10))
+        # Those that it had are of the model before, which is said at once.
+        assert "thresholds of another state of the model" in capsys.readouterr().out
+
+    def test_random_views_of_fitted_images(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        """They depend on the names: of moments nothing can be left out from new ones."""
+        config = make_config(root, "moments", **{"image.rotation": 5.0})
+        train(config, tmp_path / "model", normal(root, 0, 9))
+        with pytest.warns(DataWarning, match="no thresholds now: random views"):
+            experiment.update(tmp_path / "model", normal(root, 9, 14))
+
+
+class TestMerge:
+    def models(self, root: pathlib.Path, config: Config, tmp_path: pathlib.Path) -> list:
+        train(config, tmp_path / "whole")
+        paths = [tmp_path / "a", tmp_path / "b"]
+        for path, (start, stop) in zip(paths, ((0, 6), (6, 14)), strict=True):
+            train(config, path, normal(root, start, stop))
+        return paths
+
+    def test_samples_need_no_files(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        paths = self.models(root, make_config(root, "samples"), tmp_path)
+        shutil.rmtree(root)
+        experiment.merge(paths, tmp_path / "merged")
+        same(thresholds(tmp_path / "merged"), thresholds(tmp_path / "whole"))
+
+    def test_moments_of_images_that_are_where_they_were(
+        self, root: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        paths = self.models(root, make_config(root), tmp_path)
+        experiment.merge(paths, str(tmp_path / "merged"))
+        same(thresholds(tmp_path / "merged"), thresholds(tmp_path / "whole"))
+
+    def test_moments_without_files(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        paths = self.models(root, make_config(root), tmp_path)
+        shutil.rmtree(root)
+        with pytest.warns(
+            DataWarning, match=r"merged: .* no thresholds now: 0 of the 14"
+        ) as said:
+            experiment.merge(paths, tmp_path / "merged")
+        assert f"--mode=calibrate --checkpoint={tmp_path / 'merged'} --input=" in str(
+            said[0].message
+        )
+        assert thresholds(tmp_path / "merged") is None
+
+    def test_none_stays_none(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        config = make_config(root, **{"threshold.normal": "none"})
+        paths = self.models(root, config, tmp_path)
+        assert experiment.merge(paths, tmp_path / "merged").calibration is None
+
+    def test_weights_that_are_gone(
+        self, root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        paths = self.models(root, make_config(root), tmp_path)
+
+        def gone(*_: Any) -> None:
+            raise UserError("weights: no such file")
+
+        monkeypatch.setattr(fitting, "load_weights", gone)
+        with pytest.warns(DataWarning, match="no thresholds now"):
+            experiment.merge(paths, tmp_path / "merged")
