@@ -351,7 +351,7 @@ def _check_flags(mode: str, config: config_lib.Config | None) -> None:
     if _WEIGHTS.value is not None and mode in ("train", "train_and_eval"):
         raise UserError(f"--weights: not for --mode={mode}; set --config.model.weights")
     if _WEIGHTS.value is not None and mode == "merge":
-        raise UserError("--weights: not for --mode=merge, which computes no features")
+        raise UserError("--weights: not for --mode=merge, which takes those of the models")
     if _DOWNLOAD.value and (config is None or config.dataset.name != "mvtec_ad"):
         raise UserError("--download: only for --config.dataset.name=mvtec_ad")
 
