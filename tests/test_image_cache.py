@@ -5,11 +5,14 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import threading
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from PIL import Image
 
 from padim_jax import defaults, experiment, image_cache
@@ -413,3 +416,30 @@ class TestRuns:
         assert len(before) == 5
         self.run("predict", validate(config), tmp_path / "results")
         assert entries(tmp_path / "cache" / "images") == before
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    st.integers(150, 1500),
+    st.lists(st.tuples(st.booleans(), st.integers(0, 5)), max_size=25),
+)
+def test_as_a_dictionary_that_forgets(limit: int, uses: list[tuple[bool, int]]):
+    """Whatever is put and asked for in whatever order: what it was, or nothing; bounded."""
+    sizes = {n: len(image_cache._pack(key(n), decoded(n, (5, 3 + n)))) for n in range(6)}
+    with tempfile.TemporaryDirectory() as name:
+        folder, put = pathlib.Path(name), set()
+        cache = ImageCache(folder, limit)
+        for is_put, number in uses:
+            if is_put:
+                cache.put(key(number), decoded(number, (5, 3 + number)))
+                put.add(number)
+            found = cache.get(key(number))
+            if found is not None:
+                assert number in put
+                assert_same(found, decoded(number, (5, 3 + number)))
+            elif is_put:  # what was put last is there, if there is room for it at all
+                assert sizes[number] > limit
+            elif number in put:  # nothing goes while there is room, with a sixteenth to spare
+                most = max(sizes[n] for n in put)
+                assert sum(sizes[n] for n in put) > limit - max(limit // 16, most)
+            assert total(folder) <= limit

@@ -1,6 +1,7 @@
 """Decoding, resizing, cropping and batching against plain Pillow and NumPy."""
 
 import dataclasses
+import errno
 import hashlib
 import io
 import os
@@ -19,10 +20,10 @@ from PIL import Image
 
 from padim_jax import input_pipeline
 from padim_jax.config import ImageConfig
-from padim_jax.datasets import decoding
+from padim_jax.datasets import decoding, files
 from padim_jax.datasets.mvtec_ad import mvtec_ad
 from padim_jax.datasets.records import Record
-from padim_jax.errors import UserError
+from padim_jax.errors import MachineError, UserError
 from padim_jax.image_cache import ImageCache
 
 RESAMPLING = {
@@ -440,6 +441,72 @@ class TestViews:
                 np.testing.assert_array_equal(np.stack(found.masks), np.stack(expected.masks))
             entries += more
             assert len(list((tmp_path / "cache").iterdir())) == entries
+
+
+class TestFaults:
+    """What is wrong with images (`config.dataset.skip_bad`), and what is not."""
+
+    @pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO, errno.ESTALE])
+    def test_a_fault_of_the_machine_is_none_of_an_image(self, number, numbered, monkeypatch):
+        source = input_pipeline.FolderSource(numbered)
+        opened = os.open
+
+        def failing(path, *args):
+            if path == numbered[1].image:
+                raise OSError(number, os.strerror(number))
+            return opened(path, *args)
+
+        monkeypatch.setattr(files.os, "open", failing)
+        with pytest.raises(MachineError, match=r"cannot be read: "):
+            list(input_pipeline.faults(source, image_config(), [0, 1]))
+
+    def test_too_little_memory_is_none_either(self, numbered, monkeypatch):
+        def exhausted(*_):
+            raise MemoryError
+
+        source = input_pipeline.FolderSource(numbered)
+        monkeypatch.setattr(input_pipeline, "open_rgb", exhausted)
+        with pytest.raises(MemoryError):
+            list(input_pipeline.faults(source, image_config(), [0]))
+
+    def test_of_a_file(self, numbered, tmp_path):
+        (tmp_path / "link.png").symlink_to("nowhere")
+        (tmp_path / "loop.png").symlink_to("loop.png")
+        (tmp_path / "folder.png").mkdir()
+        (tmp_path / "text.png").write_text("no image")
+        names = ["link.png", "loop.png", "folder.png", "text.png", "text.png/a.png"]
+        records = [record(tmp_path / name) for name in names]
+        source = input_pipeline.FolderSource([*records, numbered[0]])
+        *bad, good = input_pipeline.faults(source, image_config(), range(len(names) + 1))
+        assert all(bad)
+        assert good is None
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+    def test_a_decoder_without_memory_does_not_call_a_file_broken(self, tmp_path):
+        """Of libwebp's want of memory Pillow says "could not create decoder object"."""
+        path = tmp_path / "a.webp"
+        Image.fromarray(noise(3000, 4000)).save(path, method=0)
+        code = f"""
+import pathlib, resource
+import psutil
+from padim_jax.datasets.decoding import open_rgb
+from padim_jax.errors import UserError
+data = pathlib.Path({os.fspath(path)!r}).read_bytes()
+mapped = psutil.Process().memory_info().vms
+outcomes = []
+for room in range(0, 200_000_000, 20_000_000):
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + room, -1))
+    try:
+        open_rgb(data, "a.webp")
+    except (MemoryError, UserError) as error:
+        outcomes.append(type(error).__name__)
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+open_rgb(data, "a.webp")
+print(len(outcomes) > 2, set(outcomes))
+"""
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout == "True {'MemoryError'}\n"
 
 
 class TestWarm:

@@ -26,7 +26,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 import padim_jax
-from padim_jax import distributed, experiment, main, memory
+from padim_jax import distributed, experiment, input_pipeline, main, memory
 from padim_jax.datasets.synthetic import generate
 from padim_jax.errors import Stopped, UserError
 from padim_jax.models import BUNDLED, pretrained
@@ -423,6 +423,31 @@ class TestMistakes:
         assert message.startswith("not enough memory: about 0.6 GB")
         assert "0.1 GB are free" in message
         assert below(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            MemoryError("Unable to allocate 9.00 GiB"),
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes"),
+        ],
+        ids=["python", "xla"],
+    )
+    def test_memory_that_runs_out_on_the_way(
+        self,
+        error: Exception,
+        root: pathlib.Path,
+        tmp_path: pathlib.Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        def exhausted(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(input_pipeline, "open_rgb", exhausted)
+        given = (MVTEC, *SMALL, f"--config.dataset.root={root}", "--workdir=out")
+        outcome = padim(*given, cwd=tmp_path)
+        assert outcome.code == 2
+        assert outcome.err.startswith("error: not enough memory")
+        assert outcome.err.count("\n") == 1
 
 
 class TestPretrain:
