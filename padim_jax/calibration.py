@@ -23,6 +23,9 @@ Pareto distribution, whose shape so few excesses do not settle, 5.9, 1.4 and 0.8
 The chi-squared distribution, which squared distances of Gaussian embeddings would have, is not
 used: of bottle's patches, left out, 0.6 % exceed its median and 0.24 % its 0.999 quantile.
 Regularization shortens most distances, and the embeddings' tails are heavier.
+
+All this rests on images that are independent. Where they come in groups, as frames of one part
+do, each group counts as one image whose score is its highest.
 """
 
 import dataclasses
@@ -33,7 +36,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int
 
 import padim_jax
 
@@ -58,6 +61,7 @@ _POINTS = 256
 _FARTHEST = 1e30
 _FORMAT = "padim_jax calibration 2"
 _ASIDE = {"format", "version", "detector", "sha256"}
+_LONGEST_WARNING = 100_000
 _LARGEST = float(np.finfo(np.float32).max)  # of what is compared with scores
 _MOST_IMAGES = 2**31
 
@@ -71,9 +75,12 @@ class Calibration:
     Attributes:
       origin: of the normal images, one of `ORIGINS`.
       images: how many there were.
+      groups: of how many groups they were, each of which counts as one image; None where each
+        image is independent.
+      warning: why there may be more false alarms than promised, "" where nothing is known.
       image_rate: the share of normal images that may be called anomalous, as asked for.
-      image_promised_rate: that which `images` promise; above the former where they are too
-        few for it.
+      image_promised_rate: that which as many images, or groups, promise; above the former
+        where they are too few for it.
       image_threshold: in standard deviations, as the scores.
       pixel_rate: the share of normal pixels that may be called anomalous. Estimated, not
         promised: pixels of an image depend on each other.
@@ -99,11 +106,19 @@ class Calibration:
     levels: tuple[float, ...]
     tail_images: int
     tail_excess: float
+    groups: int | None = None
+    warning: str = ""
+
+    @property
+    def independent(self) -> int:
+        """How many images, or groups of them, count."""
+        return self.images if self.groups is None else self.groups
 
     def calibrated(self, scores: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """The estimated share of normal images that score lower, from 0 to below 1.
 
-        Never falling in the score. Above about 1 - 1 / `images` it rests on the tail's form.
+        Never falling in the score. Above about 1 - 1 / `independent` it rests on the tail's
+        form.
         """
         scores = scores.astype(np.float64)
         body = np.interp(scores, self.quantiles, self.levels, left=0.0)
@@ -114,7 +129,7 @@ class Calibration:
             with np.errstate(over="ignore"):  # far beyond a tail of no width nothing is left
                 beyond = beyond * np.exp(-self.tail_images * np.log1p(excess / scale))
         else:  # the highest scores are equal: nothing is known but that none was higher
-            beyond = 1 / (self.images + 1)
+            beyond = 1 / (self.independent + 1)
         found = np.where(excess > 0, 1 - beyond, body)
         return np.minimum(found, np.nextafter(1.0, 0.0))
 
@@ -125,6 +140,7 @@ def calibrate(
     origin: str,
     image_rate: float,
     pixel_rate: float,
+    groups: Int[np.ndarray, " n"] | None = None,
 ) -> Calibration:
     """Thresholds, and the distribution of normal scores.
 
@@ -135,13 +151,19 @@ def calibrate(
       origin: see `Calibration`.
       image_rate: see there, as of the next.
       pixel_rate: above 0 and below 1, both.
+      groups: of each image, in the order of `parts`, the number of its group. The highest
+        score of a group stands for it. None where each image is independent.
 
     Raises:
-      ValueError: fewer than `MIN_IMAGES`, another number than was said, or a score that is
-        not finite.
+      ValueError: fewer than `MIN_IMAGES` or as many groups, another number than was said, or a
+        score that is not finite.
     """
-    if images < MIN_IMAGES:
-        raise ValueError(f"{images} normal images; thresholds need at least {MIN_IMAGES}")
+    independent = images if groups is None else len(np.unique(groups))
+    if independent < MIN_IMAGES:
+        what = f"{images} normal images"
+        if groups is not None:
+            what += f" in {independent} groups that are independent"
+        raise ValueError(f"{what}; thresholds need at least {MIN_IMAGES}")
     scores, medians = [], []
     highest = np.zeros(0, np.float32)
     for maps, part in parts:
@@ -150,19 +172,34 @@ def calibrate(
         medians.append(np.median(maps[:, ::4, ::4], axis=(1, 2)))
         pixels = images * math.prod(maps.shape[1:])
         highest = _largest(highest, maps.ravel(), pixels - _rank(pixels, pixel_rate) + 1)
-    found = np.sort(np.concatenate(scores)) if scores else np.zeros(0, np.float32)
+    found = np.concatenate(scores) if scores else np.zeros(0, np.float32)
     if len(found) != images:
         raise ValueError(f"{len(found)} normal images; {images} were to come")
     if not np.all(np.isfinite(found)):
         raise ValueError("a score of a normal image is not finite")
-    return _of_scores(
-        found,
+    if groups is not None:
+        found = _highest(found, groups)
+    calibration = _of_scores(
+        np.sort(found),
         origin,
         image_rate,
         pixel_rate,
         pixel_threshold=_above(float(highest.min())),
         typical_pixel=float(np.median(np.concatenate(medians))),
     )
+    if groups is None:
+        return calibration
+    return dataclasses.replace(calibration, images=images, groups=independent)
+
+
+def _highest(
+    scores: Float32[np.ndarray, " n"], groups: Int[np.ndarray, " n"]
+) -> Float32[np.ndarray, " g"]:
+    """The highest score of each group."""
+    _, numbers = np.unique(groups, return_inverse=True)
+    found = np.full(numbers.max() + 1, -np.inf, np.float32)
+    np.maximum.at(found, numbers, scores)
+    return found
 
 
 def _largest(
@@ -244,18 +281,24 @@ def shown(calibrated: float) -> str:
 def text(calibration: Calibration) -> str:
     """Where the thresholds come from and what they promise, for a person."""
     known = calibration
+    images = f"{known.images} normal images"
+    if known.groups is not None:
+        images += f" in {known.groups} groups"
     promised = known.image_promised_rate <= known.image_rate
     lines = [
-        f"thresholds of {known.images} normal images ({ORIGINS[known.origin]}): image score "
+        f"thresholds of {images} ({ORIGINS[known.origin]}): image score "
         f"{known.image_threshold:.4g} for {'at most' if promised else 'about'} "
         f"{100 * known.image_rate:.3g} % false alarms, pixel {known.pixel_threshold:.4g} for "
         f"about {100 * known.pixel_rate:.3g} %"
     ]
     if not promised:
+        few = "images" if known.groups is None else "groups"
         lines.append(
-            f"  so few images promise {100 * known.image_promised_rate:.2g} % at best; for "
+            f"  so few {few} promise {100 * known.image_promised_rate:.2g} % at best; for "
             "less the threshold rests on the form of their scores' tail"
         )
+    if known.warning:
+        lines.append(f"  warning: {known.warning}")
     return "\n".join(lines)
 
 
@@ -294,6 +337,8 @@ def outcome(
     return {
         "origin": calibration.origin,
         "images": calibration.images,
+        "groups": calibration.groups,
+        "warning": calibration.warning,
         "image_rate": calibration.image_rate,
         "image_promised_rate": calibration.image_promised_rate,
         "image_threshold": calibration.image_threshold,
@@ -367,7 +412,9 @@ def _check(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         if not _valid(name, value):
             raise ValueError(f"{name}={repr(value)[:60]}")
-    if fields["tail_images"] > fields["images"]:
+    if (fields.get("groups") or 0) > fields["images"]:
+        raise ValueError("more groups than images")
+    if fields["tail_images"] > (fields.get("groups") or fields["images"]):
         raise ValueError("more images in the tail than there are")
     if len(fields["quantiles"]) != len(fields["levels"]):
         raise ValueError("as many levels as quantiles were expected")
@@ -376,8 +423,12 @@ def _check(fields: Mapping[str, Any]) -> None:
 def _valid(name: str, value: Any) -> bool:
     if name == "origin":
         return isinstance(value, str) and value in ORIGINS
-    if name in ("images", "tail_images"):
-        least = MIN_IMAGES if name == "images" else 1
+    if name == "warning":
+        return isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST_WARNING
+    if name == "groups" and value is None:
+        return True
+    if name in ("images", "groups", "tail_images"):
+        least = 1 if name == "tail_images" else MIN_IMAGES
         return type(value) is int and least <= value <= _MOST_IMAGES
     if name in ("quantiles", "levels"):
         if not isinstance(value, list) or not value or {type(x) for x in value} != {float}:

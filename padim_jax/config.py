@@ -12,6 +12,7 @@ is neither stored (`to_stored`) nor part of a model's fingerprint (`score_settin
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
@@ -39,6 +40,7 @@ _MOST_CELLS = 63  # a side of a neighbourhood, of which all are added
 _MOST_IMAGES = 65536  # a batch
 _MOST_REPEATS = 1000
 _LEAST_STD = 1e-6  # of pixels of 0 to 1: float32 divides by it
+_LONGEST_PATTERN = 1000
 _LONGEST_NAME = 255  # of a folder, in bytes, wherever folders are
 UPSAMPLINGS = ("bilinear", "bicubic")
 FIGURES = ("none", "some", "all")
@@ -113,6 +115,7 @@ class ThresholdConfig:
     """Thresholds from normal images alone."""
 
     normal: str
+    groups: str
     held_out: float
     image_rate: float
     pixel_rate: float
@@ -288,6 +291,7 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
         ),
         threshold=ThresholdConfig(
             normal=checks.one_of("config.threshold.normal", threshold["normal"], THRESHOLDS),
+            groups=_groups(threshold["groups"]),
             held_out=checks.fraction("config.threshold.held_out", threshold["held_out"]),
             image_rate=checks.fraction("config.threshold.image_rate", threshold["image_rate"]),
             pixel_rate=checks.fraction("config.threshold.pixel_rate", threshold["pixel_rate"]),
@@ -513,6 +517,23 @@ def _category(value: Any) -> str:
             "between, or all alone"
         )
     return ",".join(names)
+
+
+def _groups(value: Any) -> str:
+    expected = (
+        "expected a regular expression that is found in each image's relative path, with at "
+        "most one group in parentheses, as in '(part[0-9]+)_frame'; '' for images that are all "
+        "independent"
+    )
+    found = f"config.threshold.groups={checks.shown(value)}: {expected}"
+    if not isinstance(value, str) or len(value) > _LONGEST_PATTERN:
+        raise UserError(found)
+    try:
+        if re.compile(value).groups > 1:
+            raise UserError(found)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{found} ({error})") from error
+    return value
 
 
 def _pooling(value: Any) -> int:

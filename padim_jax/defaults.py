@@ -143,6 +143,11 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # where it has none a part of the training images), auto (validation images where there
     # are any, else leave_one_out) or none.
     config.threshold.normal = "auto"
+    # Which images belong together, as frames of one part do: a regular expression that is
+    # found in each image's relative path; its match, or the match of its parentheses, names
+    # the group. Groups are left out and held out whole, and what is promised counts them
+    # instead of images. "" for images that are all independent.
+    config.threshold.groups = ""
     # The part of the training images that held_out keeps back, where it has to.
     # Range: above 0, below 1.
     config.threshold.held_out = 0.2

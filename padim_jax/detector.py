@@ -16,6 +16,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float32, Int, Int32, UInt8
 from PIL import Image
 
@@ -69,6 +70,8 @@ _FIRST_SETTINGS = {
     ),
     "map": ("upsample", "sigma"),
 }
+# How many numbers of an image's embeddings are kept of it, to compare images by.
+_SAMPLE = 2048
 
 # Above, their squares overflow float32.
 _LARGEST_FEATURE = 1.8e19
@@ -130,10 +133,12 @@ class Anomalies:
     Attributes:
       maps: Mahalanobis distance per pixel of the preprocessed image, blurred.
       scores: the maximum of each map.
+      samples: about 2,000 numbers of each image's embeddings, the same ones of every image.
     """
 
     maps: Float32[np.ndarray, "n h w"]
     scores: Float32[np.ndarray, " n"]
+    samples: Float32[np.ndarray, "n _s"] | None = None
 
 
 def fingerprint(detector: Detector) -> str:
@@ -302,24 +307,30 @@ def merge(
     return _merge_moments(first, second)
 
 
-def finalize(statistics: Moments | Samples, regularization: float) -> Gaussian | LowRank:
+def finalize(
+    statistics: Moments | Samples, regularization: float, left_out: int = 0
+) -> Gaussian | LowRank:
     """The fitted Gaussians; the statistics are used up.
 
     Args:
-      statistics: of at least two images.
+      statistics: of at least two images more than `left_out`.
       regularization: epsilon, above 0.
+      left_out: for `score_pixels` with so many images left out at a time. Epsilon is then
+        lowered to what `scoring.leave_out` takes.
 
     Raises:
-      ValueError: fewer than two images.
+      ValueError: too few images.
       RegionError: statistics that are not finite, or a covariance in which float32 loses the
         regularization.
     """
     count = int(np.asarray(statistics.count)[0])
-    if count < 2:
-        raise ValueError(f"a covariance needs at least 2 images, there are {count}")
+    if count - left_out < 2:
+        without = f" without {left_out} of them" * bool(left_out)
+        raise ValueError(f"a covariance needs at least 2 images, there are {count}{without}")
     if isinstance(statistics, Samples) and count != (room := statistics.values[0].shape[-2]):
         raise ValueError(f"room for {room} images, of which {count} are there")
-    regularizations = np.full(len(statistics.count), regularization, np.float32)
+    epsilon = regularization * (count - left_out - 1) / (count - 1)
+    regularizations = np.full(len(statistics.count), epsilon, np.float32)
     fitted, finite, kept, _ = _finalize(statistics, regularizations)
     finite, kept = np.asarray(finite)[0], np.asarray(kept)[0]
     if not np.all(finite):
@@ -331,10 +342,11 @@ def finalize(statistics: Moments | Samples, regularization: float) -> Gaussian |
         raise RegionError(message, region, finite=False)
     if np.min(kept) < LEAST_KEPT:
         region, least = int(np.argmin(kept)), float(np.min(kept))
+        without = f" without {left_out} of {count} images" * bool(left_out)
         message = (
             f"float32 keeps {least:.0%} of the regularization ({regularization:g}) in region "
-            f"{region}; expected at least {LEAST_KEPT:.0%}, or distances were wrong: raise the "
-            f"regularization to {_enough(regularization, least):.1g}"
+            f"{region}{without}; expected at least {LEAST_KEPT:.0%}, or distances were wrong: "
+            f"raise the regularization to {_enough(regularization, least):.1g}"
         )
         raise RegionError(message, region, finite=True)
     return fitted
@@ -501,10 +513,10 @@ def _score_batch(
     model: ModelConfig,
     map_: MapConfig,
     index: tuple[int, ...],
-) -> tuple[AnomalyMaps, Scores]:
+) -> tuple[AnomalyMaps, Scores, Float32[Array, "b _s"]]:
     levels = extract(variables, images, image=image, model=model, index=index)
     by_region = scoring.mahalanobis(fitted, parallel.to_regions(levels))
-    return _maps_and_scores(by_region, image, model, map_, index)
+    return *_maps_and_scores(by_region, image, model, map_, index), _sample(levels)
 
 
 def _score_left_out_batch(
@@ -516,10 +528,41 @@ def _score_left_out_batch(
     model: ModelConfig,
     map_: MapConfig,
     index: tuple[int, ...],
-) -> tuple[AnomalyMaps, Scores]:
-    levels = extract(variables, images, image=image, model=model, index=index)
-    left_out = _left_out(fitted, count, parallel.to_regions(levels))
-    return _maps_and_scores(left_out, image, model, map_, index)
+    size: int,
+    most: int,
+) -> tuple[AnomalyMaps, Scores, Float32[Array, "b _s"]]:
+    levels = _extract_by_parts(variables, images, image, model, index, most)
+    left_out = scoring.leave_out(fitted, parallel.to_regions(levels), count, size)
+    return *_maps_and_scores(left_out, image, model, map_, index), _sample(levels)
+
+
+def _extract_by_parts(
+    variables: Variables,
+    images: Images,
+    image: ImageConfig,
+    model: ModelConfig,
+    index: tuple[int, ...],
+    most: int,
+) -> Levels:
+    """`extract`, of at most `most` images at a time: what bounds a large group's memory."""
+
+    def one(part: Images) -> Levels:
+        return extract(variables, part, image=image, model=model, index=index)
+
+    if (count := len(images)) <= most:
+        return one(images)
+    padded = jnp.pad(images, ((0, -count % most), (0, 0), (0, 0), (0, 0)))
+    found = lax.map(one, padded.reshape(-1, most, *images.shape[1:]))
+    # The parts' images side by side.
+    together = (jnp.moveaxis(x, 0, 3) for x in found)
+    return tuple(x.reshape(*x.shape[:3], -1)[..., :count] for x in together)
+
+
+def _sample(levels: Levels) -> Float32[Array, "b _s"]:
+    """Some numbers of every image's embeddings, of all levels and places alike."""
+    stride = -(-sum(x[..., 0].size for x in levels) // _SAMPLE)
+    each = [x.reshape(-1, x.shape[-1])[::stride] for x in levels]
+    return jnp.concatenate(each).T
 
 
 def _score_samples_batch(
@@ -537,14 +580,8 @@ def _score_samples_batch(
         (deviations[:, :, rows] + mean[:, :, None]).swapaxes(-1, -2)
         for deviations, mean in zip(fitted.deviations, fitted.mean, strict=True)
     )
-    return _maps_and_scores(_left_out(fitted, count, levels), image, model, map_, index)
-
-
-def _left_out(
-    fitted: Gaussian | LowRank, count: Int32[Array, ""], levels: Levels
-) -> Float32[Array, "r n _b"]:
-    """Distances of fitted images, each from the model without it, in a device's regions."""
-    return scoring.leave_one_out(scoring.mahalanobis(fitted, levels), count)
+    left_out = scoring.leave_out(fitted, levels, count)
+    return _maps_and_scores(left_out, image, model, map_, index)
 
 
 def _maps_and_scores(
@@ -633,7 +670,7 @@ Args:
 """
 
 score_batch = parallel.mapped(_score_batch, replicated=(0,), static=(3, 4, 5, 6))
-"""Images (k, b, h, w, 3) uint8 to anomaly maps (k, b, h, w) and image scores (k, b).
+"""Images (k, b, h, w, 3) uint8 to anomaly maps (k, b, h, w), scores (k, b), samples (k, b, s).
 
 Args:
   variables: the backbone's, on every device.
@@ -643,12 +680,16 @@ Args:
 """
 
 score_left_out_batch = parallel.mapped(
-    _score_left_out_batch, replicated=(0, 2), static=(4, 5, 6, 7)
+    _score_left_out_batch, replicated=(0, 2), static=(4, 5, 6, 7, 8, 9)
 )
-"""`score_batch` of images that were fitted, each by the model without it.
+"""`score_batch` of images that were fitted, each by the model without its group.
 
 Args:
-  count: of images fitted; the other arguments are `score_batch`'s.
+  count: of images fitted.
+  size: images a group, static; see `scoring.leave_out`. The devices' images one after the
+    other are whole groups, and padding.
+  most: images that a device's backbone sees at a time, static.
+  variables, fitted, images, image, model, map_, index: as for `score_batch`.
 """
 
 score_samples_batch = parallel.mapped(
@@ -668,7 +709,7 @@ Args:
 def score_pixels(
     detector: Detector,
     images: UInt8[np.ndarray, "b h w 3"],
-    left_out: bool = False,
+    left_out: int = 0,
     names: Sequence[str] = (),
 ) -> Anomalies:
     """Scores images that are preprocessed already (resized and cropped, uint8).
@@ -678,13 +719,15 @@ def score_pixels(
     Args:
       detector: a fitted model.
       images: as `input_pipeline.preprocess` makes them.
-      left_out: score each image, which must be one that was fitted, by the model without
-        it; see `scoring.leave_one_out`.
+      left_out: of 1, score each image, which must be one that was fitted, by the model
+        without it. Of k, the images of all processes together are groups of k, and each is
+        scored by the model without its group; behind the last whole group there is padding
+        only. The detector's Gaussians have to be finalized for the same k (see `finalize`).
       names: what to call the images in an error.
 
     Raises:
       UserError: a score is not finite (the image is named).
-      ValueError: `left_out` of a model of two images: one alone has no covariance.
+      ValueError: fewer than two images are left: one alone has no covariance.
     """
     config, devices = detector.config, len(detector.gaussian.mean[0])
     count, padding = len(images), -len(images) % devices
@@ -693,19 +736,20 @@ def score_pixels(
     shared = images.reshape(devices, -1, *images.shape[1:])
     static = (config.image, config.model, config.map, tuple(detector.index.tolist()))
     if not left_out:
-        maps, scores = score_batch(detector.variables, detector.gaussian, shared, *static)
-    elif detector.count < 3:
-        raise ValueError(f"{detector.count} images fitted: without one there is no covariance")
-    else:
-        maps, scores = score_left_out_batch(
-            detector.variables, detector.gaussian, np.int32(detector.count), shared, *static
+        found = score_batch(detector.variables, detector.gaussian, shared, *static)
+    elif detector.count - left_out < 2:
+        raise ValueError(
+            f"{detector.count} images fitted: without {left_out} there is no covariance"
         )
-    found = Anomalies(
-        np.asarray(maps).reshape(-1, *config.image.size)[:count],
-        np.asarray(scores).reshape(-1)[:count],
-    )
-    _require_finite(detector, found.scores, names)
-    return found
+    else:
+        every = devices * parallel.every().processes
+        fitted, most = np.int32(detector.count), -(-config.batch_size // every)
+        found = score_left_out_batch(
+            detector.variables, detector.gaussian, fitted, shared, *static, left_out, most
+        )
+    maps, scores, samples = (np.asarray(x).reshape(-1, *x.shape[2:])[:count] for x in found)
+    _require_finite(detector, scores, names)
+    return Anomalies(maps, scores, samples)
 
 
 def score_samples(
@@ -716,7 +760,8 @@ def score_samples(
     The low-rank form holds the embeddings of all its images; no file is read.
 
     Args:
-      detector: fitted, to at least three images, in the low-rank form.
+      detector: fitted, to at least three images, in the low-rank form; its Gaussians
+        finalized for one image left out.
 
     Yields:
       In the order of fitting, batch by batch: the scores of this process's part of a batch,

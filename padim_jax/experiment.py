@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import threading
@@ -15,7 +16,7 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float32, Int, UInt8
 
 import padim_jax
 from padim_jax import calibration as calibration_lib
@@ -23,6 +24,7 @@ from padim_jax import (
     calibration_file,
     checkpoint,
     compilation_cache,
+    copies,
     figures,
     fitting,
     image_cache,
@@ -42,6 +44,7 @@ from padim_jax import (
 from padim_jax import config as config_lib
 from padim_jax import detector as detector_lib
 from padim_jax import watch as watch_lib
+from padim_jax.calibration import Calibration
 from padim_jax.config import Config
 from padim_jax.datasets import LAYOUTS, sampling
 from padim_jax.datasets import folder as folder_layout
@@ -174,24 +177,60 @@ def train(
       Stopped: by SIGTERM, during the fit.
     """
     with locks.held(path, parallel.every().process):
-        detector = fitting.train(config, dataset["train"], path, backbone)
-        normal = config.threshold.normal
+        dataset = _with_held_out(config, dataset)
+        source = copies.distinct(dataset["train"], parallel.every())
+        validation, normal = dataset["validation"], config.threshold.normal
+        leave_out = normal == "leave_one_out" or (normal == "auto" and not validation.records)
+        if normal != "none":  # not after the fit
+            _require_groups(config, source if leave_out else validation)
+        detector = fitting.train(config, source, path, backbone)
         if normal == "none":
             return detector
-        if dataset["validation"].records and normal != "leave_one_out":
-            return _calibrate(detector, dataset["validation"], "held_out", path)
+        if not leave_out:
+            return _calibrate(detector, validation, "held_out", path)
         if detector.count < 3:
             print("no thresholds: leaving one out needs at least 3 images that were fitted")
             return detector
-        return _calibrate(detector, dataset["train"], "leave_one_out", path)
+        return _calibrate(detector, source, "leave_one_out", path)
+
+
+def _with_held_out(config: Config, splits: Mapping[str, Source]) -> dict[str, Source]:
+    """The splits, with a part of the training images for validation where that is asked for.
+
+    Whole groups are held out, drawn at random; of copies the first one counts.
+    """
+    threshold = config.threshold
+    if threshold.normal != "held_out" or splits["validation"].records:
+        return dict(splits)
+    source = copies.distinct(splits["train"], parallel.every())
+    groups = sampling.groups(source.records, threshold.groups)
+    _, held = sampling.held_out(
+        range(int(groups.max(initial=-1)) + 1), threshold.held_out, config.dataset.seed
+    )
+    is_held = np.isin(groups, held)
+    parts = (source.part(np.flatnonzero(x)) for x in (~is_held, is_held))
+    return {**splits, **dict(zip(("train", "validation"), parts, strict=True))}
+
+
+def _require_groups(config: Config, source: Source) -> None:
+    if not (pattern := config.threshold.groups):
+        return
+    count = len(set(sampling.groups(source.records, pattern).tolist()))
+    if count < calibration_lib.MIN_IMAGES:
+        raise UserError(
+            f"config.threshold.groups={pattern!r}: {count} group(s) of {len(source.records)} "
+            f"normal images; thresholds need at least {calibration_lib.MIN_IMAGES}. More parts "
+            "are needed, or no thresholds with --config.threshold.normal=none"
+        )
 
 
 def calibrate(detector: Detector, source: Source, origin: str, path: Path) -> Detector:
     """Find thresholds on normal images, and keep them beside the model.
 
     Args:
-      detector: fitted.
-      source: normal images.
+      detector: fitted. For images left out its Gaussians are given up, since those that leave
+        images out take their place in memory; go on with the result.
+      source: normal images. Of files that are the same the first one counts.
       origin: how they relate to the model, one of `calibration.ORIGINS`. "leave_one_out" takes
         all images that were fitted, "leave_some_out" some of them, each once. "held_out" and
         "given" take images that were not fitted: of the former, copies of fitted images are
@@ -212,63 +251,91 @@ def calibrate(detector: Detector, source: Source, origin: str, path: Path) -> De
 def _calibrate(detector: Detector, source: Source, origin: str, path: Path) -> Detector:
     config, given = detector.config, origin == "given"
     left_out = origin in ("leave_one_out", "leave_some_out")
+    source = copies.distinct(source, parallel.every())
     if origin == "held_out":
         source = _without_fitted(detector, source)
-    count = len(source.records)
-    if origin == "leave_one_out" and count != detector.count:
+    count, pattern = len(source.records), config.threshold.groups
+    fitted = len(set(map(bytes, detector.images)))
+    if origin == "leave_one_out" and count != fitted:
         raise UserError(
             f"thresholds: {count} images to leave out one by one, and the model was fitted to "
-            f"{detector.count}; expected all of those, each once"
+            f"{fitted}; expected all of those, each once"
         )
+    groups = sampling.groups(source.records, pattern)
+    # One pass for each size of a group, of which each takes other Gaussians.
+    passes = _by_size(groups) if left_out else [(0, np.arange(count))]
+    order = np.concatenate([numbers for _, numbers in passes])
     seen = _for_new_images(detector) if given else detector
     # Given ones are seen once; see `predict`.
     cache = None if given else image_cache.open_cache(config.cache)
+    samples = []
 
     def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        nonlocal seen
         unused = collections.Counter(map(bytes, detector.images))
-        for part in _scores(seen, source, "calibrate", cache, left_out):
-            for record, digest in zip(part.records, map(bytes, part.digests), strict=True):
-                if not left_out:
-                    _require_unknown(record, digest in unused, origin)
-                    continue
-                _require_fitted(record, digest in unused, unused[digest])
-                unused[digest] -= 1
-            yield part.maps, part.scores
+        for size, numbers in passes:
+            chosen = sampling.part(source, numbers.tolist())
+            if size:
+                seen = fitting.refinalize(seen, path, size)
+            for part in _scores(seen, chosen, "calibrate", cache, size):
+                for record, digest in zip(part.records, map(bytes, part.digests), strict=True):
+                    if not left_out:
+                        _require_unknown(record, digest in unused, origin)
+                        continue
+                    _require_fitted(record, digest in unused, unused[digest])
+                    unused[digest] -= 1
+                samples.append(part.samples)
+                yield part.maps, part.scores
 
-    return _keep_thresholds(detector, parts(), count, origin, path)
+    found = _thresholds(detector, parts(), count, origin, groups[order] if pattern else None)
+    if not pattern:  # the order is then the source's
+        names = [record.relative_path for record in source.records]
+        near = copies.near_copies(np.concatenate(samples))
+        found = dataclasses.replace(found, warning=copies.near_copies_text(near, names))
+    if left_out:
+        detector = fitting.refinalize(seen, path)
+    return _keep_thresholds(detector, found, path)
 
 
 def _calibrate_samples(detector: Detector, path: Path) -> Detector:
     """Thresholds of all images fitted, whose embeddings the model holds."""
+    left_out = fitting.refinalize(detector, path, 1)
 
     def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for found, valid in detector_lib.score_samples(detector):
+        for found, valid in detector_lib.score_samples(left_out):
             valid, maps, scores = parallel.gather((valid, found.maps, found.scores))
             yield maps[valid], scores[valid]
 
-    return _keep_thresholds(detector, parts(), detector.count, "leave_one_out", path)
+    found = _thresholds(detector, parts(), detector.count, "leave_one_out")
+    return _keep_thresholds(fitting.refinalize(left_out, path), found, path)
 
 
-def _keep_thresholds(
+def _thresholds(
     detector: Detector,
     parts: Iterable[tuple[np.ndarray, np.ndarray]],
     count: int,
     origin: str,
-    path: Path,
-) -> Detector:
-    """Thresholds of the maps and scores of `count` normal images, kept beside the model."""
+    groups: Int[np.ndarray, " n"] | None = None,
+) -> Calibration:
+    """Thresholds of the maps and scores of `count` normal images."""
     threshold = detector.config.threshold
     try:
-        found = calibration_lib.calibrate(
-            parts, count, origin, threshold.image_rate, threshold.pixel_rate
+        return calibration_lib.calibrate(
+            parts, count, origin, threshold.image_rate, threshold.pixel_rate, groups
         )
     except ValueError as error:
         raise UserError(
             f"thresholds: {error}. More normal images are needed, or none at all with "
             "--config.threshold.normal=none"
         ) from error
+
+
+def _keep_thresholds(detector: Detector, found: Calibration, path: Path) -> Detector:
+    """The detector with thresholds, which are kept beside the model."""
     if parallel.every().process == 0:
         calibration_file.write(path, found, detector_lib.fingerprint(detector))
+        if found.warning:
+            warnings.warn(DataWarning(f"thresholds: {found.warning}"), stacklevel=2)
     print(calibration_lib.text(found))
     return dataclasses.replace(detector, calibration=found)
 
@@ -282,15 +349,15 @@ def _without_fitted(detector: Detector, source: Source) -> Source:
     devices = parallel.every()
     progress.listing(source, devices)
     fitted = set(map(bytes, detector.images))
-    copies = [bytes(digest) in fitted for digest in fitting.hash_files(source, devices)]
-    if not any(copies):
+    known = [bytes(digest) in fitted for digest in copies.distinct(source, devices).digests]
+    if not any(known):
         return source
-    names = [str(source.records[i].image) for i in np.flatnonzero(copies).tolist()]
+    names = [str(source.records[i].image) for i in np.flatnonzero(known).tolist()]
     message = (
-        f"{len(names)} of {len(copies)} validation images are copies of images that the model "
+        f"{len(names)} of {len(known)} validation images are copies of images that the model "
         f"was fitted to ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
     )
-    others = np.flatnonzero(~np.array(copies)).tolist()
+    others = np.flatnonzero(~np.array(known)).tolist()
     if len(others) < calibration_lib.MIN_IMAGES:
         raise UserError(
             f"{message}; {len(others)} are left, and thresholds need at least "
@@ -426,7 +493,8 @@ def _find_thresholds(
             f"no thresholds: leaving one out needs at least {minimum} images that were fitted"
         )
         return detector
-    if isinstance(detector.gaussian, LowRank):
+    # Whose files these were, and so their groups, is not known.
+    if isinstance(detector.gaussian, LowRank) and not config.threshold.groups:
         return _calibrate_samples(detector, path)
     # A random view depends on the name that an image had when it was fitted.
     centred = input_pipeline.centred(config.image) == config.image
@@ -487,7 +555,7 @@ def _fitted_at_hand(
         if splits and len(chosen) < detector.count:
             devices = parallel.every()
             progress.listing(splits["train"], devices)
-            choose(splits["train"], fitting.hash_files(splits["train"], devices))
+            choose(splits["train"], copies.digests(splits["train"], devices))
     return _Images(chosen)
 
 
@@ -503,12 +571,21 @@ def _dataset_at_hand(config: Config) -> dict[str, Source]:
         ):
             records = layout.records(dataset.root, config.category, dataset.seed)
             found = _held_back(config, _by_split(records))
-    return found if _all_processes(bool(found)) else {}
+    return _with_held_out(config, found) if _all_processes(bool(found)) else {}
 
 
 def _all_processes(said: bool) -> bool:
     """Whether all processes say so. A collective."""
     return bool(np.all(parallel.gather(np.array([said]))))
+
+
+def _by_size(
+    groups: Int[np.ndarray, " n"],
+) -> list[tuple[int, Int[np.ndarray, " _n"]]]:
+    """Each size of a group, and the images of such groups, those of a group side by side."""
+    sizes = np.bincount(groups)[groups]
+    order = np.lexsort([groups, sizes])
+    return [(int(size), order[sizes[order] == size]) for size in np.unique(sizes)]
 
 
 def _update(
@@ -588,8 +665,7 @@ def open_dataset(config: Config) -> dict[str, Source]:
 
     Returns:
       The splits "train" (at most `train_images` of it), "validation" and "test"; the latter
-      two may be empty. Where thresholds are asked for of images that are held out, and the
-      dataset has none for it, "validation" is a part of the training images.
+      two may be empty.
 
     Raises:
       UserError: folders or files are missing.
@@ -599,17 +675,11 @@ def open_dataset(config: Config) -> dict[str, Source]:
 
 def _held_back(config: Config, sources: dict[str, Source]) -> dict[str, Source]:
     """The splits of a dataset as a configuration uses them; see `open_dataset`."""
-    seed = config.dataset.seed
-    train, validation = sources["train"], sources["validation"]
+    train = sources["train"]
     if count := config.dataset.train_images:
-        chosen = sampling.subset(range(len(train.records)), count, seed)
+        chosen = sampling.subset(range(len(train.records)), count, config.dataset.seed)
         train = sampling.part(train, chosen)
-    threshold = config.threshold
-    if threshold.normal == "held_out" and not validation.records:
-        every = range(len(train.records))
-        fitted, held = sampling.held_out(every, threshold.held_out, seed)
-        validation, train = sampling.part(train, held), sampling.part(train, fitted)
-    return {**sources, "train": train, "validation": validation}
+    return {**sources, "train": train}
 
 
 def _say_folders(config: Config, sources: Mapping[str, Source]) -> None:
@@ -1070,6 +1140,7 @@ class _Part:
       masks: defect pixels; nothing where unknown.
       known: whether the mask is.
       digests: SHA-256 of the images' files.
+      samples: see `detector.Anomalies`.
     """
 
     records: Sequence[Record]
@@ -1078,6 +1149,7 @@ class _Part:
     masks: Bool[np.ndarray, "n h w"]
     known: Bool[np.ndarray, " n"]
     digests: UInt8[np.ndarray, "n 32"]
+    samples: Float32[np.ndarray, "n _s"]
 
 
 def _scores(
@@ -1085,15 +1157,20 @@ def _scores(
     source: Source,
     what: str,
     cache: image_cache.ImageCache | None,
-    left_out: bool = False,
+    left_out: int = 0,
     start: int = 0,
 ) -> Iterator[_Part]:
     """Scores a source batch by batch; every process gets all processes' scores.
 
-    With `left_out` each image, one of those fitted, as the model without it would. The first
-    `start` images, whole batches, are left out.
+    With `left_out` the source is of groups of so many images that were fitted, and each is
+    scored as the model without its group would. The first `start` images, whole batches, are
+    left out.
     """
     config, devices = detector.config, parallel.every()
+    if left_out > 1:  # whole groups
+        least = math.lcm(left_out, devices.total)
+        size = max(1, config.batch_size // least) * least
+        config = dataclasses.replace(config, batch_size=size)
     for batch in progress.batches(source, config, what, cache, devices, start):
         names = [str(record.image) for record in batch.records]
         found = detector_lib.score_pixels(detector, batch.images, left_out, names)
@@ -1106,6 +1183,7 @@ def _scores(
             "masks": np.stack(masks + padding * [nothing]),
             "known": np.array([mask is not None for mask in batch.masks] + padding * [False]),
             "digests": batch.digests,
+            "samples": found.samples,
         }
         valid, every = parallel.gather((batch.valid, own))
         every = {name: x[valid] for name, x in every.items()}

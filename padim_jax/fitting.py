@@ -1,6 +1,5 @@
 """Normal images -> a fitted model on disk: fit, go on with a fit, extend it, merge several."""
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import operator
@@ -16,6 +15,7 @@ from jaxtyping import UInt8
 from padim_jax import (
     checkpoint,
     compilation_cache,
+    copies,
     image_cache,
     interrupts,
     memory,
@@ -58,7 +58,7 @@ def train(
 
     Args:
       config: what to fit.
-      source: the normal images.
+      source: the normal images. Of files that are the same the first one counts.
       path: the checkpoint's folder.
       backbone: the configuration's, if it is loaded already.
 
@@ -70,13 +70,14 @@ def train(
         interrupted fit of something else.
       Stopped: by SIGTERM.
     """
-    count, devices = len(source.records), parallel.every()
-    if count < 2:
+    devices = parallel.every()
+    _check_place(path, devices)
+    source = copies.distinct(source, devices)
+    if (count := len(source.records)) < 2:
         raise UserError(
             f"config.dataset.root={config.dataset.root}: {count} normal image(s) to fit; a "
             "covariance needs at least 2 (MVTec AD's categories have 60 to 391)"
         )
-    _check_place(path, devices)
     memory.require(config, count, devices)
     index = detector_lib.channel_index(config.model)
     variables, weights = backbone or load_backbone(config.model, devices)
@@ -87,7 +88,7 @@ def train(
         _require_resumable(path, fitted, config, weights, listed)
         require_whole(path, fitted, fitted.statistics)
         # Names are not enough: files may have been replaced meanwhile.
-        done = hash_files(sampling.part(source, range(len(fitted.images))), devices)
+        done = source.digests[: len(fitted.images)]
         if not np.array_equal(done, fitted.images):
             changed = int(np.argmax(np.any(done != fitted.images, axis=1)))
             name = source.records[changed].image
@@ -156,8 +157,8 @@ def update(
     source = sources["input"]
     variables = load_weights(path, fitted.weights, config, weights)
     known = {digest.tobytes() for digest in fitted.images}
-    progress.listing(source, devices)  # or they could not tell each other their parts
-    digests = hash_files(source, devices)
+    source = copies.distinct(source, devices)
+    digests = source.digests
     new = [i for i, digest in enumerate(digests) if digest.tobytes() not in known]
     if len(new) < len(source.records):
         left_out = len(source.records) - len(new)
@@ -322,6 +323,28 @@ def ready(fitted: Fitted, identity: str, config: Config, variables: Any) -> Dete
     return Detector(
         *(config, fitted.index, variables, fitted.weights, gaussian, identity, fitted.images)
     )
+
+
+def refinalize(detector: Detector, path: Path, left_out: int = 0) -> Detector:
+    """The same detector with its Gaussians finalized anew, from its checkpoint.
+
+    Statistics are used up by finalizing, and are as large as the Gaussians. These are given
+    up first, so that there is never more than one of them in memory.
+
+    Args:
+      detector: fitted; not to be used any more.
+      path: its checkpoint's folder.
+      left_out: see `detector.finalize`.
+
+    Raises:
+      UserError: the checkpoint is not this detector's, or see `detector.finalize`.
+    """
+    for array in jax.tree.leaves(detector.gaussian):
+        array.delete()
+    fitted, identity = load_checkpoint(path, parallel.every())
+    if identity != detector.identity:
+        raise UserError(f"{path}: replaced by another model meanwhile; start again")
+    return dataclasses.replace(detector, gaussian=_finalize(fitted, left_out))
 
 
 def _projection(
@@ -526,28 +549,6 @@ def _fit(
     return detector
 
 
-def hash_files(source: Source, devices: Devices) -> UInt8[np.ndarray, "n 32"]:
-    """Return the SHA-256 of every image's file, of which each process reads its share.
-
-    A collective: all processes have to see the same images (`progress.listing`).
-    """
-    own = range(devices.process, len(source.records), devices.processes)
-    found = np.zeros((-(-len(source.records) // devices.processes), 32), np.uint8)
-
-    def digest(i: int) -> None:
-        read = hashlib.sha256(source.read(own[i])[0]).digest()
-        found[i] = np.frombuffer(read, np.uint8)
-
-    with (
-        concurrent.futures.ThreadPoolExecutor() as threads,
-        progress.bar(len(own), "compare", devices) as shown,
-    ):
-        for _ in threads.map(digest, range(len(own))):
-            shown.update()
-    every = parallel.gather(found).reshape(devices.processes, -1, 32)
-    return np.concatenate(every.swapaxes(0, 1))[: len(source.records)]
-
-
 def _check_place(path: Path, devices: Devices) -> None:
     # Now, rather than after hours of fitting.
     if devices.process == 0:
@@ -574,10 +575,11 @@ class _NotFiniteError(UserError):
     """Statistics to which some image has added what is no number."""
 
 
-def _finalize(fitted: Fitted) -> Gaussian | LowRank:
+def _finalize(fitted: Fitted, left_out: int = 0) -> Gaussian | LowRank:
     config = fitted.config
+    regularization = config.model.regularization
     try:
-        return detector_lib.finalize(fitted.statistics, config.model.regularization)
+        return detector_lib.finalize(fitted.statistics, regularization, left_out)
     except detector_lib.RegionError as error:
         index = fitted.index.tolist()
         place = detector_lib.place(config.image, config.model, index, error.region)

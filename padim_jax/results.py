@@ -329,11 +329,16 @@ def _thresholds(measured: dict[str, Any]) -> list[str]:
             )
             if normal[key] is not None
         ]
+        of = f"{normal['images']} normal images"
+        if normal["groups"] is not None:
+            of += f" in {normal['groups']} groups"
         sentences.append(
-            f"threshold of {normal['images']} normal images "
+            f"threshold of {of} "
             f"({normal['origin'].replace('_', ' ')}), {wanted}: "
             f"{normal['image_threshold']:.4g}; here {', '.join(found)}"
         )
+        if normal["warning"]:
+            sentences.append(f"warning: {normal['warning']}")
     if measured["image_f1_threshold"] is not None:
         sentences.append(
             "threshold of the best F1 on these very labels: "

@@ -5,6 +5,8 @@ separable, so that one small matrix per axis does the two in a single product.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,9 @@ from padim_jax.types import AnomalyMaps, Distances, Gaussian, Levels, LowRank, S
 _TRUNCATE = 4.0
 
 _LARGEST_BLOCK = 128  # patches whose low-rank distances are computed together
+
+# Numbers that leaving images out computes together: 64 MB.
+_MOST_NUMBERS = 1 << 24
 
 # Four roundoffs of float32.
 _LEAST_LEFT = 2.0**-22
@@ -39,41 +44,72 @@ def mahalanobis(fitted: Gaussian | LowRank, levels: Levels) -> Float32[Array, "r
       (r, n, b) float32 of the finest level's cells, in standard deviations; the square
       root of the quadratic form. `on_grid` brings them into the patches' order.
     """
+    squared, parts = _by_region(fitted, _squares)
     if isinstance(fitted, Gaussian):
-        return jnp.sqrt(jax.vmap(_full_rank)(fitted.mean, fitted.factor, levels))
-
-    def one(region: tuple) -> Float32[Array, "n b"]:
-        mean, deviations, root, x = region
-        return jnp.sqrt(_low_rank(mean, deviations, root, fitted.regularization, x))
-
+        return jnp.sqrt(jax.vmap(squared)(*parts, levels))
     # Block by block: what is left of the deviations is of every patch, for coarse levels too.
-    each = (fitted.mean, fitted.deviations, fitted.root, levels)
-    return lax.map(one, each, batch_size=max(1, _LARGEST_BLOCK // fitted.root.shape[1]))
+    block = max(1, _LARGEST_BLOCK // levels[0].shape[1])
+    return lax.map(lambda part: jnp.sqrt(squared(*part)), (*parts, levels), batch_size=block)
 
 
-def leave_one_out(
-    distances: Float32[Array, "*shape"], count: Int32[Array, ""] | int
-) -> Float32[Array, "*shape"]:
-    """Distances of images that were fitted, as the model without each of them has them.
+def leave_out(
+    fitted: Gaussian | LowRank,
+    levels: Levels,
+    count: Int32[Array, ""] | int,
+    size: int = 1,
+) -> Float32[Array, "r n b"]:
+    """Distances of fitted images, each from the model without the image's group.
 
-    Without an image at distance d the scatter of n images loses a multiple of its
-    deviation's outer product, which the Sherman-Morrison formula inverts. The mean moves, too:
+    Removing a group of k images with deviations D (d, k) from the scatter S of all n moves the
+    mean and leaves S - D W D^T, where W = I + J / m, m = n - k and J is all ones. With
+    B = S + (m - 1) epsilon I and Q = D^T B^-1 D, the Woodbury identity gives the squared
+    distances of the group's images from the model of the other m:
 
-        d_without^2 = (n / (n - 1))^2 (n - 2) / (n - 1) d^2 / (1 - n d^2 / (n - 1)^2)
+        (m - 1) diag((I - J / n - Q)^-1 Q W)
 
-    Exact, up to the regularization: the model without the image has epsilon
-    (n - 1) / (n - 2) instead of epsilon.
+    Exact: epsilon is that of the model without the group, too. For a single image this is
+    (n / (n - 1))^2 (n - 2) q / (1 - n q / (n - 1)), the Sherman-Morrison formula.
 
     Args:
-      distances: see `mahalanobis`; of images that were fitted, whose distances are below
-        (n - 1) / sqrt(n).
-      count: n, of images fitted; at least 3.
+      fitted: the Gaussians of all n images, finalized with (m - 1) / (n - 1) times epsilon, so
+        that their covariances times n - 1 are B.
+      levels: embeddings by level, (r, n, d, b) float32, of images that were fitted. Each `size`
+        consecutive images are a group; what remains after the last whole group is padding.
+      count: n; at least k + 2.
+      size: k.
+
+    Returns:
+      (r, n, b) float32 as from `mahalanobis`; 0 for padding.
     """
-    n = jnp.asarray(count, jnp.float32)
-    squared = distances * distances
-    # What is left of an image that others hardly explain: of it rounding may leave nothing.
-    left = jnp.maximum(1 - n / (n - 1) ** 2 * squared, _LEAST_LEFT)
-    return n / (n - 1) * jnp.sqrt((n - 2) / (n - 1) * squared / left)
+    cells, images = levels[0].shape[1], levels[0].shape[-1]
+    groups, n = images // size, jnp.asarray(count, jnp.float32)
+    m = n - size
+
+    def products(x: Float32[Array, "_n _d b"]) -> Float32[Array, "_n _g _k _k"]:
+        """Of each group's images with each other."""
+        x = x[..., : groups * size].reshape(*x.shape[:2], groups, size)
+        return _matmul(jnp.moveaxis(x, 1, 3), jnp.moveaxis(x, 1, 2))
+
+    squared, parts = _by_region(fitted, products)
+
+    def one(part: tuple) -> Float32[Array, "n b"]:
+        q = squared(*part) / (n - 1)
+        q_w = q + jnp.sum(q, axis=-1, keepdims=True) / m
+        root = lax.linalg.cholesky(jnp.eye(size)[None, None] - 1 / n - q)
+        identity = jnp.broadcast_to(jnp.eye(size), q.shape)
+        both = jnp.concatenate([identity, q_w], axis=-1)
+        both = lax.linalg.triangular_solve(root, both, left_side=True, lower=True)
+        found = (m - 1) * jnp.sum(both[..., :size] * both[..., size:], axis=-2)
+        # Rounding may leave nothing of a group that the other images hardly explain.
+        found = jnp.where(jnp.isfinite(found), found, (m - 1) / _LEAST_LEFT)
+        found = jnp.sqrt(jnp.maximum(found, 0)).reshape(cells, -1)
+        return jnp.pad(found, ((0, 0), (0, images - groups * size)))
+
+    channels = sum(level.shape[2] for level in levels)
+    block = max(1, _MOST_NUMBERS // (cells * images * max(channels, size)))
+    if isinstance(fitted, LowRank):
+        block = min(block, max(1, _LARGEST_BLOCK // cells))
+    return lax.map(one, (*parts, levels), batch_size=block)
 
 
 def on_grid(distances: Float32[Array, "r n b"], patches: Int[np.ndarray, " p"]) -> Distances:
@@ -120,35 +156,51 @@ def image_scores(maps: AnomalyMaps) -> Scores:
     return jnp.max(maps, axis=(1, 2))
 
 
+def _by_region(
+    fitted: Gaussian | LowRank, product: Callable[[Array], Array]
+) -> tuple[Callable[..., Array], tuple[Any, ...]]:
+    """A function of one region's parts and levels, and the parts of all regions."""
+    if isinstance(fitted, Gaussian):
+        return functools.partial(_full_rank, product), (fitted.mean, fitted.factor)
+    function = functools.partial(_low_rank, product, fitted.regularization)
+    return function, (fitted.mean, fitted.deviations, fitted.root)
+
+
+def _squares(x: Float32[Array, "_n _d b"]) -> Float32[Array, "_n b"]:
+    return jnp.sum(x * x, axis=1)
+
+
 def _full_rank(
+    product: Callable[[Array], Array],
     mean: tuple[Float32[Array, "_n _d"], ...],
     factor: tuple[tuple[Float32[Array, "_n _d _e"], ...], ...],
     levels: tuple[Float32[Array, "_n _d b"], ...],
-) -> Float32[Array, "n b"]:
+) -> Float32[Array, "n *_b"]:
     """Squared distances of a region's patches: |L^-1 (x - mean)|^2, level by level.
 
     L^-1 comes from forward substitution, the coarsest level first. A coarse cell meets
-    the rows of all cells above it in one product.
+    the rows of all cells above it in one product. `product` makes squares of the images'
+    L^-1 (x - mean), or products of one image with another.
     """
-    cells, _, images = levels[0].shape
-    squared, white = jnp.zeros((cells, images)), ()
+    cells, squared, white = levels[0].shape[0], jnp.zeros(()), ()
     for x, m, (inverse, *cross) in reversed(list(zip(levels, mean, factor, strict=True))):
         rest = x - m[..., None]
         for rows, coarse in zip(cross, white, strict=True):
             stacked = rows.reshape(len(coarse), -1, rows.shape[-1])
             rest -= _matmul(stacked, coarse).reshape(rest.shape)
         white = (_matmul(inverse, rest), *white)
-        squared += _spread(jnp.sum(white[0] * white[0], axis=1), cells)
+        squared += _spread(product(white[0]), cells)
     return squared
 
 
 def _low_rank(
+    product: Callable[[Array], Array],
+    regularization: Float32[Array, ""],
     mean: tuple[Float32[Array, "_n _d"], ...],
     deviations: tuple[Float32[Array, "_n s _d"], ...],
     root: Float32[Array, "n s s"],
-    regularization: Float32[Array, ""],
     levels: tuple[Float32[Array, "_n _d b"], ...],
-) -> Float32[Array, "n b"]:
+) -> Float32[Array, "n *_b"]:
     """Squared distances of a region's patches, by the Woodbury identity.
 
     With the kernel K = (s - 1) epsilon I + X X^T, which `low_rank.finalize` inverts (R^T R,
@@ -160,18 +212,18 @@ def _low_rank(
     The shorter (|delta|^2 - |R X delta|^2) / epsilon cancels: of images that were fitted, and
     are all but explained, nothing but roundoffs may be left, amplified by 1 / epsilon. Here
     nothing cancels but r itself, and y is where the sum is least: of its errors only squares
-    count.
+    count. `product`: see `_full_rank`; r and y are linear in delta.
     """
     cells, images, _ = root.shape
     deltas = [x - m[..., None] for x, m in zip(levels, mean, strict=True)]
     pairs = list(zip(deltas, deviations, strict=True))
     products = sum(_spread(_matmul(x, delta), cells) for delta, x in pairs)
     weights = _matmul(root.swapaxes(-1, -2), _matmul(root, products))
-    squared = (images - 1) * jnp.sum(weights * weights, axis=1)
+    squared = (images - 1) * product(weights)
     for delta, x in pairs:
         explained = _matmul(_spread(x.swapaxes(-1, -2), cells), weights)
         rest = _spread(delta, cells) - explained
-        squared += jnp.sum(rest * rest, axis=1) / regularization
+        squared += product(rest) / regularization
     return squared
 
 

@@ -544,7 +544,7 @@ def names() -> list[Input]:
         *found,
         refused("name: not UTF-8", data, name=os.fsdecode(b"caf\xe9.png")),
         refused("name: 250 bytes", data, name="m" * 246 + ".png"),
-        taken("the same image again", data, RGB, "as it is: it counts as often as it is there"),
+        taken("the same image again", data, RGB, "as it is: it counts once in a fit"),
     ]
 
 

@@ -311,6 +311,11 @@ class TestStored:
             {"levels": [0.1, 0.2]},
             {"tail_images": 0},
             {"tail_excess": -1.0},
+            {"groups": 2},
+            {"groups": 210},
+            {"groups": "all"},
+            {"warning": None},
+            {"warning": "two\nlines"},
             {"more": 1},
         ],
         ids=str,
@@ -330,7 +335,9 @@ class TestStored:
     def test_missing(self, name: str):
         stored = to_dict(of_scores(GAMMA), "abc")
         del stored[name]
-        with pytest.raises(ValueError, match=name):
+        # What older files lack is missed by the digest.
+        reason = "not what was saved" if name in ("groups", "warning") else name
+        with pytest.raises(ValueError, match=reason):
             from_dict(stored, "abc")
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", 9999 * b"["])
@@ -391,7 +398,8 @@ class TestOutcome:
         maps = np.ones((3, 2, 2), np.float32)
         masks = [np.array([[label, False], [False, False]])] * 3
         found = outcome(self.FOUND, np.full(3, label), maps[:, 0, 0], maps, masks)
-        assert {name for name, value in found.items() if value is None} == undefined
+        nothing = {name for name, value in found.items() if value is None}
+        assert nothing == undefined | {"groups"}
 
 
 FITTED, OTHERS, RATE = 60, 150, 0.05
@@ -414,29 +422,78 @@ def scored() -> tuple[detector.Anomalies, detector.Anomalies, detector.Anomalies
     variables, weights = pretrained.load(model.weights, model.backbone, model.layers)
     variables = parallel.replicate(variables, one)
     shapes = detector.pyramid(config.image, model, index.tolist()).shapes
-    statistics = detector.fit_batch(
-        detector.init(shapes, FITTED, "auto", one),
-        variables,
-        fitted[None],
-        np.ones((1, FITTED), bool),
-        config.image,
-        model,
-        tuple(index.tolist()),
-    )
-    whole = detector.Detector(
-        config,
-        index,
-        variables,
-        weights,
-        detector.finalize(statistics, model.regularization),
-        "",
-        np.zeros((FITTED, 32), np.uint8),
-    )
+
+    def fit(left_out: int = 0) -> detector.Detector:
+        statistics = detector.fit_batch(
+            detector.init(shapes, FITTED, "auto", one),
+            variables,
+            fitted[None],
+            np.ones((1, FITTED), bool),
+            config.image,
+            model,
+            tuple(index.tolist()),
+        )
+        return detector.Detector(
+            config,
+            index,
+            variables,
+            weights,
+            detector.finalize(statistics, model.regularization, left_out),
+            "",
+            np.zeros((FITTED, 32), np.uint8),
+        )
+
+    whole, left_out = fit(), fit(left_out=1)
     return (
-        detector.score_pixels(whole, fitted, left_out=True),
+        detector.score_pixels(left_out, fitted, left_out=1),
         detector.score_pixels(whole, fitted),
         detector.score_pixels(whole, others),
     )
+
+
+class TestGroups:
+    """Images of a group count once, by the highest of their scores."""
+
+    GROUPS = np.repeat(np.arange(30), 2)
+
+    def calibration(self, scores: np.ndarray, ends: list[int], rate: float) -> Calibration:
+        maps = scores[:, None, None] * np.ones((1, 2, 2), np.float32)
+        parts = list(zip(np.split(maps, ends), np.split(scores, ends), strict=True))
+        return calibrate(parts, len(scores), "given", rate, 0.01, self.GROUPS)
+
+    def test_are_what_one_image_of_the_highest_score_each_would_be(self):
+        scores = GAMMA[:60]
+        found = self.calibration(scores, [7, 40], 0.1)
+        alone = of_scores(scores.reshape(30, 2).max(axis=1), 0.1)
+        assert (found.images, found.groups, found.independent) == (60, 30, 30)
+        for field in ("image_threshold", "image_promised_rate", "quantiles", "levels"):
+            assert getattr(found, field) == getattr(alone, field)
+        assert "60 normal images in 30 groups" in calibration.text(found)
+
+    def test_what_can_be_promised_counts_groups(self):
+        found = self.calibration(GAMMA[:60], [], 0.02)
+        assert found.image_promised_rate == pytest.approx(1 / 31)
+        assert "so few groups promise 3.2 % at best" in calibration.text(found)
+
+    def test_too_few(self):
+        part = (np.zeros((4, 2, 2), np.float32), np.zeros(4, np.float32))
+        with pytest.raises(ValueError, match="4 normal images in 2 groups that are indep"):
+            calibrate([part], 4, "given", 0.1, 0.1, np.array([0, 0, 1, 1]))
+
+    def test_stored(self):
+        found = self.calibration(GAMMA[:60], [], 0.1)
+        found = dataclasses.replace(found, warning="near copies")
+        stored = json.loads(json.dumps(calibration.to_dict(found, "one")))
+        assert calibration.from_dict(stored, "one") == found
+        assert "warning: near copies" in calibration.text(found)
+
+    def test_files_that_know_nothing_of_groups(self):
+        """As they were written before there were groups and warnings."""
+        known = of_scores(GAMMA[:60])
+        stored = calibration.to_dict(known, "one")
+        older = {k: v for k, v in stored.items() if k not in ("groups", "warning", "sha256")}
+        older["sha256"] = calibration._digest(older)
+        assert calibration.from_dict(older, "one") == known
 
 
 class TestRealDetector:

@@ -128,6 +128,7 @@ def test_settings_arrive_where_they_belong():
         "map": {"upsample": "bicubic", "sigma": 2},
         "threshold": {
             "normal": "held_out",
+            "groups": "part[0-9]+",
             "held_out": 0.3,
             "image_rate": 0.05,
             "pixel_rate": 0.002,
@@ -168,7 +169,7 @@ def test_fields_are_these():
             "weights",
         ],
         "map": ["sigma", "upsample"],
-        "threshold": ["held_out", "image_rate", "normal", "pixel_rate"],
+        "threshold": ["groups", "held_out", "image_rate", "normal", "pixel_rate"],
         "batch_size": None,
         "train": ["checkpoint_every"],
         "outputs": ["figures", "maps", "report"],
@@ -192,6 +193,9 @@ ONE_OF = [
     ("config.model.reduction", "PCA", ["random, pca, semi_orthogonal, none"]),
     ("config.model.upsample", "bicubic", ["nearest, bilinear"]),
     ("config.threshold.normal", "leave-one-out", ["did you mean 'leave_one_out'?"]),
+    ("config.threshold.groups", "(part", ["expected a regular expression", "position 0"]),
+    ("config.threshold.groups", "(a)(b)", ["at most one group in parentheses"]),
+    ("config.threshold.groups", None, ["expected a regular expression"]),
     ("config.outputs.figures", "many", ["none, some, all"]),
     ("config.outputs.maps", "png", ["none, npy, tiff"]),
 ]
@@ -437,6 +441,7 @@ def test_a_group_that_is_none_is_refused(group, value):
 def test_none_and_text_are_refused_where_they_mean_nothing():
     folders = {"config.dataset.tfds_dir", "config.cache.dir"}
     texts = {"config.category", "config.model.weights", "config.dataset.root"}
+    texts.add("config.threshold.groups")
     for field in leaves(values()):
         if field not in folders | {"config.image.crop"}:
             assert message_of(changed(field, None)).startswith(f"{field}=None: expected ")

@@ -176,7 +176,7 @@ def test_fit_and_score_in_batches(form: str):
     found = detector.score_batch(
         variables, fitted, images[None], config.image, config.model, config.map, given["index"]
     )
-    maps, scores = (np.asarray(x)[0] for x in found)
+    maps, scores, _ = (np.asarray(x)[0] for x in found)
     expected = scoring.anomaly_maps(
         jnp.asarray(np.sqrt(squared), jnp.float32),
         grid=detector.patch_grid(config.image, config.model.layers),

@@ -8,7 +8,7 @@ from trees import write
 from padim_jax import config as config_lib
 from padim_jax import defaults, experiment
 from padim_jax.datasets.records import Record, Source
-from padim_jax.datasets.sampling import held_out, part, subset
+from padim_jax.datasets.sampling import groups, held_out, part, subset
 from padim_jax.errors import UserError
 from padim_jax.input_pipeline import FolderSource
 
@@ -71,6 +71,17 @@ def test_a_part_of_a_part(tmp_path):
     ]
     some = part(part(FolderSource(records), [1, 3, 5]), [0, 2])
     assert [record.relative_path for record in some.records] == ["1", "5"]
+
+
+def test_groups_are_what_the_expression_finds(tmp_path):
+    names = ["a/part2_0.png", "a/part10_0.png", "b/part2_1.png", "b/part3_0.png"]
+    records = [Record("train", tmp_path / name, None, 0, "good", name) for name in names]
+    assert groups(records, "").tolist() == [0, 1, 2, 3]
+    assert groups(records, "part[0-9]+").tolist() == [0, 1, 0, 2]
+    assert groups(records, "part([0-9])").tolist() == [0, 1, 0, 2]
+    assert groups(records, "^.").tolist() == [0, 0, 1, 1]
+    with pytest.raises(UserError, match=r"groups='part10': not found in a/part2_0\.png"):
+        groups(records, "part10")
 
 
 @pytest.mark.parametrize("source", ["folder", "tfds"])

@@ -92,12 +92,17 @@ def _named(measured: Mapping[str, Any]) -> list[tuple[str, float, str]]:
     """Label, value and meaning of the image thresholds, the one to start with first."""
     named = []
     if normal := measured["normal_threshold"]:
+        images = f"{normal['images']} normal images"
+        if normal["groups"] is not None:
+            images += f" in {normal['groups']} groups"
         meaning = (
-            f"from {normal['images']} normal images ({normal['origin'].replace('_', ' ')}), "
+            f"from {images} ({normal['origin'].replace('_', ' ')}), "
             f"{_share(normal['image_rate'])} false alarms asked for"
         )
         if normal["image_promised_rate"] > normal["image_rate"]:
             meaning += f", {100 * normal['image_promised_rate']:.2g} % promised by so few"
+        if normal["warning"]:
+            meaning += f". Warning: {normal['warning']}"
         named.append(("normal images", _float32(normal["image_threshold"]), meaning))
     if measured["image_f1_threshold"] is not None:
         meaning = "the best F1 on these very labels: optimistic, only to compare"
