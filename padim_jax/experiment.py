@@ -46,7 +46,7 @@ from padim_jax import detector as detector_lib
 from padim_jax import watch as watch_lib
 from padim_jax.calibration import Calibration
 from padim_jax.config import Config
-from padim_jax.datasets import LAYOUTS, sampling
+from padim_jax.datasets import LAYOUTS, files, sampling
 from padim_jax.datasets import folder as folder_layout
 from padim_jax.datasets.records import Record, Skipped, Source, Split
 from padim_jax.detector import Detector
@@ -706,7 +706,12 @@ def _open_splits(config: Config) -> dict[str, Source]:
         dataset = config.dataset
         layout = LAYOUTS[dataset.name]
         if dataset.source == "folder":
-            return _by_split(layout.records(dataset.root, config.category, dataset.seed))
+            records = layout.records(dataset.root, config.category, dataset.seed)
+            folder = layout.folder(dataset.root, config.category)
+            images = [record.image for record in records]
+            if text := files.passed_over(files.hidden_beside(images, folder)):
+                print(text)
+            return _by_split(records)
         # Imported here: TensorFlow Datasets takes its time, and few need it.
         from padim_jax.datasets import tfds_builder
 
@@ -1027,13 +1032,17 @@ def watch(
 
 def _require_elsewhere(source: Source, folder: Path) -> None:
     """Pictures of predictions are images as well, but nobody means to score them."""
-    place = f"{os.fspath(paths.absolute(folder))}/"
+    place = f"{_resolved(folder)}/"
     for record in source.records:
-        if os.fspath(paths.absolute(record.image)).startswith(place):
+        if f"{_resolved(record.image.parent)}/".startswith(place):
             raise UserError(
                 f"--input: {record.image} is of the results in {folder}; name a --workdir "
                 "outside of the folder to predict, or images by a glob that leaves it out"
             )
+
+
+def _resolved(path: Path) -> str:
+    return os.path.realpath(path) if isinstance(path, pathlib.Path) else os.fspath(path)
 
 
 def _map_suffix(config: Config) -> str:

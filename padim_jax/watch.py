@@ -43,7 +43,7 @@ from padim_jax import (
     predictions,
     tables,
 )
-from padim_jax.datasets.files import is_image, read_file, shown
+from padim_jax.datasets.files import read_file, shown, walk
 from padim_jax.detector import Detector
 from padim_jax.errors import MachineError, UserError
 from padim_jax.paths import Path
@@ -115,18 +115,25 @@ def _key(name: str, stamp: Stamp) -> int:
 
 
 class Folder:
-    """Which files have arrived in a folder, and in the folders in it, links left out.
+    """Which files have arrived in a folder, and in the folders in it; see `files.walk`.
 
     Args:
       root: the folder.
       settle: see `Timing`.
       seen: keys of arrivals that are done with; looked at, not changed.
+      output: where results go, which are not looked at even if a link leads there.
     """
 
-    def __init__(self, root: pathlib.Path, settle: float, seen: set[int]):
-        self._root, self._settle, self._seen = root, settle, seen
+    def __init__(
+        self,
+        root: pathlib.Path,
+        settle: float,
+        seen: set[int],
+        output: pathlib.Path | None = None,
+    ):
+        self._root, self._settle, self._seen, self._output = root, settle, seen, output
         self._waiting: dict[str, Arrival] = {}
-        self._refused: set[str] = set()
+        self._refused: set[pathlib.Path] = set()
 
     def poll(self, now: float) -> list[Arrival]:
         """The image files that are not seen and have been as they are for `settle`, sorted.
@@ -151,28 +158,20 @@ class Folder:
         return sorted(ready, key=lambda arrival: arrival.name)
 
     def _files(self) -> Iterator[tuple[str, Stamp]]:
-        folders = [""]
-        while folders:
-            folder = folders.pop()
-            try:
-                # The whole listing first: the folder may be gone on the way.
-                with os.scandir(self._root / folder) as listed:
-                    entries = list(listed)
-            except OSError as error:
-                if not folder:
-                    raise
-                if not isinstance(error, FileNotFoundError) and folder not in self._refused:
-                    self._refused.add(folder)
-                    place = shown(self._root / folder)
-                    print(f"{place}: cannot be listed: {error.strerror}", flush=True)
-                continue
-            self._refused.discard(folder)
-            for entry in entries:
-                name = f"{folder}{entry.name}"
-                if is_image(pathlib.Path(entry.name)):
-                    yield name, _stamp(entry)
-                elif entry.is_dir(follow_symlinks=False):
-                    folders.append(f"{name}/")
+        refused: set[pathlib.Path] = set()
+
+        def refuse(folder: pathlib.Path, error: OSError) -> None:
+            if folder == self._root:
+                raise error
+            if not isinstance(error, FileNotFoundError):
+                refused.add(folder)
+                if folder not in self._refused:
+                    print(f"{shown(folder)}: cannot be listed: {error.strerror}", flush=True)
+
+        images = walk(self._root, refuse, self._output).images
+        self._refused = refused
+        for name, entry in images:
+            yield name, _stamp(entry)
 
 
 def _stamp(file: "pathlib.Path | os.DirEntry[str]") -> Stamp:
@@ -442,7 +441,7 @@ def run(
         scale = known.scale or log.scale
         known = dataclasses.replace(known, scale=scale)
         pictures = Pictures(output, detector.config.image, map_suffix, known)
-        watched = Folder(folder, timing.settle, log.seen)
+        watched = Folder(folder, timing.settle, log.seen, output)
         # Compiles it. On a CPU an image takes as long in a batch as alone; alone it waits for
         # no other, and its score does not depend on what else has come.
         blank = np.zeros((1, *detector.config.image.size, 3), np.uint8)

@@ -469,7 +469,7 @@ class TestListing:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
             return scan(path)
 
-        assert files.images_below(tmp_path) == [tmp_path / "a/b/c.png"]
+        assert files.images_below(tmp_path) == ([tmp_path / "a/b/c.png"], [])
         monkeypatch.setattr(os, "scandir", refuse)
         # They may hold images that nobody would miss.
         with pytest.raises(UserError, match=r"a/b: cannot be listed: Permission denied"):
@@ -482,7 +482,7 @@ class TestListing:
         (tmp_path / "above.png").symlink_to(tmp_path)
         (tmp_path / "nothing.png").symlink_to("nowhere")
         os.mkfifo(tmp_path / "pipe.png")
-        names = [str(p.relative_to(tmp_path)) for p in files.images_below(tmp_path)]
+        names = [str(p.relative_to(tmp_path)) for p in files.images_below(tmp_path)[0]]
         assert names == [
             *("above.png", "empty.png", "full.png/sub/a.jpg", "nothing.png", "pipe.png")
         ]

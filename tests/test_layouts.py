@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from trees import fails, listing, rows, write
 
+from padim_jax import config, defaults, experiment
 from padim_jax.datasets import LAYOUTS, masks, tfds_builder
 from padim_jax.datasets.records import Record
 from padim_jax.errors import UserError
@@ -727,3 +728,16 @@ class TestMagneticTile:
         for path in (root / "MT_Free/Imgs").glob("*_[1-9].jpg"):
             path.unlink()
         fails([root / "MT_Free/Imgs", "at least two"], records, "magnetic_tile", root, "")
+
+
+def test_hidden_and_system_folders_are_passed_over(tmp_path, capsys):
+    """In every layout, as --input passes them over, and in a line."""
+    write(tmp_path, "train/good/a.png", "val/bad/b.png")
+    hidden = ("train/good/@eaDir/a.png", "val/__MACOSX/b.png", "lost+found/c.png")
+    write(tmp_path, *hidden, "val/bad/.thumbnails/b.png")
+    values = defaults.get_config()
+    values.dataset.name, values.dataset.root, values.category = "folder", str(tmp_path), ""
+    sources = experiment.open_dataset(config.validate(values))
+    found = [record.relative_path for source in sources.values() for record in source.records]
+    assert sorted(found) == ["train/good/a.png", "val/bad/b.png"]
+    assert "passed over: 4 hidden or system folders with images" in capsys.readouterr().out

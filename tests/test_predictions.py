@@ -199,6 +199,62 @@ class TestFind:
         assert names(find("*/*.png")) == ["[1].png"]
         assert names(find("../*.png")) == ["b.png"]
 
+    HIDDEN = (
+        *(".thumbnails/b.png", ".Trash-1000/files/000.png", "sub/@eaDir/c.tiff"),
+        *("__MACOSX/b.png", "lost+found/#1.png"),
+    )
+
+    @pytest.fixture
+    def strewn(self, parts: pathlib.Path) -> pathlib.Path:
+        """With what desktops and network storage put beside images."""
+        for name in (*self.HIDDEN, ".git/HEAD"):
+            (parts / name).parent.mkdir(parents=True)
+            (parts / name).write_bytes(b"")
+        return parts
+
+    def test_hidden_and_system_folders_are_passed_over(self, strewn, capsys):
+        images = ["a.JPG", "b.png", "looks like one.png/d.png", "sub/c.tiff"]
+        images.append("sub/deep/[1].png")
+        assert names(find(str(strewn))) == images
+        # In one line; .git holds no image.
+        assert capsys.readouterr().out == (
+            "passed over: 5 hidden or system folders with images (.Trash-1000, .thumbnails, "
+            "__MACOSX, lost+found, @eaDir)\n"
+        )
+        assert names(find(f"{strewn}/**/*.[jptJ]*[gfG]")) == images
+        assert "passed over: 5 hidden or system folders" in capsys.readouterr().out
+        assert names(find(f"{strewn}/sub")) == ["c.tiff", "deep/[1].png"]
+        assert "passed over: 1 hidden or system folder " in capsys.readouterr().out
+
+    def test_what_is_named_is_not_passed_over(self, strewn, capsys):
+        for name in self.HIDDEN:
+            folder, _, file = name.rpartition("/")
+            assert names(find(f"{strewn}/{folder}")) == [file]
+            assert names(find(f"{strewn}/{folder}/*.*")) == [file]
+        assert capsys.readouterr().out == ""
+
+    def test_linked_folders_are_followed_once(self, tmp_path: pathlib.Path):
+        for name in ("in/z/a.png", "apart/b.png", "apart/sub/c.png"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        for link, target in {
+            "in/0": "z",
+            "in/one": "../apart",
+            "in/two": "../apart",
+            "in/z/up": "..",
+            "apart/back": "../in",
+            "in/nowhere": "nothing",
+        }.items():
+            (tmp_path / link).symlink_to(target)
+        once = ["one/b.png", "one/sub/c.png", "z/a.png"]
+        assert names(find(str(tmp_path / "in"))) == once
+        assert names(find(f"{tmp_path}/in/**/*.png")) == once
+
+    def test_links_to_images_are_images(self, parts: pathlib.Path):
+        (parts / "sub" / "b.png").symlink_to("../b.png")
+        (parts / "sub" / "gone.png").symlink_to("nothing.png")
+        assert {"b.png", "sub/b.png", "sub/gone.png"} <= set(names(find(str(parts))))
+
     @pytest.mark.parametrize("pattern", ["empty", "*.gif", "nowhere/", "b.jpg"])
     def test_nothing(self, pattern: str, parts: pathlib.Path):
         (parts / "empty").mkdir()

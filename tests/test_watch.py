@@ -98,14 +98,28 @@ class TestFolder:
             draw_nothing = tmp_path / name
             draw_nothing.parent.mkdir(parents=True, exist_ok=True)
             draw_nothing.write_bytes(b"")
+        for name in (".Trash-1000/files/000.png", "sub/@eaDir/a.png"):
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).write_bytes(b"")
         (tmp_path / "loop").symlink_to(tmp_path)
+        outside = tmp_path.with_name(f"{tmp_path.name} outside")
+        draw(outside / "linked.png", 0)
+        (tmp_path / "link").symlink_to(outside)
         (tmp_path / "link.png").symlink_to(tmp_path / "d.txt")
         (tmp_path / "nowhere.png").symlink_to(tmp_path / "nothing")
         (tmp_path / "folder.png").mkdir()
         found = self.poll(Folder(tmp_path, 0.0, set()), 0.0)
         listed = predictions.find(str(tmp_path))
         assert sorted(found) == sorted(record.relative_path for record in listed)
-        assert "sub/deep ü/a.png" in found
+        assert {"sub/deep ü/a.png", "link/linked.png"} <= set(found)
+
+    def test_results_are_not_watched_through_a_link(self, tmp_path: pathlib.Path):
+        draw(tmp_path / "out" / "overlays" / "a.png", 0)
+        draw(tmp_path / "in" / "b.png", 0)
+        for target in (tmp_path, tmp_path / "out", tmp_path / "out" / "overlays"):
+            (tmp_path / "in" / f"to {target.name}").symlink_to(target)
+        folder = Folder(tmp_path / "in", 0.0, set(), tmp_path / "out")
+        assert self.poll(folder, 0.0) == ["b.png"]
 
     def test_a_folder_that_is_gone(self, tmp_path: pathlib.Path):
         folder = Folder(tmp_path / "in", 0.0, set())

@@ -4,7 +4,8 @@ import errno
 import os
 import pathlib
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from padim_jax import paths
 from padim_jax.errors import MachineError, UserError
@@ -21,6 +22,8 @@ _FAULTS_OF_FILES = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.EILSEQ),
 }
+# What desktops, network storage and file systems keep for themselves, beside names with a dot.
+_SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "lost+found")
 _NO_FILES = {
     stat.S_ISDIR: "a folder",
     stat.S_ISFIFO: "a named pipe",
@@ -35,13 +38,18 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
+def is_hidden_folder(name: str) -> bool:
+    """Whether a folder of this name is hidden or a system's: what it holds is not looked at."""
+    return name.startswith(".") or name in _SYSTEM_FOLDERS
+
+
 def subfolders(folder: Path) -> list[Path]:
-    """The folders in `folder` except hidden ones, sorted by name.
+    """The folders in `folder` except hidden and system ones, sorted by name.
 
     Raises:
       UserError: `folder` is no folder.
     """
-    return [path for path in _listing(folder)[0] if not path.name.startswith(".")]
+    return [path for path in _listing(folder)[0] if not is_hidden_folder(path.name)]
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -53,7 +61,7 @@ def image_files(folder: Path) -> list[Path]:
     """
     folders, others = _listing(folder)
     for below in folders:
-        if below.name.startswith("."):
+        if is_hidden_folder(below.name):
             continue
         if any(is_image(path) for found in _listing(below) for path in found):
             raise UserError(
@@ -115,28 +123,155 @@ def file_names(folder: Path) -> set[str]:
     return {p.name for p in found if not isinstance(p, pathlib.Path) or p.is_file()}
 
 
-def images_below(folder: Path) -> list[Path]:
-    """What counts as an image anywhere below a folder, sorted.
+class Tree(NamedTuple):
+    """What a folder and the folders below it hold.
 
-    Links to folders are not followed. A folder that has an image's name and no image in it is
-    among them, as in `image_files`, for whoever reads it to refuse.
+    Attributes:
+      images: POSIX path below the folder and entry of everything that has an image's name.
+      hidden: the hidden and system folders, which were not listed.
+    """
+
+    images: "list[tuple[str, os.DirEntry[str]]]"
+    hidden: list[pathlib.Path]
+
+
+def walk(
+    root: pathlib.Path,
+    refuse: Callable[[pathlib.Path, OSError], None],
+    without: pathlib.Path | None = None,
+    wanted: Callable[[pathlib.Path], bool] = is_image,
+) -> Tree:
+    """List a local folder and those below it, each once, in the order of their names.
+
+    Links to folders are followed, after all folders that are there without a link: a folder
+    that was listed already, as in a loop or by a second link, is left out. Hidden and system
+    folders are not listed. A folder with an image's name is among the images if there is
+    no image in it, for whoever reads it to refuse.
+
+    Args:
+      root: where to begin, whatever its own name.
+      refuse: called with a folder that cannot be listed, and why.
+      without: a folder that is not listed either, however it is reached.
+      wanted: tells which names are an image's.
+    """
+    left_out = None if without is None else f"{os.path.realpath(without)}/"
+    images: list[tuple[str, os.DirEntry[str]]] = []
+    hidden: list[pathlib.Path] = []
+    named: list[tuple[str, os.DirEntry[str]]] = []  # folders that have an image's name
+    listed: set[str] = set()
+    folders, links = [""], []
+    while folders or links:
+        prefix = folders.pop() if folders else links.pop(0)
+        folder = root / prefix
+        real = os.path.realpath(folder)
+        if real in listed or (left_out and f"{real}/".startswith(left_out)):
+            continue
+        listed.add(real)
+        try:
+            # The whole listing first: the folder may be gone on the way.
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            refuse(folder, error)
+            continue
+        below: list[str] = []
+        for entry in entries:
+            is_folder, name = _is_folder(entry), f"{prefix}{entry.name}"
+            if is_folder and is_hidden_folder(entry.name):
+                hidden.append(folder / entry.name)
+            elif is_folder:
+                (links if entry.is_symlink() else below).append(f"{name}/")
+                if is_image(pathlib.Path(entry.name)):
+                    named.append((name, entry))
+            elif wanted(pathlib.Path(entry.name)):
+                images.append((name, entry))
+        folders += reversed(below)
+    inside = {name[: i + 1] for name, _ in images for i, c in enumerate(name) if c == "/"}
+    images += [(name, entry) for name, entry in named if f"{name}/" not in inside]
+    return Tree(images, hidden)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: reading it will tell
+        return False
+
+
+def images_below(
+    folder: Path, wanted: Callable[[pathlib.Path], bool] = is_image
+) -> tuple[list[Path], list[Path]]:
+    """What counts as an image anywhere below a folder, and what was passed over, sorted.
+
+    Args:
+      folder: where to begin.
+      wanted: see `walk`; of a local folder.
+
+    Returns:
+      The images, see `walk`; and the hidden and system folders that hold images.
 
     Raises:
       UserError: a folder cannot be listed.
     """
     if not isinstance(folder, pathlib.Path):
-        return sorted(filter(is_image, paths.files_below(folder)))
+        images, hidden = _walk_remote(folder)
+        return sorted(images), sorted(path for path in hidden if any(_walk_remote(path)[0]))
 
-    def refuse(error: OSError) -> None:
-        raise _not_listed(error.filename, error) from error
+    def refuse(place: pathlib.Path, error: OSError) -> None:
+        raise _not_listed(place, error) from error
 
-    found, folders = [], []
-    for place, below, others in os.walk(folder, onerror=refuse):
-        here = pathlib.Path(place)
-        found += filter(is_image, map(here.joinpath, others))
-        folders += filter(is_image, map(here.joinpath, below))
-    inside = {parent for path in found for parent in path.parents}
-    return sorted([*found, *(path for path in folders if path not in inside)])
+    tree = walk(folder, refuse, wanted=wanted)
+    return sorted(folder / name for name, _ in tree.images), with_images(tree.hidden)
+
+
+def _walk_remote(root: Path) -> tuple[list[Path], list[Path]]:
+    """`walk` on an object store, which has no links: images, and hidden folders."""
+    images: list[Path] = []
+    hidden: list[Path] = []
+    folders = [root]
+    while folders:
+        below, others = _listing(folders.pop())
+        images += filter(is_image, others)
+        for path in below:
+            (hidden if is_hidden_folder(path.name) else folders).append(path)
+    return images, hidden
+
+
+def with_images(hidden: Iterable[pathlib.Path]) -> list[Path]:
+    """Those of some local folders that hold an image, sorted, as far as one may list them."""
+
+    def holds(folder: pathlib.Path) -> bool:
+        places = os.walk(folder)
+        return any(is_image(pathlib.Path(name)) for *_, names in places for name in names)
+
+    return sorted(filter(holds, hidden))
+
+
+def hidden_beside(images: Iterable[Path], root: Path) -> list[Path]:
+    """The hidden and system folders with images, in `root` and between it and some images.
+
+    Args:
+      images: files below `root`. On an object store nothing is looked for: each folder would
+        be a request.
+      root: the folder.
+    """
+    places = {parent for path in images for parent in path.parents}
+    local = [x for x in places if isinstance(x, pathlib.Path) and x.is_relative_to(root)]
+    entries = (entry for folder in local for entry in folder.iterdir())
+    return with_images(x for x in entries if is_hidden_folder(x.name) and x.is_dir())
+
+
+def passed_over(hidden: Sequence[Path]) -> str:
+    """A line that counts and names hidden and system folders with images; "" of none."""
+    if not hidden:
+        return ""
+    names = list(dict.fromkeys(shown(path.name) for path in hidden))
+    more = ", ..." if len(names) > 5 else ""
+    folders = "folder" if len(hidden) == 1 else "folders"
+    return (
+        f"passed over: {len(hidden)} hidden or system {folders} with images "
+        f"({', '.join(names[:5])}{more})"
+    )
 
 
 def read_file(path: Path) -> bytes:
@@ -155,10 +290,18 @@ def read_file(path: Path) -> bytes:
         # Does not wait, should it have become a pipe since.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size <= MAX_BYTES:
-                return file.read(MAX_BYTES)
+            # One byte more than there should be, and not the most there may be: as much
+            # memory is asked for.
+            data = file.read(size + 1) if size <= MAX_BYTES else b""
     except (OSError, ValueError) as error:  # of a zero byte in the name
         raise unreadable(path, error) from error
+    if len(data) > size:
+        raise MachineError(
+            f"{shown(path)}: was written to while it was read; run the same command again when "
+            "it is whole"
+        )
+    if size <= MAX_BYTES:
+        return data
     raise UserError(
         f"{shown(path)}: {size} bytes; expected an image of at most {MAX_BYTES}. Make it "
         "smaller"

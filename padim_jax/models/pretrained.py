@@ -339,7 +339,7 @@ def _read(path: pathlib.Path) -> bytes:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            content = file.read(MOST_BYTES + 1) if size <= MOST_BYTES else b""
+            content = file.read(size + 1) if size <= MOST_BYTES else b""
     except OSError as error:
         raise UserError(f"weights file {path} cannot be read: {error}") from error
     if max(size, len(content)) > MOST_BYTES:
