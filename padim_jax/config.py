@@ -20,7 +20,7 @@ import ml_collections
 
 import padim_jax
 from padim_jax import checks, defaults, models, paths
-from padim_jax.datasets import LAYOUTS
+from padim_jax.datasets import LAYOUTS, decoding
 from padim_jax.errors import UserError
 
 SOURCES = ("folder", "tfds")
@@ -78,6 +78,12 @@ class ImageConfig:
     rotation: float
     crop_at: str
     seed: int
+    range: str | tuple[int, int] = "full"
+
+    @property
+    def counts(self) -> decoding.Range:
+        """What `range` means to the decoder; before a fit "train" is what there is."""
+        return self.range if isinstance(self.range, tuple) else "full"
 
     @property
     def size(self) -> Size:
@@ -255,6 +261,7 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
             rotation=checks.within("config.image.rotation", image["rotation"], 0.0, 180.0),
             crop_at=checks.one_of("config.image.crop_at", image["crop_at"], CROPS),
             seed=checks.integer("config.image.seed", image["seed"], 0, checks.MOST_SEED),
+            range=_range(image["range"]),
         ),
         model=ModelConfig(
             backbone=checks.one_of(
@@ -491,6 +498,19 @@ def _check_together(config: Config) -> None:
             f"config.model.channels={config.model.channels}: {config.model.backbone} has "
             f"{total} channels in {', '.join(config.model.layers)}; expected 1 to {total}"
         )
+
+
+def _range(value: Any) -> str | tuple[int, int]:
+    if isinstance(value, str) and value in ("full", "train"):
+        return value
+    pair = tuple(value) if isinstance(value, tuple | list) else ()
+    whole = all(isinstance(x, int) and not isinstance(x, bool) for x in pair)
+    if len(pair) == 2 and whole and 0 <= pair[0] < pair[1] <= 65535:
+        return pair
+    raise UserError(
+        f"config.image.range={checks.shown(value)}: expected full, train, or (low, high) with "
+        "whole numbers 0 <= low < high <= 65535"
+    )
 
 
 def _category(value: Any) -> str:

@@ -82,6 +82,12 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     config.image.rotation = 0.0
     # Seed of random angles and crops. Range: 0 to 2^63 - 1.
     config.image.seed = 0
+    # Which values of an image file become 0 and 255. full: all that 8 or 16 bits can hold.
+    # (low, high): these two, in the file's own counts; what lies outside is clipped. train:
+    # the 0.1 and 99.9 percentiles of all training pixels, found by the fit and kept with the
+    # model. For 16 bits of which a part is used (thermal images, 12-bit cameras); not for
+    # colours of 16 bits.
+    config.image.range = config_dict.FieldReference("full", field_type=object)
     # Per-channel mean and standard deviation (RGB, of values in 0..1) that the
     # backbone was trained with: ImageNet's. Divide those of 0..255 by 255.
     # Range: 0 to 1 each.

@@ -10,6 +10,7 @@ import hashlib
 import json
 import operator
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -33,8 +34,9 @@ from padim_jax import (
 )
 from padim_jax.calibration import Calibration
 from padim_jax.config import Config, ImageConfig, MapConfig, ModelConfig
+from padim_jax.datasets import decoding
 from padim_jax.embedding import Pyramid
-from padim_jax.errors import UserError
+from padim_jax.errors import DataWarning, UserError
 from padim_jax.models import network, pretrained
 from padim_jax.parallel import Devices
 from padim_jax.types import (
@@ -811,55 +813,53 @@ def _require_finite(
     )
 
 
-def score(
-    detector: Detector,
-    images: Sequence[np.ndarray | str | os.PathLike[str]],
-) -> Anomalies:
-    """Scores images of any size, given as RGB arrays or as paths.
+def score(detector: Detector, images: Sequence[input_pipeline.Input]) -> Anomalies:
+    """Scores images of any size, given as arrays, paths, files, bytes or Pillow images.
 
-    They are resized and cropped as in training, and computed in batches of
+    They are converted, resized and cropped as in training, and computed in batches of
     `config.batch_size`.
 
     Args:
       detector: a fitted model.
-      images: uint8 arrays (h, w, 3) or paths of image files, also mixed.
+      images: uint8 or uint16 arrays (h, w), (h, w, 1), (h, w, 3) or (h, w, 4), paths of image
+        files, their bytes, files opened in binary mode or Pillow images, also mixed. Each is
+        treated as an image file of the same content is; see `decoding.open_rgb`.
 
     Returns:
       Maps at the size of the detector's input, and scores.
 
     Raises:
-      UserError: a file cannot be read, or is no image (it is named).
-      TypeError: an array is not uint8 RGB, or a single path was given.
+      UserError: an image cannot be read, is empty or too large, or is none (it is named).
+      TypeError: an array of another type or shape, or a single image was given.
     """
-    if isinstance(images, str | os.PathLike):
-        raise TypeError(f"images={images!r}: expected a sequence of images, as in [{images!r}]")
+    single = isinstance(images, str | bytes | os.PathLike | Image.Image)
+    single |= hasattr(images, "read")
+    if isinstance(images, np.ndarray):  # of three axes a stack of grey images, or one of RGB
+        single |= images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3, 4))
+    if single:
+        raise TypeError("images: a single image; expected a sequence of images, as in [image]")
     config = detector.config
     maps = np.empty((len(images), *config.image.size), np.float32)
     scores = np.empty(len(images), np.float32)
+    few: dict[str, int] = {}
     # Few shapes, few compilations: up to a batch the next power of two, then whole batches.
     size = min(config.batch_size, 1 << max(0, len(images) - 1).bit_length())
     for start in range(0, len(images), size):
         part = images[start : start + size]
         pixels = np.zeros((size, *config.image.size, 3), np.uint8)
-        for i, item in enumerate(part):
-            decoded = _decode(item, start + i)
-            pixels[i] = input_pipeline.preprocess(decoded, config.image)
         names = [
-            f"images[{start + i}]" if isinstance(item, np.ndarray) else os.fspath(item)
+            os.fspath(item) if isinstance(item, str | os.PathLike) else f"images[{start + i}]"
             for i, item in enumerate(part)
         ]
+        for i, (item, name) in enumerate(zip(part, names, strict=True)):
+            decoded = input_pipeline.open_input(item, name, config.image.counts)
+            if (levels := decoded.info.get(decoding.LEVELS)) is not None:
+                few[name] = levels
+            pixels[i] = input_pipeline.preprocess(decoded, config.image)
         found = score_pixels(detector, pixels, names=names)
         done = slice(start, start + len(part))
         maps[done], scores[done] = found.maps[: len(part)], found.scores[: len(part)]
+    if few:
+        text = input_pipeline.few_levels(few, len(images))
+        warnings.warn(DataWarning(text), stacklevel=2)
     return Anomalies(maps, scores)
-
-
-def _decode(item: np.ndarray | str | os.PathLike[str], index: int) -> Image.Image:
-    if not isinstance(item, np.ndarray):
-        return input_pipeline.read_image(item)
-    if item.dtype == np.uint8 and item.ndim == 3 and item.shape[-1] == 3:
-        return Image.fromarray(item)
-    raise TypeError(
-        f"images[{index}]: an array {item.shape} of {item.dtype}; expected uint8 RGB "
-        "(height, width, 3)"
-    )

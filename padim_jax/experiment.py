@@ -96,6 +96,7 @@ def run(
       UserError: something to mend in the settings or the files, or too little memory.
       Stopped: by SIGTERM, during a fit.
     """
+    _limit_images()
     try:
         if mode == "train_and_eval":
             assert config is not None
@@ -106,6 +107,7 @@ def run(
                 dataset = open_dataset(config)
                 del dataset["test"]  # nor looked at
                 _say_folders(config, dataset)
+                config = fitting.with_range(config, dataset["train"])
                 dataset, skipped = _readable(config, dataset)
                 train(config, dataset, checkpoint_path)
             if parallel.every().process == 0:
@@ -126,6 +128,11 @@ def run(
         ) from error
 
 
+def _limit_images() -> None:
+    """Half of what is free is for images at full size; the other half for all else."""
+    input_pipeline.ROOM.limit = memory.available_to_host() // 2
+
+
 def train_and_eval(
     config: Config, workdir: Path, checkpoint_path: Path, backbone: Backbone | None = None
 ) -> dict:
@@ -144,13 +151,15 @@ def train_and_eval(
       UserError: something to mend in the settings or the files, or too little memory.
       Stopped: by SIGTERM, during the fit.
     """
+    _limit_images()
     dataset = open_dataset(config)
     _say_folders(config, dataset)
     _require_test_images(config, dataset["test"])
     with _writing_results(workdir), compilation_cache.enabled(config.cache):
         memory.require_for_maps(config, len(dataset["test"].records))  # not after the fit
-        dataset, skipped = _readable(config, dataset)
-        detector = train(config, dataset, checkpoint_path, backbone)
+        ranged = fitting.with_range(config, dataset["train"])
+        dataset, skipped = _readable(ranged, dataset)
+        detector = train(ranged, dataset, checkpoint_path, backbone)
         if parallel.every().process == 0:
             # Of the model that was: nobody is to take it for this one's.
             (workdir / METRICS).unlink(missing_ok=True)
@@ -176,6 +185,7 @@ def train(
         another process writes to the checkpoint.
       Stopped: by SIGTERM, during the fit.
     """
+    config = fitting.with_range(config, dataset["train"])
     with locks.held(path, parallel.every().process):
         dataset = _with_held_out(config, dataset)
         source = copies.distinct(dataset["train"], parallel.every())
@@ -758,6 +768,7 @@ def load(
     fitted, identity = fitting.load_checkpoint(place, devices) if model is None else (model, "")
     config = config or fitted.config
     fitting.require_same(place, fitted.config, config)
+    config = fitting.with_stored_range(config, fitted.config)
     if config.title != fitted.config.title:
         print(f"{path} was fitted to {fitted.config.title}; now used for {config.title}")
     variables = fitting.load_weights(place, fitted.weights, config, weights)
@@ -867,7 +878,8 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: Path) 
     """
     _require_test_images(config, source)
     with _writing_results(workdir):
-        sources, skipped = _readable(config, {"test": source})
+        seen = dataclasses.replace(config, image=detector.config.image)
+        sources, skipped = _readable(seen, {"test": source})
         return _evaluate(config, detector, sources["test"], workdir, skipped)
 
 
@@ -899,7 +911,7 @@ def _evaluate(
     cache = image_cache.open_cache(config.cache)
 
     def load_image(index: int) -> UInt8[np.ndarray, "h w 3"]:
-        return input_pipeline.load_image(source, config.image, index, cache)
+        return input_pipeline.load_image(source, detector.config.image, index, cache)
 
     with _replacing_results(workdir) as place:
         results.write_json(place / _CONFIG, config_lib.to_dict(config))
@@ -1176,6 +1188,7 @@ def _scores(
     left out.
     """
     config, devices = detector.config, parallel.every()
+    few: dict[str, int] = {}
     if left_out > 1:  # whole groups
         least = math.lcm(left_out, devices.total)
         size = max(1, config.batch_size // least) * least
@@ -1197,8 +1210,11 @@ def _scores(
         valid, every = parallel.gather((batch.valid, own))
         every = {name: x[valid] for name, x in every.items()}
         end = start + int(np.sum(valid))
+        few |= progress.few_levels(batch)
         yield _Part(source.records[start:end], **every)
         start = end
+    if not left_out:  # else the fit has told
+        progress.warn_few_levels(few, len(source.records), devices)
 
 
 def _score(

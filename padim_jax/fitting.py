@@ -30,7 +30,8 @@ from padim_jax import config as config_lib
 from padim_jax import detector as detector_lib
 from padim_jax.checkpoint import Fitted
 from padim_jax.config import Config, ModelConfig
-from padim_jax.datasets import sampling
+from padim_jax.datasets import decoding, sampling
+from padim_jax.datasets.files import shown
 from padim_jax.datasets.records import Record, Source
 from padim_jax.detector import Detector
 from padim_jax.errors import Stopped, UserError
@@ -152,6 +153,7 @@ def update(
     fitted, identity = load_checkpoint(path, devices)
     config = config or fitted.config
     require_same(path, fitted.config, config)
+    config = with_stored_range(config, fitted.config)
     cache = image_cache.open_cache(config.cache)
     sources, _ = skipping.readable({"input": source}, config, devices, cache)
     source = sources["input"]
@@ -226,6 +228,11 @@ def merge(
     configs = [merged.config]
     for name in names[1:]:
         other, _ = load_checkpoint(name, devices)
+        if (a := other.config.image.range) != (b := merged.config.image.range):
+            raise UserError(
+                f"{name}: fitted with config.image.range={a}, and {names[0]} with {b}: the "
+                "same pixels mean other values to each. Fit both with the same (low, high)"
+            )
         require_same(name, other.config, merged.config)
         if other.weights.sha256 != merged.weights.sha256:
             raise UserError(
@@ -409,6 +416,69 @@ def _scatter(
     return whole
 
 
+_PERCENTILES = 0.001, 0.999  # of pixels, for `config.image.range=train`
+
+
+def with_range(config: Config, source: Source) -> Config:
+    """The configuration with numbers for `config.image.range=train`.
+
+    They are the 0.1 and 99.9 percentiles of all pixels of the training images: the least
+    values that are not exceeded by these parts of them.
+
+    Args:
+      config: returned as it is if it has another range.
+      source: the training images; of those that cannot be read nothing is taken where
+        `config.dataset.skip_bad` says so.
+
+    Raises:
+      UserError: an image cannot be read, has colours of 16 bits, or another depth than others.
+    """
+    if config.image.range != "train":
+        return config
+    devices = parallel.every()
+    progress.listing(source, devices)
+    own = range(devices.process, len(source.records), devices.processes)
+    # By depth: 8 and 16 bits.
+    totals = [np.zeros(256, np.int64), np.zeros(65536, np.int64)]
+    for i in own:
+        name = shown(source.records[i].image)
+        try:
+            counts = decoding.grey_counts(source.read(i)[0], name)
+        except UserError:
+            if config.dataset.skip_bad:
+                continue
+            raise
+        totals[len(counts) > 256] += counts
+    # As bytes: JAX would make 32 bits of them.
+    every = np.asarray(parallel.gather(np.concatenate(totals).view(np.uint8)[None]))
+    total = every.view(np.int64).sum(axis=0)
+    shallow, deep = total[:256], total[256:]
+    if shallow.any() and deep.any():
+        raise UserError(
+            "config.image.range=train: training images of 8 and of 16 bits a channel, whose "
+            "values do not compare; save all of them alike"
+        )
+    part = deep if deep.any() else shallow
+    if not part.any():
+        raise UserError("config.image.range=train: no training image can be read")
+    share = np.cumsum(part) / part.sum()
+    low, high = (int(np.searchsorted(share, x)) for x in _PERCENTILES)
+    high = max(high, low + 1)  # of one value alone
+    if high >= len(part):
+        low, high = low - 1, high - 1
+    print(f"config.image.range: {low} to {high}, of the training images")
+    image = dataclasses.replace(config.image, range=(low, high))
+    return dataclasses.replace(config, image=image)
+
+
+def with_stored_range(config: Config, fitted: Config) -> Config:
+    """The configuration with the model's range, where it says "train"."""
+    if config.image.range != "train":
+        return config
+    image = dataclasses.replace(config.image, range=fitted.image.range)
+    return dataclasses.replace(config, image=image)
+
+
 def require_same(path: Path, fitted: Config, wanted: Config) -> None:
     """Makes sure that a model serves a configuration.
 
@@ -418,6 +488,8 @@ def require_same(path: Path, fitted: Config, wanted: Config) -> None:
     names = [config_lib.score_settings(x, config_lib.FITTED) for x in (fitted, wanted)]
     for name in names[0] | names[1]:
         setting = operator.attrgetter(name)
+        if setting(wanted) == "train" and fitted.image.range != "full":
+            continue  # the range, which a fit found; see `with_stored_range`
         if (ours := setting(wanted)) != (theirs := setting(fitted)):
             raise UserError(
                 f"config.{name}={ours}: the model {path} was fitted with {theirs}. Ask for "
@@ -483,7 +555,7 @@ def _fit(
         now = jax.block_until_ready(statistics)
         return dataclasses.replace(fitted, statistics=now, images=np.concatenate(digests))
 
-    alike = _Alike()
+    alike, few = _Alike(), dict[str, int]()
     with interrupts.sigterm() as asked:
         cache = image_cache.open_cache(config.cache)
         saved, done = time.monotonic(), start
@@ -518,8 +590,10 @@ def _fit(
                 index,
             )
             alike.add(batch.images[batch.valid])
+            few |= progress.few_levels(batch)
             digests.append(said["digests"][said["valid"]])
             done += len(digests[-1])
+        progress.warn_few_levels(few, total, devices)
         finished = dataclasses.replace(so_far(), unfinished=None)
         count, form = len(finished.images), "samples"
         if isinstance(statistics, Moments):

@@ -30,14 +30,14 @@ from PIL import features
 from padim_jax.config import CacheConfig, ImageConfig
 
 # To be raised when the same sources and settings give other pixels or another file.
-_FORMAT = 3
+_FORMAT = 4
 # Two builds of one Pillow may bring different decoders. The lossless ones have no choice.
 _DECODERS = ("jpg", "libjpeg_turbo", "jpg_2000", "libtiff", "webp", "avif")
 _VERSIONS = [PIL.__version__, *(features.version(name) for name in _DECODERS)]
 
-# Height and width of the image, the same of the source, whether there is a mask. Then
-# follow the image, row by row, the mask's bits and a checksum.
-_HEADER = struct.Struct("<IIII?")
+# Height and width of the image, the same of the source, whether there is a mask, how many
+# grey levels are kept, or 0. Then follow the image, row by row, the mask's bits and a checksum.
+_HEADER = struct.Struct("<IIII?B")
 _CHECKSUM = struct.Struct("<I")
 _AN_HOUR = 3600 * 10**9  # ns; by so much the clock of where the files are may be ahead
 # An entry or, with a further suffix, one that is being written. Nothing else is removed.
@@ -52,11 +52,13 @@ class Decoded:
       image: RGB, as Pillow resized and cropped it.
       mask: the defect's pixels, or None without a mask file.
       size: the original (height, width).
+      levels: grey levels kept, where they are too few; see `decoding.open_rgb`.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
     mask: Bool[np.ndarray, "h w"] | None
     size: tuple[int, int]
+    levels: int | None = None
 
 
 class ImageCache:
@@ -174,7 +176,7 @@ def entry_key(
     """
     sizes = [len(image), None if mask is None else len(mask)]
     # Mean and std come later; of what is drawn only the outcome counts.
-    pixels = [config.resize, config.method, config.crop, view]
+    pixels = [config.resize, config.method, config.crop, view, config.range]
     digest = hashlib.sha256(json.dumps([_FORMAT, _VERSIONS, pixels, sizes]).encode())
     digest.update(image)
     digest.update(mask or b"")
@@ -184,7 +186,9 @@ def entry_key(
 def _pack(key: str, decoded: Decoded) -> bytes:
     height, width, _ = decoded.image.shape
     mask = b"" if decoded.mask is None else np.packbits(decoded.mask).tobytes()
-    header = _HEADER.pack(height, width, *decoded.size, decoded.mask is not None)
+    header = _HEADER.pack(
+        height, width, *decoded.size, decoded.mask is not None, decoded.levels or 0
+    )
     content = b"".join((header, decoded.image.tobytes(), mask))
     return content + _CHECKSUM.pack(_checksum(key, content))
 
@@ -193,14 +197,14 @@ def _unpack(key: str, content: bytes) -> Decoded | None:
     body = memoryview(content)[: -_CHECKSUM.size]
     if len(body) < _HEADER.size or content[len(body) :] != _CHECKSUM.pack(_checksum(key, body)):
         return None
-    *shape, height, width, has_mask = _HEADER.unpack_from(body)
+    *shape, height, width, has_mask, levels = _HEADER.unpack_from(body)
     pixels = shape[0] * shape[1]
     image = np.frombuffer(body, np.uint8, 3 * pixels, _HEADER.size).reshape(*shape, 3)
     mask = None
     if has_mask:
         bits = np.frombuffer(body, np.uint8, offset=_HEADER.size + 3 * pixels)
         mask = np.unpackbits(bits, count=pixels).view(bool).reshape(shape)
-    return Decoded(image, mask, (height, width))
+    return Decoded(image, mask, (height, width), levels or None)
 
 
 def _checksum(key: str, content: bytes | memoryview) -> int:

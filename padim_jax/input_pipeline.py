@@ -10,14 +10,15 @@ an image keeps its label even if the crop leaves its defect out.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import BinaryIO, NamedTuple
 
 import grain
 import numpy as np
@@ -26,8 +27,8 @@ from PIL import Image
 
 from padim_jax import image_cache, paths
 from padim_jax.config import ImageConfig
-from padim_jax.datasets import masks
-from padim_jax.datasets.decoding import open_rgb
+from padim_jax.datasets import decoding, masks
+from padim_jax.datasets.decoding import Range, open_rgb
 from padim_jax.datasets.files import read_file, shown
 from padim_jax.datasets.records import Record, Source
 from padim_jax.errors import MachineError, UserError
@@ -41,6 +42,40 @@ _FILTERS = {
 }
 # Pillow turns images with no other filter.
 _TURNING = {**_FILTERS, "lanczos": Image.Resampling.BICUBIC}
+
+
+# Bytes a pixel while an image is decoded, converted and resized, and while it is drawn.
+DECODING, DRAWING = 16, 40
+
+
+class Room:
+    """Bounds the memory that is taken for full-size images at a time, by all threads."""
+
+    def __init__(self, limit: int):
+        """Args: limit: bytes; one image is let in however large it is, if it is alone."""
+        self.limit = limit
+        self._used = 0
+        self._change = threading.Condition()
+
+    @contextlib.contextmanager
+    def held(self, size: int) -> Iterator[None]:
+        """Waits until there is room for `size` bytes, and holds it in the block.
+
+        A thread must not hold room while it waits for more.
+        """
+        with self._change:
+            self._change.wait_for(lambda: not self._used or self._used + size <= self.limit)
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._change:
+                self._used -= size
+                self._change.notify_all()
+
+
+# Of this process. Whoever knows how much memory is free sets the limit.
+ROOM = Room(2**31)
 
 
 class View(NamedTuple):
@@ -83,6 +118,8 @@ class Batch:
       masks: per valid image the defect's pixels, or None where unknown.
       sizes: per valid image the original (height, width).
       digests: SHA-256 of the image's file; of padding zeros.
+      levels: per valid image the grey levels kept where they are too few, else None; see
+        `decoding.open_rgb`.
     """
 
     images: UInt8[np.ndarray, "b h w 3"]
@@ -91,6 +128,7 @@ class Batch:
     masks: tuple[Bool[np.ndarray, "h w"] | None, ...]
     sizes: tuple[tuple[int, int], ...]
     digests: UInt8[np.ndarray, "b 32"]
+    levels: tuple[int | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +151,7 @@ class _Example:
     mask: Bool[np.ndarray, "h w"] | None
     size: tuple[int, int]
     digest: bytes
+    levels: int | None
 
 
 _PADDING = "padding"  # Grain leaves out None
@@ -238,7 +277,7 @@ def faults(
             pool.shutdown(cancel_futures=True)
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
+def read_image(path: str | os.PathLike[str], counts: Range = "full") -> Image.Image:
     """Reads and decodes one image file to RGB; see `decode`.
 
     Raises:
@@ -246,20 +285,68 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     name = os.fspath(path)
     place = paths.parse(name) if "://" in name else pathlib.Path(name)
-    return decode(read_file(place), shown(name))
+    return decode(read_file(place), shown(name), counts)
 
 
-def decode(data: bytes, name: str) -> Image.Image:
+Input = np.ndarray | str | os.PathLike[str] | bytes | Image.Image | BinaryIO
+
+
+def open_input(item: Input, name: str, counts: Range) -> Image.Image:
+    """Converts to RGB what a Python program gives for an image, all by the same rule.
+
+    Args:
+      item: an array (see `decoding.from_array`), a path, a file's bytes, an open binary file or
+        a Pillow image.
+      name: how to call it in an error, unless it is a path.
+      counts: see `decoding.open_rgb`.
+
+    Raises:
+      TypeError: something else.
+      UserError: see `decoding.open_rgb`.
+    """
+    if isinstance(item, np.ndarray):
+        return decoding.from_array(item, name, counts)
+    if isinstance(item, Image.Image):
+        return decoding.from_pillow(item, name, counts)
+    if isinstance(item, str | os.PathLike):
+        return read_image(item, counts)
+    data = item if isinstance(item, bytes) else getattr(item, "read", lambda: None)()
+    if not isinstance(data, bytes):
+        raise TypeError(
+            f"{name}: {type(item).__name__}; expected a uint8 array, a path, bytes, a file "
+            "opened in binary mode or a Pillow image"
+        )
+    return decode(data, name, counts)
+
+
+def decode(data: bytes, name: str, counts: Range = "full") -> Image.Image:
     """Decodes an image file to RGB; see `decoding.open_rgb`.
 
     Args:
       data: the file's bytes.
       name: how to call it in an error.
+      counts: `config.image.range`.
 
     Raises:
       UserError: not an image, a broken one, or one of a kind that is not taken.
     """
-    return open_rgb(data, name)
+    return open_rgb(data, name, counts)
+
+
+def few_levels(levels: Mapping[str, int], total: int) -> str:
+    """A warning about images of which too few grey levels are kept.
+
+    Args:
+      levels: how many of each, by name.
+      total: of images that were read.
+    """
+    names = ", ".join(f"{name} ({count})" for name, count in sorted(levels.items())[:3])
+    more = ", ..." if len(levels) > 3 else ""
+    return (
+        f"{len(levels)} of {total} images keep fewer than {decoding.FEWEST_LEVELS} of their "
+        f"grey levels: {names}{more}. Set config.image.range=train (from the training images), "
+        "or to the (low, high) that matter"
+    )
 
 
 def preprocess(
@@ -327,7 +414,7 @@ def _load(
     if mask is None and record.label == 0:
         defect = np.zeros(config.size, bool)
     digest = hashlib.sha256(image).digest()
-    return _Example(record, decoded.image, defect, decoded.size, digest)
+    return _Example(record, decoded.image, defect, decoded.size, digest, decoded.levels)
 
 
 def _decode(
@@ -337,8 +424,19 @@ def _decode(
     config: ImageConfig,
     seen: View,
 ) -> Decoded:
+    with ROOM.held(DECODING * decoding.pixel_count(image_bytes)):
+        return _decode_alone(record, image_bytes, mask_bytes, config, seen)
+
+
+def _decode_alone(
+    record: Record,
+    image_bytes: bytes,
+    mask_bytes: bytes | None,
+    config: ImageConfig,
+    seen: View,
+) -> Decoded:
     name, mask_name = shown(record.image), shown(record.mask or "")
-    image = decode(image_bytes, name)
+    image = decode(image_bytes, name, config.counts)
     mask = None
     if mask_bytes is not None:
         defect = masks.decode(mask_bytes, mask_name)
@@ -350,7 +448,9 @@ def _decode(
             )
         nearest = Image.Resampling.NEAREST
         mask = np.asarray(_resize_crop(mask_image, config, seen, nearest, nearest)) > 0
-    return Decoded(preprocess(image, config, seen), mask, (image.height, image.width))
+    levels = image.info.get(decoding.LEVELS)
+    pixels = preprocess(image, config, seen)
+    return Decoded(pixels, mask, (image.height, image.width), levels)
 
 
 def _resize_crop(
@@ -395,6 +495,7 @@ def _collate(size: tuple[int, int]) -> Callable[[Sequence[_Example | str]], Batc
             masks=tuple(example.mask for example in examples),
             sizes=tuple(example.size for example in examples),
             digests=digests,
+            levels=tuple(example.levels for example in examples),
         )
 
     return collate

@@ -22,6 +22,7 @@ from padim_jax import calibration as calibration_lib
 from padim_jax import figures, input_pipeline, paths, results, tables
 from padim_jax.calibration import Calibration
 from padim_jax.config import ImageConfig
+from padim_jax.datasets import decoding
 from padim_jax.datasets.files import (
     images_below,
     is_hidden_folder,
@@ -37,8 +38,7 @@ TABLE = "scores.csv"
 COLUMNS = ("path", "score", "predicted", "calibrated")
 UNKNOWN = "unknown"  # the defect type of an image of which nothing is known
 
-# Pictures drawn at a time. Each holds its image and map at full size, about 25 bytes a
-# pixel, which is what bounds their number.
+# Pictures drawn at a time, if there is room for them; see `input_pipeline.ROOM`.
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -385,6 +385,7 @@ class Writer:
     ):
         """Begins the table, or goes on with its first `kept` bytes (of a local folder)."""
         paths.make_folder(folder)
+        self._counts: decoding.Range = config.counts
         self._pictures = Pictures(folder, config, map_suffix, thresholds)
         self._threshold, self._calibration = thresholds.image, calibration
         self._table = folder / TABLE
@@ -474,8 +475,10 @@ class Writer:
                 f"{record.image}: was written to while it was scored; run the same command "
                 "again when it is whole"
             )
-        image = np.asarray(input_pipeline.decode(data, str(record.image)))
-        self._pictures.draw(record.relative_path, image, anomaly_map)
+        pixels = decoding.pixel_count(data)
+        with input_pipeline.ROOM.held(input_pipeline.DRAWING * pixels):
+            decoded = input_pipeline.decode(data, str(record.image), self._counts)
+            self._pictures.draw(record.relative_path, np.asarray(decoded), anomaly_map)
 
     def _append(self, rows: Iterable[Sequence[Any]]) -> None:
         self._file.write(tables.as_csv(rows))

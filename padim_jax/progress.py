@@ -1,15 +1,18 @@
 """Progress bars: quiet in logs, and for all processes but the first."""
 
 import hashlib
-from collections.abc import Iterator
+import json
+import warnings
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import tqdm
 
 from padim_jax import input_pipeline, parallel
 from padim_jax.config import Config
+from padim_jax.datasets.files import shown
 from padim_jax.datasets.records import Source
-from padim_jax.errors import UserError
+from padim_jax.errors import DataWarning, UserError
 from padim_jax.image_cache import ImageCache
 from padim_jax.input_pipeline import Batch, Share
 from padim_jax.parallel import Devices
@@ -62,6 +65,28 @@ def batches(
         for batch in input_pipeline.batches(source, config.image, size, cache, share, start):
             yield batch
             shown.update(min(size, total - shown.n))
+
+
+def few_levels(batch: Batch) -> dict[str, int]:
+    """Of a batch's images, those of which too few grey levels are kept: how many, by name."""
+    pairs = zip(batch.records, batch.levels, strict=True)
+    return {shown(record.image): levels for record, levels in pairs if levels is not None}
+
+
+def warn_few_levels(own: Mapping[str, int], total: int, devices: Devices) -> None:
+    """Warns of all processes' images with few grey levels, once, if there are any.
+
+    Args:
+      own: of this process; see `few_levels`.
+      total: images that were read.
+      devices: of all processes.
+    """
+    every: dict[str, int] = {}
+    for data in parallel.gather_bytes(json.dumps(dict(own)).encode()):
+        every |= json.loads(data)
+    if every and devices.process == 0:
+        text = input_pipeline.few_levels(every, total)
+        warnings.warn(DataWarning(text), stacklevel=3)
 
 
 def batch_size(source: Source, config: Config, devices: Devices) -> int:

@@ -25,6 +25,7 @@ import signal
 import stat
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,9 +44,10 @@ from padim_jax import (
     predictions,
     tables,
 )
+from padim_jax.datasets import decoding
 from padim_jax.datasets.files import read_file, shown, walk
 from padim_jax.detector import Detector
-from padim_jax.errors import MachineError, UserError
+from padim_jax.errors import DataWarning, MachineError, UserError
 from padim_jax.paths import Path
 from padim_jax.predictions import Pictures, Thresholds
 
@@ -511,6 +513,7 @@ class _Scorer:
     ):
         self._detector, self._known, self._pictures, self._log = detector, known, pictures, log
         self._delays, self._threads, self._timing = delays, threads, timing
+        self._told = False  # that grey levels are lost
 
     def score(self, arrivals: Sequence[Arrival]) -> None:
         """Scores a few files, and writes what is said of them."""
@@ -555,8 +558,11 @@ class _Scorer:
         return results + [Result(image.arrival, image.sha256, row) for image, row in pairs]
 
     def _draw(self, image: _Image, anomaly_map: Float32[np.ndarray, "h w"]) -> None:
-        pixels = input_pipeline.decode(image.data, shown(image.arrival.path))
-        self._pictures.draw(image.arrival.name, np.asarray(pixels), anomaly_map)
+        counts, name = self._detector.config.image.counts, shown(image.arrival.path)
+        room = input_pipeline.DRAWING * decoding.pixel_count(image.data)
+        with input_pipeline.ROOM.held(room):
+            pixels = np.asarray(input_pipeline.decode(image.data, name, counts))
+            self._pictures.draw(image.arrival.name, pixels, anomaly_map)
 
     def _postpone(self, arrival: Arrival, reason: str) -> None:
         self._delays.postpone(arrival, reason, time.monotonic())
@@ -567,8 +573,17 @@ class _Scorer:
         try:
             data = _read(arrival)
             digest = hashlib.sha256(data).hexdigest()
-            image = input_pipeline.decode(data, shown(arrival.path))
-            seen = input_pipeline.preprocess(image, self._detector.config.image)
+            config, name = self._detector.config.image, shown(arrival.path)
+            room = input_pipeline.DECODING * decoding.pixel_count(data)
+            with input_pipeline.ROOM.held(room):
+                image = input_pipeline.decode(data, name, config.counts)
+                seen = input_pipeline.preprocess(image, config)
+            levels = image.info.get(decoding.LEVELS)
+            del image
+            if levels is not None and not self._told:
+                self._told = True  # of the first alone
+                text = input_pipeline.few_levels({name: levels}, 1)
+                warnings.warn(DataWarning(text), stacklevel=1)
             return _Image(arrival, digest, data, seen)
         except _GoneError:
             return None

@@ -54,6 +54,11 @@ def encoded(pixels: np.ndarray | Image.Image, kind: str, **options: object) -> b
     return data.getvalue()
 
 
+def on_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    opacity = alpha[..., None] / 255
+    return np.floor(pixels * opacity + 255 * (1 - opacity) + 0.5).astype(np.uint8)
+
+
 def as_pillow(data: bytes) -> np.ndarray:
     """Where a format loses something, its plain decoding is what is expected."""
     with Image.open(io.BytesIO(data)) as image:
@@ -237,9 +242,17 @@ def deep() -> list[Input]:
         taken("PNG, grey of 16 bits", png_of(grey, 0), thrice, how),
         taken("PNG, RGB of 16 bits", png_of(rgb, 2), high, how),
         taken(
-            "PNG, grey of 16 bits and alpha", png_of(np.dstack([grey, alpha]), 4), thrice, how
+            "PNG, grey of 16 bits and alpha",
+            png_of(np.dstack([grey, alpha]), 4),
+            on_white(thrice, alpha >> 8),
+            f"{how}; what is transparent on white",
         ),
-        taken("PNG, RGBA of 16 bits", png_of(np.dstack([rgb, alpha]), 6), high, how),
+        taken(
+            "PNG, RGBA of 16 bits",
+            png_of(np.dstack([rgb, alpha]), 6),
+            on_white(high, alpha >> 8),
+            f"{how}; what is transparent on white",
+        ),
         taken("TIFF, grey of 16 bits, Intel's order", tiff(grey, 1), thrice, how),
         taken("TIFF, grey of 16 bits, Motorola's order", tiff(grey, 1, order=">"), thrice, how),
         taken(
@@ -269,8 +282,15 @@ def colours() -> list[Input]:
     black = np.zeros_like(GREY)
     cmyk = Image.frombytes("CMYK", (WIDTH, HEIGHT), np.dstack([255 - RGB, black]).tobytes())
     clear = np.dstack([RGB, np.zeros_like(GREY)])
+    opaque = np.dstack([RGB, np.full_like(GREY, 255)])
     two = np.where(THRICE > 127, 255, 0).astype(np.uint8)
-    drop = "its colours; alpha is dropped"
+    white = "what is transparent on white"
+    level, colour = THRICE.copy(), RGB.copy()
+    level[GREY == 3] = 255
+    colour[0, :3] = 1, 2, 3
+    seen = np.where(np.all(colour == (1, 2, 3), axis=2, keepdims=True), 255, colour)
+    four = np.dstack([GREY // 16 * 17] * 3)
+    four[GREY // 16 == 3] = 255
     ignored = "as it is; the profile is ignored"
     g4 = {"compression": "group4"}
     gama = png_of(RGB, 2, chunk(b"gAMA", struct.pack(">I", 22000)))
@@ -284,24 +304,41 @@ def colours() -> list[Input]:
         taken(
             "PNG, palette with transparent entries (tRNS)",
             encoded(indexed, "PNG", transparency=bytes(range(256))),
-            indexed_rgb,
-            drop,
+            on_white(indexed_rgb, GREY),
+            white,
         ),
         taken(
             "PNG, grey with a transparent level (tRNS)",
             encoded(GREY, "PNG", transparency=3),
-            THRICE,
-            drop,
+            level,
+            white,
+        ),
+        taken(
+            "PNG, grey of 4 bits with a transparent level (tRNS)",
+            png(
+                [bytes(row[::2] // 16 * 16 + row[1::2] // 16) for row in GREY],
+                *(WIDTH, HEIGHT, 4, 0, chunk(b"tRNS", struct.pack(">H", 3))),
+            ),
+            four,
+            white,
         ),
         taken(
             "PNG, RGB with a transparent colour (tRNS)",
-            encoded(RGB, "PNG", transparency=(1, 2, 3)),
-            RGB,
-            drop,
+            encoded(colour, "PNG", transparency=(1, 2, 3)),
+            seen.astype(np.uint8),
+            white,
         ),
-        taken("PNG, grey and alpha", encoded(np.dstack([GREY, ALPHA]), "PNG"), THRICE, drop),
-        taken("PNG, RGBA", encoded(np.dstack([RGB, ALPHA]), "PNG"), RGB, drop),
-        taken("PNG, RGBA, wholly transparent", encoded(clear, "PNG"), RGB, drop),
+        taken(
+            "PNG, grey and alpha",
+            encoded(np.dstack([GREY, ALPHA]), "PNG"),
+            on_white(THRICE, ALPHA),
+            white,
+        ),
+        taken(
+            "PNG, RGBA", encoded(np.dstack([RGB, ALPHA]), "PNG"), on_white(RGB, ALPHA), white
+        ),
+        taken("PNG, RGBA, wholly opaque", encoded(opaque, "PNG"), RGB),
+        refused("PNG, RGBA, wholly transparent", encoded(clear, "PNG")),
         taken("PNG with a gamma of 0.22", gama, RGB, "as it is; gamma is ignored"),
         taken(
             "PNG with an ICC profile", encoded(RGB, "PNG", icc_profile=profile()), RGB, ignored
@@ -329,7 +366,9 @@ def colours() -> list[Input]:
         lossy("TIFF, JPEG inside", encoded(RGB, "TIFF", compression="jpeg")),
         taken("TIFF, fax (group 4)", encoded(GREY > 127, "TIFF", **g4), two),
         taken("TIFF, palette", encoded(indexed, "TIFF"), indexed_rgb, "its colours"),
-        taken("TIFF, RGBA", encoded(np.dstack([RGB, ALPHA]), "TIFF"), RGB, drop),
+        taken(
+            "TIFF, RGBA", encoded(np.dstack([RGB, ALPHA]), "TIFF"), on_white(RGB, ALPHA), white
+        ),
         taken("TIFF, CMYK", encoded(cmyk, "TIFF"), RGB, "by Pillow's formula"),
         taken("BigTIFF", encoded(RGB, "TIFF", big_tiff=True), RGB),
         lossy("WebP", encoded(RGB, "WEBP")),
@@ -337,8 +376,8 @@ def colours() -> list[Input]:
         taken(
             "WebP with alpha",
             encoded(np.dstack([RGB, ALPHA]), "WEBP", lossless=True, exact=True),
-            RGB,
-            drop,
+            on_white(RGB, ALPHA),
+            white,
         ),
         refused("TIFF, CIELAB colours", tiff(RGB, 8)),
     ]

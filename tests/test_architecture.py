@@ -69,6 +69,7 @@ STAGES = {
     "image_cache": {"config", "paths"},
     "input_pipeline": {
         "config",
+        "datasets",
         "datasets.decoding",
         "datasets.files",
         "datasets.masks",
@@ -79,6 +80,7 @@ STAGES = {
     },
     "progress": {
         "config",
+        "datasets.files",
         "datasets.records",
         "errors",
         "image_cache",

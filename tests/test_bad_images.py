@@ -142,10 +142,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, unreadable: None) -> Any:
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         count, lock = decoding.open_rgb, threading.Lock()
 
-        def counting(data: bytes, name: str) -> Image.Image:
+        def counting(data: bytes, name: str, counts: Any = "full") -> Image.Image:
             with lock:
                 decoded.append(name)
-            return count(data, name)
+            return count(data, name, counts)
 
         patch.setattr(input_pipeline, "open_rgb", counting)
         patch.setattr("builtins.print", lambda *given, **_: printed.append(" ".join(given)))

@@ -1,5 +1,6 @@
 """Decoding, resizing, cropping and batching against plain Pillow and NumPy."""
 
+import concurrent.futures
 import dataclasses
 import errno
 import hashlib
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import warnings
 import zlib
 
@@ -25,6 +27,7 @@ from padim_jax.datasets.mvtec_ad import mvtec_ad
 from padim_jax.datasets.records import Record
 from padim_jax.errors import MachineError, UserError
 from padim_jax.image_cache import ImageCache
+from padim_jax.input_pipeline import FolderSource
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -564,6 +567,11 @@ class TestWarm:
         assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
+def on_white(pixels, alpha):
+    opacity = alpha[..., None] / 255
+    return np.floor(pixels * opacity + 255 * (1 - opacity) + 0.5).astype(np.uint8)
+
+
 def palette_image(pixels):
     """Grey levels as indices into a palette that maps v to (255 - v, v, 7)."""
     image = Image.fromarray(pixels)
@@ -582,15 +590,19 @@ def colour_modes():
     return {
         "grey": (Image.fromarray(grey), repeated, "PNG", {}),
         "grey with a transparent level": (
-            Image.fromarray(grey), repeated, "PNG", {"transparency": 3},
+            Image.fromarray(grey), np.where(repeated == 3, 255, repeated), "PNG",
+            {"transparency": 3},
         ),
         "palette": (palette_image(grey), indexed, "PNG", {}),
         "palette with alpha": (
-            palette_image(grey), indexed, "PNG", {"transparency": bytes(range(256))},
+            palette_image(grey), on_white(indexed, grey), "PNG",
+            {"transparency": bytes(range(256))},
         ),
-        # Alpha is dropped: pixels that would be invisible keep their colour.
-        "RGBA": (Image.fromarray(np.dstack([rgb, alpha])), rgb, "PNG", {}),
-        "LA": (Image.fromarray(np.dstack([grey, alpha])), repeated, "PNG", {}),
+        # What is transparent is put on white.
+        "RGBA": (Image.fromarray(np.dstack([rgb, alpha])), on_white(rgb, alpha), "PNG", {}),
+        "LA": (
+            Image.fromarray(np.dstack([grey, alpha])), on_white(repeated, alpha), "PNG", {},
+        ),
         "1 bit": (
             Image.fromarray(grey > 127), np.where(repeated > 127, 255, 0), "PNG", {},
         ),
@@ -1030,3 +1042,106 @@ class TestCache:
         cache = ImageCache(tmp_path / "file" / "cache", 10**9)
         self.assert_equal(run(masked, self.CONFIG, 3, cache), run(masked, self.CONFIG, 3))
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+class TestRange:
+    """`config.image.range`: which values of a file become 0 and 255."""
+
+    GREY = np.random.default_rng(0).integers(21000, 23041, (30, 40), np.uint16)
+
+    def decoded(self, pixels, counts):
+        data = io.BytesIO()
+        Image.fromarray(pixels).save(data, "PNG")
+        return input_pipeline.decode(data.getvalue(), "a.png", counts)
+
+    def test_all_of_16_bits_keep_the_high_byte(self):
+        image = self.decoded(self.GREY, "full")
+        np.testing.assert_array_equal(np.asarray(image)[..., 0], self.GREY >> 8)
+        assert image.info[decoding.LEVELS] == 9
+
+    def test_linear_between_two_counts(self):
+        for low, high in ((21000, 23040), (21500, 22000), (0, 65535)):
+            found = np.asarray(self.decoded(self.GREY, (low, high)))[..., 0]
+            scaled = (self.GREY.astype(np.float64) - low) * 255 / (high - low)
+            np.testing.assert_array_equal(found, np.clip(np.round(scaled), 0, 255))
+        image = self.decoded(self.GREY, (21000, 23040))
+        assert decoding.LEVELS not in image.info
+        assert len(np.unique(np.asarray(image))) > 200
+
+    def test_12_bits(self):
+        dark = self.GREY % 4096
+        with pytest.raises(UserError, match=r"config\.image\.range=train or \(0, 4095\)"):
+            self.decoded(dark, "full")
+        found = np.asarray(self.decoded(dark, (0, 4095)))
+        np.testing.assert_array_equal(found[..., 1], np.round(dark * 255 / 4095))
+
+    def test_8_bits(self):
+        pixels = noise(30, 40)
+        np.testing.assert_array_equal(self.decoded(pixels, (0, 255)), pixels)
+        image = self.decoded(pixels, (100, 110))
+        expected = np.clip(np.round((pixels - 100.0) * 25.5), 0, 255)
+        np.testing.assert_array_equal(image, expected)
+        assert image.info[decoding.LEVELS] == 11
+        with pytest.raises(UserError, match=r"a\.png: 8 bits .*range=\(100, 300\)"):
+            self.decoded(pixels, (100, 300))
+
+    def test_few_levels_that_are_all_there_are_fine(self):
+        for pixels in (noise(4, 4) // 128 * 255, self.GREY // 256 * 256):
+            assert decoding.LEVELS not in self.decoded(pixels, "full").info
+
+    def test_colours_of_16_bits_have_no_range(self):
+        deep = np.random.default_rng(0).integers(0, 65536, (4, 4, 3), np.uint16)
+        decoding.from_array(deep, "a")
+        with pytest.raises(UserError, match="colours of 16 bits"):
+            decoding.from_array(deep, "a", (0, 65535))
+
+    def test_the_cache_keeps_what_was_lost(self, tmp_path):
+        path = tmp_path / "a.png"
+        Image.fromarray(self.GREY).save(path)
+        source = FolderSource([Record("test", path, None, 0, "good", "a.png")])
+        cache = ImageCache(tmp_path / "cache", 10**6)
+        wide = dataclasses.replace(image_config(), range=(21000, 23040))
+        for config, levels in ((image_config(), 9), (wide, None)) * 2:
+            (batch,) = input_pipeline.batches(source, config, 1, cache)
+            assert batch.levels == (levels,)
+
+
+class TestRoom:
+    """Memory for images at full size is bounded by bytes, not by their number."""
+
+    def most(self, limit, sizes):
+        room, used, most, lock = input_pipeline.Room(limit), [0], [0], threading.Lock()
+
+        def work(size):
+            with room.held(size):
+                with lock:
+                    used[0] += size
+                    most[0] = max(most[0], used[0])
+                time.sleep(0.002)
+                with lock:
+                    used[0] -= size
+
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            list(threads.map(work, sizes))
+        return most[0]
+
+    def test_no_more_than_there_is(self):
+        assert self.most(10, [3] * 20) <= 10
+        # One that is larger is alone.
+        assert self.most(10, [3, 25, 3, 25, 3]) == 25
+
+    def test_decoding_waits_for_room(self, tmp_path, monkeypatch):
+        Image.fromarray(noise(30, 40)).save(tmp_path / "a.png")
+        source = FolderSource(
+            [Record("test", tmp_path / "a.png", None, 0, "good", f"{n}.png") for n in range(12)]
+        )
+        held = []
+
+        class Counting(input_pipeline.Room):
+            def held(self, size):
+                held.append(size)
+                return super().held(size)
+
+        monkeypatch.setattr(input_pipeline, "ROOM", Counting(1))
+        assert len(list(input_pipeline.batches(source, image_config(), 4))) == 3
+        assert held == [input_pipeline.DECODING * 30 * 40] * 12

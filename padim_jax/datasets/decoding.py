@@ -9,7 +9,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from PIL import (
@@ -25,6 +25,10 @@ from PIL import (
 from padim_jax.errors import UserError
 
 _Result = TypeVar("_Result")
+# Which values become 0 and 255: all that there are, or two in the file's own counts.
+Range = Literal["full"] | tuple[int, int]
+FEWEST_LEVELS = 32  # of grey; fewer of a file that has more are told
+LEVELS = "grey levels kept"  # in a decoded image's `info`, if they are too few
 
 # Larger images are refused for what their header says: 0.7 GB when decoded. The largest
 # industrial cameras have 151 million.
@@ -54,6 +58,7 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 # Its modes of files of 16 bits. Of colours it has kept the high bytes alone.
 _DEEP_MODES = ("I;16", "I;16B", "LA", "RGB", "RGBA", "RGBX")
 _NUMBERS = {"I": "32-bit or signed integers", "F": "floating point numbers"}
+_FEW_BITS = re.compile("'(?:L;)?([124])'")  # a grey level, in what Pillow calls it
 _WHITE_IS_ZERO, _PHOTOMETRIC = 0, 262  # of TIFF
 _AGAIN = "copy it again from where it comes, or leave it out"
 
@@ -62,34 +67,200 @@ _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 _END_OF_IMAGE = 0xD9
 
 
-def open_rgb(data: bytes, name: str) -> Image.Image:
+def open_rgb(data: bytes, name: str, counts: Range = "full") -> Image.Image:
     """Decodes an image file to RGB of 8 bits a channel.
 
-    Of 16 bits the high byte is taken (value // 256), as libpng and OpenCV do. Alpha is
-    dropped, grey levels and palettes are expanded, CMYK is converted by Pillow's plain formula;
+    Of 16 bits the high byte is taken (value // 256), as libpng and OpenCV do, unless
+    `counts` says otherwise. What is transparent is put on white, as viewers show it; grey
+    levels and palettes are expanded, CMYK is converted by Pillow's plain formula;
     colour profiles (ICC, gamma) are ignored. An EXIF orientation is not applied, as in the
     PyTorch projects, but in TIFF, where Pillow does. See `open_image` for the rest.
 
     Args:
       data: the file's bytes.
       name: how to call it in an error.
+      counts: the two values of the file that become 0 and 255; those between are mapped
+        linearly and rounded, those outside are clipped.
+
+    Returns:
+      The image. Where less than `FEWEST_LEVELS` grey levels are left of a file that has more,
+      its `info` has their number under `LEVELS`.
 
     Raises:
-      UserError: see `open_image`; or 16 bits of which only the lowest 12 are used.
+      UserError: see `open_image`; or 16 bits of which only the lowest 12 are used, pixels
+        that are all transparent, or counts that are not of such a file.
     """
     image, deep = _open(data, name)
-    if deep:
-        if image.mode in ("I;16", "I;16B"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        colours = image.convert("RGB")
-        if np.asarray(colours).max() < 16:
-            raise UserError(
-                f"{name}: 16 bits a channel, with no value above 4095: what is left of it in 8 "
-                "bits would be black. Cameras of 10 or 12 bits store such files; multiply the "
-                "values by 64 or 16 first, or save 8 bits"
-            )
-        return colours
-    return image.convert("RGB")
+    return _to_rgb(image, deep, name, counts)
+
+
+def from_pillow(image: Image.Image, name: str, counts: Range = "full") -> Image.Image:
+    """Converts an image that Pillow has opened, as `open_rgb` does its file."""
+    _require_size(*image.size, name)
+    layout = str(getattr(image, "tile", ""))
+    whites = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    image = _trying(name, image.copy)
+    deep = _require_mode(image, layout, whites, name)
+    return _to_rgb(image, deep, name, counts)
+
+
+def from_array(pixels: np.ndarray, name: str, counts: Range = "full") -> Image.Image:
+    """Converts an array, as `open_rgb` does a file of the same values.
+
+    Args:
+      pixels: uint8 or uint16, (h, w) or (h, w, 1) grey, (h, w, 3) RGB or (h, w, 4) RGBA.
+      name: how to call it in an error.
+      counts: see `open_rgb`.
+
+    Raises:
+      TypeError: an array of another type or number of axes.
+      UserError: see `open_rgb`; or an empty array.
+    """
+    deep = pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2
+    channels = pixels.shape[2:]
+    if not (deep or pixels.dtype == np.uint8) or channels not in ((), (1,), (3,), (4,)):
+        raise TypeError(
+            f"{name}: an array {pixels.shape} of {pixels.dtype}; expected uint8 (or uint16) "
+            "grey (height, width), RGB (height, width, 3) or RGBA (height, width, 4). Of "
+            "floating point values from 0 to 1 make it by (255 * x).round().astype(np.uint8)"
+        )
+    if pixels.ndim < 2:
+        raise TypeError(f"{name}: an array {pixels.shape}; expected (height, width, 3)")
+    _require_size(pixels.shape[1], pixels.shape[0], name)
+    if channels == (1,):
+        pixels = pixels[..., 0]
+    if deep and pixels.ndim == 3:  # as Pillow decodes such files
+        pixels = pixels >> 8
+    grey16 = deep and pixels.ndim == 2
+    image = Image.fromarray(pixels.astype(np.uint16 if grey16 else np.uint8))
+    return _to_rgb(image, deep, name, counts)
+
+
+def grey_counts(data: bytes, name: str) -> np.ndarray:
+    """How often each value is in an image file: 65536 numbers of 16 bits, else 256.
+
+    Raises:
+      UserError: see `open_image`; or colours of 16 bits.
+    """
+    image, deep = _open(data, name)
+    if not deep:
+        rgb = image.convert("RGB")
+        return np.sum(np.reshape(rgb.histogram(), (3, 256)), axis=0)
+    if image.mode not in ("I;16", "I;16B"):
+        raise _no_range(name)
+    return np.sum([np.bincount(row, minlength=65536) for row in np.asarray(image)], axis=0)
+
+
+def _to_rgb(image: Image.Image, deep: bool, name: str, counts: Range) -> Image.Image:
+    alpha = _alpha(image, deep, name)
+    if deep and image.mode in ("I;16", "I;16B"):
+        rgb, levels = _from_16_bits(np.asarray(image), name, counts)
+    elif deep:
+        if counts != "full":
+            raise _no_range(name)
+        rgb = image.convert("RGB")
+        if np.asarray(rgb).max() < 16:
+            raise _too_dark(name, "")
+        levels = len(_values(rgb)), 65536  # how many the file has is lost
+    else:
+        rgb, levels = image if image.mode == "RGB" else image.convert("RGB"), (256, 256)
+        if counts != "full":
+            rgb, levels = _from_8_bits(rgb, name, counts)
+    if alpha is not None:
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
+    kept, there = levels
+    if kept < min(FEWEST_LEVELS, there):
+        rgb.info[LEVELS] = kept
+    return rgb
+
+
+def _alpha(image: Image.Image, deep: bool, name: str) -> Image.Image | None:
+    """How opaque each pixel is; None where all are. Takes it out of the image's `info`."""
+    transparent = image.info.pop("transparency", None)
+    if "A" in image.getbands():
+        alpha = image.getchannel("A")
+    elif transparent is None:
+        return None
+    elif image.mode == "P":
+        image.info["transparency"] = transparent
+        alpha = image.convert("RGBA").getchannel("A")
+        del image.info["transparency"]
+    elif deep and image.mode not in ("I;16", "I;16B"):
+        raise UserError(
+            f"{name}: 16 bits a channel with a transparent colour, of which only the high byte "
+            "is known; save it without transparency"
+        )
+    else:
+        pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
+        opaque = pixels != np.asarray(transparent, pixels.dtype)
+        if opaque.ndim == 3:
+            opaque = opaque.any(axis=2)
+        alpha = Image.fromarray(opaque.astype(np.uint8) * np.uint8(255))
+    least, most = alpha.getextrema()
+    if most == 0:
+        raise UserError(
+            f"{name}: all pixels are transparent: there is nothing to see; save it without "
+            "transparency"
+        )
+    return None if least == 255 else alpha
+
+
+def _from_16_bits(
+    pixels: np.ndarray, name: str, counts: Range
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Of grey values, 8 bits; and how many levels are kept, and are there."""
+    table = _table(counts, 65536)
+    there = np.zeros(65536, bool)
+    values = np.empty(pixels.shape, np.uint8)
+    for row, out in zip(pixels, values, strict=True):  # NumPy's indices have 8 bytes a pixel
+        there[row] = True
+        out[:] = table[row]
+    if counts == "full" and values.max() < 16:
+        raise _too_dark(name, ", or set config.image.range=train or (0, 4095)")
+    levels = len(np.unique(table[there])), int(there.sum())
+    return Image.fromarray(values).convert("RGB"), levels
+
+
+def _from_8_bits(
+    rgb: Image.Image, name: str, counts: tuple[int, int]
+) -> tuple[Image.Image, tuple[int, int]]:
+    if counts[1] > 255:
+        raise UserError(
+            f"{name}: 8 bits a channel, and config.image.range={counts} is of images of 16; "
+            "expected images of one depth, or a range up to 255"
+        )
+    there, table = _values(rgb), _table(counts, 256)
+    return rgb.point(table.tolist() * 3), (len(np.unique(table[there])), len(there))
+
+
+def _values(rgb: Image.Image) -> np.ndarray:
+    """The distinct values of all three channels."""
+    return np.flatnonzero(np.reshape(rgb.histogram(), (3, 256)).any(axis=0))
+
+
+def _table(counts: Range, size: int) -> np.ndarray:
+    """What each value becomes in 8 bits."""
+    values = np.arange(size)
+    if counts == "full":
+        return (values * 256 // size).astype(np.uint8)
+    low, high = counts
+    return np.clip(np.rint((values - low) * 255 / (high - low)), 0, 255).astype(np.uint8)
+
+
+def _too_dark(name: str, setting: str) -> UserError:
+    return UserError(
+        f"{name}: 16 bits a channel, with no value above 4095: what is left of it in 8 bits "
+        "would be black. Cameras of 10 or 12 bits store such files; multiply the values by 64 "
+        f"or 16 first, or save 8 bits{setting}"
+    )
+
+
+def _no_range(name: str) -> UserError:
+    return UserError(
+        f"{name}: colours of 16 bits a channel, of which only the high byte is read; expected "
+        "grey images, or 8 bits a channel, for config.image.range. Save it so, or set "
+        "config.image.range=full"
+    )
 
 
 def open_image(data: bytes, name: str) -> Image.Image:
@@ -112,11 +283,22 @@ def open_image(data: bytes, name: str) -> Image.Image:
         raise UserError(
             f"{name}: more than 8 bits a channel (Pillow mode {image.mode}); save it with 8"
         )
+    # Pillow would warn that a palette's is dropped.
+    image.info.pop("transparency", None)
     return image
 
 
-def _open(data: bytes, name: str) -> tuple[Image.Image, bool]:
-    """A decoded image, and whether its file has 16 bits a channel."""
+def pixel_count(data: bytes) -> int:
+    """How many pixels an image file has by its header; 0 of what is not to be decoded."""
+    try:
+        width, height = _header(data, "").size
+    except UserError:
+        return 0
+    return width * height
+
+
+def _header(data: bytes, name: str) -> ImageFile.ImageFile:
+    """An image that is not decoded yet, of a size that may be."""
     if not data:
         raise UserError(f"{name}: an empty file, not an image; {_AGAIN}")
     opened = (open_ for sign, open_ in _FORMATS if re.match(sign, data, re.DOTALL))
@@ -126,7 +308,13 @@ def _open(data: bytes, name: str) -> tuple[Image.Image, bool]:
             "TIFF or WebP. Convert it, or leave it out"
         )
     image = _trying(name, lambda: format_(io.BytesIO(data)))
-    width, height = image.size
+    _require_size(*image.size, name)
+    return image
+
+
+def _require_size(width: int, height: int, name: str) -> None:
+    if not width * height:
+        raise UserError(f"{name}: {width}x{height} pixels; expected at least one")
     if width * height > MAX_PIXELS:
         raise UserError(
             f"{name}: {width}x{height} pixels by its header; expected at most {MAX_PIXELS} "
@@ -137,6 +325,11 @@ def _open(data: bytes, name: str) -> tuple[Image.Image, bool]:
             f"{name}: {width}x{height} pixels; expected at most {MAX_SIDE} a side, since "
             "pictures of results are JPEG files. Cut it into parts"
         )
+
+
+def _open(data: bytes, name: str) -> tuple[Image.Image, bool]:
+    """A decoded image, and whether its file has 16 bits a channel."""
+    image = _header(data, name)
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise UserError(
             f"{name}: several frames or pages ({image.format}), of which only the first would "
@@ -152,7 +345,23 @@ def _open(data: bytes, name: str) -> tuple[Image.Image, bool]:
             _require_whole_jpeg(data)
         image.load()
 
+    width, height = image.size
     _trying(name, load, _ROOM_PIXEL * width * height)
+    return image, _require_mode(image, layout, whites, name)
+
+
+def _require_mode(image: Image.Image, layout: str, whites: bool, name: str) -> bool:
+    """Whether an image has 16 bits a channel.
+
+    Args:
+      image: decoded.
+      layout: how Pillow found its pixels stored.
+      whites: whether 0 is white, where the file can say so.
+      name: how to call it in an error.
+
+    Raises:
+      UserError: it is of a kind that is not taken.
+    """
     deep = image.mode.startswith("I;16") or ";16" in layout
     if deep and (image.mode not in _DEEP_MODES or (whites and image.mode == "I;16")):
         kind = "0 for white" if whites else f"signed or other values (Pillow mode {image.mode})"
@@ -165,9 +374,11 @@ def _open(data: bytes, name: str) -> tuple[Image.Image, bool]:
             f"{name}: pixels of {kind}; expected 8 or 16 bits a channel, grey or RGB. Convert "
             "it first: which values are black and white is not known here"
         )
-    # Transparency is dropped; Pillow would warn that a palette's is.
-    image.info.pop("transparency", None)
-    return image, deep
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int) and (bits := _FEW_BITS.search(layout)):
+        # Pillow widens grey levels to 8 bits, and leaves this one as it is.
+        image.info["transparency"] = transparent * 255 // (2 ** int(bits[1]) - 1)
+    return deep
 
 
 def _trying(name: str, action: Callable[[], _Result], room: int = _ROOM) -> _Result:
