@@ -813,7 +813,9 @@ def _require_finite(
     )
 
 
-def score(detector: Detector, images: Sequence[input_pipeline.Input]) -> Anomalies:
+def score(
+    detector: Detector, images: Sequence[input_pipeline.Input] | UInt8[np.ndarray, "..."]
+) -> Anomalies:
     """Scores images of any size, given as arrays, paths, files, bytes or Pillow images.
 
     They are converted, resized and cropped as in training, and computed in batches of

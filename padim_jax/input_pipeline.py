@@ -13,12 +13,13 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import io
 import os
 import pathlib
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -288,7 +289,7 @@ def read_image(path: str | os.PathLike[str], counts: Range = "full") -> Image.Im
     return decode(read_file(place), shown(name), counts)
 
 
-Input = np.ndarray | str | os.PathLike[str] | bytes | Image.Image | BinaryIO
+Input = np.ndarray | str | os.PathLike[str] | bytes | Image.Image | io.IOBase
 
 
 def open_input(item: Input, name: str, counts: Range) -> Image.Image:
