@@ -229,6 +229,49 @@ def load(path: str | os.PathLike[str], devices: Devices) -> tuple[Fitted, str]:
     return _load(folder / str(chosen), devices)
 
 
+def fitted_config(path: Path) -> Config | None:
+    """Read the configuration of the newest finished checkpoint; None where there is none.
+
+    Raises:
+      UserError: it is broken or of another format.
+    """
+    if (step := _newest(path)) is None:
+        return None
+    metadata = _describe(step).custom_metadata
+    with _explained(step, metadata):
+        return config_lib.restore(metadata["config"], metadata.get("version"))
+
+
+def fitted_images(path: Path) -> UInt8[np.ndarray, "s 32"]:
+    """Read the SHA-256 of every image of the newest finished checkpoint, and nothing else.
+
+    Raises:
+      UserError: it is broken or of another format.
+    """
+    step = _newest(path)
+    assert step is not None
+    info = _describe(step)
+    metadata = info.custom_metadata
+    with _explained(step, metadata):
+        described: dict[str, Any] = dict(info.metadata)
+        config = config_lib.restore(metadata["config"], metadata.get("version"))
+        _require_plausible(described, info.custom_metadata["regions"], config)
+        target = {
+            name: np.empty(leaf.shape, leaf.dtype) if name == "images" else ocp.PLACEHOLDER
+            for name, leaf in described.items()
+        }
+        loaded: Any = ocp.load(os.fspath(step), target)
+    return loaded["images"]
+
+
+def _newest(path: Path) -> Path | None:
+    """Return the newest finished step. A collective."""
+    folder = _absolute(path)
+    finished = [number for number, step in _steps(folder) if step.get("unfinished") is None]
+    chosen = parallel.agreed(finished[-1] if finished else -1)
+    return None if chosen < 0 else folder / str(chosen)
+
+
 def load_unfinished(path: Path, devices: Devices) -> Fitted | None:
     """Reads the unfinished fit that is newer than any finished one, if there is one.
 
@@ -255,7 +298,7 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
     info = _describe(step)
     assert info is not None
     metadata = info.custom_metadata
-    try:
+    with _explained(step, metadata):
         config = config_lib.restore(metadata["config"], metadata.get("version"))
         weights = pretrained.identity(metadata["weights"])
         regions = metadata["regions"]
@@ -283,6 +326,12 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
             small.get("projection"),
         )
         return fitted, _identity(small, weights)
+
+
+@contextlib.contextmanager
+def _explained(step: Path, metadata: Mapping[str, Any]) -> Iterator[None]:
+    try:
+        yield
     except jax.errors.JaxRuntimeError:  # as without memory
         raise
     except config_lib.UnknownSettingError as error:

@@ -20,7 +20,7 @@ import ml_collections
 
 import padim_jax
 from padim_jax import checks, defaults, models, paths
-from padim_jax.datasets import LAYOUTS, decoding
+from padim_jax.datasets import LAYOUTS, decoding, mvtec_ad
 from padim_jax.errors import UserError
 
 SOURCES = ("folder", "tfds")
@@ -196,10 +196,20 @@ class Config:
     def title(self) -> str:
         """Dataset and category in one word, as in the default workdir's name.
 
-        Without a category the root's own name tells one part's folder from another's.
+        Without a category the root's own name tells one part's folder from another's; images
+        that only lie as MVTec AD's do have the root's name instead of its.
         """
-        category = self.category or paths.absolute(self.dataset.root).name
-        return f"{self.dataset.name}_{category.replace(',', '_')}"
+        root, dataset = paths.absolute(self.dataset.root).name, self.dataset.name
+        category = self.category or root
+        known = mvtec_ad.CATEGORIES
+        if category == ALL:
+            theirs = "mvtec" in root.lower()
+        else:
+            theirs = all(name in known for name in category.split(","))
+        if dataset == "mvtec_ad" and root and not theirs:
+            dataset = root
+        category = category.replace(",", "_")
+        return dataset if category == dataset else f"{dataset}_{category}"
 
     @property
     def is_sweep(self) -> bool:

@@ -29,6 +29,8 @@ from padim_jax import (
     fitting,
     image_cache,
     input_pipeline,
+    inputs,
+    journal,
     locks,
     memory,
     model_file,
@@ -48,6 +50,7 @@ from padim_jax.calibration import Calibration
 from padim_jax.config import Config
 from padim_jax.datasets import LAYOUTS, files, sampling
 from padim_jax.datasets import folder as folder_layout
+from padim_jax.datasets.files import shown
 from padim_jax.datasets.records import Record, Skipped, Source, Split
 from padim_jax.detector import Detector
 from padim_jax.errors import DataWarning, UserError
@@ -59,6 +62,8 @@ from padim_jax.types import LowRank
 METRICS = "metrics.json"  # the last to be written, and the first to go
 _CONFIG = "config.json"  # the first
 REPORT = "report.html"
+_INCOMPLETE = "results.incomplete"  # holds them until they are whole
+_SIGN = ".padim_jax"  # in that folder: whose it is
 THUMBNAILS = "report_thumbnails.json"  # of the worst images, for the page of a sweep
 # All that an evaluation may leave beside these.
 _RESULTS = (
@@ -77,6 +82,7 @@ def run(
     half: bool = False,
     models: Sequence[str] = (),
     watching: watch_lib.Timing | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Does what the command line asks for.
 
@@ -91,6 +97,7 @@ def run(
       half: for export: see there.
       models: for merge: the checkpoints to merge.
       watching: for predict: go on with the images that arrive in the folder `pattern`.
+      overwrite: for train_and_eval, train and eval: replace another data set's results.
 
     Raises:
       UserError: something to mend in the settings or the files, or too little memory.
@@ -100,7 +107,7 @@ def run(
     try:
         if mode == "train_and_eval":
             assert config is not None
-            train_and_eval(config, workdir, checkpoint_path)
+            train_and_eval(config, workdir, checkpoint_path, overwrite=overwrite)
         elif mode == "train":
             assert config is not None
             with compilation_cache.enabled(config.cache):
@@ -109,7 +116,7 @@ def run(
                 _say_folders(config, dataset)
                 config = fitting.with_range(config, dataset["train"])
                 dataset, skipped = _readable(config, dataset)
-                train(config, dataset, checkpoint_path)
+                train(config, dataset, checkpoint_path, overwrite=overwrite)
             if parallel.every().process == 0:
                 results.write_skipped(workdir, skipped)
         elif mode == "update":
@@ -117,7 +124,17 @@ def run(
         elif mode == "merge":
             merge(models, checkpoint_path)
         else:
-            _use(mode, config, workdir, checkpoint_path, pattern, weights, half, watching)
+            _use(
+                mode,
+                config,
+                workdir,
+                checkpoint_path,
+                pattern,
+                weights,
+                half,
+                watching,
+                overwrite,
+            )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -134,7 +151,11 @@ def _limit_images() -> None:
 
 
 def train_and_eval(
-    config: Config, workdir: Path, checkpoint_path: Path, backbone: Backbone | None = None
+    config: Config,
+    workdir: Path,
+    checkpoint_path: Path,
+    backbone: Backbone | None = None,
+    overwrite: bool = False,
 ) -> dict:
     """Fits and evaluates one detector.
 
@@ -143,6 +164,8 @@ def train_and_eval(
       workdir: of its results.
       checkpoint_path: where the fitted model goes.
       backbone: see `train`.
+      overwrite: replace the results and the model of another data set, which are kept
+        otherwise.
 
     Returns:
       What `evaluate` returns.
@@ -157,13 +180,16 @@ def train_and_eval(
     _require_test_images(config, dataset["test"])
     with _writing_results(workdir), compilation_cache.enabled(config.cache):
         memory.require_for_maps(config, len(dataset["test"].records))  # not after the fit
+        read = inputs.read(config, dataset, parallel.every())
+        if not overwrite:
+            _require_same_data(workdir, read)
         ranged = fitting.with_range(config, dataset["train"])
         dataset, skipped = _readable(ranged, dataset)
-        detector = train(ranged, dataset, checkpoint_path, backbone)
+        detector = train(ranged, dataset, checkpoint_path, backbone, overwrite)
         if parallel.every().process == 0:
             # Of the model that was: nobody is to take it for this one's.
             (workdir / METRICS).unlink(missing_ok=True)
-        return _evaluate(config, detector, dataset["test"], workdir, skipped)
+        return _evaluate(config, detector, dataset["test"], workdir, skipped, read)
 
 
 def train(
@@ -171,6 +197,7 @@ def train(
     dataset: Mapping[str, Source],
     path: Path,
     backbone: Backbone | None = None,
+    overwrite: bool = False,
 ) -> Detector:
     """Fits a detector and finds its thresholds.
 
@@ -179,14 +206,17 @@ def train(
       dataset: see `open_dataset`.
       path: the checkpoint's folder, where thresholds are kept as well.
       backbone: the configuration's, if it is loaded already.
+      overwrite: replace the model of another data set, which is kept otherwise.
 
     Raises:
-      UserError: see `fitting.train`; or there are too few normal images for thresholds, or
-        another process writes to the checkpoint.
+      UserError: see `fitting.train`; or there are too few normal images for thresholds,
+        another process writes to the checkpoint, or it is of another data set.
       Stopped: by SIGTERM, during the fit.
     """
     config = fitting.with_range(config, dataset["train"])
     with locks.held(path, parallel.every().process):
+        if not overwrite:
+            _require_model_of_same_data(path, config, dataset["train"])
         dataset = _with_held_out(config, dataset)
         source = copies.distinct(dataset["train"], parallel.every())
         validation, normal = dataset["validation"], config.threshold.normal
@@ -622,6 +652,7 @@ def _use(
     weights: str | None,
     half: bool,
     watching: watch_lib.Timing | None,
+    overwrite: bool,
 ) -> None:
     source, folder = None, None
     if watching is not None:
@@ -647,7 +678,7 @@ def _use(
         if mode == "eval":
             dataset = open_dataset(detector.config)
             _say_folders(detector.config, {"test": dataset["test"]})
-            evaluate(detector.config, detector, dataset["test"], workdir)
+            evaluate(detector.config, detector, dataset["test"], workdir, overwrite)
         elif mode == "calibrate":
             assert source is not None
             sources, _ = _readable(_for_new_images(detector).config, {"input": source}, False)
@@ -771,6 +802,11 @@ def load(
     config = fitting.with_stored_range(config, fitted.config)
     if config.title != fitted.config.title:
         print(f"{path} was fitted to {fitted.config.title}; now used for {config.title}")
+    elif inputs.folder(config) != inputs.folder(fitted.config):
+        print(
+            f"{path} was fitted to images of {shown(inputs.folder(fitted.config))}; now used "
+            f"for {shown(inputs.folder(config))}"
+        )
     variables = fitting.load_weights(place, fitted.weights, config, weights)
     variables = detector_lib.with_projection(variables, fitted.projection)
     variables = parallel.replicate(variables, devices)
@@ -811,6 +847,7 @@ def export(
 
 
 def _export(detector: Detector, path: Path, half: bool, test: Source | None) -> None:
+    model_file.require_own(path)  # now, rather than after measuring
     comparison, identity = None, detector.identity
     if half:
         if test is None or not test.records:
@@ -860,7 +897,9 @@ def _export(detector: Detector, path: Path, half: bool, test: Source | None) -> 
     print(f"model file, {size / 1e6:.0f} MB -> {path}")
 
 
-def evaluate(config: Config, detector: Detector, source: Source, workdir: Path) -> dict:
+def evaluate(
+    config: Config, detector: Detector, source: Source, workdir: Path, overwrite: bool = False
+) -> dict:
     """Scores a test set and writes metrics, scores, maps and pictures.
 
     Args:
@@ -868,19 +907,23 @@ def evaluate(config: Config, detector: Detector, source: Source, workdir: Path) 
       detector: fitted.
       source: normal and anomalous images.
       workdir: where the results go; files of an earlier evaluation are replaced.
+      overwrite: replace those of another data set, which are kept otherwise.
 
     Returns:
       What metrics.json holds; of several processes, in the first.
 
     Raises:
-      UserError: no test images, an unreadable one, too little memory for their maps, or
-        another process writes there.
+      UserError: no test images, an unreadable one, too little memory for their maps,
+        another process writes there, or there are results of another data set.
     """
     _require_test_images(config, source)
     with _writing_results(workdir):
+        read = inputs.read(config, {"test": source}, parallel.every())
+        if not overwrite:
+            _require_same_data(workdir, read)
         seen = dataclasses.replace(config, image=detector.config.image)
         sources, skipped = _readable(seen, {"test": source})
-        return _evaluate(config, detector, sources["test"], workdir, skipped)
+        return _evaluate(config, detector, sources["test"], workdir, skipped, read)
 
 
 def _evaluate(
@@ -889,6 +932,7 @@ def _evaluate(
     source: Source,
     workdir: Path,
     skipped: Sequence[Skipped],
+    read: Mapping[str, Any],
 ) -> dict:
     if parallel.every().process == 0:  # which keeps the maps
         memory.require_for_maps(config, len(source.records))
@@ -901,6 +945,7 @@ def _evaluate(
     scale = figures.color_scale(scored.maps, scored.labels.astype(int))
     measured["color_scale"] = [scale.low, scale.high]
     measured["detector"] = detector_lib.fingerprint(detector)
+    measured[inputs.KEY] = {**read, "weights": detector.weights.sha256}
     known = {digest.tobytes() for digest in detector.images}
     measured["leaks"] = [
         record.relative_path
@@ -976,7 +1021,8 @@ def _predict(
     journal, kept = None, unfinished.Kept()
     if devices.process == 0:
         for place in (folder, growing):
-            _require_own(place, place / predictions.TABLE, place / unfinished.NAME)
+            table, log = place / predictions.TABLE, place / unfinished.NAME
+            _require_own(place, predictions.is_table(table) or _is_journal(log))
             _require_elsewhere(source, place)
         if isinstance(growing, pathlib.Path):
             fitting.make_folder(growing)
@@ -1075,8 +1121,17 @@ def _said(detector: Detector, known: predictions.Thresholds) -> dict[str, Any]:
 
 def _remove_predictions(folder: Path) -> None:
     """Removes them; killed on the way, the next run knows the rest for one of ours."""
-    for name in ("maps", "overlays"):
-        paths.remove_folder(folder / name)
+    _remove(folder, folder / predictions.TABLE)
+
+
+def _remove(folder: Path, sign: Path) -> None:
+    """Removes a folder, in the end the file in it that says whose it is."""
+    if isinstance(folder, pathlib.Path) and folder.is_dir() and not folder.is_symlink():
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                paths.remove_folder(path)
+            elif path != sign:
+                path.unlink()
     paths.remove_folder(folder)
 
 
@@ -1109,17 +1164,19 @@ def _replacing_results(workdir: Path) -> Iterator[Path]:
             (workdir / name).unlink(missing_ok=True)
         yield workdir
         return
-    place = workdir / "results.incomplete"
-    paths.remove_folder(place)  # a killed process's
+    place = workdir / _INCOMPLETE
+    _require_own(place, (place / _SIGN).exists())
+    _remove(place, place / _SIGN)  # a killed process's
     place.mkdir()
     try:
+        paths.write(place / _SIGN, b"padim_jax: results on their way; may be deleted\n")
         yield place
     except BaseException:
-        paths.remove_folder(place)
+        _remove(place, place / _SIGN)
         raise
     # From here to the end there is no sign of a whole evaluation.
     (workdir / METRICS).unlink(missing_ok=True)
-    names = {*_RESULTS, *(path.name for path in place.iterdir())}
+    names = {*_RESULTS, *(path.name for path in place.iterdir())} - {_SIGN}
     for name in (_CONFIG, *sorted(names - {_CONFIG, METRICS}), METRICS):
         old, new = workdir / name, place / name
         if old.is_dir() and not old.is_symlink():
@@ -1128,25 +1185,112 @@ def _replacing_results(workdir: Path) -> Iterator[Path]:
             old.unlink(missing_ok=True)
         if new.exists():
             new.replace(old)
-    place.rmdir()
+    _remove(place, place / _SIGN)
+
+
+def stored_inputs(workdir: Path) -> dict[str, Any] | None:
+    """Return what `inputs.read` said of an evaluation's images; None if there is none.
+
+    Of one by a version that did not keep it only the folder is known.
+
+    Raises:
+      ValueError: these are no results.
+    """
+    if not (workdir / METRICS).exists():
+        return None
+    measured = json.loads((workdir / METRICS).read_text(encoding="utf-8"))
+    if not isinstance(measured, dict):
+        raise ValueError("no results")
+    stored = measured.get(inputs.KEY)
+    if stored is None:
+        config = json.loads((workdir / _CONFIG).read_text(encoding="utf-8"))
+        root = paths.absolute(paths.parse(config["dataset"]["root"]))
+        stored = {"folder": os.fspath(root / config["category"]), "images": {}}
+    if not isinstance(stored, dict) or not isinstance(stored.get("images"), dict):
+        raise ValueError("no results")
+    return stored if isinstance(stored.get("folder"), str) else stored | {"folder": ""}
+
+
+def other_data(workdir: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return the sentence that refuses to replace another data set's results."""
+    return (
+        f"{workdir}: holds the results of another data set, {shown(stored['folder'])}, and not "
+        f"of {shown(now['folder'])}; name another --workdir, or replace them with --overwrite"
+    )
+
+
+def _require_same_data(workdir: Path, now: Mapping[str, Any]) -> None:
+    """Keeps results of other images: those of a folder of the same name, say."""
+    refusal = ""
+    if parallel.every().process == 0:  # the only one that reads and writes results
+        # What cannot be read is shown to nobody, and replaced as it was before.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            stored = stored_inputs(workdir)
+            if stored is not None and not inputs.are_same_data(stored, now):
+                refusal = other_data(workdir, stored, now)
+    if refusal := parallel.gather_bytes(refusal.encode())[0].decode():
+        raise UserError(refusal)
+
+
+def _require_model_of_same_data(path: Path, config: Config, source: Source) -> None:
+    """Keeps a model of other images; see `inputs.are_same_data`."""
+    fitted = checkpoint.fitted_config(path)
+    if fitted is None or inputs.folder(fitted) == inputs.folder(config):
+        return
+    devices = parallel.every()
+    progress.listing(source, devices)  # or they could not tell each other their parts
+    present = {digest.tobytes() for digest in copies.digests(source, devices)}
+    # Some of these images may be held out, or may have come since.
+    if not present.issuperset(x.tobytes() for x in checkpoint.fitted_images(path)):
+        raise UserError(
+            f"{path}: holds a model of another data set, {shown(inputs.folder(fitted))}, and "
+            f"not of {shown(inputs.folder(config))}; name another --workdir (or --checkpoint), "
+            "or replace it with --overwrite"
+        )
 
 
 def _require_own_results(workdir: Path) -> None:
+    ours = is_own_config(workdir / _CONFIG)  # written before all else
     for name in ("maps", "figures"):
-        _require_own(workdir / name, workdir / _CONFIG)  # written before them
+        _require_own(workdir / name, ours)
+    for name in (_CONFIG, METRICS, *_RESULTS):
+        if name != results.SKIPPED:  # which knows its own, and comes of a training as well
+            _require_own(workdir / name, ours, link=True)
+    _require_own(workdir / _INCOMPLETE, (workdir / _INCOMPLETE / _SIGN).exists())
 
 
-def _require_own(folder: Path, *signs: Path) -> None:
-    """Results of an earlier run are replaced, anything else in their place is not."""
-    paths.require_no_link(folder)
-    if not folder.exists() or any(sign.exists() for sign in signs):
+def is_own_config(path: Path) -> bool:
+    """Return whether a file is the config.json of a run: other programs have one, too."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    groups = ("dataset", "image", "model", "map")
+    return isinstance(found, dict) and all(isinstance(found.get(x), dict) for x in groups)
+
+
+def _is_journal(path: Path) -> bool:
+    return path.exists() and journal.is_ours(path)
+
+
+def _require_own(place: Path, ours: bool, link: bool = False) -> None:
+    """Results of an earlier run are replaced, anything else in their place is not.
+
+    Raises:
+      UserError: there is something else, or a link where there is to be none.
+    """
+    if not link:
+        paths.require_no_link(place)
+    if ours or not place.exists():
         return
-    local = isinstance(folder, pathlib.Path) and folder.is_dir()
-    if local and all(paths.is_system_file(entry.name) for entry in folder.iterdir()):
+    is_folder = isinstance(place, pathlib.Path) and place.is_dir()
+    if is_folder and all(
+        paths.is_growing(path) or paths.is_system_file(path.name) for path in place.iterdir()
+    ):
         return  # a run that was killed has just made it
     raise UserError(
-        f"{folder}: exists and is not from an earlier run (there is no {signs[0]}); move it "
-        "away or name another --workdir"
+        f"{place}: exists and is not from an earlier run; move it away or name another "
+        "--workdir"
     )
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from padim_jax import paths
 
+FORMAT = "format of the journal"  # in the first entry of each, whatever else it says
+
 
 def read(path: pathlib.Path) -> list[Any]:
     """The whole entries from the first on; what follows them is cut off the file.
@@ -38,9 +40,21 @@ def read(path: pathlib.Path) -> list[Any]:
     return entries
 
 
+def is_ours(path: paths.Path) -> bool:
+    """Return whether a file is a journal, or what a killed writer left of one."""
+    line = paths.first_line(path).strip(b"\0")  # a power cut may leave zeros
+    if not line.endswith(b"\n"):
+        return not line or b'{"'.startswith(line[:2])
+    try:
+        header = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(header, dict) and FORMAT in header
+
+
 def write(path: pathlib.Path, entries: Sequence[Any]) -> None:
     """Replaces the file, or makes it, at once."""
-    growing = path.with_name(f"{path.name}.incomplete")
+    growing = paths.growing_file(path)
     growing.write_bytes(b"".join(map(_line, entries)))
     paths.sync(growing)
     growing.replace(path)

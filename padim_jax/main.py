@@ -120,7 +120,10 @@ _HALF = flags.DEFINE_bool(
     "half", False, "For export: float16, half the size; the change is measured and stored."
 )
 _OVERWRITE = flags.DEFINE_bool(
-    "overwrite", False, "For several categories or repeats: do again those that are finished."
+    "overwrite",
+    False,
+    "Replace the results and the model of another data set; for several categories or repeats: "
+    "do again those that are finished.",
 )
 _DOWNLOAD = flags.DEFINE_bool(
     "download", False, "Download MVTec AD to config.dataset.root first, if it is not there."
@@ -252,6 +255,7 @@ def _run_experiment(mode: str) -> None:
             _HALF.value,
             _MODELS.value,
             watch.Timing(_POLL_SECONDS.value, _SETTLE_SECONDS.value) if _WATCH.value else None,
+            _OVERWRITE.value,
         )
 
 
@@ -341,10 +345,10 @@ def _check_flags(mode: str, config: config_lib.Config | None) -> None:
         )
     if sweep and _CHECKPOINT.value is not None:
         raise UserError("--checkpoint: not for several runs; each has its own in --workdir")
-    if _OVERWRITE.value and not sweep:
+    if _OVERWRITE.value and mode not in ("train_and_eval", "train", "eval"):
         raise UserError(
-            "--overwrite: for several categories or repeats, of which finished ones are left "
-            "as they are otherwise; a single run is always done again"
+            f"--overwrite: not for --mode={mode}; it replaces the results and the model of "
+            "another data set, and does a sweep's finished runs again"
         )
     if _HALF.value and mode != "export":
         raise UserError(f"--half: not for --mode={mode}; it is a form of --mode=export")

@@ -144,7 +144,7 @@ def _replace(path: pathlib.Path, arrays: dict[str, np.ndarray], header: dict[str
     import safetensors.numpy
 
     target = path.resolve()  # what a link leads to is replaced, and not the link
-    growing = target.with_name(f"{target.name}.incomplete")
+    growing = paths.growing_file(target)
     try:
         growing.unlink(missing_ok=True)  # of a process that was killed
         growing.touch()
@@ -156,6 +156,28 @@ def _replace(path: pathlib.Path, arrays: dict[str, np.ndarray], header: dict[str
         with contextlib.suppress(OSError):
             growing.unlink()
         raise
+
+
+def require_own(path: Path) -> None:
+    """Make sure that a model file would replace nothing but another one.
+
+    Raises:
+      UserError: there is something else, such as weights of that name.
+    """
+    import safetensors
+
+    if not path.exists():
+        return
+    try:
+        with _local(path) as local, safetensors.safe_open(local, "np") as file:
+            if "padim_jax" in (file.metadata() or {}):
+                return
+    except (OSError, safetensors.SafetensorError):
+        pass
+    raise UserError(
+        f"{path}: exists and is no model file of padim_jax; move it away or name another "
+        "--workdir"
+    )
 
 
 def load(path: Path, devices: Devices) -> Model:

@@ -215,9 +215,7 @@ def write(path: Path, content: bytes) -> None:
     if not isinstance(path, pathlib.Path):
         path.write_bytes(content)  # there when it is whole
         return
-    # Short, as the name may be as long as one can be.
-    mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    growing = path.with_name(f".{mark}.incomplete")
+    growing = growing_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         growing.unlink(missing_ok=True)
@@ -241,6 +239,30 @@ def sync(path: pathlib.Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def growing_file(path: pathlib.Path) -> pathlib.Path:
+    """Return where a file is written until it is whole: by a name that nobody else gives."""
+    # Short, as the name may be as long as one can be.
+    mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return path.with_name(f".{mark}.incomplete")
+
+
+def is_growing(path: Path) -> bool:
+    """Return whether a name is one that `growing_file` gives."""
+    return re.fullmatch(r"\.[0-9a-f]{16}\.incomplete", path.name) is not None
+
+
+_LONGEST_LINE = 100_000  # bytes; of what tells whose a file is
+
+
+def first_line(path: Path) -> bytes:
+    """Return a file's first line, or the beginning of a long one; b"" without a file."""
+    try:
+        with path.open("rb") as file:
+            return file.readline(_LONGEST_LINE)
+    except (FileNotFoundError, IsADirectoryError):
+        return b""
 
 
 def modified(path: Path) -> float:

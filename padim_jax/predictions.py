@@ -329,6 +329,11 @@ class Pictures:
                     paths.sync(file)
 
 
+def is_table(path: Path) -> bool:
+    """Return whether a file is a table of predictions."""
+    return paths.first_line(path).strip() == ",".join(COLUMNS).encode()
+
+
 def rows(
     names: Sequence[str],
     scores: Float32[np.ndarray, " n"],

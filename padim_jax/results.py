@@ -19,6 +19,7 @@ from padim_jax.calibration import Calibration
 from padim_jax.config import Config
 from padim_jax.datasets.files import shown
 from padim_jax.datasets.records import GOOD, Record, Skipped
+from padim_jax.errors import UserError
 from padim_jax.paths import Path
 
 # With config.outputs.figures="some", of each defect type this many of the highest
@@ -200,12 +201,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
-    """Lists images that were left out in skipped.csv; without any there is no such file."""
-    table = folder / SKIPPED
+    """List images that were left out in skipped.csv; without any there is no such file.
+
+    Raises:
+      UserError: there is another file of this name.
+    """
+    table, header = folder / SKIPPED, ("path", "reason")
+    if table.exists() and paths.first_line(table).strip() != ",".join(header).encode():
+        raise UserError(
+            f"{table}: exists and is not from an earlier run; move it away or name another "
+            "--workdir"
+        )
     if not skipped:
         table.unlink(missing_ok=True)
         return
-    rows = [("path", "reason"), *((one.path, one.reason) for one in skipped)]
+    rows = [header, *((one.path, one.reason) for one in skipped)]
     paths.write(table, tables.as_csv(rows))
 
 

@@ -3,7 +3,10 @@
 Processes and hosts that are given the same command and workdir share the runs out: each
 takes the next one that nobody has finished or is at. A run is taken by a lock on a file,
 which the system gives back when its process ends, in whatever way; object stores have none,
-and there a sweep is for one command alone.
+and there a sweep is for one command alone. In the end each looks again at what others had
+begun, and does what was left behind.
+
+A run is finished if its results are of these settings, weights, images, labels and masks.
 """
 
 import contextlib
@@ -14,15 +17,17 @@ import pathlib
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import padim_jax
 from padim_jax import (
     compilation_cache,
     experiment,
     fitting,
     image_cache,
     input_pipeline,
+    inputs,
     locks,
     parallel,
     paths,
@@ -42,12 +47,15 @@ _LOG, _CONFIG, _METRICS = "log.txt", "config.json", experiment.METRICS
 _ERROR = "error.txt"  # of a run that failed, until it is tried again
 # What a run's metrics do not depend on.
 _ASIDE = ("batch_size", "cache", "outputs", "train")
+_BY_CONTENT = ("config.dataset.root", "config.dataset.tfds_dir", "config.model.weights")
+_LOG_SIGN = "padim_jax"  # begins a run's log, and says whose it is
 _SHOWN = (("image AUROC", "image_auroc"), ("pixel AUROC", "pixel_auroc"), ("AUPRO", "aupro"))
 # What there is to say of a run; the first is done.
+_FREE, _TAKEN = "free", "another process is at it"
 _STATES = (
-    "free",
+    _FREE,
     "finished already (--overwrite does it again)",
-    "another process is at it",
+    _TAKEN,
     "failed in another process",
 )
 
@@ -130,59 +138,115 @@ def run(config: Config, workdir: Path, overwrite: bool = False) -> None:
     Args:
       config: of the sweep.
       workdir: of its results.
-      overwrite: do again what was finished before this process began.
+      overwrite: do again what was finished before this process began, of whatever images.
 
     Raises:
-      UserError: runs failed; or a finished one, not to be overwritten, had other settings.
+      UserError: runs failed; or a finished one, not to be overwritten, had other settings or
+        weights, or another data set.
       Stopped: by SIGTERM.
     """
     runs, devices = plan(config, workdir), parallel.every()
     # Not by the clock, which may be set, or differ from that of where the files are.
     before = {one.name: _versions(one) for one in runs}
+    _require_own(runs, workdir)
     if not overwrite:
         for one in runs:
             _require_same(one)
     if devices.process == 0:
         fitting.make_folder(workdir)
-    bugs: list[Exception] = []
+    failures = _Failures()
     with (
         compilation_cache.enabled(config.cache),
         progress.bar(len(runs), "sweep", devices, unit="run") as bar,
     ):
         backbone = fitting.load_backbone(config.model, devices)
         progress.say(f"weights: {backbone[1].origin}")
-        for i, one in enumerate(runs):
+        reasons = {}
+        if not overwrite:
+            reasons = _changed(runs, backbone[1].sha256, failures, devices)
+
+        def attempt(one: Run, following: Sequence[Run]) -> str:
+            """Does a run if nobody has or is at it; its state before."""
             lock = workdir / one.name.replace("/", "_")
             with locks.attempt(lock, devices.process) as taken:
-                state = _state(one, before[one.name], overwrite, taken)
+                again = overwrite or one.name in reasons
+                state = _state(one, before[one.name], again, taken)
                 # One process decides for those that are joined.
                 state = _STATES[parallel.agreed(_STATES.index(state))]
-                if state == "free":
-                    with _decoding(runs[i + 1 : i + 2], devices):
-                        try:
-                            progress.say(_run(one, backbone, devices))
-                        except Stopped:
+                if state != _FREE:
+                    return state
+                if one.name in reasons:
+                    progress.say(f"{one.name}: done again: {reasons[one.name]}")
+                with _decoding(following, devices):
+                    try:
+                        progress.say(_run(one, backbone, overwrite, devices))
+                    except Stopped:
+                        raise
+                    except Exception as error:
+                        if devices.processes > 1:
                             raise
-                        except Exception as error:
-                            if devices.processes > 1:
-                                raise
-                            if is_out_of_memory(error):
-                                error = UserError(NO_MEMORY)
-                            _report_failure(one, error)
-                            progress.say(f"{one.name}: failed: {error}")
-                            if not isinstance(error, UserError):
-                                bugs.append(error)
-                else:
-                    progress.say(f"{one.name}: {state}")
+                        if is_out_of_memory(error):
+                            error = UserError(NO_MEMORY)
+                        failures.add(one, error)
+            return state
+
+        waiting = []
+        for i, one in enumerate(runs):
+            state = attempt(one, runs[i + 1 : i + 2])
+            if state == _TAKEN:
+                waiting.append(one)
+            if state != _FREE:
+                progress.say(f"{one.name}: {state}")
             bar.update()
+        # Again, until nothing is left but what living processes hold: the others may have been
+        # killed meanwhile.
+        done = True
+        while done and waiting:
+            states = {one.name: attempt(one, ()) for one in waiting}
+            done = _FREE in states.values()
+            waiting = [one for one in waiting if states[one.name] == _TAKEN]
+        for one in waiting:
+            progress.say(f"{one.name}: not finished yet; {_TAKEN}")
     del backbone
     if devices.process == 0:
-        _write(config, runs, workdir, devices)
-    if bugs:
-        raise bugs[0]
-    if failed := {one.name: message for one in runs if (message := _error(one))}:
+        try:
+            with paths.explained():
+                _write(config, runs, workdir, failures.messages, devices)
+        except UserError as error:
+            if not failures.messages:
+                raise
+            progress.say(f"no table: {error}")
+    if failures.bugs:
+        raise failures.bugs[0]
+    if failed := _failed(runs, failures.messages):
         listed = "".join(f"\n  {name}: {message}" for name, message in failed.items())
         raise UserError(f"{len(failed)} of {len(runs)} runs failed:{listed}")
+
+
+class _Failures:
+    """Runs of this process that failed: in memory, since the disk may be what fails."""
+
+    def __init__(self) -> None:
+        self.messages: dict[str, str] = {}
+        self.bugs: list[Exception] = []
+
+    def add(self, one: Run, error: Exception) -> None:
+        """Reports an error, and keeps it beside the run for the other processes."""
+        known = isinstance(error, UserError)
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        self.messages[one.name] = message
+        with contextlib.suppress(OSError):
+            paths.write(one.workdir / _ERROR, f"{message}\n".encode())
+        progress.say(f"{one.name}: failed: {error}")
+        if not known:
+            traceback.print_exception(error)
+            self.bugs.append(error)
+
+
+def _failed(runs: Sequence[Run], own: Mapping[str, str]) -> dict[str, str]:
+    """Why runs failed, by name: those of this process, and those that others noted."""
+    messages = {one.name: own.get(one.name) or _error(one) for one in runs}
+    return {name: message for name, message in messages.items() if message}
 
 
 def _versions(one: Run) -> tuple[Any, Any]:
@@ -199,10 +263,10 @@ def _version(path: Path) -> Any:
     return status.st_ino, status.st_mtime_ns
 
 
-def _state(one: Run, before: tuple[Any, Any], overwrite: bool, taken: bool) -> str:
+def _state(one: Run, before: tuple[Any, Any], again: bool, taken: bool) -> str:
     """What is to be said of a run, with its `_versions` at the beginning; see `_STATES`."""
     metrics, error = _versions(one)
-    if metrics is not None and not (overwrite and metrics == before[0]):
+    if metrics is not None and not (again and metrics == before[0]):
         return _STATES[1]
     if not taken:
         return _STATES[2]
@@ -211,8 +275,13 @@ def _state(one: Run, before: tuple[Any, Any], overwrite: bool, taken: bool) -> s
     return _STATES[0]
 
 
-def _run(one: Run, backbone: Backbone, devices: Devices) -> str:
+def _run(one: Run, backbone: Backbone, overwrite: bool, devices: Devices) -> str:
     """One fit and evaluation; what is to be said of it."""
+    with paths.explained():
+        return _train_and_eval(one, backbone, overwrite, devices)
+
+
+def _train_and_eval(one: Run, backbone: Backbone, overwrite: bool, devices: Devices) -> str:
     started = time.monotonic()
     if devices.process == 0:
         fitting.make_folder(one.workdir)
@@ -221,23 +290,17 @@ def _run(one: Run, backbone: Backbone, devices: Devices) -> str:
             (one.workdir / name).unlink(missing_ok=True)
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), paths.explained():
+        with contextlib.redirect_stdout(said):
             measured = experiment.train_and_eval(
-                one.config, one.workdir, one.workdir / "checkpoint", backbone
+                one.config, one.workdir, one.workdir / "checkpoint", backbone, overwrite
             )
     finally:
         if devices.process == 0:
-            paths.write(one.workdir / _LOG, said.getvalue().encode())
+            log = f"{_LOG_SIGN} {padim_jax.__version__}: {one.name}\n{said.getvalue()}"
+            with contextlib.suppress(OSError):  # it is not what matters
+                paths.write(one.workdir / _LOG, log.encode("utf-8", "backslashreplace"))
     found = (f"{name} {measured[key]:.4f}" for name, key in _SHOWN if measured.get(key))
     return f"{one.name}: {', '.join(found)} ({time.monotonic() - started:.1f} s)"
-
-
-def _report_failure(one: Run, error: Exception) -> None:
-    message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    with contextlib.suppress(OSError):  # the disk may be what failed
-        paths.write(one.workdir / _ERROR, f"{message}\n".encode())
-    if not isinstance(error, UserError):
-        traceback.print_exception(error)
 
 
 def _is_drawn(config: Config) -> bool:
@@ -247,6 +310,79 @@ def _is_drawn(config: Config) -> bool:
         or image.rotation > 0
         or image.crop_at == "random"
     )
+
+
+def _require_own(runs: Sequence[Run], workdir: Path) -> None:
+    """Make sure that nothing is replaced that no sweep has written."""
+    first = ",".join(sweep_table.CSV_KEYS).encode()  # written before the other tables
+    if not paths.first_line(workdir / sweep_table.NAMES[0]).startswith(first):
+        for name in (*sweep_table.NAMES, experiment.REPORT):
+            _refuse_other(workdir / name)
+    for one in runs:
+        log = paths.first_line(one.workdir / _LOG).startswith(_LOG_SIGN.encode())
+        if not log and not experiment.is_own_config(one.workdir / _CONFIG):
+            for name in (_LOG, _ERROR):
+                _refuse_other(one.workdir / name)
+
+
+def _refuse_other(path: Path) -> None:
+    if path.exists():
+        raise UserError(
+            f"{path}: exists and is not from an earlier sweep; move it away or name another "
+            "--workdir"
+        )
+
+
+def _changed(
+    runs: Sequence[Run], weights: str, failures: _Failures, devices: Devices
+) -> dict[str, str]:
+    """Why finished runs are done again, by name: their images are others by now.
+
+    A collective.
+
+    Raises:
+      UserError: one is of another data set or of other weights, or cannot be read.
+    """
+    reasons = {}
+    for one in runs:
+        if not parallel.agreed(int((one.workdir / _METRICS).exists())):
+            continue
+        try:
+            now = inputs.read(one.config, experiment.open_dataset(one.config), devices)
+        except UserError as error:
+            if devices.processes > 1:
+                raise
+            failures.messages[one.name] = str(error)  # its results stay, and are not shown
+            continue
+        reason = ""
+        if devices.process == 0:
+            reason = _difference(one, weights, now)
+        if reason := parallel.gather_bytes(reason.encode())[0].decode():
+            reasons[one.name] = reason
+    return reasons
+
+
+def _difference(one: Run, weights: str, now: Mapping[str, Any]) -> str:
+    """What is not as a finished run read it; empty where all is."""
+    _measured(one)
+    try:
+        stored = experiment.stored_inputs(one.workdir)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _not_ours(one.workdir / _METRICS, str(error)) from error
+    if stored is None:  # another process has just begun to do it again
+        return ""
+    if not inputs.are_same_data(stored, now):
+        raise UserError(experiment.other_data(one.workdir, stored, now))
+    if not stored["images"]:
+        return "done by an earlier version, which did not keep what it read"
+    if (theirs := str(stored.get("weights"))) != weights:
+        raise UserError(
+            f"{one.workdir}: finished with other weights, sha256 {theirs[:12]}..., and this "
+            f"sweep has {weights[:12]}...; name another --workdir, or do it again with "
+            "--overwrite"
+        )
+    other = [x for x, digest in now["images"].items() if stored["images"].get(x) != digest]
+    return f"other images, labels or masks ({', '.join(other)}) than then" if other else ""
 
 
 def _require_same(one: Run) -> None:
@@ -262,9 +398,9 @@ def _require_same(one: Run) -> None:
     except UserError as error:
         raise _not_ours(path, str(error)) from error
     for name, value in wanted.items():
-        if found.get(name) != value:
+        if (theirs := found.get(name)) != value:
             raise UserError(
-                f"{one.workdir}: finished with {name}={found.get(name)}, and this sweep has "
+                f"{one.workdir}: finished with {name}={theirs}, and this sweep has "
                 f"{value}; name another --workdir, or do it again with --overwrite"
             )
 
@@ -276,8 +412,8 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
         if name not in _ASIDE:
             group = value if isinstance(value, dict) else {"": value}
             found |= {f"config.{name}.{key}".rstrip("."): x for key, x in group.items()}
-    # Where the images lie may be said in several ways, and they may have been moved.
-    return {name: x for name, x in found.items() if not name.startswith("config.dataset.root")}
+    # Images and weights are told by their content: they may have been moved.
+    return {name: x for name, x in found.items() if name not in _BY_CONTENT}
 
 
 def _read(path: Path) -> Any:
@@ -337,11 +473,17 @@ def _decoding(following: Sequence[Run], devices: Devices) -> Iterator[None]:
         thread.join()
 
 
-def _write(config: Config, runs: Sequence[Run], workdir: Path, devices: Devices) -> None:
+def _write(
+    config: Config,
+    runs: Sequence[Run],
+    workdir: Path,
+    failures: Mapping[str, str],
+    devices: Devices,
+) -> None:
     """Writes the table of what there is by now, of all processes, and the page."""
     # One process at a time: so the last one's table is the most complete.
     with locks.attempt(workdir / "table.json", devices.process, wait=True):
-        failed = {one.name: message for one in runs if (message := _error(one))}
+        failed = _failed(runs, failures)
         finished = {
             (one.category, one.repeat): _measured(one)
             for one in runs

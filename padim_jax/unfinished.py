@@ -49,7 +49,7 @@ class Progress:
 
     def __init__(self, folder: pathlib.Path, map_suffix: str, settings: Mapping[str, Any]):
         self._folder, self._suffix = folder, map_suffix
-        said = {**settings, "format of the journal": 1, "format of maps": map_suffix}
+        said = {**settings, journal.FORMAT: 1, "format of maps": map_suffix}
         self._settings = json.loads(json.dumps(said))  # as it is read again
         self._journal, self._table = folder / NAME, folder / predictions.TABLE
         self._done = Kept()

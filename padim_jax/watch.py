@@ -300,7 +300,9 @@ class Log:
         self.seen: set[int] = set()
         self.refused = 0  # of those seen; older versions' journals did not tell
         self.scale: figures.ColorScale | None = None
-        header = json.loads(json.dumps({**said, "format of the journal": 1}))
+        header = json.loads(json.dumps({**said, journal.FORMAT: 1}))
+        if not journal.is_ours(self._journal):  # reading it would cut it off
+            raise UserError(f"{folder}: {_NOT_OURS.format('not of a watched folder')}")
         entries = journal.read(self._journal)
         if not entries:
             others = folder.iterdir() if folder.is_dir() else ()

@@ -666,6 +666,27 @@ def test_title_names_dataset_and_category():
     assert config_lib.validate(settings).title == "folder_left_part"
 
 
+@pytest.mark.parametrize(
+    ("name", "root", "category", "title"),
+    [
+        ("mvtec_ad", "anywhere", "bottle", "mvtec_ad_bottle"),
+        ("mvtec_ad", "anywhere", "carpet,grid", "mvtec_ad_carpet_grid"),
+        ("mvtec_ad", "data/mvtec_ad", "all", "mvtec_ad_all"),
+        ("mvtec_ad", "data/parts", "all", "parts_all"),
+        ("mvtec_ad", "data/parts", "bracket", "parts_bracket"),
+        ("mvtec_ad", "data/bracket", "", "bracket"),
+        ("mvtec_ad", "data/bottle", "", "mvtec_ad_bottle"),
+        ("magnetic_tile", "data/magnetic_tile", "", "magnetic_tile"),
+        ("folder", "data/parts", "", "folder_parts"),
+        ("visa", "data/visa", "candle", "visa_candle"),
+    ],
+)
+def test_titles_name_no_data_set_twice_nor_another_one(name, root, category, title):
+    settings = changed("config.category", category)
+    settings["dataset"].update(name=name, root=root)
+    assert config_lib.validate(settings).title == title
+
+
 def test_home_is_expanded():
     config = config_lib.validate(changed("config.dataset.root", "~/data"))
     assert config.dataset.root == pathlib.Path.home() / "data"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 from typing import Any
 
@@ -362,3 +363,31 @@ def test_one_trace_per_function(
         said = [record.getMessage() for record in caplog.records]
         # Of what is mapped over devices, by the name that JAX gives it.
         assert any(x.startswith("Compiling jit(_fun)") for x in said) == compiles
+
+
+class TestWhoseResults:
+    @pytest.mark.parametrize(
+        "name", ["results.incomplete/thesis.tex", "maps/a.npy", "scores.csv", "config.json"]
+    )
+    def test_files_of_others_are_kept(self, name: str, tmp_path: pathlib.Path):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(UserError, match="exists and is not from an earlier run"):
+            experiment._require_own_results(tmp_path)
+        assert (tmp_path / name).read_text() == "{}"
+
+    def test_of_another_data_set(self, tmp_path: pathlib.Path):
+        stored = {"folder": "/a/parts", "images": {"train": "1", "test": "2"}}
+        text = json.dumps({"inputs": stored})
+        (tmp_path / "metrics.json").write_text(text)
+        for same in (
+            {"folder": "/a/parts", "images": {"train": "3", "test": "4"}},  # grown
+            {"folder": "/b/parts", "images": {"train": "1", "test": "2"}},  # moved
+            {"folder": "/b/parts", "images": {"test": "2"}},  # evaluated alone
+        ):
+            experiment._require_same_data(tmp_path, same)
+        other = {"folder": "/b/parts", "images": {"train": "3", "test": "2"}}
+        with pytest.raises(
+            UserError, match=r"data set, /a/parts, and not of /b/parts; .*--over"
+        ):
+            experiment._require_same_data(tmp_path, other)

@@ -287,7 +287,7 @@ class TestConfig:
 
     def test_title_without_a_category(self, store: Any):
         root = f"{store.url}/parts/left"
-        assert make_config(**{"dataset.root": root, "category": ""}).title == "mvtec_ad_left"
+        assert make_config(**{"dataset.root": root, "category": ""}).title == "left"
 
     def test_local_ones_become_absolute(self):
         config = make_config(**{"dataset.root": "a b", "cache.dir": "c"})

@@ -455,7 +455,8 @@ class TestResults:
         for name in ("maps", "figures"):
             workdir = tmp_path / f"workdir {name}"
             workdir.mkdir()
-            (workdir / "config.json").write_text("{}")  # as of an earlier run
+            groups = {group: {} for group in ("dataset", "image", "model", "map")}
+            (workdir / "config.json").write_text(json.dumps(groups))  # as of an earlier run
             (workdir / name).symlink_to(elsewhere)
             config = make_config(root)
             with pytest.raises(UserError, match="is a link to"):

@@ -1,20 +1,23 @@
 """Many runs in one command: each once, whoever does it, and a table of them all."""
 
+import errno
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
+import time
 from typing import Any
 
 import filelock
 import jax
 import pytest
 
-from padim_jax import defaults, experiment, sweep
+from padim_jax import defaults, experiment, inputs, paths, sweep
 from padim_jax.config import Config, validate
 from padim_jax.datasets.synthetic import generate
 from padim_jax.errors import UserError
+from padim_jax.parallel import Devices
 
 CATEGORIES = ("bolt", "nut", "washer")
 
@@ -48,19 +51,23 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs that were done, which here takes no time at all."""
     names: list[str] = []
 
-    def pretend(config: Config, workdir: pathlib.Path, *_: Any) -> dict[str, Any]:
+    def pretend(config: Config, workdir: pathlib.Path, *given: Any) -> dict[str, Any]:
         names.append(config.category)
         print(f"this is {config.category}")
         if (pathlib.Path(str(config.dataset.root)) / config.category / "broken").exists():
             raise UserError("an image is broken")
-        return finish(config, workdir)
+        return finish(config, workdir, *given)
 
     monkeypatch.setattr(experiment, "train_and_eval", pretend)
     return names
 
 
-def finish(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+def finish(
+    config: Config, workdir: pathlib.Path, _: Any = None, backbone: Any = None, *__: Any
+) -> dict[str, Any]:
+    read = inputs.read(config, experiment.open_dataset(config), Devices(1))
     measured = {
+        "inputs": {**read, "weights": backbone[1].sha256 if backbone else ""},
         "image_auroc": 0.9,
         "pixel_auroc": 0.8,
         "image_f1_max": None,
@@ -230,11 +237,11 @@ sys.path[:0] = {path!r}
 from padim_jax import experiment, sweep
 from tests.test_sweep import finish, settings
 
-def pretend(config, workdir, *_):
+def pretend(config, workdir, *given):
     with open({log!r}, "a") as log:
         log.write(config.category + "\\n")
     time.sleep(0.2)
-    return finish(config, workdir)
+    return finish(config, workdir, *given)
 
 experiment.train_and_eval = pretend
 pathlib.Path({log!r} + sys.argv[1]).touch()
@@ -287,3 +294,106 @@ def test_broken_results_are_named(
     with pytest.raises(UserError, match=f"nut/{name}: cannot be read .* --overwrite"):
         sweep.run(settings(root), tmp_path)
     sweep.run(settings(root), tmp_path, overwrite=True)
+
+
+def test_another_data_set_is_neither_shown_nor_replaced(
+    root: pathlib.Path, tmp_path: pathlib.Path, done: list[str]
+):
+    site = tmp_path / "site"
+    shutil.copytree(root, site)
+    sweep.run(settings(root), tmp_path / "out")
+    sweep.run(settings(site), tmp_path / "out")  # the same images, moved
+    assert len(done) == 3
+    (site / "nut" / "train" / "good" / "001.png").unlink()
+    before = (tmp_path / "out" / "table.json").read_bytes()
+    with pytest.raises(UserError, match=r"nut: holds the results of another data set.*--over"):
+        sweep.run(settings(site), tmp_path / "out")
+    assert len(done) == 3
+    assert (tmp_path / "out" / "table.json").read_bytes() == before
+    sweep.run(settings(site), tmp_path / "out", overwrite=True)
+    assert len(done) == 6
+
+
+def test_changed_images_are_done_again(
+    root: pathlib.Path,
+    tmp_path: pathlib.Path,
+    done: list[str],
+    capsys: pytest.CaptureFixture[str],
+):
+    site = tmp_path / "site"
+    shutil.copytree(root, site)
+    sweep.run(settings(site), tmp_path / "out")
+    folder = site / "washer" / "test"
+    (folder / "good" / "000.png").rename(folder / "good" / "999.png")
+    sweep.run(settings(site), tmp_path / "out")
+    assert done[3:] == ["washer"]
+    assert "washer: done again: other images, labels or masks (test)" in capsys.readouterr().out
+    sweep.run(settings(site), tmp_path / "out")
+    assert len(done) == 4
+
+
+def test_what_killed_processes_left_is_done(root: pathlib.Path, tmp_path: pathlib.Path):
+    script = """
+import pathlib, sys, time
+sys.path[:0] = {path!r}
+from padim_jax import experiment, sweep
+from tests.test_sweep import finish, settings
+folder, name = pathlib.Path({folder!r}), sys.argv[1]
+
+def pretend(config, workdir, *given):
+    (folder / f"{{name}} at {{config.category}}").touch()
+    while name != "c" or not (folder / "killed").exists():
+        time.sleep(0.01)
+    return finish(config, workdir, *given)
+
+experiment.train_and_eval = pretend
+sweep.run(settings({root!r}), folder / "results")
+"""
+    script = script.format(
+        path=[str(pathlib.Path(__file__).parents[1])], folder=str(tmp_path), root=str(root)
+    )
+    running = []
+    for name, category in zip("abc", CATEGORIES, strict=True):
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script, name], stdout=subprocess.PIPE, text=True
+            )
+        )
+        while not (tmp_path / f"{name} at {category}").exists():
+            assert running[-1].poll() is None
+            time.sleep(0.01)
+    for process in running[:2]:
+        process.kill()
+        process.communicate()
+    (tmp_path / "killed").touch()
+    said = running[2].communicate()[0]
+    assert running[2].returncode == 0, said
+    assert table(tmp_path / "results")["missing"] == []
+
+
+def test_failures_count_where_nothing_can_be_written(
+    root: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(paths, "write", full)
+    monkeypatch.setattr(experiment, "train_and_eval", full)
+    with pytest.raises(UserError, match=r"3 of 3 runs failed:\n  bolt: somewhere: .*room"):
+        sweep.run(settings(root), tmp_path)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["table.md", "report.html", "nut/log.txt", "nut/error.txt"])
+def test_files_of_others_are_kept(
+    name: str, root: pathlib.Path, tmp_path: pathlib.Path, done: list[str]
+):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="exists and is not from an earlier sweep"):
+        sweep.run(settings(root), tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+    assert not done
