@@ -39,8 +39,8 @@ def enabled(config: CacheConfig) -> Iterator[None]:
 
     JAX's settings are as before afterwards. If they name a folder already, as
     JAX_COMPILATION_CACHE_DIR does, that one is used and nothing is done here. A folder
-    that cannot be written to, or that others may write to, is told on stderr and not used:
-    results do not depend on it. On an object store nothing bounds the folder but the
+    that cannot be written to, or that others may write to or replace, is told on stderr and
+    not used: results do not depend on it. On an object store nothing bounds the folder but the
     store's own rules, which also say who may write there.
 
     Raises:
@@ -53,7 +53,8 @@ def enabled(config: CacheConfig) -> Iterator[None]:
     try:
         if isinstance(folder, pathlib.Path):
             # As private as the XDG specification wants it: what lies here is run.
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for missing in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
+                missing.mkdir(mode=0o700, exist_ok=True)
             _require_private(folder)
             tempfile.TemporaryFile(dir=folder).close()
         else:
@@ -90,11 +91,21 @@ def enabled(config: CacheConfig) -> Iterator[None]:
 
 
 def _require_private(folder: pathlib.Path) -> None:
-    """A seal tells damage, and not who wrote an entry: whoever writes here runs programs."""
-    status = folder.stat()
-    theirs = status.st_uid not in (os.geteuid(), *_TRUSTED)
-    if theirs or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(errno.EPERM, "others may write there, and what lies there is run")
+    """Raise PermissionError where others may write to a folder, or put another in its place.
+
+    A seal tells damage, and not who wrote an entry: whoever writes here runs programs. Who
+    owns a folder above, or may write to it, can rename what is in it, unless it is sticky (as
+    /tmp). Links count by where they lie and by where they lead.
+    """
+    above = {*folder.absolute().parents, *folder.resolve().parents} - {folder}
+    for place in (folder, *sorted(above, reverse=True)):
+        status = place.stat()
+        theirs = status.st_uid not in (os.geteuid(), *_TRUSTED)
+        writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if theirs or (writable and (place == folder or not status.st_mode & stat.S_ISVTX)):
+            raise PermissionError(
+                errno.EPERM, f"others may write there, as {place} lets them, and it is run"
+            )
 
 
 @contextlib.contextmanager

@@ -237,6 +237,65 @@ def test_nobody_else_can_put_programs_there(config: CacheConfig):
     assert pathlib.Path(config.folder, "compilation").stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
+def test_folders_above_that_others_may_write_to(
+    mode: int, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    """They could put a folder of their own in the place of the private one."""
+    parent = tmp_path / "parent"
+    config = CacheConfig(parent / "mine" / "cache", 0.0, True)
+    run(config)
+    parent.chmod(mode)
+    assert capsys.readouterr().err == ""
+    run(config)
+    message = capsys.readouterr().err
+    if mode & 0o1000:  # sticky: nobody renames what is another's
+        assert message == ""
+    else:
+        assert f"others may write there, as {parent} lets them" in message
+
+
+def test_folder_above_of_another_user(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    parent = tmp_path / "parent"
+    config = CacheConfig(parent / "mine" / "cache", 0.0, True)
+    run(config)
+    original = pathlib.Path.stat
+
+    def stat(self: pathlib.Path, **options: bool) -> os.stat_result:
+        status = original(self, **options)
+        if self != parent:
+            return status
+        return os.stat_result([*status[:4], os.geteuid() + 1, *status[5:]])
+
+    monkeypatch.setattr(pathlib.Path, "stat", stat)
+    run(config)
+    assert f"others may write there, as {parent} lets them" in capsys.readouterr().err
+
+
+def test_link_in_a_folder_that_others_may_write_to(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "mine").mkdir(mode=0o700)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    (tmp_path / "shared" / "link").symlink_to(tmp_path / "mine")
+    run(CacheConfig(tmp_path / "shared" / "link", 0.0, True))
+    assert f"as {tmp_path / 'shared'} lets them" in capsys.readouterr().err
+
+
+def test_folders_that_are_made_are_private(tmp_path: pathlib.Path):
+    before = os.umask(0)
+    try:
+        run(CacheConfig(tmp_path / "new" / "cache", 0.0, True))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o077 == 0
+
+
 @pytest.mark.parametrize("theirs", ["mode", "owner"])
 def test_programs_that_others_may_have_put_there_are_not_run(
     theirs: str,
