@@ -105,6 +105,7 @@ class Detector:
       identity: digest of the statistics, as stored with them.
       images: SHA-256 of every file fitted.
       calibration: thresholds from normal images, if there are any.
+      process: the system's number of the process that made it, and that alone can use it.
     """
 
     config: Config
@@ -115,6 +116,7 @@ class Detector:
     identity: str
     images: UInt8[np.ndarray, "s 32"]
     calibration: Calibration | None = None
+    process: int = dataclasses.field(default_factory=os.getpid, repr=False, compare=False)
 
     @property
     def count(self) -> int:
@@ -728,9 +730,11 @@ def score_pixels(
       names: what to call the images in an error.
 
     Raises:
-      UserError: a score is not finite (the image is named).
+      UserError: a score is not finite (the image is named), or this process was forked
+        from the one that loaded the detector.
       ValueError: fewer than two images are left: one alone has no covariance.
     """
+    _require_own_process(detector)
     config, devices = detector.config, len(detector.gaussian.mean[0])
     count, padding = len(images), -len(images) % devices
     if padding:
@@ -773,6 +777,7 @@ def score_samples(
       UserError: a score is not finite.
       ValueError: the model has another form, or fewer images.
     """
+    _require_own_process(detector)
     config, devices, fitted = detector.config, parallel.every(), detector.gaussian
     if not isinstance(fitted, LowRank):
         raise ValueError("the model does not hold the embeddings of its images")
@@ -791,6 +796,16 @@ def score_samples(
         numbers = range(first, first + own)
         _require_finite(detector, found.scores, [f"fitted image {i}" for i in numbers])
         yield found, np.array(numbers) < detector.count
+
+
+def _require_own_process(detector: Detector) -> None:
+    """JAX does not survive a fork: computation in the child aborts, or waits for ever."""
+    if detector.process != os.getpid():
+        raise UserError(
+            f"the detector was loaded in process {detector.process}, of which this one "
+            f"({os.getpid()}) was forked, and JAX does not work after a fork. Load it in each "
+            'process, and start these with multiprocessing.get_context("spawn")'
+        )
 
 
 def _require_finite(
@@ -831,7 +846,8 @@ def score(
       Maps at the size of the detector's input, and scores.
 
     Raises:
-      UserError: an image cannot be read, is empty or too large, or is none (it is named).
+      UserError: an image cannot be read, is empty or too large, or is none (it is named); or
+        this process was forked from the one that loaded the detector.
       TypeError: an array of another type or shape, or a single image was given.
     """
     single = isinstance(images, str | bytes | os.PathLike | Image.Image)

@@ -782,6 +782,9 @@ def load(
 ) -> Detector:
     """Loads a fitted detector.
 
+    It serves the process that loads it: JAX does not work after a fork. Where several
+    processes score, start them by "spawn" and load it in each.
+
     Args:
       path: a checkpoint's folder, or a model file (see `export`).
       config: None takes the model's own. Otherwise dataset, batch size, map, outputs and

@@ -5,6 +5,7 @@ import hashlib
 import operator
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ from padim_jax.datasets import decoding, sampling
 from padim_jax.datasets.files import shown
 from padim_jax.datasets.records import Record, Source
 from padim_jax.detector import Detector
-from padim_jax.errors import Stopped, UserError
+from padim_jax.errors import DataWarning, Stopped, UserError
 from padim_jax.models import pretrained
 from padim_jax.parallel import Devices
 from padim_jax.paths import Path
@@ -611,13 +612,13 @@ def _fit(
         f"fitted {count} images, {height}x{width} patches of {len(index)} channels "
         f"({form}) -> {path}"
     )
-    if not len(fitted.images) and alike.said():
-        print(
-            f"warning: all {count} images are the same, pixel for pixel, as "
-            f"{source.records[0].image}: nothing is known of how good parts differ. Every "
-            "difference will score high, and thresholds mean nothing; expected different "
-            "images of good parts"
+    if not len(fitted.images) and alike.said() and devices.process == 0:
+        message = (
+            f"all {count} images are the same, pixel for pixel, as {source.records[0].image}: "
+            "nothing is known of how good parts differ. Every difference will score high, and "
+            "thresholds mean nothing; expected different images of good parts"
         )
+        warnings.warn(DataWarning(message), stacklevel=2)
     if stop:
         raise Stopped(f"stopped by SIGTERM; the fit is finished and saved in {path}")
     return detector

@@ -30,6 +30,13 @@ to mend in the command, the settings, the files or the limits of memory, 130 int
 (Ctrl-C).
 """
 
+import sys
+
+if sys.platform == "win32":
+    # Before imports of modules that only POSIX systems have.
+    print("error: padim_jax runs on Linux and macOS, not on Windows; use WSL2", file=sys.stderr)
+    sys.exit(2)
+
 from padim_jax import interrupts
 
 if __name__ == "__main__":
@@ -41,7 +48,6 @@ import importlib.metadata
 import os
 import pathlib
 import re
-import sys
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -209,6 +215,7 @@ def _run_pretraining() -> None:
     settings = _shared_settings(pretrain_config.to_dict(recipe)) if place else {}
 
     # Only now what takes long to import: a mistake should not have to wait for it.
+    _import_jax()
     from padim_jax import distributed
     from padim_jax.pretrain import run
 
@@ -229,9 +236,11 @@ def _run_experiment(mode: str) -> None:
     settings = _shared_settings(nested) if place else {}
 
     # Only now what takes long to import: a mistake should not have to wait for it.
+    _import_jax()
     from padim_jax import distributed, experiment, parallel, sweep, watch
 
     with distributed.session(place, settings, _JOIN_SECONDS.value), paths.explained():
+        parallel.every()  # devices that are not there are said first
         if _DOWNLOAD.value:
             from padim_jax.datasets import download
 
@@ -257,6 +266,25 @@ def _run_experiment(mode: str) -> None:
             watch.Timing(_POLL_SECONDS.value, _SETTLE_SECONDS.value) if _WATCH.value else None,
             _OVERWRITE.value,
         )
+
+
+def _import_jax() -> None:
+    """Import JAX, which reads its settings from the environment.
+
+    Raises:
+      UserError: one of them is wrong.
+    """
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        setting = re.search(r"jax_\w+", str(error), re.IGNORECASE)
+        if setting is None:
+            raise
+        name = setting[0].upper()
+        raise UserError(
+            f"{name}={os.environ.get(name, '')}: not a value that JAX takes "
+            f"({_one_line(error)}); correct or unset this variable of the environment"
+        ) from error
 
 
 def _place() -> cluster.Place | None:

@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Int
 
+from padim_jax.errors import UserError
 from padim_jax.types import Levels, Valid
 
 AXIS = "devices"
@@ -78,7 +79,23 @@ class Devices:
 
 
 def every() -> Devices:
-    """All devices of all processes that run this program."""
+    """All devices of all processes that run this program.
+
+    Raises:
+      UserError: there are none of the kind that JAX_PLATFORMS asks for.
+    """
+    platforms = jax.config.jax_platforms
+    try:
+        jax.local_device_count()
+    # An assertion where nothing is known of the platform, as of cuda without its plugin.
+    except (RuntimeError, AssertionError) as error:
+        if not platforms:
+            raise
+        reason = " ".join(str(error).split()) or "no such device"
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: JAX cannot use that ({reason}); install its driver "
+            'and JAX plugin, as with pip install "padim-jax[cuda12]", or unset JAX_PLATFORMS'
+        ) from error
     return Devices(jax.local_device_count(), jax.process_count(), jax.process_index())
 
 

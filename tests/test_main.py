@@ -659,6 +659,63 @@ class TestTrainAndEval:
         assert done.stdout.endswith(f"results: {workdir}\n")
 
 
+class TestEnvironment:
+    """Variables of the environment are settings: a wrong one is one line and code 2."""
+
+    def end(self, *arguments: str, code: str = "", **variables: str) -> str:
+        command = ["-c", code] if code else ["-m", "padim_jax.main", *arguments]
+        ended = subprocess.run(
+            [sys.executable, *command],
+            env=os.environ | variables | {"PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 2, ended.stderr
+        (line,) = ended.stderr.splitlines()
+        return line
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("JAX_PLATFORMS", "cuda"), ("JAX_PLATFORMS", "abc"), ("JAX_ENABLE_X64", "maybe")],
+    )
+    def test_of_jax(self, name: str, value: str):
+        line = self.end("--mode=eval", "--workdir=nowhere", **{name: value})
+        assert line.startswith(f"error: {name}={value}: ")
+        assert "unset" in line
+
+    def test_windows(self):
+        code = "import sys; sys.platform = 'win32'; import padim_jax.main"
+        assert self.end(code=code).startswith("error: padim_jax runs on Linux and macOS")
+
+
+class TestWarnings:
+    """Data that is implausible: all images are the same."""
+
+    @pytest.fixture
+    def arguments(self, tmp_path: pathlib.Path) -> list[str]:
+        for name in ("a\nb", "c"):  # no name writes lines of its own
+            path = tmp_path / "parts" / "train" / "good" / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (9, 9, 9)).save(path)
+        return [
+            *(f"--config={ROOT}/configs/folder.py", *SMALL, "--config.category="),
+            *("--config.dataset.root=parts", "--mode=train"),
+        ]
+
+    def test_is_one_line(self, arguments: list[str], tmp_path: pathlib.Path):
+        outcome = padim(*arguments, cwd=tmp_path)
+        assert outcome.code == 0
+        (line,) = outcome.err.splitlines()
+        assert line.startswith("warning: all 2 images are the same")
+        assert r"good/a\nb.png" in line
+
+    def test_strict(self, arguments: list[str], tmp_path: pathlib.Path):
+        message = fail(*arguments, "--strict", cwd=tmp_path)
+        assert message.startswith("all 2 images are the same")
+
+
 class TestEval:
     def test_reproduces_the_first_evaluation(self, run: Run, copy: pathlib.Path):
         before = {name: (copy / name).read_bytes() for name in ("metrics.json", "scores.csv")}
@@ -1039,6 +1096,12 @@ class TestPythonApi:
             padim_jax.load(run.workdir / "checkpoint"), [np.zeros((9, 9, 3), np.uint8)]
         )
         assert capsys.readouterr() == ("", "")
+
+    def test_after_a_fork(self, run: Run, monkeypatch: pytest.MonkeyPatch):
+        detector = padim_jax.load(run.workdir / "checkpoint")
+        monkeypatch.setattr(os, "getpid", lambda: detector.process + 1)
+        with pytest.raises(UserError, match=r'forked, and JAX does not .* "spawn"'):
+            padim_jax.score(detector, [np.zeros((64, 64, 3), np.uint8)])
 
     def test_no_images(self, run: Run):
         found = padim_jax.score(padim_jax.load(run.workdir / "checkpoint"), [])

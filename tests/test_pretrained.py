@@ -155,6 +155,35 @@ def test_what_lies_behind_the_cut_is_left_out(tmp_path, unfolded):
     assert_same(found, oldest)
 
 
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "model.feature_extractor.", "a.layer1."]
+)
+def test_a_prefix_of_all_names_is_taken_off(tmp_path, unfolded, prefix):
+    named = {prefix + name: tensor for name, tensor in unfolded.items()}
+    others = {"head.weight": np.zeros(3, np.float32), "threshold": np.zeros(1, np.float32)}
+    path = save(tmp_path / "a.safetensors", named | others)
+    variables, identity = load(path)
+    assert_same(variables, load(save(tmp_path / "b.npz", unfolded))[0])
+    assert identity.origin == f"a.safetensors (names below {prefix}, 2 others left out)"
+
+
+def test_a_backbone_that_is_there_twice_is_refused(tmp_path, unfolded):
+    both = {
+        f"{who}.{name}": x for name, x in unfolded.items() for who in ("student", "teacher")
+    }
+    message = refusal(save(tmp_path / "both.npz", both))
+    assert "holds resnet18 2 times" in message
+    assert "student.; teacher.; keep one" in message
+
+
+def test_what_is_missing_below_a_prefix_is_named(tmp_path, unfolded):
+    named = {f"module.{name}": tensor for name, tensor in unfolded.items()}
+    del named["module.bn1.weight"]
+    message = refusal(save(tmp_path / "part.npz", named))
+    assert "(names below module., 0 others left out) does not hold" in message
+    assert "missing: bn1.weight" in message
+
+
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float64])
 def test_other_float_types_are_read_exactly(tmp_path, folded, dtype):
     tensors = {name: np.asarray(tensor, dtype) for name, tensor in folded.items()}

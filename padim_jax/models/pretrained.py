@@ -120,7 +120,8 @@ def load(
         Face hub once, then taken from its cache; with @REVISION behind it another commit than
         the pinned one), a `.safetensors`, `.npz`, `.pth` or
         `.pt` file with torchvision's or timm's tensor names (with batch norm, or with
-        batch norm already folded into each convolution's weight and bias), "bundled" (a
+        batch norm already folded into each convolution's weight and bias; all of them may
+        begin with the same prefix, as "module.", which the origin then states), "bundled" (a
         file of this package; see `padim_jax.models.BUNDLED`), or "random".
       backbone: a key of `padim_jax.models.BACKBONES`.
       stages: stages in use, of the backbone's.
@@ -157,6 +158,7 @@ def load(
             published = path.stem.rpartition("-")[2]
     content = _read(path)
     identity = WeightsIdentity(origin, hashlib.sha256(content).hexdigest())
+    source = f"weights file {path}"
     if not identity.sha256.startswith(published):
         raise UserError(
             f"weights file {path}: {len(content)} bytes with SHA-256 {identity.sha256}; "
@@ -165,7 +167,14 @@ def load(
         )
     tensors = _parse(content, path)
     del content  # as large as the tensors
-    return convert(tensors, backbone, stages, f"weights file {path}"), identity
+    prefix = common_prefix(tensors, backbone, source)
+    if prefix:
+        inside = {name: x for name, x in tensors.items() if name.startswith(prefix)}
+        note = f"names below {_some([prefix])}, {len(tensors) - len(inside)} others left out"
+        identity = dataclasses.replace(identity, origin=f"{origin} ({note})")
+        source = f"{source} ({note})"
+        tensors = {name.removeprefix(prefix): x for name, x in inside.items()}
+    return convert(tensors, backbone, stages, source), identity
 
 
 def _bundled(backbone: str, stages: tuple[str, ...]) -> tuple[Variables, WeightsIdentity]:
@@ -273,6 +282,38 @@ def convert(
                 )
             values |= folded_in
     return _variables(values, used)
+
+
+def common_prefix(tensors: StoredTensors, backbone: str, source: str) -> str:
+    """What the names of a backbone's tensors begin with, where it is a part of another module.
+
+    As "module." of DataParallel, or "model.feature_extractor." of a Lightning checkpoint.
+
+    Returns:
+      The prefix below which the most tensors of the backbone are; "" if it has none.
+
+    Raises:
+      UserError: the backbone is there several times.
+    """
+    best, prefixes = 0, [""]
+    for origin in naming.namings(backbone):
+        weights = [f"{layer.name}.weight" for layer in naming.convolutions(backbone, origin)]
+        first = weights[0]
+        ends = {name.removesuffix(first) for name in tensors if name.endswith(f".{first}")}
+        for prefix in ["", *sorted(ends)]:
+            count = sum(prefix + name in tensors for name in weights)
+            if count > best:
+                best, prefixes = count, [prefix]
+            elif count == best:
+                prefixes.append(prefix)
+    if "" in prefixes:
+        return ""
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{source} holds {backbone} {len(prefixes)} times, by names that begin with "
+            f"{_some(prefixes)}; keep one of them"
+        )
+    return prefixes[0]
 
 
 def _recognise(
