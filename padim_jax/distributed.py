@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from padim_jax import interrupts, parallel
+from padim_jax import interrupts, parallel, streams
 from padim_jax.cluster import Place
 from padim_jax.errors import NO_MEMORY, Stopped, UserError, is_out_of_memory
 
@@ -92,9 +92,7 @@ def _silence(place: Place) -> None:
     """
     sys.stdout.flush()
     if place.process_id == 0:
-        sys.stdout = os.fdopen(
-            os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors
-        )
+        sys.stdout = streams.opened(os.dup(1), write_through=True)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)

@@ -614,9 +614,10 @@ def _fit(
     )
     if not len(fitted.images) and alike.said() and devices.process == 0:
         message = (
-            f"all {count} images are the same, pixel for pixel, as {source.records[0].image}: "
-            "nothing is known of how good parts differ. Every difference will score high, and "
-            "thresholds mean nothing; expected different images of good parts"
+            f"all {count} images are the same, pixel for pixel, as "
+            f"{shown(source.records[0].image)}: nothing is known of how good parts differ. "
+            "Every difference will score high, and thresholds mean nothing; expected "
+            "different images of good parts"
         )
         warnings.warn(DataWarning(message), stacklevel=2)
     if stop:

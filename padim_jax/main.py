@@ -37,9 +37,10 @@ if sys.platform == "win32":
     print("error: padim_jax runs on Linux and macOS, not on Windows; use WSL2", file=sys.stderr)
     sys.exit(2)
 
-from padim_jax import interrupts
+from padim_jax import interrupts, streams
 
 if __name__ == "__main__":
+    streams.install()
     interrupts.install()  # first, since the imports take their time
 
 import atexit
@@ -530,6 +531,7 @@ def _main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """The console script `padim-jax`."""
+    streams.install()
     interrupts.install()
     # A last search for garbage, in all that was imported, takes up to half a second.
     atexit.register(gc.freeze)

@@ -486,6 +486,12 @@ class Writer:
             self._pictures.draw(record.relative_path, np.asarray(decoded), anomaly_map)
 
     def _append(self, rows: Iterable[Sequence[Any]]) -> None:
+        local = isinstance(self._table, pathlib.Path)
+        if local and os.fstat(self._file.fileno()).st_nlink == 0:
+            raise UserError(
+                f"{self._table}: was removed while predictions were written; leave the folder "
+                "alone until they are done. The same command scores the images again"
+            )
         self._file.write(tables.as_csv(rows))
         self._file.flush()
         if isinstance(self._table, pathlib.Path):

@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -690,6 +691,35 @@ class TestEnvironment:
         assert self.end(code=code).startswith("error: padim_jax runs on Linux and macOS")
 
 
+class TestStreams:
+    """Closed or full ones lose what is printed: no result, and not the exit code."""
+
+    def shell(self, command: str, cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:
+        program = f"{sys.executable} -m padim_jax.main"
+        return subprocess.run(
+            ["bash", "-c", command.replace("PADIM", program)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            cwd=cwd,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+
+    @pytest.mark.parametrize("streams", ["2>&-", ">&- 2>&-", "2>/dev/full", "<&-"])
+    def test_code_of_a_mistake(self, streams: str, tmp_path: pathlib.Path):
+        assert self.shell(f"PADIM --mode=eval {streams}", tmp_path).returncode == 2
+
+    @pytest.mark.parametrize("streams", ["2>&- | true", ">/dev/full"])
+    def test_a_fit_is_saved(self, streams: str, root: pathlib.Path, tmp_path: pathlib.Path):
+        arguments = shlex.join([MVTEC, *SMALL, f"--config.dataset.root={root}", "--mode=train"])
+        command = f"set -o pipefail; PADIM {arguments} --workdir=fit {streams}"
+        ended = self.shell(command, tmp_path)
+        assert ended.returncode == 0, ended.stderr
+        assert list((tmp_path / "fit" / "checkpoint").iterdir())
+        lost = "warning: standard output cannot be written (No space left on device)"
+        assert (lost in ended.stderr) == ("full" in streams)
+
+
 class TestWarnings:
     """Data that is implausible: all images are the same."""
 
@@ -1100,7 +1130,7 @@ class TestPythonApi:
     def test_after_a_fork(self, run: Run, monkeypatch: pytest.MonkeyPatch):
         detector = padim_jax.load(run.workdir / "checkpoint")
         monkeypatch.setattr(os, "getpid", lambda: detector.process + 1)
-        with pytest.raises(UserError, match=r'forked, and JAX does not .* "spawn"'):
+        with pytest.raises(UserError, match=r"forked, and JAX does not .*spawn"):
             padim_jax.score(detector, [np.zeros((64, 64, 3), np.uint8)])
 
     def test_no_images(self, run: Run):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import pathlib
+import shutil
 from fractions import Fraction
 from typing import Any
 
@@ -399,6 +400,14 @@ class TestWriter:
         scores = np.array([row[1] for row in rows[1:]], np.float32)
         np.testing.assert_array_equal(scores, np.concatenate([first[2], second[2]]))
         assert [row[2:] for row in rows[1:]] == 3 * [["", ""]]  # nothing to compare with
+
+    def test_a_table_that_is_removed_meanwhile(self, tmp_path: pathlib.Path):
+        batch = self.batch(tmp_path / "in", {"1.png": (40, 40)})
+        folder = tmp_path / "out"
+        with Writer(folder, self.CONFIG, "npy", Thresholds(), None) as writer:
+            shutil.rmtree(folder)
+            with pytest.raises(UserError, match=r"scores\.csv: was removed while"):
+                writer.add(*batch)
 
     def test_predicted_from_the_threshold_on(self, tmp_path: pathlib.Path):
         sizes = {f"{number}.png": (40, 40) for number in range(3)}

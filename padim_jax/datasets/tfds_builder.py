@@ -174,11 +174,24 @@ def _pack(
             f"(--config.dataset.tfds_dir) and copy its {data_dir.name} there"
         )
     place = pathlib.Path(builder.data_path)
-    for left in place.parent.glob(f"incomplete.*_{place.name}"):  # by a killed process
-        shutil.rmtree(left)
+    _remove_unfinished(place)  # of a killed process
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except UserError:
+        raise
+    except Exception as error:  # array_record's quote the system's
+        if (reason := paths.explanation(error, data_dir)) is None:
+            raise
+        with contextlib.suppress(OSError):
+            _remove_unfinished(place)
+        raise UserError(f"{reason}. Nothing is packed yet") from error
+
+
+def _remove_unfinished(place: pathlib.Path) -> None:
+    for left in place.parent.glob(f"incomplete.*_{place.name}"):
+        shutil.rmtree(left)
 
 
 def _require_same(
