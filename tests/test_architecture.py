@@ -88,7 +88,7 @@ STAGES = {
         "parallel",
     },
     "models": {"errors", "fetch", "locks"},
-    "parallel": {"types"},
+    "parallel": {"errors", "types"},
     "interpolation": set(),
     "embedding": {"interpolation", "types"},
     "reduction": {"interpolation", "types"},
