@@ -45,6 +45,8 @@ _LONGEST_NAME = 255  # of a folder, in bytes, wherever folders are
 UPSAMPLINGS = ("bilinear", "bicubic")
 FIGURES = ("none", "some", "all")
 MAPS = ("none", "npy", "tiff")
+RESOLUTIONS = ("model", "full")
+INVERTED_MASKS = ("check", "no", "yes")
 
 Size = tuple[int, int]
 
@@ -64,6 +66,7 @@ class DatasetConfig:
     train_images: int
     seed: int
     skip_bad: bool
+    inverted_masks: str = "check"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +138,13 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MetricsConfig:
+    """How anomaly maps are compared with masks."""
+
+    resolution: str = "model"
+
+
+@dataclasses.dataclass(frozen=True)
 class OutputsConfig:
     """What is written besides metrics and scores."""
 
@@ -191,6 +201,7 @@ class Config:
     train: TrainConfig
     outputs: OutputsConfig
     cache: CacheConfig
+    metrics: MetricsConfig = MetricsConfig()
 
     @property
     def title(self) -> str:
@@ -210,6 +221,12 @@ class Config:
             dataset = root
         category = category.replace(",", "_")
         return dataset if category == dataset else f"{dataset}_{category}"
+
+    @property
+    def packed_name(self) -> str:
+        """Folder of the packed data set: the same wherever the images lie, or lay."""
+        category = self.category or paths.absolute(self.dataset.root).name
+        return f"{self.dataset.name}_{category}"
 
     @property
     def is_sweep(self) -> bool:
@@ -246,6 +263,7 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
     checks.fields("config.map", map_, MapConfig)
     checks.fields("config.threshold", threshold, ThresholdConfig)
     checks.fields("config.train", train, TrainConfig)
+    checks.fields("config.metrics", groups["metrics"], MetricsConfig)
     checks.fields("config.outputs", outputs, OutputsConfig)
     checks.fields("config.cache", cache, CacheConfig)
     config = Config(
@@ -261,6 +279,9 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
             ),
             seed=checks.integer("config.dataset.seed", dataset["seed"], 0, checks.MOST_SEED),
             skip_bad=checks.flag("config.dataset.skip_bad", dataset["skip_bad"]),
+            inverted_masks=checks.one_of(
+                "config.dataset.inverted_masks", dataset["inverted_masks"], INVERTED_MASKS
+            ),
         ),
         image=ImageConfig(
             resize=_size("config.image.resize", image["resize"]),
@@ -320,6 +341,11 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
                 train["checkpoint_every"],
                 0.0,
                 checks.MOST_SECONDS,
+            )
+        ),
+        metrics=MetricsConfig(
+            resolution=checks.one_of(
+                "config.metrics.resolution", groups["metrics"]["resolution"], RESOLUTIONS
             )
         ),
         outputs=OutputsConfig(

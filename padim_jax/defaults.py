@@ -65,6 +65,11 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # Whether images that cannot be read are left out, and listed in the results, instead of
     # ending the run (docs/bad_inputs.md). They are looked for in a pass of its own.
     config.dataset.skip_bad = False
+    # Which pixels of a mask are the defect: those that are not 0 (no), those that are 0
+    # (yes), or those that are not 0, with an error if that is more than half of the image in
+    # more than a tenth of the masks, as in inverted masks (check). "no" is for data whose
+    # defects are that large.
+    config.dataset.inverted_masks = "check"
 
     config.image = ml_collections.ConfigDict()
     # Height and width that every image is resized to, whatever its aspect.
@@ -171,6 +176,13 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # Seconds between saves of an unfinished fit, which goes on from the last one after an
     # interruption; 0 saves after every batch. Range: 0 to 1e9.
     config.train.checkpoint_every = 300.0
+
+    config.metrics = ml_collections.ConfigDict()
+    # At which size anomaly maps are compared with masks. model: masks are resized (nearest)
+    # and cropped like the images, as published numbers are; a small defect may vanish, with a
+    # warning. full: maps are brought to the size of each mask (bilinear), so that every defect
+    # counts; what the crop leaves out is excluded.
+    config.metrics.resolution = "model"
 
     config.outputs = ml_collections.ConfigDict()
     # Five-panel pictures of test images: none, some (the best and worst scored of

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float32, Int, UInt8
+from jaxtyping import Bool, Float32, Int, Int32, UInt8
 
 import padim_jax
 from padim_jax import calibration as calibration_lib
@@ -33,6 +33,7 @@ from padim_jax import (
     journal,
     locks,
     memory,
+    metrics,
     model_file,
     parallel,
     paths,
@@ -41,14 +42,16 @@ from padim_jax import (
     report,
     results,
     skipping,
+    survey,
     unfinished,
 )
 from padim_jax import config as config_lib
 from padim_jax import detector as detector_lib
+from padim_jax import summary as summary_lib
 from padim_jax import watch as watch_lib
 from padim_jax.calibration import Calibration
 from padim_jax.config import Config
-from padim_jax.datasets import LAYOUTS, files, sampling
+from padim_jax.datasets import LAYOUTS, files, masks, sampling
 from padim_jax.datasets import folder as folder_layout
 from padim_jax.datasets.files import shown
 from padim_jax.datasets.records import Record, Skipped, Source, Split
@@ -116,6 +119,7 @@ def run(
                 _say_folders(config, dataset)
                 config = fitting.with_range(config, dataset["train"])
                 dataset, skipped = _readable(config, dataset)
+                _survey(dataset)
                 train(config, dataset, checkpoint_path, overwrite=overwrite)
             if parallel.every().process == 0:
                 results.write_skipped(workdir, skipped)
@@ -180,16 +184,17 @@ def train_and_eval(
     _require_test_images(config, dataset["test"])
     with _writing_results(workdir), compilation_cache.enabled(config.cache):
         memory.require_for_maps(config, len(dataset["test"].records))  # not after the fit
-        read = inputs.read(config, dataset, parallel.every())
+        identity = inputs.read(config, dataset, parallel.every())
         if not overwrite:
-            _require_same_data(workdir, read)
+            _require_same_data(workdir, identity)
         ranged = fitting.with_range(config, dataset["train"])
         dataset, skipped = _readable(ranged, dataset)
+        summary = _survey(dataset)
         detector = train(ranged, dataset, checkpoint_path, backbone, overwrite)
         if parallel.every().process == 0:
             # Of the model that was: nobody is to take it for this one's.
             (workdir / METRICS).unlink(missing_ok=True)
-        return _evaluate(config, detector, dataset["test"], workdir, skipped, read)
+        return _evaluate(config, detector, dataset["test"], workdir, skipped, identity, summary)
 
 
 def train(
@@ -682,6 +687,7 @@ def _use(
         elif mode == "calibrate":
             assert source is not None
             sources, _ = _readable(_for_new_images(detector).config, {"input": source}, False)
+            _survey(sources)
             calibrate(detector, sources["input"], "given", checkpoint_path)
         elif watching is not None:
             assert folder is not None
@@ -711,7 +717,11 @@ def open_dataset(config: Config) -> dict[str, Source]:
     Raises:
       UserError: folders or files are missing.
     """
-    return _held_back(config, _open_splits(config))
+    sources: dict[str, Source] = _open_splits(config)
+    if config.dataset.inverted_masks == "yes":
+        for split, source in sources.items():
+            sources[split] = masks.Inverted(source)
+    return _held_back(config, sources)
 
 
 def _held_back(config: Config, sources: dict[str, Source]) -> dict[str, Source]:
@@ -756,7 +766,7 @@ def _open_splits(config: Config) -> dict[str, Source]:
         # Imported here: TensorFlow Datasets takes its time, and few need it.
         from padim_jax.datasets import tfds_builder
 
-        packed = tfds_builder.packed_dir(dataset.tfds_dir, config.title)
+        packed = tfds_builder.packed_dir(dataset.tfds_dir, config.packed_name)
         folder = layout.folder(dataset.root, config.category)
         # A synthetic one is drawn when missing.
         if paths.is_folder(folder) or dataset.name == "synthetic":
@@ -921,12 +931,13 @@ def evaluate(
     """
     _require_test_images(config, source)
     with _writing_results(workdir):
-        read = inputs.read(config, {"test": source}, parallel.every())
+        identity = inputs.read(config, {"test": source}, parallel.every())
         if not overwrite:
-            _require_same_data(workdir, read)
+            _require_same_data(workdir, identity)
         seen = dataclasses.replace(config, image=detector.config.image)
         sources, skipped = _readable(seen, {"test": source})
-        return _evaluate(config, detector, sources["test"], workdir, skipped, read)
+        summary = _survey(sources, detector)
+        return _evaluate(config, detector, sources["test"], workdir, skipped, identity, summary)
 
 
 def _evaluate(
@@ -935,24 +946,42 @@ def _evaluate(
     source: Source,
     workdir: Path,
     skipped: Sequence[Skipped],
-    read: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    summary: summary_lib.Summary,
 ) -> dict:
     if parallel.every().process == 0:  # which keeps the maps
         memory.require_for_maps(config, len(source.records))
-    scored, digests = _score(detector, source)
+    scored, read = _score(detector, source)
+    found = _summarize_masks(config, source, scored, read)
+    summary = dataclasses.replace(summary, masks=found)
+    said = (
+        []
+        if found is None
+        else summary_lib.mask_warnings(found, config.image.size, config.metrics.resolution)
+    )
+    survey.warn(said, parallel.every())
     if scored is None:
         return {}
+    if config.metrics.resolution == "full":
+        scored = dataclasses.replace(scored, pixels=_full_pixels(config, source, scored, read))
     defects = sum(int(mask.sum()) for mask in scored.masks if mask is not None)
     memory.require_for_maps(config, len(source.records), defects / scored.maps.size)
     measured = results.measure(scored, detector.calibration)
     scale = figures.color_scale(scored.maps, scored.labels.astype(int))
     measured["color_scale"] = [scale.low, scale.high]
     measured["detector"] = detector_lib.fingerprint(detector)
-    measured[inputs.KEY] = {**read, "weights": detector.weights.sha256}
+    measured[inputs.KEY] = {**identity, "weights": detector.weights.sha256}
+    line = None if found is None else summary_lib.mask_line(found, config.image.size)
+    if line is not None:
+        print(line)
+    measured["data"] = summary_lib.to_dict(summary) | {
+        "mask_line": line,
+        "warnings": summary_lib.warnings(summary) + said,
+    }
     known = {digest.tobytes() for digest in detector.images}
     measured["leaks"] = [
         record.relative_path
-        for record, digest in zip(source.records, digests, strict=True)
+        for record, digest in zip(source.records, read.digests, strict=True)
         if digest.tobytes() in known
     ]
     measured["skipped"] = [dataclasses.asdict(one) for one in skipped]
@@ -1309,6 +1338,8 @@ class _Part:
       known: whether the mask is.
       digests: SHA-256 of the images' files.
       samples: see `detector.Anomalies`.
+      sizes: of the images as they are stored, (height, width).
+      facts: of the masks; see `image_cache.MaskFacts`.
     """
 
     records: Sequence[Record]
@@ -1318,6 +1349,8 @@ class _Part:
     known: Bool[np.ndarray, " n"]
     digests: UInt8[np.ndarray, "n 32"]
     samples: Float32[np.ndarray, "n _s"]
+    sizes: Int32[np.ndarray, "n 2"]
+    facts: Int32[np.ndarray, "n 4"]
 
 
 def _scores(
@@ -1353,6 +1386,8 @@ def _scores(
             "known": np.array([mask is not None for mask in batch.masks] + padding * [False]),
             "digests": batch.digests,
             "samples": found.samples,
+            "sizes": np.array([*batch.sizes, *(padding * [(0, 0)])], np.int32),
+            "facts": np.array([*batch.facts, *(padding * [image_cache.NO_MASK])], np.int32),
         }
         valid, every = parallel.gather((batch.valid, own))
         every = {name: x[valid] for name, x in every.items()}
@@ -1364,31 +1399,118 @@ def _scores(
         progress.warn_few_levels(few, len(source.records), devices)
 
 
-def _score(
-    detector: Detector, source: Source
-) -> tuple[results.Scored | None, UInt8[np.ndarray, "n 32"]]:
-    """Scores a test set, for the first process; and the SHA-256 of its files."""
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """What a pass over a test set has read; see `_Part`."""
+
+    digests: UInt8[np.ndarray, "n 32"]
+    sizes: Int32[np.ndarray, "n 2"]
+    facts: Int32[np.ndarray, "n 4"]
+
+
+def _score(detector: Detector, source: Source) -> tuple[results.Scored | None, _Read]:
+    """Scores a test set, for the first process; and what was read of it.
+
+    Raises:
+      UserError: most of the masks are a defect by more than half; see `masks.FullCheck`.
+    """
+    check = masks.FullCheck(sum(record.mask is not None for record in source.records))
+    checked = detector.config.dataset.inverted_masks == "check"
     cache = image_cache.open_cache(detector.config.cache)
     # While the device computes, for the results that follow.
     threading.Thread(target=results.import_libraries).start()
     parts = []
+    read: list[_Read] = []
     for part in _scores(detector, source, "evaluate", cache):
+        read.append(_Read(part.digests, part.sizes, part.facts))
+        if checked:
+            for record, (defect, *_), size in zip(
+                part.records, part.facts, part.sizes, strict=True
+            ):
+                if record.mask is not None:
+                    check.add(shown(record.mask), int(defect), int(np.prod(size)))
         if parallel.every().process == 0:
             parts.append(part)
+    every = _Read(
+        *(
+            np.concatenate([getattr(part, field.name) for part in read])
+            for field in dataclasses.fields(_Read)
+        )
+    )
     if not parts:
-        return None, np.zeros((0, 32), np.uint8)
-    masks = [
+        return None, every
+    known_masks = [
         mask if known else None
         for part in parts
         for mask, known in zip(part.masks, part.known, strict=True)
     ]
     scored = results.Scored(
         source.records,
-        masks,
+        known_masks,
         np.concatenate([part.maps for part in parts]),
         np.concatenate([part.scores for part in parts]),
     )
-    return scored, np.concatenate([part.digests for part in parts])
+    return scored, every
+
+
+def _summarize_masks(
+    config: Config, source: Source, scored: results.Scored | None, read: _Read
+) -> summary_lib.Masks | None:
+    """In the first process, which alone has the masks; None in the others."""
+    if scored is None:
+        return None
+    pixels = config.image.size[0] * config.image.size[1]
+    found = []
+    for i, record in enumerate(source.records):
+        mask = scored.masks[i]
+        if record.mask is not None and mask is not None:
+            defect, *regions = read.facts[i].tolist()
+            size, left = int(np.prod(read.sizes[i])), int(np.count_nonzero(mask))
+            found.append(
+                summary_lib.Mask(record.relative_path, size, defect, pixels, left, *regions)
+            )
+    return summary_lib.summarize_masks(found)
+
+
+def _full_pixels(
+    config: Config, source: Source, scored: results.Scored, read: _Read
+) -> metrics.PixelMetrics:
+    """Pixel metrics at the masks' own sizes; masks are read again, and never kept."""
+    areas = np.prod(read.sizes.astype(np.int64), axis=1)
+    memory.require_for_full(int(areas.max()), int(read.facts[:, 0].sum(dtype=np.int64)))
+    known = np.array([mask is not None for mask in scored.masks])
+
+    def load(index: int) -> tuple[np.ndarray, np.ndarray]:
+        record, (height, width) = source.records[index], read.sizes[index].tolist()
+        seen = input_pipeline.view(config.image, record.relative_path)
+        bar.update()
+        full = predictions.restore_map(scored.maps[index], (height, width), config.image, seen)
+        if record.mask is None:
+            return np.zeros(full.shape, bool), full
+        content = source.read(index)[1]
+        assert content is not None
+        return masks.decode(content, shown(record.mask)), full
+
+    kinds = [record.defect_type for record in source.records]
+    total = len(known) + int(np.count_nonzero(known & scored.labels))
+    with progress.bar(total, "full resolution", parallel.every()) as bar:
+        return metrics.stream_pixels(scored.labels, kinds, load, known)
+
+
+def _survey(
+    sources: Mapping[str, Source], detector: Detector | None = None
+) -> summary_lib.Summary:
+    """Reads the images' files, tells what they are, and warns of what is implausible.
+
+    Args:
+      sources: images, by the name of their split.
+      detector: whose images must not be among them, if it is fitted already.
+    """
+    devices = parallel.every()
+    fitted = detector and {digest.tobytes() for digest in detector.images}
+    summary = summary_lib.summarize(survey.read(sources, devices), fitted)
+    survey.tell(summary, devices)
+    return summary
 
 
 def _regions(detector: Detector) -> int:

@@ -26,6 +26,8 @@ from padim_jax import (
     progress,
     reduction,
     skipping,
+    summary,
+    survey,
 )
 from padim_jax import config as config_lib
 from padim_jax import detector as detector_lib
@@ -160,6 +162,8 @@ def update(
     source = sources["input"]
     variables = load_weights(path, fitted.weights, config, weights)
     known = {digest.tobytes() for digest in fitted.images}
+    files = survey.read({"input": source}, devices)
+    survey.tell(summary.summarize(files), devices)
     source = copies.distinct(source, devices)
     digests = source.digests
     new = [i for i, digest in enumerate(digests) if digest.tobytes() not in known]

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -30,18 +31,38 @@ from PIL import features
 from padim_jax.config import CacheConfig, ImageConfig
 
 # To be raised when the same sources and settings give other pixels or another file.
-_FORMAT = 4
+_FORMAT = 5
 # Two builds of one Pillow may bring different decoders. The lossless ones have no choice.
 _DECODERS = ("jpg", "libjpeg_turbo", "jpg_2000", "libtiff", "webp", "avif")
 _VERSIONS = [PIL.__version__, *(features.version(name) for name in _DECODERS)]
 
 # Height and width of the image, the same of the source, whether there is a mask, how many
-# grey levels are kept, or 0. Then follow the image, row by row, the mask's bits and a checksum.
-_HEADER = struct.Struct("<IIII?B")
+# grey levels are kept, or 0, and the mask's `MaskFacts`. Then follow the image, row by row, the
+# mask's bits and a checksum.
+_HEADER = struct.Struct("<IIII?BQIII")
 _CHECKSUM = struct.Struct("<I")
 _AN_HOUR = 3600 * 10**9  # ns; by so much the clock of where the files are may be ahead
 # An entry or, with a further suffix, one that is being written. Nothing else is removed.
 _NAME = re.compile(r"[0-9a-f]{64}\.pixels(\..*)?")
+
+
+class MaskFacts(NamedTuple):
+    """A mask at its own size, and what preprocessing makes of it.
+
+    Attributes:
+      defect: defect pixels.
+      regions: 8-connected regions of them.
+      resized_away: regions of which no pixel is left after resizing.
+      cropped_away: of the others, those of which none is left after turning and cropping.
+    """
+
+    defect: int
+    regions: int
+    resized_away: int
+    cropped_away: int
+
+
+NO_MASK = MaskFacts(0, 0, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +74,14 @@ class Decoded:
       mask: the defect's pixels, or None without a mask file.
       size: the original (height, width).
       levels: grey levels kept, where they are too few; see `decoding.open_rgb`.
+      facts: of the mask as it is stored; all 0 without one.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
     mask: Bool[np.ndarray, "h w"] | None
     size: tuple[int, int]
     levels: int | None = None
+    facts: MaskFacts = NO_MASK
 
 
 class ImageCache:
@@ -187,7 +210,8 @@ def _pack(key: str, decoded: Decoded) -> bytes:
     height, width, _ = decoded.image.shape
     mask = b"" if decoded.mask is None else np.packbits(decoded.mask).tobytes()
     header = _HEADER.pack(
-        height, width, *decoded.size, decoded.mask is not None, decoded.levels or 0
+        *(height, width, *decoded.size, decoded.mask is not None),
+        *(decoded.levels or 0, *decoded.facts),
     )
     content = b"".join((header, decoded.image.tobytes(), mask))
     return content + _CHECKSUM.pack(_checksum(key, content))
@@ -197,14 +221,17 @@ def _unpack(key: str, content: bytes) -> Decoded | None:
     body = memoryview(content)[: -_CHECKSUM.size]
     if len(body) < _HEADER.size or content[len(body) :] != _CHECKSUM.pack(_checksum(key, body)):
         return None
-    *shape, height, width, has_mask, levels = _HEADER.unpack_from(body)
+    *shape, height, width, has_mask, levels, defect, regions, resized, cropped = (
+        _HEADER.unpack_from(body)
+    )
     pixels = shape[0] * shape[1]
     image = np.frombuffer(body, np.uint8, 3 * pixels, _HEADER.size).reshape(*shape, 3)
     mask = None
     if has_mask:
         bits = np.frombuffer(body, np.uint8, offset=_HEADER.size + 3 * pixels)
         mask = np.unpackbits(bits, count=pixels).view(bool).reshape(shape)
-    return Decoded(image, mask, (height, width), levels or None)
+    facts = MaskFacts(defect, regions, resized, cropped)
+    return Decoded(image, mask, (height, width), levels or None, facts)
 
 
 def _checksum(key: str, content: bytes | memoryview) -> int:

@@ -33,7 +33,7 @@ from padim_jax.datasets.decoding import Range, open_rgb
 from padim_jax.datasets.files import read_file, shown
 from padim_jax.datasets.records import Record, Source
 from padim_jax.errors import MachineError, UserError
-from padim_jax.image_cache import Decoded, ImageCache
+from padim_jax.image_cache import NO_MASK, Decoded, ImageCache, MaskFacts
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -118,6 +118,7 @@ class Batch:
       records: what the valid images are, in order.
       masks: per valid image the defect's pixels, or None where unknown.
       sizes: per valid image the original (height, width).
+      facts: per valid image those of its mask; `NO_MASK` without one.
       digests: SHA-256 of the image's file; of padding zeros.
       levels: per valid image the grey levels kept where they are too few, else None; see
         `decoding.open_rgb`.
@@ -128,6 +129,7 @@ class Batch:
     records: tuple[Record, ...]
     masks: tuple[Bool[np.ndarray, "h w"] | None, ...]
     sizes: tuple[tuple[int, int], ...]
+    facts: tuple[MaskFacts, ...]
     digests: UInt8[np.ndarray, "b 32"]
     levels: tuple[int | None, ...] = ()
 
@@ -151,6 +153,7 @@ class _Example:
     image: UInt8[np.ndarray, "h w 3"]
     mask: Bool[np.ndarray, "h w"] | None
     size: tuple[int, int]
+    facts: MaskFacts
     digest: bytes
     levels: int | None
 
@@ -415,7 +418,9 @@ def _load(
     if mask is None and record.label == 0:
         defect = np.zeros(config.size, bool)
     digest = hashlib.sha256(image).digest()
-    return _Example(record, decoded.image, defect, decoded.size, digest, decoded.levels)
+    return _Example(
+        *(record, decoded.image, defect, decoded.size, decoded.facts, digest, decoded.levels)
+    )
 
 
 def _decode(
@@ -438,20 +443,40 @@ def _decode_alone(
 ) -> Decoded:
     name, mask_name = shown(record.image), shown(record.mask or "")
     image = decode(image_bytes, name, config.counts)
-    mask = None
+    mask, facts = None, NO_MASK
     if mask_bytes is not None:
         defect = masks.decode(mask_bytes, mask_name)
-        mask_image = Image.fromarray(defect.astype(np.uint8))
-        if mask_image.size != image.size:
+        height, width = defect.shape
+        if (width, height) != image.size:
             raise UserError(
-                f"{mask_name}: a mask of {_size_text(mask_image)} pixels for the image "
+                f"{mask_name}: a mask of {width}x{height} pixels for the image "
                 f"{name} of {_size_text(image)}; expected equal sizes"
             )
-        nearest = Image.Resampling.NEAREST
-        mask = np.asarray(_resize_crop(mask_image, config, seen, nearest, nearest)) > 0
+        mask, facts = _preprocess_mask(defect, config, seen)
     levels = image.info.get(decoding.LEVELS)
     pixels = preprocess(image, config, seen)
-    return Decoded(pixels, mask, (image.height, image.width), levels)
+    return Decoded(pixels, mask, (image.height, image.width), levels, facts)
+
+
+def _preprocess_mask(
+    defect: Bool[np.ndarray, "h w"], config: ImageConfig, seen: View
+) -> tuple[Bool[np.ndarray, "_h _w"], MaskFacts]:
+    """Resizes (nearest), turns and crops a mask, and counts the regions that this loses."""
+    # The numbers of the regions go the way of the mask: those that arrive are kept.
+    labels, regions = masks.label_regions(defect)
+    height, width = config.resize
+    resized = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
+    arrived = np.asarray(_turn_crop(resized, config, seen, Image.Resampling.NEAREST))
+    after_resizing, at_last = (
+        np.count_nonzero(np.bincount(np.ravel(found))[1:]) for found in (resized, arrived)
+    )
+    facts = MaskFacts(
+        defect=int(np.count_nonzero(defect)),
+        regions=regions,
+        resized_away=regions - int(after_resizing),
+        cropped_away=int(after_resizing - at_last),
+    )
+    return arrived > 0, facts
 
 
 def _resize_crop(
@@ -462,7 +487,12 @@ def _resize_crop(
     turn_by: Image.Resampling,
 ) -> Image.Image:
     height, width = config.resize
-    image = image.resize((width, height), resize_by)
+    return _turn_crop(image.resize((width, height), resize_by), config, seen, turn_by)
+
+
+def _turn_crop(
+    image: Image.Image, config: ImageConfig, seen: View, turn_by: Image.Resampling
+) -> Image.Image:
     if seen.angle:
         image = image.rotate(seen.angle, turn_by)  # the corners become black
     if config.crop is None:
@@ -495,6 +525,7 @@ def _collate(size: tuple[int, int]) -> Callable[[Sequence[_Example | str]], Batc
             records=tuple(example.record for example in examples),
             masks=tuple(example.mask for example in examples),
             sizes=tuple(example.size for example in examples),
+            facts=tuple(example.facts for example in examples),
             digests=digests,
             levels=tuple(example.levels for example in examples),
         )

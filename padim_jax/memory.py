@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from padim_jax import detector, embedding, models, parallel
+from padim_jax import detector, embedding, metrics, models, parallel
 from padim_jax.config import Config, ModelConfig
 from padim_jax.errors import UserError
 from padim_jax.parallel import Devices
@@ -23,6 +23,7 @@ _FEATURES = {"basic": 90, "bottleneck": 345, "mbconv": 320}
 # Of an evaluation, for a pixel of the test set: its score, whether it is a defect's, and what
 # metrics, curves and pictures make of it at most; and for a defect's pixel on top of it.
 _SCORED, _MEASURED, _DEFECT = 5, 15, 200
+_AT_ONCE = 40  # for a pixel of the largest image, or of a group that is sorted together
 _USUAL_DEFECTS = 0.05  # the share of pixels, before masks are read
 _CGROUPS = pathlib.Path("/sys/fs/cgroup")
 _OWN_CGROUPS = pathlib.Path("/proc/self/cgroup")
@@ -163,6 +164,27 @@ def require_for_maps(config: Config, images: int, defects: float | None = None) 
             f"{free / _GB:.1f} GB are free. Less is taken by a part of the test images, or a "
             f"smaller config.image.{'crop' if config.image.crop else 'resize'}; scores alone, "
             "of any number of images, --mode=predict gives"
+        )
+
+
+def require_for_full(largest: int, defects: int) -> None:
+    """Stops an evaluation at the masks' own sizes that there is too little memory for.
+
+    Args:
+      largest: pixels of the largest test image.
+      defects: defect pixels of all masks, as they are stored.
+
+    Raises:
+      UserError: what it takes, what there is, and what would take less.
+    """
+    needed = _AT_ONCE * (largest + metrics.GROUP) + _DEFECT * defects
+    free = available_to_host()
+    if needed > free:
+        raise UserError(
+            f"not enough memory: about {needed / _GB:.1f} GB to compare anomaly maps with "
+            f"masks at their own size, of up to {largest / 1e6:.1f} million pixels and "
+            f"{defects / 1e6:.1f} million of defects in all; {free / _GB:.1f} GB are free. "
+            "Less is taken by --config.metrics.resolution=model, or a part of the test images"
         )
 
 

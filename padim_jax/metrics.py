@@ -8,12 +8,13 @@ anomalous samples at or above it, normal samples above it, normal samples at or 
 From one such score down to the next only false positives are added: the ROC and PRO
 curves run horizontally, the average precision gains nothing and F1 falls. So the normal
 pixels, nearly all there are, are only sorted, in groups of images, and counted by binary
-search. Counts of groups add up, so no pixel is sorted again for its defect type.
+search. Counts of groups add up, so no pixel is sorted again for its defect type, and images
+need neither be of one size nor be in memory together (`stream_pixels`).
 """
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ AUPRO_MAX_FPR = 0.3  # the limit of Bergmann et al. and of published MVTec AD re
 # Regions are 8-connected within an image and never cross from one image to the next.
 _REGION_STRUCTURE = np.zeros((3, 3, 3), bool)
 _REGION_STRUCTURE[1] = True
+
+# Normal pixels that `stream_pixels` sorts together: 64 MB in float32, twice while sorting.
+GROUP = 1 << 24
 
 Curve = tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]
 
@@ -47,6 +51,21 @@ class BinaryMetrics:
     f1_max: float | None = None
     f1_threshold: float | None = None
     undefined: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelMetrics:
+    """What `stream_pixels` finds.
+
+    Attributes:
+      whole: binary metrics and AUPRO of all images.
+      per_defect: the same, by defect type, of its images and the normal ones.
+      curves: ROC and PRO curve of all images; None where undefined.
+    """
+
+    whole: tuple[BinaryMetrics, float | None]
+    per_defect: dict[str, tuple[BinaryMetrics, float | None]]
+    curves: tuple[Curve, Curve] | None
 
 
 def binary_metrics(
@@ -158,11 +177,81 @@ def pixel_curves(
     # NumPy sorts without Python's lock: threads use all cores.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         parts = list(pool.map(lambda images: _pixels(masks[images], maps[images]), groups))
-    samples = _merge(parts)
-    if _missing(samples):
-        return None
-    counts = _count(samples)
-    return _points(counts, counts.tp), _points(counts, counts.weight)
+    return _both_curves(_tally(_merge(parts)))
+
+
+def stream_pixels(
+    labels: Bool[np.ndarray, " n"],
+    defect_types: Sequence[str],
+    read: Callable[[int], tuple[Bool[np.ndarray, "h w"], Float[np.ndarray, "h w"]]],
+    mask_known: Bool[np.ndarray, " n"] | None = None,
+) -> PixelMetrics:
+    """Pixel metrics of images of any sizes, which are never in memory together.
+
+    As exact as those of `evaluate`, and of equal images the same. Normal images are read once,
+    anomalous ones twice: for the scores of their defects, then to count the other pixels. At
+    a time there are one image, up to 2**24 normal pixels or one image's, if it has more, and
+    about 200 bytes for each defect pixel of the test set.
+
+    Args:
+      labels: True for anomalous images.
+      defect_types: one per image; not read where the image is normal.
+      read: gives the mask (True for defect pixels) and the anomaly map of an image by its
+        number, in equal shapes. Where the map is NaN the pixel is left out; a region without
+        any other pixel does not count.
+      mask_known: False for anomalous images without a mask, which are left out. None: every
+        mask is known.
+    """
+    types = np.array(defect_types, dtype=str)
+    known = np.ones_like(labels) if mask_known is None else mask_known
+    names = [str(name) for name in np.unique(types[labels])]
+    numbers = {
+        name: np.flatnonzero(labels & known & (types == name)).tolist() for name in names
+    }
+    defects = {
+        name: _merge([_defects(*read(i)) for i in chosen]) for name, chosen in numbers.items()
+    }
+    whole = _tally(_merge(list(defects.values())))
+    parts = {name: _tally(samples) for name, samples in defects.items()}
+    del defects
+    for scores in _sorted_groups(read, np.flatnonzero(~labels).tolist()):
+        for tally in (whole, *parts.values()):
+            tally.add(scores)
+    for name, chosen in numbers.items():
+        for scores in _sorted_groups(read, chosen):
+            whole.add(scores)
+            parts[name].add(scores)
+    return PixelMetrics(
+        _tally_metrics(whole, "pixel"),
+        {name: _tally_metrics(tally, "pixel") for name, tally in parts.items()},
+        _both_curves(whole),
+    )
+
+
+def _defects(mask: np.ndarray, anomaly_map: np.ndarray) -> "_Samples":
+    """The scored defect pixels of one image."""
+    from scipy import ndimage
+
+    regions = np.empty(mask.shape, np.int32)
+    ndimage.label(mask, structure=_REGION_STRUCTURE[1], output=regions)
+    scored = mask & ~np.isnan(anomaly_map)
+    region = regions[scored]  # numbered before, so that what was left out splits none in two
+    return _Samples(anomaly_map[scored], 1 / np.bincount(region)[region], [])
+
+
+def _sorted_groups(
+    read: Callable[[int], tuple[np.ndarray, np.ndarray]], numbers: Iterable[int]
+) -> Iterable[np.ndarray]:
+    """The normal pixels of some images, sorted in groups of at least `GROUP`."""
+    group: list[np.ndarray] = []
+    for number in numbers:
+        mask, anomaly_map = read(number)
+        group.append(anomaly_map[~mask & ~np.isnan(anomaly_map)])
+        if sum(map(len, group)) >= GROUP:
+            yield np.sort(np.concatenate(group))
+            group = []
+    if group:
+        yield np.sort(np.concatenate(group))
 
 
 def evaluate(
@@ -172,6 +261,7 @@ def evaluate(
     masks: Bool[np.ndarray, "n h w"] | None,
     maps: Float[np.ndarray, "n h w"],
     mask_known: Bool[np.ndarray, " n"] | None = None,
+    streamed: PixelMetrics | None = None,
 ) -> dict[str, Any]:
     """All metrics of a test set, overall and for each defect type.
 
@@ -184,6 +274,7 @@ def evaluate(
       maps: anomaly maps, higher is more anomalous.
       mask_known: False for anomalous images without a mask; not read where the image is
         normal. None: every mask is known, and an empty one means no defect pixel.
+      streamed: of the same images, to be used in place of what masks and maps give.
 
     Returns:
       A dict ready for JSON: `auroc`, `ap`, `f1_max` and `f1_threshold` (see
@@ -211,7 +302,8 @@ def evaluate(
     groups |= {name: labels & (types == name) for name in names}
     pixels: dict[str | None, _Samples] = {}
 
-    def subset(chosen: Iterable[str | None]) -> dict[str, Any]:
+    def subset(name: str | None) -> dict[str, Any]:
+        chosen = list(groups) if name is None else [None, name]
         images = np.any([groups[name] for name in chosen], axis=0)
         image, _ = _metrics(_samples(labels[images], scores[images]), "image")
         if masks is None:
@@ -219,16 +311,18 @@ def evaluate(
         elif unknown[images].any():
             count = f"{unknown[images].sum()} of {labels[images].sum()} anomalous images"
             pixel, area = BinaryMetrics(undefined=f"{count} without ground-truth mask"), None
+        elif streamed is not None:
+            pixel, area = streamed.whole if name is None else streamed.per_defect[name]
         else:
             pixel, area = _metrics(_merge([pixels[name] for name in chosen]), "pixel")
         return _flat(image, pixel, area)
 
     # NumPy sorts and searches without Python's lock: threads use all cores.
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        if masks is not None:
+        if masks is not None and streamed is None:
             found = pool.map(lambda group: _pixels(masks[group], maps[group]), groups.values())
             pixels = dict(zip(groups, found, strict=True))
-        whole, *parts = pool.map(subset, [groups, *([None, name] for name in names)])
+        whole, *parts = pool.map(subset, [None, *names])
     return whole | {"per_defect": dict(zip(names, parts, strict=True))}
 
 
@@ -264,16 +358,12 @@ def _pixels(masks: np.ndarray, maps: np.ndarray) -> _Samples:
 
 
 def _merge(parts: Sequence[_Samples]) -> _Samples:
+    nothing = np.zeros(0, np.float32)
     return _Samples(
-        np.concatenate([part.anomalous for part in parts]),
-        np.concatenate([part.weights for part in parts]),
+        np.concatenate([part.anomalous for part in parts] or [nothing]),
+        np.concatenate([part.weights for part in parts] or [nothing]),
         [scores for part in parts for scores in part.normal],
     )
-
-
-def _missing(samples: _Samples) -> list[str]:
-    sizes = {"anomalous": samples.anomalous.size, "normal": sum(map(len, samples.normal))}
-    return [name for name, size in sizes.items() if size == 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,32 +387,63 @@ class _Counts:
     normal: int
 
 
-def _count(samples: _Samples) -> _Counts:
-    """Both classes must be there."""
-    order = np.argsort(samples.anomalous)[::-1]
-    scores = samples.anomalous[order]
-    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # of equal scores
-    thresholds = scores[last]
-    below = [np.searchsorted(normal, thresholds, "left") for normal in samples.normal]
-    up_to = [np.searchsorted(normal, thresholds, "right") for normal in samples.normal]
-    normal = sum(map(len, samples.normal))
-    return _Counts(
-        thresholds=thresholds,
-        tp=last + 1,
-        weight=np.cumsum(samples.weights[order])[last],
-        fp_above=normal - np.sum(up_to, axis=0),
-        fp=normal - np.sum(below, axis=0),
-        normal=normal,
-    )
+class _Tally:
+    """Counts normal samples, group by group, below and up to each anomalous score."""
+
+    def __init__(self, anomalous: np.ndarray, weights: np.ndarray):
+        """Takes what `_Samples` has; no normal sample is counted yet."""
+        order = np.argsort(anomalous)[::-1]
+        scores = anomalous[order]
+        last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # of equal scores
+        last = last[: scores.size]
+        self._thresholds, self._tp = scores[last], last + 1
+        self._weight = np.cumsum(weights[order])[last]
+        self._below, self._up_to = np.zeros((2, last.size), np.int64)
+        self._normal = 0
+
+    def add(self, normal: np.ndarray) -> None:
+        """Counts some normal scores, which are sorted ascending."""
+        self._below += np.searchsorted(normal, self._thresholds, "left")
+        self._up_to += np.searchsorted(normal, self._thresholds, "right")
+        self._normal += normal.size
+
+    def missing(self) -> list[str]:
+        """The classes of which there is no sample."""
+        sizes = {"anomalous": self._tp.size, "normal": self._normal}
+        return [name for name, size in sizes.items() if size == 0]
+
+    def counts(self) -> _Counts:
+        """Both classes must be there."""
+        return _Counts(
+            thresholds=self._thresholds,
+            tp=self._tp,
+            weight=self._weight,
+            fp_above=self._normal - self._up_to,
+            fp=self._normal - self._below,
+            normal=self._normal,
+        )
+
+
+def _tally(samples: _Samples) -> _Tally:
+    tally = _Tally(samples.anomalous, samples.weights)
+    for normal in samples.normal:
+        tally.add(normal)
+    return tally
 
 
 def _metrics(
     samples: _Samples, unit: str, max_fpr: float = AUPRO_MAX_FPR
 ) -> tuple[BinaryMetrics, float | None]:
     """Binary metrics, and the normalised area under the curve up to max_fpr."""
-    if missing := _missing(samples):
+    return _tally_metrics(_tally(samples), unit, max_fpr)
+
+
+def _tally_metrics(
+    tally: _Tally, unit: str, max_fpr: float = AUPRO_MAX_FPR
+) -> tuple[BinaryMetrics, float | None]:
+    if missing := tally.missing():
         return BinaryMetrics(undefined=" and ".join(f"no {c} {unit}" for c in missing)), None
-    counts = _count(samples)
+    counts = tally.counts()
     return _summary(counts), _area(counts, max_fpr)
 
 
@@ -355,10 +476,19 @@ def _vertices(counts: _Counts, heights: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _curve(samples: _Samples) -> Curve | None:
-    if _missing(samples):
+    tally = _tally(samples)
+    if tally.missing():
         return None
-    counts = _count(samples)
+    counts = tally.counts()
     return _points(counts, counts.weight)
+
+
+def _both_curves(tally: _Tally) -> tuple[Curve, Curve] | None:
+    """ROC and PRO curve."""
+    if tally.missing():
+        return None
+    counts = tally.counts()
+    return _points(counts, counts.tp), _points(counts, counts.weight)
 
 
 def _points(counts: _Counts, heights: np.ndarray) -> Curve:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from padim_jax import calibration as calibration_lib
 from padim_jax import figures, input_pipeline, paths, results, tables
@@ -40,6 +40,8 @@ UNKNOWN = "unknown"  # the defect type of an image of which nothing is known
 
 # Pictures drawn at a time, if there is room for them; see `input_pipeline.ROOM`.
 _THREADS = min(8, os.cpu_count() or 1)
+
+_MOST_TURNED = 1 << 20  # pixels of a map that are turned back together
 
 
 def find(pattern: str) -> list[Record]:
@@ -238,28 +240,71 @@ def _finite(value: float) -> float:
 
 
 def restore_map(
-    anomaly_map: Float32[np.ndarray, "h w"], size: tuple[int, int], config: ImageConfig
+    anomaly_map: Float32[np.ndarray, "h w"],
+    size: tuple[int, int],
+    config: ImageConfig,
+    view: input_pipeline.View | None = None,
 ) -> Float32[np.ndarray, "height width"]:
     """Brings a map back onto the image that it was computed from.
 
-    Undoes the resizing and cropping of `input_pipeline.preprocess`, with bilinear
+    Undoes the resizing, turning and cropping of `input_pipeline.preprocess`, with bilinear
     interpolation between pixel centres.
 
     Args:
       anomaly_map: at the size of the detector's input.
       size: original height and width.
       config: the preprocessing.
+      view: what was seen of the image; None is the centre, unturned.
 
     Returns:
       The map at the original size; NaN where the crop left the image unscored.
     """
-    top, left = input_pipeline.crop_offset(config)
+    top, left = input_pipeline.crop_offset(config) if view is None else view[1:]
+    if view is not None and view.angle:
+        return _restore_turned(anomaly_map, size, config, view)
     rows, rows_scored = _source_pixels(size[0], config.resize[0], top, config.size[0])
     columns, columns_scored = _source_pixels(size[1], config.resize[1], left, config.size[1])
     full = _interpolate(_interpolate(anomaly_map, rows).T, columns).T
     full[~rows_scored] = np.nan
     full[:, ~columns_scored] = np.nan
     return np.ascontiguousarray(full)
+
+
+def _restore_turned(
+    anomaly_map: Float32[np.ndarray, "h w"],
+    size: tuple[int, int],
+    config: ImageConfig,
+    view: input_pipeline.View,
+) -> Float32[np.ndarray, "height width"]:
+    (height, width), angle = config.resize, np.radians(view.angle)
+    cos, sin = np.cos(angle), np.sin(angle)
+    y = ((np.arange(size[0]) + 0.5) * height / size[0] - height / 2)[:, None]
+    x = (np.arange(size[1]) + 0.5) * width / size[1] - width / 2
+    full = np.empty(size, np.float32)
+    rows = max(1, _MOST_TURNED // size[1])
+    for start in range(0, size[0], rows):  # a pixel takes some 100 bytes on the way
+        part = slice(start, start + rows)
+        # Counter-clockwise, with y pointing down.
+        down = cos * y[part] - sin * x + height / 2 - view.top
+        right = sin * y[part] + cos * x + width / 2 - view.left
+        full[part] = _sample(anomaly_map, down, right)
+    return full
+
+
+def _sample(
+    anomaly_map: Float32[np.ndarray, "h w"],
+    down: Float[np.ndarray, "_h _w"],
+    right: Float[np.ndarray, "_h _w"],
+) -> Float[np.ndarray, "_h _w"]:
+    """Bilinear samples at distances from the map's edges; NaN outside of it."""
+    height, width = anomaly_map.shape
+    inside = (down >= 0) & (down <= height) & (right >= 0) & (right <= width)
+    y, x = np.clip(down - 0.5, 0, height - 1), np.clip(right - 0.5, 0, width - 1)
+    top, left = (np.minimum(at.astype(int), n - 2) for at, n in ((y, height), (x, width)))
+    y, x = y - top, x - left
+    upper = anomaly_map[top, left] * (1 - x) + anomaly_map[top, left + 1] * x
+    lower = anomaly_map[top + 1, left] * (1 - x) + anomaly_map[top + 1, left + 1] * x
+    return np.where(inside, upper * (1 - y) + lower * y, np.nan)
 
 
 def _source_pixels(

@@ -27,6 +27,7 @@ from padim_jax.paths import Path
 _SOME = 2
 
 SKIPPED = "skipped.csv"
+FULL = "pixel metrics at the masks' own sizes; published ones are at the model's"
 _SHOWN = 3  # so many leaks, or skipped images, are named
 _LONGEST_NAME = 200  # bytes of a picture's, of 255 that there may be
 
@@ -51,12 +52,14 @@ class Scored:
       masks: their defect pixels; None where unknown.
       maps: anomaly maps.
       scores: image scores.
+      pixels: what is measured at the masks' own sizes, where that is asked for.
     """
 
     records: Sequence[Record]
     masks: Sequence[Bool[np.ndarray, "h w"] | None]
     maps: Float32[np.ndarray, "n h w"]
     scores: Float32[np.ndarray, " n"]
+    pixels: metrics.PixelMetrics | None = None
 
     @property
     def labels(self) -> Bool[np.ndarray, " n"]:
@@ -80,8 +83,9 @@ def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str,
     Returns:
       All metrics (see `metrics.evaluate`), of which those named f1 come with the thresholds
       that are best on this test set's own labels; `test_images` and `anomalous_images`, their
-      numbers; `normal_threshold`, what thresholds from normal images alone do here (see
-      `calibration.outcome`), or None.
+      numbers; `resolution`, at which maps and masks were compared, "model" or "full";
+      `normal_threshold`, what thresholds from normal images alone do here, always at the
+      model's size (see `calibration.outcome`), or None.
     """
     known = np.array([mask is not None for mask in scored.masks])
     blank = np.zeros(scored.maps.shape[1:], bool)
@@ -95,6 +99,7 @@ def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str,
         else np.stack([blank if mask is None else mask for mask in scored.masks]),
         scored.maps,
         known,
+        scored.pixels,
     )
     outcome = calibration and calibration_lib.outcome(
         calibration, scored.labels, scored.scores, scored.maps, scored.masks
@@ -102,6 +107,7 @@ def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str,
     return measured | {
         "test_images": len(scored.records),
         "anomalous_images": int(scored.labels.sum()),
+        "resolution": "model" if scored.pixels is None else "full",
         "normal_threshold": outcome,
     }
 
@@ -259,6 +265,8 @@ def table(config: Config, measured: dict[str, Any]) -> str:
     for source in sources:
         if differing := published.differing_settings(config, source):
             lines.append(published.in_words(source.name, differing))
+    if measured.get("resolution") == "full":
+        lines.append(FULL)
     lines += [
         "undefined: " + reason
         for reason in dict.fromkeys(measured.get("undefined", {}).values())
@@ -408,9 +416,13 @@ def _roc_curves(
     if curve := metrics.roc_curve(scored.labels, scored.scores):
         curves.append((f"image, AUROC {measured['image_auroc']:.4f}", *curve))
     if measured["pixel_auroc"] is not None:
-        masks = np.stack([mask for mask in scored.masks if mask is not None])
-        curve = metrics.roc_curve(masks.ravel(), scored.maps.ravel())
-        assert curve is not None
+        if scored.pixels is not None:
+            assert scored.pixels.curves is not None
+            curve, _ = scored.pixels.curves
+        else:
+            masks = np.stack([mask for mask in scored.masks if mask is not None])
+            curve = metrics.roc_curve(masks.ravel(), scored.maps.ravel())
+            assert curve is not None
         curves.append((f"pixel, AUROC {measured['pixel_auroc']:.4f}", *curve))
     return curves
 

@@ -625,7 +625,7 @@ def masks() -> list[Input]:
             "mask without a defect pixel",
             encoded(0 * byte, "PNG"),
             0 * defect,
-            "the image is anomalous, none of its pixels is",
+            "the image is anomalous, none of its pixels is; with a warning",
         ),
         refused("mask of another size", encoded(255 * byte[1:], "PNG")),
         refused("mask of 16 bits", png_of(byte.astype(np.uint16) * 65535, 0)),

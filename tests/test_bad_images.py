@@ -43,7 +43,7 @@ from padim_jax.config import Config, validate
 from padim_jax.datasets import decoding, files
 from padim_jax.datasets.folder import folder
 from padim_jax.detector import Detector
-from padim_jax.errors import UserError
+from padim_jax.errors import DataWarning, UserError
 from padim_jax.image_cache import ImageCache
 from padim_jax.input_pipeline import FolderSource
 
@@ -140,6 +140,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, unreadable: None) -> Any:
     printed: list[str] = []
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        # All good images are test images, too, and one mask is empty; see below.
+        warnings.filterwarnings("ignore", category=DataWarning)
         count, lock = decoding.open_rgb, threading.Lock()
 
         def counting(data: bytes, name: str, counts: Any = "full") -> Image.Image:
@@ -190,6 +192,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, unreadable: None) -> Any:
 
 def every(run: Run) -> list[Outcome]:
     return [outcome for found in run.outcomes.values() for outcome in found]
+
+
+def test_what_is_implausible_about_them_is_told(run: Run):
+    found = "\n".join(run.measured["data"]["warnings"])
+    assert re.search(r"\d+ test images are training images as well \(the same bytes\)", found)
+    assert re.search(
+        r"1 of \d+ masks of anomalous images have no defect pixel: val/bad/", found
+    )
 
 
 def test_there_are_many_distinct_inputs(run: Run):

@@ -101,6 +101,7 @@ def test_settings_arrive_where_they_belong():
             "train_images": 60,
             "seed": 8,
             "skip_bad": True,
+            "inverted_masks": "yes",
         },
         "image": {
             "resize": [192, 320],
@@ -135,6 +136,7 @@ def test_settings_arrive_where_they_belong():
         },
         "batch_size": 5,
         "train": {"checkpoint_every": 12.5},
+        "metrics": {"resolution": "full"},
         "outputs": {"figures": "all", "maps": "tiff", "report": False},
         "cache": {"dir": "d", "images_gb": 0.5, "compilation": False},
     }
@@ -153,7 +155,10 @@ def test_fields_are_these():
     } == {
         "category": None,
         "repeats": None,
-        "dataset": ["name", "root", "seed", "skip_bad", "source", "tfds_dir", "train_images"],
+        "dataset": [
+            *("inverted_masks", "name", "root", "seed", "skip_bad"),
+            *("source", "tfds_dir", "train_images"),
+        ],
         "image": ["crop", "crop_at", "mean", "method", "resize", "rotation", "seed", "std"],
         "model": [
             "backbone",
@@ -172,6 +177,7 @@ def test_fields_are_these():
         "threshold": ["groups", "held_out", "image_rate", "normal", "pixel_rate"],
         "batch_size": None,
         "train": ["checkpoint_every"],
+        "metrics": ["resolution"],
         "outputs": ["figures", "maps", "report"],
         "cache": ["compilation", "dir", "images_gb"],
     }

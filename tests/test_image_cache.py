@@ -18,7 +18,14 @@ from PIL import Image
 from padim_jax import defaults, experiment, image_cache
 from padim_jax.config import Config, ImageConfig, validate
 from padim_jax.datasets.synthetic import generate
-from padim_jax.image_cache import Decoded, ImageCache, entry_key, open_cache
+from padim_jax.image_cache import (
+    NO_MASK,
+    Decoded,
+    ImageCache,
+    MaskFacts,
+    entry_key,
+    open_cache,
+)
 
 HUGE = 10**9
 
@@ -30,12 +37,13 @@ def key(number: int) -> str:
 def decoded(number: int = 0, shape=(5, 7), mask: bool = False) -> Decoded:
     rng = np.random.default_rng(number)
     image = rng.integers(0, 256, (*shape, 3), np.uint8)
-    return Decoded(image, rng.random(shape) < 0.5 if mask else None, (900 + number, 31))
+    facts = MaskFacts(2**33 + number, 3, 1, 2) if mask else NO_MASK
+    return Decoded(image, rng.random(shape) < 0.5 if mask else None, (900 + number, 31), facts)
 
 
 def assert_same(found: Decoded | None, expected: Decoded) -> None:
     assert found is not None
-    assert found.size == expected.size
+    assert (found.size, found.facts) == (expected.size, expected.facts)
     np.testing.assert_array_equal(found.image, expected.image)
     assert (found.mask is None) == (expected.mask is None)
     if expected.mask is not None:

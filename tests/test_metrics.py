@@ -349,6 +349,111 @@ def test_pixel_curves_are_both_curves(levels):
     assert metrics.pixel_curves(np.zeros_like(masks), maps) is None
 
 
+# Images of several sizes, streamed.
+
+
+def plain_pixels(images):
+    """The metrics of (mask, map) pairs, in float64 and all in memory; NaN is left out."""
+    scored = [(mask, anomaly_map.astype(np.float64)) for mask, anomaly_map in images]
+    labels = np.concatenate([mask[~np.isnan(x)] for mask, x in scored])
+    scores = np.concatenate([x[~np.isnan(x)] for _, x in scored])
+    regions = [
+        kept
+        for mask, x in scored
+        for region in plain_regions(mask)
+        if (kept := [float(x[place]) for place in region if not np.isnan(x[place])])
+    ]
+    area, last = 0.0, (0.0, 0.0)
+    for threshold in np.unique(scores)[::-1]:
+        overlaps = [np.mean(np.array(region) >= threshold) for region in regions]
+        point = float(np.mean(scores[~labels] >= threshold)), float(np.mean(overlaps))
+        end = min(point[0], metrics.AUPRO_MAX_FPR)
+        if end > last[0]:
+            share = (end - last[0]) / (point[0] - last[0])
+            area += (end - last[0]) * (2 * last[1] + share * (point[1] - last[1])) / 2
+        last = point
+    f1, threshold = plain_f1_max(labels, scores)
+    auroc = sklearn.metrics.roc_auc_score(labels, scores)
+    ap = sklearn.metrics.average_precision_score(labels, scores)
+    return auroc, ap, f1, threshold, area / metrics.AUPRO_MAX_FPR
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(
+    sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=3, max_size=7),
+    group=st.sampled_from([1, 7, 40, 10_000]),
+    levels=st.sampled_from([None, 2, 6]),
+    seed=st.integers(0, 1000),
+)
+def test_streamed_pixels_are_those_of_all_images_in_memory(sizes, group, levels, seed):
+    rng = np.random.default_rng(seed)
+    images, types = [], []
+    for number, size in enumerate(sizes):
+        kind = ("good", "scratch", "hole")[number % 3]
+        mask = (rng.random(size) < 0.3) & (kind != "good")
+        anomaly_map = _with_ties(rng.normal(size=size) + mask, levels).astype(np.float32)
+        anomaly_map[rng.random(size) < 0.1] = np.nan
+        if kind != "good":  # so that everything is defined
+            mask[0, 0], anomaly_map[0, 0] = True, 0
+        else:
+            anomaly_map[0, 0] = 1
+        images.append((mask, anomaly_map))
+        types.append(kind)
+    labels = np.array([kind != "good" for kind in types])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "GROUP", group)
+        found = metrics.stream_pixels(labels, types, images.__getitem__)
+    expected = {None: range(len(images))} | {
+        name: [i for i, kind in enumerate(types) if kind in ("good", name)]
+        for name in ("scratch", "hole")
+    }
+    assert set(found.per_defect) == {"scratch", "hole"}
+    for name, chosen in expected.items():
+        pixel, area = found.whole if name is None else found.per_defect[name]
+        *three, threshold, theirs = plain_pixels([images[i] for i in chosen])
+        assert [pixel.auroc, pixel.ap, pixel.f1_max] == pytest.approx(three, abs=EXACT)
+        assert pixel.f1_threshold == threshold
+        assert area == pytest.approx(theirs, abs=EXACT)
+
+
+def test_streamed_images_are_read_twice_at_most_and_one_after_the_other():
+    _, _, types, masks, maps = dataset()
+    labels, read = masks.any(axis=(1, 2)), []
+
+    def load(index):
+        read.append(index)
+        return masks[index], maps[index]
+
+    found = metrics.stream_pixels(labels, types, load)
+    assert sorted(read) == sorted([*range(7), *np.flatnonzero(labels)])
+    whole = metrics.evaluate(labels, maps.max(axis=(1, 2)), types, masks, maps)
+    streamed = metrics.evaluate(
+        labels, maps.max(axis=(1, 2)), types, masks, maps, streamed=found
+    )
+    assert without_rounding(streamed) == without_rounding(whole)
+
+
+def without_rounding(values):
+    """Weights of regions are added up in another order."""
+    return json.loads(json.dumps(values), parse_float=lambda text: round(float(text), 12))
+
+
+def test_a_split_by_what_is_left_out_makes_no_two_regions():
+    mask = np.array([[True, True, True, False]])
+    scores = np.array([[3.0, np.nan, 1.0, 2.0]], np.float32)
+    found = metrics.stream_pixels(np.array([True]), ["hole"], lambda _: (mask, scores))
+    # One region, half of which lies above the only normal pixel.
+    assert found.whole[1] == 0.5
+
+
+def test_an_unseen_region_does_not_count():
+    mask = np.array([[True, False, True, False]])
+    scores = np.array([[np.nan, 1.0, 2.0, 0.0]], np.float32)
+    found = metrics.stream_pixels(np.array([True]), ["hole"], lambda _: (mask, scores))
+    assert found.whole[1] == 1
+    assert found.whole[0].ap == 1
+
+
 # Whole test sets.
 
 

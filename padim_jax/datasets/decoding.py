@@ -57,6 +57,10 @@ _FORMATS: tuple[tuple[bytes, Callable[[io.BytesIO], ImageFile.ImageFile]], ...] 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 # Its modes of files of 16 bits. Of colours it has kept the high bytes alone.
 _DEEP_MODES = ("I;16", "I;16B", "LA", "RGB", "RGBA", "RGBX")
+# What `describe` calls Pillow's modes.
+_CHANNELS = {"1": "grey", "L": "grey", "LA": "grey and alpha", "P": "palette", "I;16": "grey"}
+_CHANNELS |= {"I;16B": "grey", "I": "grey", "F": "grey", "PA": "palette and alpha"}
+_BITS = {"1": "1 bit", "I": "32 bit", "F": "floating point"}
 _NUMBERS = {"I": "32-bit or signed integers", "F": "floating point numbers"}
 _FEW_BITS = re.compile("'(?:L;)?([124])'")  # a grey level, in what Pillow calls it
 _WHITE_IS_ZERO, _PHOTOMETRIC = 0, 262  # of TIFF
@@ -286,6 +290,24 @@ def open_image(data: bytes, name: str) -> Image.Image:
     # Pillow would warn that a palette's is dropped.
     image.info.pop("transparency", None)
     return image
+
+
+def describe(data: bytes) -> tuple[tuple[int, int], str] | None:
+    """Height, width and mode (as in "RGB 8 bit") by a file's header; no pixel is decoded.
+
+    None of a header that cannot be read: decoding says what is wrong with it.
+    """
+    for sign, open_ in _FORMATS:
+        if re.match(sign, data, re.DOTALL):
+            try:
+                image = open_(io.BytesIO(data))
+            except Exception:  # whatever Pillow's plugins raise
+                return None
+            deep = image.mode.startswith("I;16") or ";16" in str(image.tile)
+            bits = "16 bit" if deep else _BITS.get(image.mode, "8 bit")
+            channels = _CHANNELS.get(image.mode, image.mode)
+            return (image.height, image.width), f"{channels} {bits}"
+    return None
 
 
 def pixel_count(data: bytes) -> int:

@@ -13,13 +13,16 @@ grey levels where someone resized a mask or saved it as JPEG. The rule:
   values. In between (a tenth to a half, or more values) the mask is refused.
 
 Of a colour its brightest channel is the value, so that black is normal. The rule is applied
-to a mask as it is stored, before it is resized (with nearest).
+to a mask as it is stored, before it is resized (with nearest). Masks in which 0 marks the
+defect are inverted after it (`Inverted`).
 """
 
+import dataclasses
 import io
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Int32, UInt8
 from PIL import Image, ImageChops
 
 from padim_jax.datasets.decoding import open_image
@@ -31,7 +34,7 @@ from padim_jax.datasets.files import (
     shown,
     unreadable,
 )
-from padim_jax.datasets.records import Record
+from padim_jax.datasets.records import Record, Source
 from padim_jax.errors import UserError
 from padim_jax.paths import Path
 
@@ -108,6 +111,81 @@ def defects(mask: Image.Image, name: str) -> Bool[np.ndarray, "h w"]:
     if share > _FLAT and few:
         return pixels > 0
     raise _unclear(name, values, f"of those up to 127 {share:.0%} lie in areas of one value")
+
+
+def label_regions(mask: Bool[np.ndarray, "h w"]) -> tuple[Int32[np.ndarray, "h w"], int]:
+    """The 8-connected regions of a mask: their numbers, from 1 (0 elsewhere), and how many."""
+    from scipy import ndimage  # takes its time, and only masks need it
+
+    labels = np.empty(mask.shape, np.int32)
+    ndimage.label(mask, np.ones((3, 3), bool), labels)
+    return labels, int(labels.max(initial=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Inverted:
+    """A source whose masks have the defect where they are 0.
+
+    Attributes:
+      source: the images and the masks as they are stored.
+    """
+
+    source: Source
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """What the images are."""
+        return self.source.records
+
+    def read(self, index: int) -> tuple[bytes, bytes | None]:
+        """The encoded image of `records[index]`, and its mask inverted.
+
+        Raises:
+          UserError: a file cannot be read, or see `decode`.
+        """
+        image, mask = self.source.read(index)
+        if mask is None:
+            return image, None
+        return image, _encode(~decode(mask, shown(self.records[index].mask or "")))
+
+
+class FullCheck:
+    """Looks for masks that call most of an image a defect: inverted ones, perhaps."""
+
+    def __init__(self, masks: int):
+        """Takes the number of masks that there are."""
+        self._masks = masks
+        self._found: list[str] = []
+        self._covered = 0
+
+    def add(self, name: str, defect: int, pixels: int) -> None:
+        """Looks at a mask.
+
+        Args:
+          name: of the mask.
+          defect: its defect pixels.
+          pixels: all of them.
+
+        Raises:
+          UserError: more than a tenth of all masks are a defect by more than half.
+        """
+        if 2 * defect <= pixels:
+            return
+        self._found.append(name)
+        self._covered += defect == pixels
+        if len(self._found) * 10 <= self._masks:
+            return
+        background = ""
+        if self._covered:
+            background = f"; {self._covered} of them have no pixel of the value 0 at all"
+        raise UserError(
+            f"{name}: {defect / pixels:.0%} of this mask are not 0, and so a defect; that is "
+            f"more than half of the image, as in {len(self._found)} of {self._masks} masks or "
+            f"more{background}. If 0 marks the defect, set "
+            "--config.dataset.inverted_masks=yes; if the background has another colour, save "
+            "the masks with 0 for normal pixels; if the defects are that large, set "
+            "--config.dataset.inverted_masks=no"
+        )
 
 
 def _levels(mask: Image.Image, name: str) -> Image.Image:

@@ -71,6 +71,7 @@ def run_page(
             _thresholds(scored, axis, named, start),
             drawn,
             _gallery(scored, shown, start, _legend(scale, pixel_meaning)),
+            _data(measured.get("data")),
             _settings(config),
             "</main>",
         ]
@@ -175,6 +176,8 @@ def _notes(config: Config, measured: Mapping[str, Any], sources: list[str]) -> l
         if source.name in sources
         and (differing := published.differing_settings(config, source))
     ]
+    if measured.get("resolution") == "full":
+        notes.append(results.FULL)
     notes += dict.fromkeys(f"undefined: {r}" for r in measured.get("undefined", {}).values())
     if leaks := measured.get("leaks"):
         some = ", ".join(leaks[:3]) + ", …" * (len(leaks) > 3)
@@ -265,8 +268,11 @@ def _diagrams(scored: Scored, measured: Mapping[str, Any]) -> str:
         label = f"image, AUROC {measured['image_auroc']:.4f}"
         lines.append(charts.Line(label, "first", curve))
     if measured["pixel_auroc"] is not None:
-        masks = np.stack([mask for mask in scored.masks if mask is not None])
-        found = metrics.pixel_curves(masks, scored.maps)
+        if scored.pixels is not None:
+            found = scored.pixels.curves
+        else:
+            masks = np.stack([mask for mask in scored.masks if mask is not None])
+            found = metrics.pixel_curves(masks, scored.maps)
         assert found is not None
         label = f"pixel, AUROC {measured['pixel_auroc']:.4f}"
         lines.append(charts.Line(label, "second", found[0]))
@@ -410,15 +416,38 @@ def _card(scored: Scored, index: int, picture: pictures.Picture, start: float, r
     )
 
 
+def _data(data: Mapping[str, Any] | None) -> str:
+    """What was read: images by split, their sizes, masks and what was warned of."""
+    if data is None:
+        return ""
+    lines = []
+    for split, values in data["splits"].items():
+        types = ", ".join(f"{kind} {count}" for kind, count in values["types"].items())
+        sizes = [f"{count} of {size}" for size, count in values["sizes"].items()]
+        some = "; ".join(sizes[:3]) + "; …" * (len(sizes) > 3)
+        cells = "".join(cell(name(x)) for x in (values["images"], types, some))
+        copies = cell(name(len(values["copies"])))
+        lines.append(f'<tr><th scope="row">{text(split)}</th>{cells}{copies}</tr>')
+    head = ["split", "images", "types", "sizes", "copies"]
+    found = document.table(head, lines, "Images by their files")
+    notes = [*([data["mask_line"]] if data["mask_line"] else []), *data["warnings"]]
+    if notes:
+        found += f'<ul class="notes">{"".join(f"<li>{name(note)}</li>" for note in notes)}</ul>'
+    return (
+        f'<section aria-labelledby="data-title"><h2 id="data-title">Data</h2>{found}</section>'
+    )
+
+
 def _settings(config: Config) -> str:
     """What decides the numbers; not where files lie, which is nobody else's business."""
     values = config_lib.to_dict(config)
     values["dataset"] = {
-        key: values["dataset"][key] for key in ("name", "train_images", "seed")
+        key: values["dataset"][key]
+        for key in ("name", "train_images", "seed", "inverted_masks")
     }
     values["model"]["weights"] = pathlib.PurePath(config.model.weights).name
     lines = []
-    for group in ("dataset", "image", "model", "map", "threshold"):
+    for group in ("dataset", "image", "model", "map", "threshold", "metrics"):
         for key, value in values[group].items():
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value
             lines.append(

@@ -1,0 +1,83 @@
+"""What can be said of images before they are decoded: read once, printed, warned of."""
+
+import concurrent.futures
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+
+from padim_jax import parallel, progress
+from padim_jax import summary as summary_lib
+from padim_jax.datasets import decoding
+from padim_jax.datasets.records import Source
+from padim_jax.errors import DataWarning
+from padim_jax.parallel import Devices
+from padim_jax.summary import File, Summary
+
+
+def read(sources: Mapping[str, Source], devices: Devices) -> dict[str, list[File]]:
+    """Reads every image's bytes, of which each process takes its share.
+
+    Args:
+      sources: images, by the name of their split.
+      devices: among whose processes the work is shared out.
+
+    Returns:
+      The same in every process, in the records' order.
+
+    Raises:
+      UserError: a file cannot be read, or the processes see different ones.
+    """
+    return {name: _read(source, devices) for name, source in sources.items()}
+
+
+def _read(source: Source, devices: Devices) -> list[File]:
+    progress.listing(source, devices)  # or they could not tell each other their parts
+    total = len(source.records)
+    own = range(devices.process, total, devices.processes)
+
+    def facts(index: int) -> tuple[str, tuple[int, int] | None, str | None]:
+        image, _ = source.read(index)
+        size, mode = decoding.describe(image) or (None, None)
+        return hashlib.sha256(image).hexdigest(), size, mode
+
+    found = []
+    with (
+        concurrent.futures.ThreadPoolExecutor() as threads,
+        progress.bar(len(own), "read", devices) as shown,
+    ):
+        try:
+            for fact in threads.map(facts, own):
+                found.append(fact)
+                shown.update()
+        finally:
+            threads.shutdown(cancel_futures=True)
+    every = [json.loads(part) for part in parallel.gather_bytes(json.dumps(found).encode())]
+    files = []
+    for number, record in enumerate(source.records):
+        process, place = number % devices.processes, number // devices.processes
+        digest, size, mode = every[process][place]
+        files.append(
+            File(
+                record.relative_path,
+                record.defect_type,
+                bytes.fromhex(digest),
+                None if size is None else (size[0], size[1]),
+                mode,
+            )
+        )
+    return files
+
+
+def tell(summary: Summary, devices: Devices) -> None:
+    """Prints a summary of files, and warns of what is implausible, in the first process."""
+    if devices.process == 0:
+        print("\n".join(summary_lib.lines(summary)))
+    warn(summary_lib.warnings(summary), devices)
+
+
+def warn(lines: Sequence[str], devices: Devices) -> None:
+    """Issues a `DataWarning` for each line, in the first process."""
+    if devices.process == 0:
+        for line in lines:
+            warnings.warn(DataWarning(line), stacklevel=3)
