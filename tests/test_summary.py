@@ -155,7 +155,7 @@ class TestFullCheck:
 
 @pytest.mark.parametrize("view", [View(0.0, 3, 20), View(25.0, 8, 16), View(-140.0, 5, 10)])
 def test_a_map_of_any_view_comes_back_to_its_place(view: View):
-    values = defaults.get_config()
+    values: Any = defaults.get_config()
     values.image.resize, values.image.crop = (80, 96), (64, 64)
     config = validate(values).image
     rows, columns = np.mgrid[:160, :240].astype(np.float32)
@@ -333,7 +333,7 @@ class TestRuns:
     ("view", "lost"), [(View(0.0, 0, 0), (1, 0)), (View(0.0, 12, 0), (1, 1))]
 )
 def test_regions_are_counted_by_where_they_are_lost(view: View, lost: tuple[int, int]):
-    values = defaults.get_config()
+    values: Any = defaults.get_config()
     values.image.resize, values.image.crop = (48, 64), (36, 48)
     defect = np.zeros(SIZE, bool)
     defect[8:20, 8:20] = defect[100:120, 100:120] = True
