@@ -30,6 +30,7 @@ _REGION_STRUCTURE[1] = True
 GROUP = 1 << 24
 
 Curve = tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]
+Curves = tuple[Curve, tuple[Float[np.ndarray, " l"], Float[np.ndarray, " l"]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class PixelMetrics:
 
     whole: tuple[BinaryMetrics, float | None]
     per_defect: dict[str, tuple[BinaryMetrics, float | None]]
-    curves: tuple[Curve, Curve] | None
+    curves: Curves | None
 
 
 def binary_metrics(
@@ -159,7 +160,7 @@ def pro_curve(
 
 def pixel_curves(
     masks: Bool[np.ndarray, "n h w"], maps: Float[np.ndarray, "n h w"]
-) -> tuple[Curve, tuple[Float[np.ndarray, " l"], Float[np.ndarray, " l"]]] | None:
+) -> Curves | None:
     """`roc_curve` of all pixels and `pro_curve`, for hardly more than one of them takes.
 
     Args:
@@ -483,7 +484,7 @@ def _curve(samples: _Samples) -> Curve | None:
     return _points(counts, counts.weight)
 
 
-def _both_curves(tally: _Tally) -> tuple[Curve, Curve] | None:
+def _both_curves(tally: _Tally) -> Curves | None:
     """ROC and PRO curve."""
     if tally.missing():
         return None
