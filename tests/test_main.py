@@ -109,7 +109,8 @@ def fail(*arguments: str | pathlib.Path, cwd: pathlib.Path) -> str:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("data")
+    folder = tmp_path_factory.mktemp("data") / "site"
+    folder.mkdir()
     generate(folder, n_train=6, n_test_good=6, n_test_per_defect=2, size=96)
     return folder
 
@@ -129,7 +130,7 @@ def run(root: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     arguments = (MVTEC, *SMALL, f"--config.dataset.root={root}", "--config.outputs.maps=npy")
     out = succeed(*arguments, cwd=cwd)
     # The default of --workdir.
-    return Run(arguments, cwd / "results" / "mvtec_ad_part", out)
+    return Run(arguments, cwd / "results" / "site_part", out)
 
 
 @pytest.fixture
@@ -603,7 +604,7 @@ class TestTrainAndEval:
             value = found["per_defect"][defect]["pixel_auroc"]
             assert re.search(rf"^{defect} .* {value:.4f} ", run.out, re.MULTILINE)
         assert "weights: random (not ImageNet" in run.out
-        assert run.out.endswith(f"results: {pathlib.Path('results', 'mvtec_ad_part')}\n")
+        assert run.out.endswith(f"results: {pathlib.Path('results', 'site_part')}\n")
 
     def test_memory_is_said_first(self, run: Run):
         line, _, rest = run.out.partition("\n")
@@ -758,7 +759,7 @@ class TestEval:
         out = succeed("--mode=eval", f"--workdir={copy}", cwd=copy.parent)
         assert {name: (copy / name).read_bytes() for name in before} == before
         assert below(copy) == below(run.workdir)
-        table = run.out.partition("mvtec_ad_part: ")[2].partition("results: ")[0]
+        table = run.out.partition("site_part: ")[2].partition("results: ")[0]
         assert table in out
 
     def test_checkpoint_elsewhere(self, run: Run, tmp_path: pathlib.Path):
@@ -793,7 +794,7 @@ class TestEval:
         given = (f"--workdir={run.workdir}", *run.arguments, "--config.category=other")
         outcome = padim("--mode=eval", *given, cwd=tmp_path)
         assert outcome.code == 2  # there is no such category
-        assert "was fitted to mvtec_ad_part; now used for mvtec_ad_other" in outcome.out
+        assert "was fitted to site_part; now used for site_other" in outcome.out
 
     @pytest.mark.parametrize(
         ("figures", "maps", "suffix", "counts"),
