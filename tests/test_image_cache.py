@@ -38,7 +38,9 @@ def decoded(number: int = 0, shape=(5, 7), mask: bool = False) -> Decoded:
     rng = np.random.default_rng(number)
     image = rng.integers(0, 256, (*shape, 3), np.uint8)
     facts = MaskFacts(2**33 + number, 3, 1, 2) if mask else NO_MASK
-    return Decoded(image, rng.random(shape) < 0.5 if mask else None, (900 + number, 31), facts)
+    return Decoded(
+        image, rng.random(shape) < 0.5 if mask else None, (900 + number, 31), None, facts
+    )
 
 
 def assert_same(found: Decoded | None, expected: Decoded) -> None:
