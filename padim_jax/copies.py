@@ -33,7 +33,7 @@ _NEAR, _GAP = 0.75, 1.5
 _LARGEST_GROUP = 1 / 3
 # Fewer copies than this part of all images raise a promised rate by less than a third.
 _LEAST_SHARE, _LEAST_COPIES = 0.25, 4
-_MOST_COMPARED = 4096  # images; frames of a part come one after the other
+MOST_COMPARED = 4096  # images; frames of a part come one after the other
 _NAMED = 3  # pairs in a warning
 # Of the median distance: the same pixels in two files have none.
 _LEAST_DISTANCE = 1e-3
@@ -124,7 +124,7 @@ def near_copies(samples: Float32[np.ndarray, "n s"]) -> list[tuple[int, int]]:
       Each such image and the one nearest to it, by number; nothing where there are too few
       of them to matter.
     """
-    x = samples[:_MOST_COMPARED].astype(np.float64)
+    x = samples[:MOST_COMPARED].astype(np.float64)
     count, largest = len(x), int(len(x) * _LARGEST_GROUP)
     if largest < 2:
         return []

@@ -578,14 +578,15 @@ def _score_samples_batch(
     model: ModelConfig,
     map_: MapConfig,
     index: tuple[int, ...],
-) -> tuple[AnomalyMaps, Scores]:
+) -> tuple[AnomalyMaps, Scores, Float32[Array, "b _s"]]:
     rows = jnp.minimum(start + jnp.arange(size), count - 1)  # padding repeats the last image
     levels = tuple(
         (deviations[:, :, rows] + mean[:, :, None]).swapaxes(-1, -2)
         for deviations, mean in zip(fitted.deviations, fitted.mean, strict=True)
     )
     left_out = scoring.leave_out(fitted, levels, count)
-    return _maps_and_scores(left_out, image, model, map_, index)
+    samples = parallel.to_images(_sample(levels).T[:, None])[:, 0].T  # of all regions
+    return *_maps_and_scores(left_out, image, model, map_, index), samples
 
 
 def _maps_and_scores(
@@ -732,9 +733,10 @@ def score_pixels(
     Raises:
       UserError: a score is not finite (the image is named), or this process was forked
         from the one that loaded the detector.
-      ValueError: fewer than two images are left: one alone has no covariance.
+      ValueError: fewer than two images are left: one alone has no covariance; or the detector
+        was given up by `experiment.calibrate`.
     """
-    _require_own_process(detector)
+    _require_usable(detector)
     config, devices = detector.config, len(detector.gaussian.mean[0])
     count, padding = len(images), -len(images) % devices
     if padding:
@@ -788,23 +790,27 @@ def score_samples(
     static = (size, config.image, config.model, config.map, tuple(detector.index.tolist()))
     count = np.int32(detector.count)
     for start in range(0, detector.count, size):
-        maps, scores = score_samples_batch(fitted, count, np.int32(start), *static)
-        found = Anomalies(
-            np.asarray(maps).reshape(-1, *config.image.size), np.asarray(scores).reshape(-1)
-        )
+        each = score_samples_batch(fitted, count, np.int32(start), *static)
+        found = Anomalies(*(np.asarray(x).reshape(-1, *x.shape[2:]) for x in each))
         first = start + devices.process * own
         numbers = range(first, first + own)
         _require_finite(detector, found.scores, [f"fitted image {i}" for i in numbers])
         yield found, np.array(numbers) < detector.count
 
 
-def _require_own_process(detector: Detector) -> None:
-    """JAX does not survive a fork: computation in the child aborts, or waits for ever."""
+def _require_usable(detector: Detector) -> None:
+    """JAX does not survive a fork, and Gaussians are given up to find thresholds."""
     if detector.process != os.getpid():
         raise UserError(
             f"the detector was loaded in process {detector.process}, of which this one "
             f"({os.getpid()}) was forked, and JAX does not work after a fork. Load it in each "
             'process, and start these with multiprocessing.get_context("spawn")'
+        )
+    arrays = [x for x in jax.tree.leaves(detector.gaussian) if isinstance(x, jax.Array)]
+    if any(x.is_deleted() for x in arrays):
+        raise ValueError(
+            "the detector was given up to find thresholds; go on with the one that "
+            "experiment.calibrate returned, or load the checkpoint again"
         )
 
 

@@ -274,7 +274,8 @@ def calibrate(detector: Detector, source: Source, origin: str, path: Path) -> De
 
     Args:
       detector: fitted. For images left out its Gaussians are given up, since those that leave
-        images out take their place in memory; go on with the result.
+        images out take their place in memory; go on with the result, or after an error with
+        what `load` returns.
       source: normal images. Of files that are the same the first one counts.
       origin: how they relate to the model, one of `calibration.ORIGINS`. "leave_one_out" takes
         all images that were fitted, "leave_some_out" some of them, each once. "held_out" and
@@ -301,6 +302,12 @@ def _calibrate(detector: Detector, source: Source, origin: str, path: Path) -> D
         source = _without_fitted(detector, source)
     count, pattern = len(source.records), config.threshold.groups
     fitted = len(set(map(bytes, detector.images)))
+    if origin == "leave_some_out" and pattern and count < fitted:
+        raise UserError(
+            f"thresholds: {count} of the {fitted} images that were fitted, and "
+            f"config.threshold.groups={pattern!r}; expected all of them, since those of a "
+            "group that stay in the model lower the scores of the others"
+        )
     if origin == "leave_one_out" and count != fitted:
         raise UserError(
             f"thresholds: {count} images to leave out one by one, and the model was fitted to "
@@ -313,7 +320,7 @@ def _calibrate(detector: Detector, source: Source, origin: str, path: Path) -> D
     seen = _for_new_images(detector) if given else detector
     # Given ones are seen once; see `predict`.
     cache = None if given else image_cache.open_cache(config.cache)
-    samples = []
+    samples: list[np.ndarray] = []
 
     def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         nonlocal seen
@@ -329,14 +336,14 @@ def _calibrate(detector: Detector, source: Source, origin: str, path: Path) -> D
                         continue
                     _require_fitted(record, digest in unused, unused[digest])
                     unused[digest] -= 1
-                samples.append(part.samples)
+                if sum(map(len, samples)) < copies.MOST_COMPARED:
+                    samples.append(part.samples)
                 yield part.maps, part.scores
 
     found = _thresholds(detector, parts(), count, origin, groups[order] if pattern else None)
     if not pattern:  # the order is then the source's
         names = [record.relative_path for record in source.records]
-        near = copies.near_copies(np.concatenate(samples))
-        found = dataclasses.replace(found, warning=copies.near_copies_text(near, names))
+        found = _with_warning(found, samples, names)
     if left_out:
         detector = fitting.refinalize(seen, path)
     return _keep_thresholds(detector, found, path)
@@ -345,13 +352,17 @@ def _calibrate(detector: Detector, source: Source, origin: str, path: Path) -> D
 def _calibrate_samples(detector: Detector, path: Path) -> Detector:
     """Thresholds of all images fitted, whose embeddings the model holds."""
     left_out = fitting.refinalize(detector, path, 1)
+    samples: list[np.ndarray] = []
 
     def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for found, valid in detector_lib.score_samples(left_out):
-            valid, maps, scores = parallel.gather((valid, found.maps, found.scores))
+            own: Any = (valid, found.maps, found.scores, found.samples)
+            valid, maps, scores, part = parallel.gather(own)
+            samples.append(part[valid])
             yield maps[valid], scores[valid]
 
     found = _thresholds(detector, parts(), detector.count, "leave_one_out")
+    found = _with_warning(found, samples, [f"image {i + 1}" for i in range(detector.count)])
     return _keep_thresholds(fitting.refinalize(left_out, path), found, path)
 
 
@@ -375,8 +386,25 @@ def _thresholds(
         ) from error
 
 
+def _with_warning(
+    found: Calibration, samples: Sequence[np.ndarray], names: Sequence[str]
+) -> Calibration:
+    """The same thresholds, with a warning if many of their images are near copies."""
+    near = copies.near_copies(np.concatenate(samples))
+    return dataclasses.replace(found, warning=copies.near_copies_text(near, names))
+
+
 def _keep_thresholds(detector: Detector, found: Calibration, path: Path) -> Detector:
     """The detector with thresholds, which are kept beside the model."""
+    copied = detector.count - len(set(map(bytes, detector.images)))
+    if copied and found.origin.startswith("leave_") and not found.warning:
+        # Fitted by an older version, to which each copy counted.
+        warning = (
+            f"{copied} of the {detector.count} images that were fitted are copies of others: "
+            "new images will be called anomalous more often than promised. Fit again, which "
+            "counts each image once"
+        )
+        found = dataclasses.replace(found, warning=warning)
     if parallel.every().process == 0:
         calibration_file.write(path, found, detector_lib.fingerprint(detector))
         if found.warning:
@@ -547,12 +575,15 @@ def _find_thresholds(
     count = len(source.records)
     if count == detector.count:
         return _calibrate(detector, source, "leave_one_out", path)
-    at_hand = f"{count} of the {detector.count} images that were fitted are at hand"
-    if count >= minimum:
-        print(at_hand)
+    why = f"{count} of the {detector.count} images that were fitted are at hand"
+    if count >= minimum and not config.threshold.groups:
+        print(why)
         return _calibrate(detector, source, "leave_some_out", path)
     if devices.process == 0:
-        why = at_hand if centred else "random views of fitted images cannot be drawn again"
+        if not centred:
+            why = "random views of fitted images cannot be drawn again"
+        elif count >= minimum:
+            why += ", and of which groups (config.threshold.groups) the others are is not known"
         warnings.warn(
             DataWarning(
                 f"{path}: the model has no thresholds now: {why}. Find them with "
@@ -616,7 +647,14 @@ def _dataset_at_hand(config: Config) -> dict[str, Source]:
         ):
             records = layout.records(dataset.root, config.category, dataset.seed)
             found = _held_back(config, _by_split(records))
-    return _with_held_out(config, found) if _all_processes(bool(found)) else {}
+    return _as_fitted(config, found) if _all_processes(bool(found)) else {}
+
+
+def _as_fitted(config: Config, splits: Mapping[str, Source]) -> dict[str, Source]:
+    """The splits as `train` has them: what is held out is drawn from what can be used."""
+    if config.threshold.normal == "held_out":
+        splits = {**splits, **_readable(config, {"train": splits["train"]})[0]}
+    return _with_held_out(config, splits)
 
 
 def _all_processes(said: bool) -> bool:
@@ -645,6 +683,7 @@ def _update(
         assert config is not None
         dataset = open_dataset(config)
         _say_folders(config, {"train": dataset["train"]})
+        dataset = _as_fitted(config, dataset)
         update(checkpoint_path, dataset["train"], config, weights, dataset)
 
 

@@ -2,13 +2,24 @@
 
 import pathlib
 import shutil
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from padim_jax import calibration_file, defaults, detector, experiment, fitting, parallel
+from padim_jax import (
+    calibration_file,
+    copies,
+    defaults,
+    detector,
+    experiment,
+    fitting,
+    parallel,
+)
 from padim_jax.config import Config, validate
+from padim_jax.datasets.records import Record
 from padim_jax.datasets.synthetic import generate
 from padim_jax.errors import DataWarning, UserError
 from padim_jax.input_pipeline import FolderSource
@@ -110,6 +121,7 @@ class TestImagesThatWereFitted:
         train(make_config(root), path, normal(root, 0, 10))
         fitted, before = experiment.load(path), (path / "calibration.json").read_bytes()
         first = normal(root, 0, 10)
+        image = np.zeros((1, 64, 64, 3), np.uint8)
         for records, message in (
             (first.records[:9], r"9 images to leave out .* fitted to 10"),
             ([*first.records[:9], *normal(root, 12, 13).records], r"012\.png is none of the"),
@@ -117,8 +129,12 @@ class TestImagesThatWereFitted:
         ):
             with pytest.raises(UserError, match=message):  # a DataWarning is one here
                 experiment.calibrate(fitted, FolderSource(records), "leave_one_out", path)
+        # The second error came amid leaving out.
+        with pytest.raises(ValueError, match=r"given up to find thresholds.*load"):
+            detector.score_pixels(fitted, image)
         assert (path / "calibration.json").read_bytes() == before
-        experiment.calibrate(fitted, first, "leave_one_out", path)
+        found = experiment.calibrate(fitted, first, "leave_one_out", path)
+        detector.score_pixels(found, image)
         assert (path / "calibration.json").read_bytes() == before
 
     def test_part_of_the_fitted_images(self, root: pathlib.Path, tmp_path: pathlib.Path):
@@ -149,6 +165,97 @@ def test_scores_of_samples_are_those_of_the_files(
         # The mean is taken off and put back, of which a roundoff remains: measured 4e-6.
         np.testing.assert_allclose(maps, expected.maps, rtol=1e-4)
         np.testing.assert_allclose(scores, expected.scores, rtol=1e-4)
+
+
+def frames(folder: pathlib.Path, start: int, stop: int, size: int = 64) -> FolderSource:
+    """Three frames of each drawn part, with noise of four grey levels."""
+    generate(folder / "drawn", n_train=stop, n_test_good=1, n_test_per_defect=1, size=size)
+    rng, records = np.random.default_rng(start), []
+    for part, file in enumerate(sorted((folder / "drawn/part/train/good").iterdir())):
+        pixels = np.asarray(Image.open(file).convert("RGB"), float)
+        for frame in range(3 if part >= start else 0):
+            path = folder / f"part{part:02}_{frame}.png"
+            noisy = np.clip(pixels + rng.normal(0, 4, pixels.shape), 0, 255)
+            Image.fromarray(noisy.astype(np.uint8)).save(path)
+            records.append(Record("train", path, None, 0, "good", path.name))
+    return FolderSource(records)
+
+
+class TestFramesOfParts:
+    def test_without_groups_a_warning(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        path, source = tmp_path / "model", frames(tmp_path, 0, 12)
+        with pytest.warns(DataWarning, match="36 of 36 normal images are near copies"):
+            train(make_config(root), path, source)
+        assert thresholds(path).warning.startswith("36 of 36 normal images are near copies")
+        given = frames(tmp_path, 12, 18)
+        with pytest.warns(DataWarning, match="of 18 normal images are near copies"):
+            experiment.calibrate(experiment.load(path), given, "given", path)
+
+    def test_with_groups_the_promise_holds(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        source, new = frames(tmp_path, 0, 12), frames(tmp_path, 12, 24)
+        path, shares = tmp_path / "model", []
+        images = np.stack([np.asarray(Image.open(r.image)) for r in new.records])
+        for pattern in ("", "part[0-9]+"):
+            config = make_config(root, **{"threshold.groups": pattern})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DataWarning)  # see above
+                train(config, path, source)
+            scores = detector.score_pixels(experiment.load(path), images).scores
+            called = scores >= np.float32(thresholds(path).image_threshold)
+            shares.append(np.mean(called.reshape(-1, 3).any(axis=1)))
+        assert shares[0] > 0.5  # of parts, where a fifth was asked for
+        assert shares[1] <= 0.25
+        assert not thresholds(path).warning
+
+    def test_of_the_model_alone(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        """Updated and merged models of samples, whose files nobody looks at; on two devices."""
+        source = frames(tmp_path, 0, 10)
+        config = make_config(root, "samples", **{"threshold.image_rate": 0.1})
+        parts = [FolderSource(source.records[:15]), FolderSource(source.records[15:])]
+        for name, part in zip("ab", parts, strict=True):
+            with pytest.warns(DataWarning, match="of 15 normal images are near copies"):
+                train(config, tmp_path / name, part)
+        with pytest.warns(
+            DataWarning, match=r"of 30 normal images are near copies.*\(image \d+ = image "
+        ):
+            experiment.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+        assert thresholds(tmp_path / "merged").warning
+        with pytest.warns(DataWarning, match="of 30 normal images are near copies"):
+            experiment.update(tmp_path / "a", parts[1])
+        assert thresholds(tmp_path / "a").warning
+
+    def test_groups_of_which_not_all_is_at_hand(
+        self, root: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        path, source = tmp_path / "model", frames(tmp_path, 0, 6)
+        config = make_config(root, **{"threshold.groups": "part[0-9]+"})
+        train(config, path, FolderSource(source.records[:10]))
+        some = FolderSource(source.records[:8])
+        with pytest.raises(UserError, match=r"8 of the 10 images that were fitted.*groups="):
+            experiment.calibrate(experiment.load(path), some, "leave_some_out", path)
+        with pytest.warns(DataWarning, match="8 of the 18 .* at hand, and of which groups"):
+            experiment.update(path, FolderSource(source.records[10:]))
+        assert thresholds(path) is None
+
+    def test_copies_in_an_older_model(
+        self, root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Fitted when each copy counted: what is left out then stays in."""
+        records = normal(root, 0, 10).records
+        with monkeypatch.context() as patch:
+            patch.setattr(fitting.copies, "distinct", as_it_is)
+            config = make_config(root, **{"threshold.normal": "none"})
+            train(config, tmp_path / "model", FolderSource([*records, records[0]]))
+        fitted = experiment.load(tmp_path / "model")
+        with pytest.warns(DataWarning, match="1 of the 11 images that were fitted are copies"):
+            experiment.calibrate(
+                fitted, FolderSource(records), "leave_one_out", tmp_path / "model"
+            )
+
+
+def as_it_is(source: FolderSource, devices: Devices) -> copies.Distinct:
+    numbers = range(len(source.records))
+    return copies.Distinct(source, numbers, source.records, copies.digests(source, devices))
 
 
 def same(found: Any, expected: Any) -> None:
@@ -229,6 +336,15 @@ class TestUpdate:
         experiment.run("update", config, tmp_path, tmp_path / "model")
         found = thresholds(tmp_path / "model")
         assert (found.origin, found.images) == ("leave_one_out", 14)
+
+    def test_images_held_back_are_not_added(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        config = make_config(root, **{"threshold.normal": "held_out"})
+        train(config, tmp_path / "model")
+        fitted, before = experiment.load(tmp_path / "model"), thresholds(tmp_path / "model")
+        experiment.run("update", config, tmp_path, tmp_path / "model")
+        after = experiment.load(tmp_path / "model")
+        assert after.identity == fitted.identity
+        assert after.calibration == before
 
     def test_an_update_that_was_killed_before_its_thresholds(
         self, root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch

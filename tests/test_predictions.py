@@ -346,6 +346,10 @@ class TestThresholdsOfNormalImages:
         assert "40 normal images" in found.text
         assert "10 %" in found.text
 
+    def test_a_warning_about_the_normal_images(self):
+        warned = dataclasses.replace(calibration(), warning="near copies")
+        assert "warning: near copies" in thresholds(warned).text
+
     def test_a_threshold_below_what_is_normal(self):
         """Whoever asks for it gets it, and colours all the same."""
         low = dataclasses.replace(calibration(), image_threshold=0.5)

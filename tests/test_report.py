@@ -1,6 +1,7 @@
 """report.html as text: what is in it, what never is, and how large it gets."""
 
 import base64
+import dataclasses
 import html.parser
 import json
 import pathlib
@@ -352,6 +353,13 @@ def test_sweep_shows_means_spreads_and_marks():
     ],
     ids=["no anomalous", "no normal", "one normal", "one anomalous", "no masks"],
 )
+def test_a_warning_about_normal_images():
+    warned = dataclasses.replace(CALIBRATION, warning="near copies <b>")
+    scored = make_scored()
+    assert "Warning: near copies &lt;b&gt;" in make_page(scored, warned)
+    assert "Warning: near" not in make_page(scored, CALIBRATION)
+
+
 @pytest.mark.parametrize("calibration", [None, CALIBRATION])
 def test_page_without_some_of_it(scored, calibration):
     page = make_page(scored, calibration)

@@ -331,6 +331,15 @@ class TestWrite:
         # Of normal images there is no threshold.
         assert {row["predicted"] for row in rows} == {row["calibrated"] for row in rows} == {""}
 
+    def test_a_warning_about_normal_images(self):
+        scored = make_scored(["good", "hole"], [1, 5])
+        warned = dataclasses.replace(CALIBRATION, warning="near copies <b>")
+        measured = results.measure(scored, warned)
+        assert measured["normal_threshold"]["warning"] == "near copies <b>"
+        assert "warning: near copies <b>" in results.table(make_config(), measured)
+        plain = results.table(make_config(), results.measure(scored, CALIBRATION))
+        assert "warning" not in plain
+
     def test_predictions_of_normal_images_thresholds(self, tmp_path: pathlib.Path):
         scored = make_scored(["good", "good", "hole", "hole", "crack"], [1, 2, 5, 3.5, 3])
         measured = results.measure(scored, CALIBRATION) | {"color_scale": [1.0, 4.0]}
