@@ -62,6 +62,8 @@ from padim_jax.input_pipeline import FolderSource
 from padim_jax.paths import Path
 from padim_jax.types import LowRank
 
+_MOST_NAMED = 5  # folders in a warning
+
 METRICS = "metrics.json"  # the last to be written, and the first to go
 _CONFIG = "config.json"  # the first
 REPORT = "report.html"
@@ -760,7 +762,30 @@ def open_dataset(config: Config) -> dict[str, Source]:
     if config.dataset.inverted_masks == "yes":
         for split, source in sources.items():
             sources[split] = masks.Inverted(source)
+    if parallel.every().process == 0:
+        _warn_unused(config)
     return _held_back(config, sources)
+
+
+def _warn_unused(config: Config) -> None:
+    """Warn of folders in the dataset whose images are not read."""
+    layout, dataset = LAYOUTS[config.dataset.name], config.dataset
+    base = layout.folder(dataset.root, config.category)
+    if not paths.is_folder(base):  # packed elsewhere
+        return
+    if unused := layout.unused(dataset.root, config.category):
+        names = ", ".join(
+            files.shown(path.relative_to(base).as_posix()) for path in unused[:_MOST_NAMED]
+        )
+        more = f" and {len(unused) - _MOST_NAMED} more" if unused[_MOST_NAMED:] else ""
+        warnings.warn(
+            DataWarning(
+                f"{base}: images that are not used lie in {names}{more}; "
+                f"config.dataset.name={dataset.name} has no such folder (docs/datasets.md). "
+                "Rename the folder if they are to be used, else move it elsewhere"
+            ),
+            stacklevel=3,
+        )
 
 
 def _held_back(config: Config, sources: dict[str, Source]) -> dict[str, Source]:
@@ -904,8 +929,8 @@ def _export(detector: Detector, path: Path, half: bool, test: Source | None) -> 
     if half:
         if test is None or not test.records:
             raise UserError(
-                "--half: no test images; what the rounding changes is measured on them "
-                "(folder layout: val/good and val/bad)"
+                f"--half: {_no_test_images(detector.config)}; what the rounding changes is "
+                "measured on them"
             )
         memory.require_for_maps(detector.config, 2 * len(test.records))
         exact, _ = _score(detector, test)
@@ -1585,7 +1610,23 @@ def _require_fitted(record: Record, fitted: bool, unused: int) -> None:
 def _require_test_images(config: Config, source: Source) -> None:
     if not source.records:
         raise UserError(
-            f"config.dataset.root={config.dataset.root}: no test images; expected normal and "
-            "anomalous ones to evaluate on (folder layout: val/good and val/bad). To fit only, "
-            "use --mode=train"
+            f"config.dataset.root={config.dataset.root}: {_no_test_images(config)}. To fit "
+            "only, use --mode=train"
         )
+
+
+def _no_test_images(config: Config) -> str:
+    """What was found instead of test images, and where layouts have them."""
+    name, dataset = config.dataset.name, config.dataset
+    base, there = LAYOUTS[name].folder(dataset.root, config.category), ""
+    if paths.is_folder(base):
+        folders = files.subfolders(base)
+        there = f"; {base} holds {files.quoted(folders) or 'no folder'}"
+    expected = [
+        f"{LAYOUTS[one].test} (config.dataset.name={one})"
+        for one in dict.fromkeys((name, "mvtec_ad", "folder"))
+        if LAYOUTS[one].test
+    ]
+    return (
+        f"no test images{there}; expected normal and anomalous ones in {' or '.join(expected)}"
+    )

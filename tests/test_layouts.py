@@ -12,12 +12,19 @@ from trees import fails, listing, rows, write
 from padim_jax import config, defaults, experiment
 from padim_jax.datasets import LAYOUTS, masks, tfds_builder
 from padim_jax.datasets.records import Record
-from padim_jax.errors import UserError
+from padim_jax.errors import DataWarning, UserError
 from padim_jax.input_pipeline import FolderSource
 
 
 def records(name: str, root: pathlib.Path, category: str, seed: int = 0) -> list[Record]:
     return LAYOUTS[name].records(root, category, seed)
+
+
+def of_dataset(name: str, root: pathlib.Path, category: str) -> config.Config:
+    values = defaults.get_config()
+    settings = {"dataset.name": name, "dataset.root": str(root), "category": category}
+    values.update_from_flattened_dict(settings)
+    return config.validate(values)
 
 
 def draw_mask(path: pathlib.Path, *defects: tuple[int, int], value: int = 255) -> None:
@@ -212,6 +219,7 @@ def test_records_hold_what_every_layout_promises(name, tmp_path):
     assert [r.split for r in found] == sorted((r.split for r in found), key=order.index)
     assert category in LAYOUTS[name].categories(tmp_path)
     assert LAYOUTS[name].folder(tmp_path, category).is_dir()
+    assert LAYOUTS[name].unused(tmp_path, category) == []
 
 
 @layouts
@@ -426,6 +434,62 @@ class TestTrees:
         (tmp_path / "pushpins" / split).rename(tmp_path / "elsewhere")
         expected = [r for r in everything if r.split != split]
         assert records("mvtec_loco", tmp_path, "pushpins") == expected
+
+    def test_validation_images_of_any_such_dataset(self, tmp_path):
+        draw_mpdd(tmp_path)
+        published = records("mpdd", tmp_path, "tubes")
+        write(tmp_path, "tubes/validation/good/000.png")
+        found = records("mpdd", tmp_path, "tubes")
+        added = [record for record in found if record not in published]
+        assert rows(added) == [("validation", "good", 0, "tubes/validation/good/000.png", None)]
+        assert [record for record in found if record in published] == published
+
+
+class TestUnused:
+    """Folders with images that are not read are named, in one line."""
+
+    def test_of_a_layout_of_splits(self, tmp_path):
+        draw_mpdd(tmp_path)
+        names = ["extra/deep", "train/defective", "validation/bad", "val/good"]
+        write(tmp_path, *(f"tubes/{name}/000.png" for name in names))
+        write(tmp_path, "tubes/train/000.png")
+        (tmp_path / "tubes" / "empty").mkdir()
+        found = LAYOUTS["mpdd"].unused(tmp_path, "tubes")
+        assert [path.relative_to(tmp_path / "tubes").as_posix() for path in found] == [
+            *("extra", "train", "train/defective", "val", "validation/bad")
+        ]
+
+    def test_of_a_folder_of_one_s_own(self, tmp_path):
+        write(tmp_path, "train/OK/0.png", "val/good/0.png", "val/bad/0.png", "masks/bad/0.png")
+        assert LAYOUTS["folder"].unused(tmp_path, "") == []
+        write(tmp_path, "train/defective/0.png", "test/good/0.png", "train/0.png")
+        found = LAYOUTS["folder"].unused(tmp_path, "")
+        assert [path.relative_to(tmp_path).as_posix() for path in found] == [
+            *("test", "train", "train/defective")
+        ]
+
+    def test_they_are_named_when_the_dataset_is_opened(self, tmp_path):
+        draw_mpdd(tmp_path)
+        write(tmp_path, "tubes/train/defective/000.png")
+        with pytest.warns(DataWarning, match="not used lie in train/defective; ") as caught:
+            experiment.open_dataset(of_dataset("mpdd", tmp_path, "tubes"))
+        assert len(caught) == 1
+
+    @pytest.mark.parametrize(("layout", "other"), [("mvtec_ad", "val"), ("folder", "test")])
+    def test_no_test_images_names_both_layouts_and_what_was_found(
+        self, layout, other, tmp_path
+    ):
+        write(tmp_path, "part/train/good/0.png", f"part/{other}/good/0.png")
+        settings = of_dataset(layout, tmp_path, "part")
+        with (
+            pytest.warns(DataWarning, match=f"lie in {other};"),
+            pytest.raises(UserError, match="no test images") as caught,
+        ):
+            experiment.train_and_eval(settings, tmp_path / "a", tmp_path / "b")
+        message = str(caught.value)
+        assert f"{tmp_path / 'part'} holds {', '.join(sorted(['train', other]))}" in message
+        assert "test/good and test/<defect type> (config.dataset.name=mvtec_ad)" in message
+        assert "val/good and val/bad (or val/<defect type>) (config.dataset.name" in message
 
 
 class TestVisa:

@@ -40,6 +40,11 @@ LAYOUTS: dict[str, Layout] = {
     "ksdd2": ksdd2.LAYOUT,
     "stc": stc.LAYOUT,
     "magnetic_tile": magnetic_tile.LAYOUT,
-    "folder": Layout(split_given(folder.folder), folder.categories),
+    "folder": Layout(
+        split_given(folder.folder),
+        folder.categories,
+        unused=folder.unused,
+        test="val/good and val/bad (or val/<defect type>)",
+    ),
     "synthetic": Layout(split_given(_synthetic), lambda _: ["part"]),
 }

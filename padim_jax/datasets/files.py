@@ -97,6 +97,20 @@ def images_outside_folders(folder: Path) -> list[Path]:
     return [path for path in _listing(folder)[1] if is_image(path)]
 
 
+def holding_images(folder: Path, read: Callable[[str], bool]) -> list[Path]:
+    """Return the folders in `folder` that hold images at any depth, except those that are read.
+
+    Args:
+      folder: where to look; none if it is no folder.
+      read: tells by its name whether a folder is read.
+    """
+    if not paths.is_folder(folder):
+        return []
+    return [
+        path for path in subfolders(folder) if not read(path.name) and images_below(path)[0]
+    ]
+
+
 def by_stem(folder: Path) -> dict[str, list[Path]]:
     """The image files in `folder` by their names without suffix; none if it is no folder."""
     found: dict[str, list[Path]] = {}

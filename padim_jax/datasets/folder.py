@@ -13,7 +13,15 @@ bmp, tif, tiff and webp, in any case. The layout of the PyTorch project Lornatan
 import collections
 from collections.abc import Iterable
 
-from padim_jax.datasets.files import folders_only, image_files, quoted, shown, subfolders
+from padim_jax.datasets.files import (
+    folders_only,
+    holding_images,
+    image_files,
+    images_outside_folders,
+    quoted,
+    shown,
+    subfolders,
+)
 from padim_jax.datasets.records import GOOD, Record
 from padim_jax.errors import UserError
 from padim_jax.paths import Path, is_folder
@@ -103,6 +111,21 @@ def folder(root: Path, category: str = "") -> list[Record]:
             for path in images
         ]
     return records
+
+
+def unused(root: Path, category: str = "") -> list[Path]:
+    """The folders with images that `folder` passes over, sorted.
+
+    They lie beside train, val and the masks, or in train beside the normal images; train is
+    one if images lie directly in it.
+    """
+    base = root / category
+    used = set(map(_plain, ("train", "val", *MASKS)))
+    found = holding_images(base, lambda name: _plain(name) in used)
+    train = base / "train"
+    if is_folder(train) and images_outside_folders(train):
+        found.append(train)
+    return sorted(found + holding_images(train, is_good))
 
 
 def is_good(name: str) -> bool:

@@ -12,6 +12,11 @@ def _category_folder(root: Path, category: str) -> Path:
     return root / category
 
 
+def _no_folders(root: Path, category: str) -> list[Path]:
+    del root, category
+    return []
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How a dataset lies in its folders.
@@ -22,11 +27,16 @@ class Layout:
       categories: of a root, those that are there and can be evaluated, in the published
         order; [""] of a dataset without categories. Raises UserError if there is none.
       folder: of (root, category), the folder without which the images are not here.
+      unused: of (root, category), the folders in and beside those of the splits that hold
+        images which are not read, sorted; of a layout that has no room for such, none.
+      test: where test images are expected, for messages; "" if that takes more words.
     """
 
     records: Callable[[Path, str, int], list[Record]]
     categories: Callable[[Path], list[str]]
     folder: Callable[[Path, str], Path] = _category_folder
+    unused: Callable[[Path, str], list[Path]] = _no_folders
+    test: str = ""
 
 
 def split_given(records: Callable[[Path, str], list[Record]]) -> Callable[..., list[Record]]:

@@ -20,7 +20,6 @@ TREE = Tree(
         "bagel", "cable_gland", "carrot", "cookie", "dowel",
         "foam", "peach", "potato", "rope", "tire",
     ),
-    validation="validation",
     images="rgb",
     masks="test/{type}/gt",
     mask="{stem}",

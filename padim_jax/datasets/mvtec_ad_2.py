@@ -18,7 +18,7 @@ TREE = Tree(
     "MVTec AD 2",
     "https://www.mvtec.com/company/research/datasets/mvtec-ad-2",
     ("can", "fabric", "fruit_jelly", "rice", "sheet_metal", "vial", "wallplugs", "walnuts"),
-    validation="validation",
     test="test_public",
+    unlisted=("test_private", "test_private_mixed"),
     masks="test_public/ground_truth/{type}",
 )

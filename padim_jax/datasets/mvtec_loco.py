@@ -19,7 +19,6 @@ TREE = Tree(
     "MVTec LOCO AD",
     "https://www.mvtec.com/company/research/datasets/mvtec-loco",
     ("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"),
-    validation="validation",
     mask="{stem}",
     several_masks=True,
 )

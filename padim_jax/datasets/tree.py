@@ -15,7 +15,9 @@ from padim_jax import paths
 from padim_jax.datasets.files import (
     by_stem,
     folders_only,
+    holding_images,
     image_files,
+    images_outside_folders,
     quoted,
     subfolders,
 )
@@ -36,8 +38,9 @@ class Tree:
       url: where it comes from.
       published: its categories, in the order of the published tables.
       good: the folder of normal images, in each split.
-      validation: the split of normal images that are not fitted; "" if it has none.
+      validation: the split of normal images that are not fitted, which may be absent.
       test: the split to evaluate on.
+      unlisted: published folders of images that are not read on purpose.
       images: the folder of images within that of a defect type; "" if it is the same.
       masks: the folder of a defect type's masks, below the category's.
       mask: the name of an image's mask, without a suffix.
@@ -48,8 +51,9 @@ class Tree:
     url: str
     published: tuple[str, ...]
     good: str = GOOD
-    validation: str = ""
+    validation: str = "validation"
     test: str = "test"
+    unlisted: tuple[str, ...] = ()
     images: str = ""
     masks: str = GROUND_TRUTH + "/{type}"
     mask: str = "{stem}_mask"
@@ -58,7 +62,12 @@ class Tree:
     @property
     def layout(self) -> Layout:
         """These functions, for `LAYOUTS`."""
-        return Layout(split_given(self.records), self.categories)
+        return Layout(
+            split_given(self.records),
+            self.categories,
+            unused=self.unused,
+            test=f"{self.test}/{self.good} and {self.test}/<defect type>",
+        )
 
     def records(self, root: Path, category: str) -> list[Record]:
         """Lists the images of one category, by split, each sorted by path.
@@ -87,7 +96,7 @@ class Tree:
             ]
 
         records = normal("train", base / "train" / self.good)
-        if self.validation and is_folder(base / self.validation):
+        if is_folder(base / self.validation / self.good):
             records += normal("validation", base / self.validation / self.good)
         if not (base / self.test).exists():
             return records
@@ -117,6 +126,20 @@ class Tree:
                 for path in images
             ]
         return records
+
+    def unused(self, root: Path, category: str) -> list[Path]:
+        """The folders of a category with images that `records` passes over, sorted.
+
+        Of train and validation these are all but the normal images' folder, and the split
+        itself if images lie directly in it.
+        """
+        base = root / category
+        used = {"train", self.validation, self.test, GROUND_TRUTH, *self.unlisted}
+        found = holding_images(base, used.__contains__)
+        for split in filter(is_folder, (base / "train", base / self.validation)):
+            found += [split] if images_outside_folders(split) else []
+            found += holding_images(split, lambda name: name == self.good)
+        return sorted(found)
 
     def categories(self, root: Path) -> list[str]:
         """The category folders, published ones first and in that order, then others, sorted.
