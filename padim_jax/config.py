@@ -49,6 +49,7 @@ RESOLUTIONS = ("model", "full")
 INVERTED_MASKS = ("check", "no", "yes")
 
 Size = tuple[int, int]
+Overrides = Mapping[str, Any]  # values by dotted names, as in "outputs.figures"
 
 
 class UnknownSettingError(UserError):
@@ -397,6 +398,35 @@ def restore(stored: Any, version: Any) -> Config:
     return validate(
         _complete("config", stored, Config, defaults.get_config().to_dict(), version)
     )
+
+
+def resolve(config: Config | Overrides | None, stored: Config) -> Config:
+    """Return the configuration to use a stored model with.
+
+    Args:
+      config: whole, which is taken as it is; or settings that replace some of the model's
+        own; or None for the model's own.
+      stored: the model's own.
+
+    Raises:
+      UserError: a setting that there is not, or a wrong one; or settings of several runs.
+    """
+    if config is None or isinstance(config, Config):
+        return config or stored
+    values = to_dict(stored)
+    for name, value in config.items():
+        group, _, field = name.rpartition(".")
+        settings = values.get(group) if group else values
+        if not isinstance(settings, dict) or field not in settings:
+            raise UserError(f"config.{name}: no such setting; padim_jax/defaults.py lists them")
+        settings[field] = value
+    resolved = validate(values)
+    if resolved.is_sweep:
+        raise UserError(
+            "config.category, config.repeats: several runs, and a stored model is of one; name "
+            "one category and leave config.repeats at 1"
+        )
+    return resolved
 
 
 def score_settings(config: Config, groups: Sequence[str] = _SCORES) -> dict[str, Any]:

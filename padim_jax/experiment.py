@@ -79,7 +79,7 @@ _RESULTS = (
 
 def run(
     mode: str,
-    config: Config | None,
+    config: Config | config_lib.Overrides | None,
     workdir: Path,
     checkpoint_path: Path,
     pattern: str | None = None,
@@ -94,7 +94,8 @@ def run(
     Args:
       mode: "train_and_eval", "train", "eval", "predict", "calibrate", "update", "merge" or
         "export".
-      config: None, for all but training, takes the model's.
+      config: for all but training None, or settings that replace some of the model's own;
+        see `load`.
       workdir: folder of the results.
       checkpoint_path: where the fitted model is or goes.
       pattern: for predict, calibrate and update: an image file, a folder or a glob.
@@ -111,10 +112,10 @@ def run(
     _limit_images()
     try:
         if mode == "train_and_eval":
-            assert config is not None
+            assert isinstance(config, Config)
             train_and_eval(config, workdir, checkpoint_path, overwrite=overwrite)
         elif mode == "train":
-            assert config is not None
+            assert isinstance(config, Config)
             with compilation_cache.enabled(config.cache):
                 dataset = open_dataset(config)
                 del dataset["test"]  # nor looked at
@@ -453,7 +454,7 @@ def _without_fitted(detector: Detector, source: Source) -> Source:
 def update(
     path: Path,
     source: Source,
-    config: Config | None = None,
+    config: Config | config_lib.Overrides | None = None,
     weights: str | None = None,
     dataset: Mapping[str, Source] | None = None,
 ) -> Detector:
@@ -466,7 +467,7 @@ def update(
     Args:
       path: the checkpoint's folder; the extended model replaces it.
       source: normal images.
-      config: None takes the model's own.
+      config: None takes the model's own; see `load`.
       weights: where the backbone's weights are now; see `load`.
       dataset: the splits of the configuration's dataset, if they are listed already.
 
@@ -674,7 +675,7 @@ def _by_size(
 
 
 def _update(
-    config: Config | None,
+    config: Config | config_lib.Overrides | None,
     checkpoint_path: Path,
     pattern: str | None,
     weights: str | None,
@@ -682,7 +683,7 @@ def _update(
     if pattern is not None:
         update(checkpoint_path, FolderSource(predictions.find(pattern)), config, weights)
     else:
-        assert config is not None
+        assert isinstance(config, Config)
         dataset = open_dataset(config)
         _say_folders(config, {"train": dataset["train"]})
         dataset = _as_fitted(config, dataset)
@@ -691,7 +692,7 @@ def _update(
 
 def _use(
     mode: str,
-    config: Config | None,
+    config: Config | config_lib.Overrides | None,
     workdir: Path,
     checkpoint_path: Path,
     pattern: str | None,
@@ -852,7 +853,9 @@ def _by_split(records: Sequence[Record]) -> dict[str, Source]:
 
 
 def load(
-    path: str | Path, config: Config | None = None, weights: str | None = None
+    path: str | Path,
+    config: Config | config_lib.Overrides | None = None,
+    weights: str | None = None,
 ) -> Detector:
     """Loads a fitted detector.
 
@@ -863,7 +866,8 @@ def load(
       path: a checkpoint's folder, or a model file (see `export`).
       config: None takes the model's own. Otherwise dataset, batch size, map, outputs and
         the place of the weights come from here; what the statistics depend on must be as
-        the model was fitted with.
+        the model was fitted with. Settings by dotted names, as {"outputs.figures": "none"},
+        replace some of the model's own.
       weights: where the backbone's weights are now, if not where the configuration
         says; a path or name as in `config.model.weights`.
 
@@ -874,7 +878,7 @@ def load(
     place, devices = paths.parse(os.fspath(path)), parallel.every()
     model = model_file.load(place, devices) if place.is_file() else None
     fitted, identity = fitting.load_checkpoint(place, devices) if model is None else (model, "")
-    config = config or fitted.config
+    config = config_lib.resolve(config, fitted.config)
     fitting.require_same(place, fitted.config, config)
     config = fitting.with_stored_range(config, fitted.config)
     if config.title != fitted.config.title:

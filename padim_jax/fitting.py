@@ -133,7 +133,10 @@ class Extended:
 
 
 def update(
-    path: Path, source: Source, config: Config | None = None, weights: str | None = None
+    path: Path,
+    source: Source,
+    config: Config | config_lib.Overrides | None = None,
+    weights: str | None = None,
 ) -> Extended:
     """Extends a fitted model by normal images that are not in it yet.
 
@@ -144,7 +147,7 @@ def update(
       path: the checkpoint's folder; the extended model replaces it.
       source: normal images. Those that the model was fitted to are left out: their
         files' contents are known.
-      config: None takes the model's own; see `require_same`.
+      config: None takes the model's own; see `config.resolve` and `require_same`.
       weights: where the backbone's weights are now; see `experiment.load`.
 
     Raises:
@@ -154,7 +157,7 @@ def update(
     """
     devices = parallel.every()
     fitted, identity = load_checkpoint(path, devices)
-    config = config or fitted.config
+    config = config_lib.resolve(config, fitted.config)
     require_same(path, fitted.config, config)
     config = with_stored_range(config, fitted.config)
     cache = image_cache.open_cache(config.cache)
@@ -498,7 +501,8 @@ def require_same(path: Path, fitted: Config, wanted: Config) -> None:
         if (ours := setting(wanted)) != (theirs := setting(fitted)):
             raise UserError(
                 f"config.{name}={ours}: the model {path} was fitted with {theirs}. Ask for "
-                "that, fit again, or leave out --config to take the model's configuration"
+                f"that, fit again, or leave out --config (or --config.{name} alone) to take "
+                "the model's configuration"
             )
 
 

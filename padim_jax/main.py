@@ -23,8 +23,9 @@ Examples:
   python -m padim_jax.main --config=configs/pretrain.py --mode=pretrain
 
 `padim-jax` is the same as `python -m padim_jax.main`. Every setting of --config can be
-overridden, as in --config.batch_size=16; padim_jax/defaults.py explains them all, and
-padim_jax/pretrain/defaults.py those of --mode=pretrain.
+overridden, as in --config.batch_size=16; without --config, those of a saved model.
+padim_jax/defaults.py explains them all, and padim_jax/pretrain/defaults.py those of
+--mode=pretrain.
 Results go to --workdir. Exit codes: 0 done, 1 a bug or a failing machine, 2 something
 to mend in the command, the settings, the files or the limits of memory, 130 interrupted
 (Ctrl-C).
@@ -64,7 +65,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import padim_jax
-from padim_jax import cluster, paths
+from padim_jax import cluster, defaults, paths
 from padim_jax import config as config_lib
 from padim_jax.errors import NO_MEMORY, DataWarning, Stopped, UserError, is_out_of_memory
 from padim_jax.pretrain import config as pretrain_config
@@ -75,6 +76,8 @@ MODES = (
     *("train_and_eval", "train", "eval", "predict"),
     *("calibrate", "update", "merge", "export", "pretrain"),
 )
+
+_OF_STORED_MODELS = ("eval", "predict", "calibrate", "update", "export")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -181,12 +184,19 @@ _NOT_FOR_PRETRAIN = (
 
 
 def main(argv: Sequence[str]) -> None:
-    """Checks the command, then hands over to what does it."""
-    del argv
-    if _MODE.value == "pretrain":
+    """Checks the command, then hands over to what does it.
+
+    Args:
+      argv: the program's name, then overrides of a stored model's settings.
+    """
+    mode, overrides = _MODE.value, list(argv[1:])
+    if overrides and mode not in _OF_STORED_MODELS:
+        name = overrides[0].partition("=")[0]
+        raise UserError(f"{name}: overrides a setting of --config, which is missing")
+    if mode == "pretrain":
         _run_pretraining()
     else:
-        _run_experiment(_MODE.value)
+        _run_experiment(mode, _typed(overrides))
 
 
 def _run_pretraining() -> None:
@@ -224,7 +234,7 @@ def _run_pretraining() -> None:
         run.pretrain(recipe, workdir)
 
 
-def _run_experiment(mode: str) -> None:
+def _run_experiment(mode: str, overrides: config_lib.Overrides) -> None:
     config = _config(mode)
     _check_flags(mode, config)
     workdir = _workdir(config)
@@ -232,8 +242,9 @@ def _run_experiment(mode: str) -> None:
     checkpoint = paths.parse(given) if given else workdir / "checkpoint"
 
     place = _place()
-    nested = config_lib.to_dict(config) if config is not None else {}
-    nested.pop("cache", None)  # each machine's own affair
+    nested = config_lib.to_dict(config) if config is not None else dict(overrides)
+    # Each machine's own affair.
+    nested = {name: x for name, x in nested.items() if name.partition(".")[0] != "cache"}
     settings = _shared_settings(nested) if place else {}
 
     # Only now what takes long to import: a mistake should not have to wait for it.
@@ -257,7 +268,7 @@ def _run_experiment(mode: str) -> None:
             return
         experiment.run(
             mode,
-            config,
+            config or overrides or None,
             workdir,
             checkpoint,
             _INPUT.value,
@@ -418,7 +429,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         print(f"{__doc__}\nFlags:\n{flags.FLAGS.module_help(__name__)}")
         sys.exit(0)
     try:
-        remaining = flags.FLAGS(_last_overrides(argv))
+        rest, overrides = _split_overrides(_last_overrides(argv))
+        remaining = flags.FLAGS(rest)
     except UserError as error:
         _fail(str(error))
     except Exception as error:  # a configuration file runs code: it can raise anything
@@ -428,7 +440,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         logging.set_verbosity(logging.WARNING)
     if len(remaining) > 1:
         _fail(f"unexpected argument {remaining[1]!r}; every setting starts with --")
-    return remaining
+    return [*remaining, *overrides]
 
 
 def _last_overrides(argv: Sequence[str]) -> list[str]:
@@ -445,6 +457,35 @@ def _last_overrides(argv: Sequence[str]) -> list[str]:
             overridden.add(override["name"])
         kept.append(argument)
     return kept[::-1]
+
+
+def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take overrides out of a command without --config, where they are of a stored model."""
+    if any(re.match(r"--?(config|flagfile)(=|$)", argument) for argument in argv):
+        return list(argv), []
+    rest: list[str] = []
+    overrides: list[str] = []
+    is_value = False  # of the argument before, as in `--config.image.resize (96, 96)`
+    for argument, after in zip(argv, [*argv[1:], "-"], strict=True):
+        override = _OVERRIDE.match(argument)
+        (overrides if override or is_value else rest).append(argument)
+        is_value = bool(override and not override["equals"]) and not after.startswith("-")
+    return rest, overrides
+
+
+def _typed(overrides: Sequence[str]) -> config_lib.Overrides:
+    """Return the values of `--config.x=y` by name, of the types in `defaults`."""
+    if not overrides:
+        return {}
+    parsed, argv = flags.FlagValues(), ["", *overrides]
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", defaults.get_config(), flag_values=parsed, lock_config=True, sys_argv=argv
+        )
+        parsed(argv)
+    except Exception as error:
+        raise UserError(_explanation(error)) from error
+    return config_flags.get_override_values(parsed["config"])
 
 
 def _explanation(error: Exception) -> str:

@@ -830,6 +830,51 @@ class TestEval:
         assert below(tmp_path) == [f"{name}/mine.txt"]
 
 
+class TestOverridesOfAStoredModel:
+    """Settings on top of the model's own, without --config."""
+
+    def test_what_is_overridden_and_nothing_else(self, copy: pathlib.Path):
+        before = read_json(copy / "config.json")
+        overrides = ["--config.outputs.figures=all", "--config.outputs.figures=none"]
+        overrides += ["--config.threshold.image_rate", "0.2"]
+        succeed("--mode=eval", f"--workdir={copy}", *overrides, cwd=copy.parent)
+        after = read_json(copy / "config.json")
+        before["outputs"]["figures"] = "none"
+        before["threshold"]["image_rate"] = 0.2
+        assert after == before
+        assert not (copy / "figures").exists()
+
+    def test_predict(self, copy: pathlib.Path, root: pathlib.Path):
+        one = f"--input={root}/part/test/good/000.png"
+        given = ("--mode=predict", f"--workdir={copy}", one)
+        succeed(*given, "--config.outputs.maps=npy", cwd=copy.parent)
+        assert any(name.endswith(".npy") for name in below(copy / "predictions"))
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("outputs.figurs=none", "no such setting 'figurs'; did you mean 'figures'?"),
+            ("outputs.figures=most", "config.outputs.figures='most': expected"),
+            ("batch_size=many", "--config.batch_size=many"),
+            ("model.seed=1", "config.model.seed=1: the model "),
+            ("category=all", "config.category, config.repeats: several runs"),
+        ],
+    )
+    @pytest.mark.parametrize("mode", ["eval", "predict", "calibrate", "update", "export"])
+    def test_mistakes(self, mode, override, message, run: Run, root: pathlib.Path):
+        given = [f"--mode={mode}", f"--checkpoint={run.workdir}/checkpoint"]
+        if mode in ("predict", "calibrate", "update"):
+            given.append(f"--input={root}/part/test/good")
+        assert message in fail(*given, f"--config.{override}", cwd=run.workdir)
+
+    @pytest.mark.parametrize("mode", ["train", "train_and_eval", "merge", "pretrain"])
+    def test_without_a_stored_model(self, mode: str, tmp_path: pathlib.Path):
+        message = fail(f"--mode={mode}", "--config.batch_size=4", cwd=tmp_path)
+        assert (
+            message == "--config.batch_size: overrides a setting of --config, which is missing"
+        )
+
+
 class TestPredict:
     def predict(self, folder: pathlib.Path, given: str | pathlib.Path) -> str:
         return succeed(
