@@ -1052,6 +1052,7 @@ def _evaluate(
         for record, digest in zip(source.records, read.digests, strict=True)
         if digest.tobytes() in known
     ]
+    measured["train_images"] = detector.count
     measured["skipped"] = [dataclasses.asdict(one) for one in skipped]
     cache = image_cache.open_cache(config.cache)
 

@@ -22,6 +22,15 @@ CATEGORIES = (
     "metal_nut", "pill", "screw", "toothbrush", "transistor", "zipper",
 )  # fmt: skip
 
+# Training and test images of each, in MVTec AD as it is distributed (Bergmann et al., CVPR
+# 2019, table 1): the published figures are of all of them.
+IMAGES = {
+    "carpet": (280, 117), "grid": (264, 78), "leather": (245, 124), "tile": (230, 117),
+    "wood": (247, 79), "bottle": (209, 83), "cable": (224, 150), "capsule": (219, 132),
+    "hazelnut": (391, 110), "metal_nut": (220, 115), "pill": (267, 167), "screw": (320, 160),
+    "toothbrush": (60, 42), "transistor": (213, 100), "zipper": (240, 151),
+}  # fmt: skip
+
 # Those of the published tables, in their order, under their keys in metrics.json.
 METRICS = {
     "image_auroc": "image AUROC",
@@ -106,6 +115,29 @@ def applicable(config: Config) -> tuple[Published, ...]:
         else:
             found.append(item)
     return tuple(found)
+
+
+def not_compared(config: Config, category: str, measured: Mapping[str, Any]) -> str:
+    """Return why a run stands without the published figures, in a sentence; "" if it does not.
+
+    Figures are compared where the numbers of images are the published ones.
+
+    Args:
+      config: of the run.
+      category: what it is of.
+      measured: what metrics.json holds. Without `train_images`, as before that was kept,
+        the number is not known.
+    """
+    if category not in IMAGES or not applicable(config):
+        return ""
+    train, test = measured.get("train_images"), measured["test_images"]
+    if (train, test) == IMAGES[category]:
+        return ""
+    fitted = "an unknown number of" if train is None else train
+    return (
+        f"no published numbers beside these: they are of {IMAGES[category][0]} training and "
+        f"{IMAGES[category][1]} test images, and this run is of {fitted} and {test}"
+    )
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import importlib
 import io
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -242,26 +242,27 @@ def save_map(
 
 def table(config: Config, measured: dict[str, Any]) -> str:
     """The metrics beside the published ones, as a person reads them."""
-    sources = _sources(config)
+    sources = _sources(config, measured)
     model = config.model
     lines = [
         f"{config.title}: {model.backbone} {'+'.join(model.layers)}, {model.channels} "
         f"channels, weights {model.weights}",
         "",
     ]
-    # The first source has its difference beside it; without any there is an empty column.
-    names = [source.name for source in sources] or ["published"]
-    headings = ["", "this run", names[0], "difference", *names[1:]]
-    rows = [headings]
+    # The first source has its difference beside it.
+    names = [source.name for source in sources]
+    rows = [["", "this run", *names[:1], *(["difference"] if names else []), *names[1:]]]
     for name, key in _ROWS:
         ours = measured[key]
         theirs = [source.values.get(key, {}).get(config.category) for source in sources]
-        cells = ["-" if value is None else f"{value:.3f}" for value in theirs or [None]]
-        first = theirs[0] if theirs else None
-        difference = "-" if ours is None or first is None else f"{ours - first:+.3f}"
-        shown = "undefined" if ours is None else f"{ours:.4f}"
-        rows.append([name, shown, cells[0], difference, *cells[1:]])
+        cells = ["-" if value is None else f"{value:.3f}" for value in theirs]
+        if theirs:
+            first = theirs[0]
+            cells.insert(1, "-" if ours is None or first is None else f"{ours - first:+.3f}")
+        rows.append([name, "undefined" if ours is None else f"{ours:.4f}", *cells])
     lines += _aligned(rows)
+    if why := published.not_compared(config, config.category, measured):
+        lines.append(why)
     for source in sources:
         if differing := published.differing_settings(config, source):
             lines.append(published.in_words(source.name, differing))
@@ -302,7 +303,7 @@ def comparison_rows(
       by the name of their source; the source with the settings of this run, if there is
       one, first.
     """
-    sources = _sources(config)
+    sources = _sources(config, measured)
     return [
         (
             name,
@@ -317,8 +318,10 @@ def comparison_rows(
     ]
 
 
-def _sources(config: Config) -> list[published.Published]:
+def _sources(config: Config, measured: Mapping[str, Any]) -> list[published.Published]:
     """Those with figures for the category; the ones with this run's settings first."""
+    if published.not_compared(config, config.category, measured):
+        return []
     found = [
         source
         for source in published.applicable(config)

@@ -50,7 +50,8 @@ def build(
           url, read, note, settings (a sentence), differing_settings (ours and theirs),
           same_settings, and by metric values, differences (this run minus published) and
           out_of_tolerance (categories). "Avg" is over the categories that this run's is
-          over, and absent where that cannot be.
+          over, and absent where that cannot be. A category of other numbers of images than
+          the published ones has no values; see `published.not_compared`.
     """
     finished = {
         (_name(config, category), repeat): measured
@@ -59,8 +60,10 @@ def build(
     done = sorted({category for category, _ in finished}, key=_place)
     tried = {*done, *(name.partition("/")[0] for name in failed)}
     this_run = {key: _statistics(key, done, finished) for key in METRICS}
+    apart = _not_compared(config, finished)
     sources = [
-        _compare(config, item, this_run, finished) for item in published.applicable(config)
+        _compare(config, item, this_run, finished, apart)
+        for item in published.applicable(config)
     ]
     table = {
         "title": config.title,
@@ -214,8 +217,9 @@ def _compare(
     item: Published,
     this_run: Mapping[str, Mapping[str, Mapping[str, Any]]],
     finished: Mapping[tuple[str, int], Mapping[str, Any]],
+    apart: Mapping[str, str],
 ) -> dict[str, Any]:
-    """One source beside this run."""
+    """One source beside this run, without the categories that stand apart."""
     differing = published.differing_settings(config, item)
     if item.settings.get("model.seed") in _seeds(config, finished):
         differing.pop("model.seed", None)  # one of those that are averaged
@@ -226,7 +230,11 @@ def _compare(
             for column, found in this_run[key].items()
             if found["mean"] is not None
         }
-        theirs = dict(item.values.get(key, {}))
+        theirs = {
+            category: value
+            for category, value in item.values.get(key, {}).items()
+            if category not in apart and not (category == AVERAGE and apart)
+        }
         average = _average(theirs, [name for name in ours if name != AVERAGE])
         theirs.pop(AVERAGE, None)
         if average is not None:
@@ -255,6 +263,17 @@ def _compare(
         "differences": differences,
         "out_of_tolerance": beyond,
     }
+
+
+def _not_compared(
+    config: Config, finished: Mapping[tuple[str, int], Mapping[str, Any]]
+) -> dict[str, str]:
+    """Why categories stand without published figures, by category; one run is enough."""
+    reasons = {}
+    for (category, _), measured in finished.items():
+        if why := published.not_compared(config, category, measured):
+            reasons.setdefault(category, why)
+    return reasons
 
 
 def _average(theirs: Mapping[str, float], ours: Sequence[str]) -> float | None:
@@ -334,6 +353,12 @@ def _legend(
             f"draw of the channels do not explain: above {', '.join(limits)}"
         )
         sentences += [source["settings"] for source in table["published"]]
+    apart = _not_compared(config, finished)
+    sentences += [f"{category}: {apart[category]}" for category in done if category in apart]
+    if apart and table["published"]:
+        sentences.append(
+            f"no published {AVERAGE}: it would be of other categories than this run's"
+        )
     for category in done:
         runs = [found for (name, _), found in finished.items() if name == category]
         if leaks := {leak for found in runs for leak in found.get("leaks", ())}:

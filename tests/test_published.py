@@ -44,6 +44,11 @@ def test_each_table_has_all_categories_and_its_own_average(item: Published, key:
     assert average == pytest.approx(values[AVERAGE], abs=1e-3)
 
 
+def test_numbers_of_images_add_up_to_the_dataset():
+    assert sorted(published.IMAGES) == sorted(CATEGORIES)
+    assert np.sum(list(published.IMAGES.values()), 0).tolist() == [3629, 1725]
+
+
 def test_categories_are_the_datasets():
     assert sorted(CATEGORIES) == sorted(mvtec_ad.CATEGORIES)
     assert set(TOLERANCE) == set(METRICS)

@@ -129,7 +129,8 @@ def sweep_table_of(
     measured = dict.fromkeys(results.measure(make_scored())) | {
         "image_auroc": 0.9,
         "pixel_auroc": 0.984,
-        "test_images": 3,
+        "train_images": 209,
+        "test_images": 83,
     }
     finished = {(name, i): measured | {"image_auroc": 0.9 + 0.02 * i} for i in range(repeats)}
     config = make_config(category="all", repeats=repeats)
@@ -322,6 +323,18 @@ def test_thinned_curve_stays_on_the_curve():
     np.testing.assert_allclose(
         np.interp(grid, found_x, found_y), np.interp(grid, x, y), rtol=0, atol=1 / 200
     )
+
+
+@pytest.mark.parametrize("train_images", [48, 209])
+def test_published_numbers_are_of_as_many_images(train_images):
+    scored = make_scored(3)
+    measured = results.measure(scored) | {"color_scale": [0.0, 1.0]}
+    measured |= {"train_images": train_images, "test_images": 83}
+    image = np.zeros((*SIZE, 3), np.uint8)
+    page = report.run_page(make_config(), scored, measured, lambda _: image)
+    text = " ".join("".join(Elements(page).text).split())
+    assert ("anomalib" in text) == (train_images == 209)
+    assert ("this run is of 48 and 83" in text) == (train_images == 48)
 
 
 def test_differences_have_no_negative_zero():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from padim_jax import defaults, results
+from padim_jax import defaults, published, results
 from padim_jax.calibration import Calibration
 from padim_jax.config import Config, validate
 from padim_jax.datasets.records import Record, Skipped
@@ -120,10 +120,16 @@ class TestMeasure:
         assert measured["undefined"]["image_auroc"] == f"no {missing} image"
 
 
+def whole(category: str = "bottle") -> dict[str, Any]:
+    """What is measured of as many images as the published figures are of."""
+    counts = dict(zip(("train_images", "test_images"), published.IMAGES[category], strict=True))
+    return results.measure(BOTH) | counts
+
+
 class TestTable:
     def test_beside_the_published_numbers(self):
         # MVTec AD's bottle with ResNet-18: anomalib, xiahaifeng1995 and the paper.
-        measured = results.measure(BOTH) | {
+        measured = whole() | {
             "image_auroc": 0.98765,
             "image_f1_max": 0.97649,
             "pixel_auroc": 0.98422,
@@ -144,7 +150,7 @@ class TestTable:
             "image.crop": (224, 224),
             "model.seed": 1024,
         }
-        text = results.table(make_config(**settings), results.measure(BOTH))
+        text = results.table(make_config(**settings), whole())
         assert table_rows(text)["image AUROC"] == ["1.0000", "0.996", "+0.004", "0.994", "-"]
         assert "xiahaifeng1995 had other" not in text
         assert (
@@ -153,7 +159,7 @@ class TestTable:
         ) in text
 
     def test_other_settings_than_the_published_runs_are_said(self):
-        measured = results.measure(BOTH)
+        measured = whole()
         assert "anomalib had other settings" not in results.table(make_config(), measured)
         unlike = {
             "model.backbone": "wide_resnet50_2",
@@ -179,20 +185,39 @@ class TestTable:
         ],
     )
     def test_nothing_else_is_compared(self, settings: dict):
-        config, measured = make_config(**settings), results.measure(BOTH)
-        rows = table_rows(results.table(config, measured))
-        assert rows["image AUROC"] == ["1.0000", "-", "-"]
-        assert rows["pixel AUROC"][1:] == ["-", "-"]
+        config, measured = make_config(**settings), whole()
+        text = results.table(config, measured)
+        assert table_rows(text)["image AUROC"] == ["1.0000"]  # no empty columns
+        assert "published" not in text
+        assert "difference" not in text
+        assert not any(theirs for _, _, theirs in results.comparison_rows(config, measured))
+
+    @pytest.mark.parametrize(
+        ("counts", "found"),
+        [
+            ({"train_images": 48}, "48 and 83"),
+            ({"test_images": 82}, "209 and 82"),
+            ({"train_images": None}, "an unknown number of and 83"),
+        ],
+    )
+    def test_nor_are_other_numbers_of_images(self, counts: dict, found: str):
+        config, measured = make_config(), whole() | counts
+        text = results.table(config, measured)
+        assert table_rows(text)["image AUROC"] == ["1.0000"]
+        assert (
+            "no published numbers beside these: they are of 209 training and 83 test images, "
+            f"and this run is of {found}"
+        ) in text
         assert not any(theirs for _, _, theirs in results.comparison_rows(config, measured))
 
     def test_wide_resnet_has_its_own(self):
         config = make_config(**{"model.backbone": "wide_resnet50_2", "category": "screw"})
-        rows = table_rows(results.table(config, results.measure(BOTH)))
+        rows = table_rows(results.table(config, whole("screw")))
         assert rows["image AUROC"] == ["1.0000", "0.845", "+0.155", "0.844", "-"]
         assert rows["AUPRO 0.3"][1:] == ["-", "-", "-", "0.944"]  # the paper's alone
 
     def test_the_same_as_data(self):
-        measured = results.measure(BOTH) | {"pixel_auroc": None}
+        measured = whole() | {"pixel_auroc": None}
         rows = results.comparison_rows(make_config(), measured)
         ours = {name: value for name, value, _ in rows}
         theirs = {name: dict(values) for name, _, values in rows}
@@ -229,11 +254,12 @@ class TestTable:
     def test_undefined_with_its_reason_once(self):
         scored = dataclasses.replace(BOTH, masks=[*BOTH.masks[:2], None, None, None])
         text = results.table(make_config(), results.measure(scored))
-        assert table_rows(text)["pixel AUROC"][:3] == ["undefined", "0.983", "-"]
+        assert table_rows(text)["pixel AUROC"] == ["undefined"]
         assert text.count("undefined: no ground-truth masks") == 1
 
     def test_only_normal_images(self):
-        text = results.table(make_config(), results.measure(make_scored(["good"] * 2, [1, 2])))
+        measured = whole() | results.measure(make_scored(["good"] * 2, [1, 2]))
+        text = results.table(make_config(), measured | {"test_images": 83})
         assert table_rows(text)["image AUROC"][:3] == ["undefined", "0.994", "-"]
         assert "undefined: no anomalous image" in text
 

@@ -26,7 +26,13 @@ def make_config(preset: str = "anomalib", **settings: Any) -> Config:
 
 def measured(value: float | None = 0.9, **others: Any) -> dict[str, Any]:
     """What metrics.json may hold."""
-    return dict.fromkeys(METRICS, value) | {"test_images": 10} | others
+    return dict.fromkeys(METRICS, value) | others
+
+
+def images_of(category: str) -> dict[str, int]:
+    """As many images as the published figures are of."""
+    counts = published.IMAGES.get(category, (20, 10))
+    return dict(zip(("train_images", "test_images"), counts, strict=True))
 
 
 def as_published() -> dict[tuple[str, int], dict[str, Any]]:
@@ -45,7 +51,11 @@ def build(
     categories: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Read back from JSON, as everybody else has it."""
-    table = sweep_table.build(config, finished, failed or {}, categories)
+    counted = {
+        (category, repeat): {**images_of(category), **run}
+        for (category, repeat), run in finished.items()
+    }
+    table = sweep_table.build(config, counted, failed or {}, categories)
     text = json.dumps(table, allow_nan=False)
     assert json.loads(text) == json.loads(json.dumps(table))
     return json.loads(text)
@@ -113,6 +123,32 @@ class TestBuild:
         paper = sources(build(config, finished))["paper"]
         assert paper["values"][AUROC] == {}
         assert len(paper["values"]["aupro"]) == 15  # fourteen and their average
+
+    def test_a_category_of_other_numbers_of_images_is_not_compared(self):
+        config = make_config(**{"model.backbone": "wide_resnet50_2", "model.channels": 550})
+        finished = as_published()
+        finished["toothbrush", 0] |= {"train_images": 48}
+        table = build(config, finished)
+        for source in table["published"]:
+            for values in source["values"].values():
+                assert not {"toothbrush", "Avg"} & set(values)
+        (reason,) = (text for text in table["legend"] if text.startswith("toothbrush: "))
+        assert reason.endswith("60 training and 42 test images, and this run is of 48 and 42")
+        assert (
+            "no published Avg: it would be of other categories than this run's"
+            in (table["legend"])
+        )
+        assert len(sources(table)["paper"]["values"]["aupro"]) == 14
+        assert set(sources(table)["paper"]["differences"]["aupro"]) == (
+            set(CATEGORIES) - {"toothbrush"}
+        )
+
+    def test_one_repeat_of_other_numbers_is_enough(self):
+        finished = {("bottle", i): measured() for i in range(2)}
+        finished["bottle", 1]["train_images"] = None
+        table = build(make_config(repeats=2), finished)
+        assert table["published"] == []
+        assert any("an unknown number of" in sentence for sentence in table["legend"])
 
     def test_a_category_nobody_published(self):
         finished = {("bottle", 0): measured(), ("my_part", 0): measured()}
@@ -196,7 +232,7 @@ class TestBuild:
         leaks = ["a.png", "b.png"]
         finished = {("bottle", i): measured(leaks=leaks) for i in range(2)}
         table = build(make_config(repeats=2), finished)
-        assert "bottle: 2 of 10 test images were trained on too" in table["legend"]
+        assert "bottle: 2 of 83 test images were trained on too" in table["legend"]
 
     def test_skipped_images_are_counted_once(self):
         skipped = [{"path": f"{number}.png", "reason": "broken"} for number in range(3)]

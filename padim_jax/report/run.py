@@ -178,6 +178,8 @@ def _notes(config: Config, measured: Mapping[str, Any], sources: list[str]) -> l
     ]
     if measured.get("resolution") == "full":
         notes.append(results.FULL)
+    if why := published.not_compared(config, config.category, measured):
+        notes.append(why)
     notes += dict.fromkeys(f"undefined: {r}" for r in measured.get("undefined", {}).values())
     if leaks := measured.get("leaks"):
         some = ", ".join(leaks[:3]) + ", …" * (len(leaks) > 3)
