@@ -208,7 +208,7 @@ class TestFramesOfParts:
         assert not thresholds(path).warning
 
     def test_of_the_model_alone(self, root: pathlib.Path, tmp_path: pathlib.Path):
-        """Updated and merged models of samples, whose files nobody looks at; on two devices."""
+        """Updated and merged models of samples, whose files nobody looks at."""
         source = frames(tmp_path, 0, 10)
         config = make_config(root, "samples", **{"threshold.image_rate": 0.1})
         parts = [FolderSource(source.records[:15]), FolderSource(source.records[15:])]

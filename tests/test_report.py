@@ -274,6 +274,13 @@ def test_scores_reach_the_script_to_the_last_bit():
     assert data["high"] > scored.scores.max()
 
 
+def test_a_warning_about_normal_images():
+    warned = dataclasses.replace(CALIBRATION, warning="near copies <b>")
+    scored = make_scored()
+    assert "Warning: near copies &lt;b&gt;" in make_page(scored, warned)
+    assert "Warning: near" not in make_page(scored, CALIBRATION)
+
+
 @pytest.mark.parametrize("calibration", [None, CALIBRATION])
 def test_counts_without_the_script_are_those_of_the_first_threshold(calibration):
     scored = make_scored()
@@ -366,13 +373,6 @@ def test_sweep_shows_means_spreads_and_marks():
     ],
     ids=["no anomalous", "no normal", "one normal", "one anomalous", "no masks"],
 )
-def test_a_warning_about_normal_images():
-    warned = dataclasses.replace(CALIBRATION, warning="near copies <b>")
-    scored = make_scored()
-    assert "Warning: near copies &lt;b&gt;" in make_page(scored, warned)
-    assert "Warning: near" not in make_page(scored, CALIBRATION)
-
-
 @pytest.mark.parametrize("calibration", [None, CALIBRATION])
 def test_page_without_some_of_it(scored, calibration):
     page = make_page(scored, calibration)
