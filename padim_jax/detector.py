@@ -779,7 +779,7 @@ def score_samples(
       UserError: a score is not finite.
       ValueError: the model has another form, or fewer images.
     """
-    _require_own_process(detector)
+    _require_usable(detector)
     config, devices, fitted = detector.config, parallel.every(), detector.gaussian
     if not isinstance(fitted, LowRank):
         raise ValueError("the model does not hold the embeddings of its images")
