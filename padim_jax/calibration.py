@@ -6,10 +6,15 @@ without it scores it) tell what normal scores are like. No defect is needed.
 Image threshold: the k-th smallest of n normal scores, k = ceil((n + 1)(1 - rate)). If a new
 normal image is drawn as these were, it exceeds that with a probability of at most `rate`,
 whatever the scores' distribution (split conformal prediction: Vovk et al., Algorithmic
-Learning in a Random World, 2005). n images can promise no less than 1 / (n + 1); below
+Learning in a Random World, 2005). n images can promise no less than 1 / (n + 1), by their
+highest score, and without an explicit rate no less is asked of them. For an explicit rate below
 that the threshold is the tail's, described next. Of training images, each left out, the
 promise is not a theorem, since the model that scores new images has one more. Measured on
 MVTec AD's bottle, 139 images fitted and 70 others scored, 20 draws: 6.1 % for 5, 9.4 % for 10.
+
+Pixel threshold: the same order statistic of the normal maps' highest pixels, so that at most
+`rate` of normal images have any pixel above it: an outline promises what a verdict does. For an
+explicit `pixel_rate` it is the one that this part of all normal pixels is above.
 
 Calibrated score: the estimated share of normal images that score lower. Up to the highest
 tenth of the normal scores it is read off their ranks, k / (n + 1). Above, the excesses over
@@ -39,6 +44,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
 import padim_jax
+from padim_jax import verdicts
 
 # Where the normal images come from, and how to say it.
 ORIGINS = {
@@ -50,6 +56,10 @@ ORIGINS = {
 # A mean excess, and the rank of its starting point, need two scores at the least; and a
 # covariance without one image needs two others.
 MIN_IMAGES = 3
+# The part of normal images that may be called anomalous where nothing else is asked for, and
+# enough images promise it.
+AUTOMATIC_RATE = 0.01
+RATES = (0.01, 0.02, 0.05, 0.1)  # to choose from
 
 # The part of the scores that the tail is estimated from, and how many there are to be of
 # them where there are few: with ten the mean excess is known to a third.
@@ -57,9 +67,11 @@ _TAIL = 0.1
 _TAIL_IMAGES = 10
 # At most so many quantiles are kept, however many images there are.
 _POINTS = 256
+_SCORES = 512  # and so many scores
 # A threshold for one in 10^300, say, is still a number.
 _FARTHEST = 1e30
 _FORMAT = "padim_jax calibration 2"
+_LISTS = ("quantiles", "levels", "rates", "rate_thresholds", "scores")
 _ASIDE = {"format", "version", "detector", "sha256"}
 _LONGEST_WARNING = 100_000
 _LARGEST = float(np.finfo(np.float32).max)  # of what is compared with scores
@@ -78,12 +90,14 @@ class Calibration:
       groups: of how many groups they were, each of which counts as one image; None where each
         image is independent.
       warning: why there may be more false alarms than promised, "" where nothing is known.
-      image_rate: the share of normal images that may be called anomalous, as asked for.
+      image_rate: the share of normal images that may be called anomalous: as asked for, or
+        the least that as many images promise, but no less than `AUTOMATIC_RATE`.
       image_promised_rate: that which as many images, or groups, promise; above the former
         where they are too few for it.
       image_threshold: in standard deviations, as the scores.
       pixel_rate: the share of normal pixels that may be called anomalous. Estimated, not
-        promised: pixels of an image depend on each other.
+        promised: pixels of an image depend on each other. 0 where the pixel threshold is by
+        images instead: `image_rate` of them may have any pixel called anomalous.
       pixel_threshold: in standard deviations, as the maps.
       typical_pixel: a central value of normal maps, for the colours of heat maps: the median
         over images of each map's median, of every fourth row and column. Near the median of
@@ -92,6 +106,10 @@ class Calibration:
       levels: what share of normal images scores lower than these.
       tail_images: how many images scored higher than the last quantile.
       tail_excess: by how much on average.
+      rates: of `RATES` those that as many images promise.
+      rate_thresholds: the image threshold of each of them; falling.
+      scores: normal scores, rising; of many images a few hundred that are evenly spaced in
+        rank. None are known of thresholds that older versions stored.
     """
 
     origin: str
@@ -108,6 +126,9 @@ class Calibration:
     tail_excess: float
     groups: int | None = None
     warning: str = ""
+    rates: tuple[float, ...] = ()
+    rate_thresholds: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()
 
     @property
     def independent(self) -> int:
@@ -149,8 +170,9 @@ def calibrate(
         only the highest `pixel_rate` of all pixels is kept.
       images: how many there are in all.
       origin: see `Calibration`.
-      image_rate: see there, as of the next.
-      pixel_rate: above 0 and below 1, both.
+      image_rate: the share of normal images that may be called anomalous, below 1; 0 for
+        `automatic_rate`.
+      pixel_rate: the same of normal pixels; 0 for a pixel threshold by images.
       groups: of each image, in the order of `parts`, the number of its group. The highest
         score of a group stands for it. None where each image is independent.
 
@@ -164,32 +186,87 @@ def calibrate(
         if groups is not None:
             what += f" in {independent} groups that are independent"
         raise ValueError(f"{what}; thresholds need at least {MIN_IMAGES}")
-    scores, medians = [], []
+    scores, maxima, medians = [], [], []
     highest = np.zeros(0, np.float32)
     for maps, part in parts:
         scores.append(part)
+        maxima.append(maps.max(axis=(1, 2)))
         # Maps are smooth: a sixteenth of the pixels shows where a map's middle is.
         medians.append(np.median(maps[:, ::4, ::4], axis=(1, 2)))
-        pixels = images * math.prod(maps.shape[1:])
-        highest = _largest(highest, maps.ravel(), pixels - _rank(pixels, pixel_rate) + 1)
+        if pixel_rate:
+            pixels = images * math.prod(maps.shape[1:])
+            highest = _largest(highest, maps.ravel(), pixels - _rank(pixels, pixel_rate) + 1)
     found = np.concatenate(scores) if scores else np.zeros(0, np.float32)
     if len(found) != images:
         raise ValueError(f"{len(found)} normal images; {images} were to come")
     if not np.all(np.isfinite(found)):
         raise ValueError("a score of a normal image is not finite")
-    if groups is not None:
-        found = _highest(found, groups)
-    calibration = _of_scores(
-        np.sort(found),
-        origin,
-        image_rate,
-        pixel_rate,
-        pixel_threshold=_above(float(highest.min())),
-        typical_pixel=float(np.median(np.concatenate(medians))),
+    found, peaks = (
+        np.sort(values if groups is None else _highest(values, groups))
+        for values in (found, np.concatenate(maxima))
     )
-    if groups is None:
-        return calibration
-    return dataclasses.replace(calibration, images=images, groups=independent)
+    image_rate = image_rate or automatic_rate(independent)
+    tail = _tail(found)
+    promised = tuple(rate for rate in RATES if is_promised(rate, independent))
+    some = found
+    if independent > _SCORES:
+        some = found[np.linspace(0, independent - 1, _SCORES).round().astype(int)]
+    return Calibration(
+        origin=origin,
+        images=images,
+        image_rate=image_rate,
+        image_promised_rate=_promised(image_rate, independent),
+        image_threshold=_threshold(found, image_rate, tail),
+        pixel_rate=pixel_rate,
+        pixel_threshold=_above(float(highest.min()))
+        if pixel_rate
+        else _threshold(peaks, image_rate, _tail(peaks)),
+        typical_pixel=float(np.median(np.concatenate(medians))),
+        quantiles=tail.quantiles,
+        levels=tail.levels,
+        tail_images=tail.images,
+        tail_excess=tail.excess,
+        groups=None if groups is None else independent,
+        rates=promised,
+        rate_thresholds=tuple(conformal(found, rate) for rate in promised),
+        scores=tuple(some.tolist()),
+    )
+
+
+def automatic_rate(independent: int) -> float:
+    """Return `AUTOMATIC_RATE`, or the least that so many images promise where that is more."""
+    return max(AUTOMATIC_RATE, 1 / (independent + 1))
+
+
+def is_promised(rate: float, independent: int) -> bool:
+    """Return whether so many images promise a rate by one of their scores."""
+    return _wanted(rate, independent) <= independent
+
+
+def conformal(scores: Float32[np.ndarray, " n"], rate: float) -> float:
+    """Return the image threshold that promises a rate; see the module's text.
+
+    Args:
+      scores: of independent normal images, in any order.
+      rate: one that so many images promise.
+
+    Raises:
+      ValueError: they do not.
+    """
+    if not is_promised(rate, len(scores)):
+        raise ValueError(f"{len(scores)} images do not promise a rate of {rate:g}")
+    return _above(float(np.sort(scores)[_wanted(rate, len(scores)) - 1]))
+
+
+def _wanted(rate: float, independent: int) -> int:
+    """The rank, from 1, of the score that promises a rate; above all where none does."""
+    return math.ceil(_exact((independent + 1) * (1 - rate)))
+
+
+def _promised(rate: float, independent: int) -> float:
+    """The rate that is promised where this one is asked for."""
+    wanted = min(_wanted(rate, independent), independent)
+    return (independent + 1 - wanted) / (independent + 1)
 
 
 def _highest(
@@ -214,14 +291,17 @@ def _largest(
     return np.partition(both, len(both) - count)[len(both) - count :]
 
 
-def _of_scores(
-    scores: Float32[np.ndarray, " n"],
-    origin: str,
-    image_rate: float,
-    pixel_rate: float,
-    pixel_threshold: float,
-    typical_pixel: float,
-) -> Calibration:
+@dataclasses.dataclass(frozen=True)
+class _Tail:
+    """The distribution of scores; names as of `Calibration`."""
+
+    quantiles: tuple[float, ...]
+    levels: tuple[float, ...]
+    images: int
+    excess: float
+
+
+def _tail(scores: Float32[np.ndarray, " n"]) -> _Tail:
     """Of scores that are sorted."""
     images = len(scores)
     tail = min(images - 1, max(_TAIL_IMAGES, math.ceil(_TAIL * images)))
@@ -233,27 +313,19 @@ def _of_scores(
         values, levels = values[chosen], levels[chosen]
     start = float(values[-1])
     excess = float(np.mean(scores[images - tail :].astype(np.float64) - start))
-    wanted = math.ceil(_exact((images + 1) * (1 - image_rate)))
-    threshold = _above(float(scores[min(wanted, images) - 1]))
-    if wanted > images:
-        # The calibrated score's own quantile, in closed form.
-        ratio = (1 - float(levels[-1])) / image_rate
-        beyond = start + tail * excess * math.expm1(math.log(ratio) / tail)
-        threshold = max(threshold, _above(min(beyond, _FARTHEST)))
-    return Calibration(
-        origin=origin,
-        images=images,
-        image_rate=image_rate,
-        image_promised_rate=(images + 1 - min(wanted, images)) / (images + 1),
-        image_threshold=threshold,
-        pixel_rate=pixel_rate,
-        pixel_threshold=pixel_threshold,
-        typical_pixel=typical_pixel,
-        quantiles=tuple(values.tolist()),
-        levels=tuple(levels.tolist()),
-        tail_images=tail,
-        tail_excess=excess,
+    return _Tail(tuple(values.tolist()), tuple(levels.tolist()), tail, excess)
+
+
+def _threshold(scores: Float32[np.ndarray, " n"], rate: float, tail: _Tail) -> float:
+    """Of scores that are sorted: promised by one of them, or where none does the tail's."""
+    if is_promised(rate, len(scores)):
+        return conformal(scores, rate)
+    # The calibrated score's own quantile, in closed form.
+    ratio = (1 - tail.levels[-1]) / rate
+    beyond = tail.quantiles[-1] + tail.images * tail.excess * math.expm1(
+        math.log(ratio) / tail.images
     )
+    return max(_above(float(scores[-1])), _above(min(beyond, _FARTHEST)))
 
 
 def _rank(count: int, rate: float) -> int:
@@ -289,7 +361,11 @@ def text(calibration: Calibration) -> str:
         f"thresholds of {images} ({ORIGINS[known.origin]}): image score "
         f"{known.image_threshold:.4g} for {'at most' if promised else 'about'} "
         f"{100 * known.image_rate:.3g} % false alarms, pixel {known.pixel_threshold:.4g} for "
-        f"about {100 * known.pixel_rate:.3g} %"
+        + (
+            f"about {100 * known.pixel_rate:.3g} %"
+            if known.pixel_rate
+            else "as many images with any outline"
+        )
     ]
     if not promised:
         few = "images" if known.groups is None else "groups"
@@ -297,9 +373,31 @@ def text(calibration: Calibration) -> str:
             f"  so few {few} promise {100 * known.image_promised_rate:.2g} % at best; for "
             "less the threshold rests on the form of their scores' tail"
         )
+    if known.scores:
+        lines.append(f"  {rates_text(known)}")
     if known.warning:
         lines.append(f"  warning: {known.warning}")
     return "\n".join(lines)
+
+
+def rates_text(calibration: Calibration) -> str:
+    """Thresholds for other rates, and what so few images do not promise, for a person."""
+    known = calibration
+    found = [
+        f"{100 * rate:g} % from {threshold:.4g}"
+        for rate, threshold in zip(known.rates, known.rate_thresholds, strict=True)
+    ]
+    missing = [rate for rate in RATES if rate not in known.rates]
+    if missing:
+        what = "images" if known.groups is None else "groups"
+        rates = ", ".join(f"{100 * rate:g} % takes {fewest(rate)}" for rate in missing)
+        found.append(f"not promised by {known.independent} {what}: {rates}")
+    return f"false alarms by image threshold: {'; '.join(found)}"
+
+
+def fewest(rate: float) -> int:
+    """Return the least number of images that promise a rate."""
+    return math.ceil(_exact(1 / rate)) - 1
 
 
 def outcome(
@@ -320,12 +418,14 @@ def outcome(
 
     Returns:
       JSON-able: where the thresholds come from, and rates from 0 to 1; None where there is
-      no image or pixel of the kind.
+      no image or pixel of the kind. Numbers of images come with `verdicts.share`'s intervals.
     """
     called = scores >= np.float32(calibration.image_threshold)
     # Pixels and those called anomalous: of defects, of the rest, of normal images.
     counts = np.zeros((3, 2), np.int64)
-    for label, anomaly_map, mask in zip(labels, maps, masks, strict=True):
+    outlined = np.zeros(len(labels), bool)
+    for i, (label, anomaly_map, mask) in enumerate(zip(labels, maps, masks, strict=True)):
+        outlined[i] = anomaly_map.max() >= np.float32(calibration.pixel_threshold)
         if mask is not None:
             high = anomaly_map >= np.float32(calibration.pixel_threshold)
             defect = mask.sum(), (high & mask).sum()
@@ -343,12 +443,38 @@ def outcome(
         "image_promised_rate": calibration.image_promised_rate,
         "image_threshold": calibration.image_threshold,
         "image_false_alarm_rate": None if labels.all() else float(np.mean(called[~labels])),
+        "image_false_alarms": verdicts.share(called[~labels]),
         "image_recall": float(np.mean(called[labels])) if labels.any() else None,
+        "image_found": verdicts.share(called[labels]),
         "pixel_rate": calibration.pixel_rate,
         "pixel_threshold": calibration.pixel_threshold,
         "pixel_false_alarm_rate": alarms,
         "pixel_false_alarm_rate_good": alarms_good,
         "pixel_recall": recall,
+        "outlined_normal": verdicts.share(outlined[~labels]),
+        "outlined_anomalous": verdicts.share(outlined[labels]),
+        "rates": [_at_rate(calibration, rate, labels, scores) for rate in RATES]
+        if calibration.scores
+        else [],
+    }
+
+
+def _at_rate(
+    calibration: Calibration,
+    rate: float,
+    labels: Bool[np.ndarray, " n"],
+    scores: Float32[np.ndarray, " n"],
+) -> dict[str, Any]:
+    """What the threshold for a rate does; without one where so few images do not promise it."""
+    found: dict[str, Any] = {"rate": rate, "threshold": None, "images_needed": fewest(rate)}
+    if rate not in calibration.rates:
+        return found
+    threshold = calibration.rate_thresholds[calibration.rates.index(rate)]
+    called = scores >= np.float32(threshold)
+    return found | {
+        "threshold": threshold,
+        "found": verdicts.share(called[labels]),
+        "false_alarms": verdicts.share(called[~labels]),
     }
 
 
@@ -404,7 +530,7 @@ def from_dict(stored: Any, *detector: str) -> Calibration | None:
         raise ValueError("its contents are not what was saved")
     if stored["detector"] not in detector:
         return None
-    fields |= {name: tuple(fields[name]) for name in ("quantiles", "levels")}
+    fields |= {name: tuple(fields[name]) for name in _LISTS}
     return Calibration(**fields)
 
 
@@ -418,6 +544,8 @@ def _check(fields: Mapping[str, Any]) -> None:
         raise ValueError("more images in the tail than there are")
     if len(fields["quantiles"]) != len(fields["levels"]):
         raise ValueError("as many levels as quantiles were expected")
+    if len(fields["rates"]) != len(fields["rate_thresholds"]):
+        raise ValueError("as many thresholds as rates were expected")
 
 
 def _valid(name: str, value: Any) -> bool:
@@ -430,15 +558,26 @@ def _valid(name: str, value: Any) -> bool:
     if name in ("images", "groups", "tail_images"):
         least = 1 if name == "tail_images" else MIN_IMAGES
         return type(value) is int and least <= value <= _MOST_IMAGES
-    if name in ("quantiles", "levels"):
-        if not isinstance(value, list) or not value or {type(x) for x in value} != {float}:
-            return False
-        array = np.array(value)
-        shares = name == "quantiles" or 0 < array[0] <= array[-1] < 1
-        finite = bool(np.all(np.abs(array) <= _LARGEST))  # false for NaN
-        return finite and bool(shares and np.all(np.diff(array) > 0))
+    if name in _LISTS:
+        return _valid_list(name, value)
     if type(value) is not float or not abs(value) <= _LARGEST:
         return False
     if name.endswith("rate"):
-        return 0 < value < 1
+        return 0 < value < 1 or (name == "pixel_rate" and value == 0)
     return value >= 0 if name == "tail_excess" else True
+
+
+def _valid_list(name: str, value: Any) -> bool:
+    # What came later is empty in what was stored before it.
+    if name in ("rates", "rate_thresholds", "scores") and value in ((), []):
+        return True
+    if not isinstance(value, list) or not value or {type(x) for x in value} != {float}:
+        return False
+    array = np.array(value)
+    if not np.all(np.abs(array) <= _LARGEST):  # false for NaN
+        return False
+    steps = np.diff(array)
+    if name in ("rate_thresholds", "scores"):  # of which some may be equal
+        return bool(np.all((steps if name == "scores" else -steps) >= 0))
+    shares = name == "quantiles" or 0 < array[0] <= array[-1] < 1
+    return bool(shares and np.all(steps > 0))

@@ -41,6 +41,7 @@ _MOST_IMAGES = 65536  # a batch
 _MOST_REPEATS = 1000
 _LEAST_STD = 1e-6  # of pixels of 0 to 1: float32 divides by it
 _LONGEST_PATTERN = 1000
+_HIGHEST_RATE = 0.9999
 _LONGEST_NAME = 255  # of a folder, in bytes, wherever folders are
 UPSAMPLINGS = ("bilinear", "bicubic")
 FIGURES = ("none", "some", "all")
@@ -332,8 +333,12 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
             normal=checks.one_of("config.threshold.normal", threshold["normal"], THRESHOLDS),
             groups=_groups(threshold["groups"]),
             held_out=checks.fraction("config.threshold.held_out", threshold["held_out"]),
-            image_rate=checks.fraction("config.threshold.image_rate", threshold["image_rate"]),
-            pixel_rate=checks.fraction("config.threshold.pixel_rate", threshold["pixel_rate"]),
+            image_rate=checks.within(
+                "config.threshold.image_rate", threshold["image_rate"], 0.0, _HIGHEST_RATE
+            ),
+            pixel_rate=checks.within(
+                "config.threshold.pixel_rate", threshold["pixel_rate"], 0.0, _HIGHEST_RATE
+            ),
         ),
         batch_size=checks.integer("config.batch_size", values["batch_size"], 1, _MOST_IMAGES),
         train=TrainConfig(

@@ -162,11 +162,13 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # The part of the training images that held_out keeps back, where it has to.
     # Range: above 0, below 1.
     config.threshold.held_out = 0.2
-    # Of normal images, and of their pixels, this part may be called anomalous.
-    # Range: above 0, below 1.
-    config.threshold.image_rate = 0.01
-    # Range: above 0, below 1.
-    config.threshold.pixel_rate = 0.001
+    # This part of normal images may be called anomalous. 0, automatic: 1 %, or where n images
+    # (or groups) promise no less than 1 / (n + 1), that. What is asked for explicitly and not
+    # promised is extrapolated. Range: 0 to 0.9999.
+    config.threshold.image_rate = 0.0
+    # This part of their pixels may be outlined. 0, by images: the pixel threshold is such that
+    # no more than image_rate of normal images have any outline. Range: 0 to 0.9999.
+    config.threshold.pixel_rate = 0.0
 
     # Images per step, of all devices together; bounds memory, does not change results.
     # Range: 1 to 65536.

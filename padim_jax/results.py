@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float32, UInt8
 from PIL import Image
 
 from padim_jax import calibration as calibration_lib
-from padim_jax import figures, metrics, paths, published, tables
+from padim_jax import figures, metrics, paths, published, tables, verdicts
 from padim_jax.calibration import Calibration
 from padim_jax.config import Config
 from padim_jax.datasets.files import shown
@@ -293,6 +293,23 @@ def table(config: Config, measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rate_rows(normal: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of a table of thresholds for other rates, and what each does on the test set.
+
+    Args:
+      normal: `normal_threshold` of `measure`, with its rates.
+    """
+    rows = [["false alarms", "image threshold", "found (95 % interval)", "false alarms here"]]
+    for one in normal["rates"]:
+        if one["threshold"] is None:
+            cells = [f"takes {one['images_needed']} images", "-", "-"]
+        else:
+            shares = (verdicts.share_text(one[key]) for key in ("found", "false_alarms"))
+            cells = [f"{one['threshold']:.4g}", *shares]
+        rows.append([f"{100 * one['rate']:g} %", *cells])
+    return rows
+
+
 def comparison_rows(
     config: Config, measured: dict[str, Any]
 ) -> list[tuple[str, float | None, list[tuple[str, float]]]]:
@@ -339,16 +356,16 @@ def _thresholds(measured: dict[str, Any]) -> list[str]:
     """Sentences on the thresholds that there are."""
     sentences = []
     if normal := measured["normal_threshold"]:
-        wanted = f"{100 * normal['image_rate']:g} % false alarms asked for"
+        wanted = f"{100 * normal['image_rate']:.3g} % false alarms asked for"
         if normal["image_promised_rate"] > normal["image_rate"]:
             wanted += f" ({100 * normal['image_promised_rate']:.2g} % promised)"
         found = [
-            f"{100 * normal[key]:.1f} % of {images}"
+            f"{verdicts.share_text(normal[key])} {images}"
             for key, images in (
-                ("image_false_alarm_rate", "good images"),
-                ("image_recall", "anomalous ones"),
+                ("image_false_alarms", "good images"),
+                ("image_found", "anomalous ones"),
             )
-            if normal[key] is not None
+            if normal[key]["total"]
         ]
         of = f"{normal['images']} normal images"
         if normal["groups"] is not None:
@@ -358,6 +375,8 @@ def _thresholds(measured: dict[str, Any]) -> list[str]:
             f"({normal['origin'].replace('_', ' ')}), {wanted}: "
             f"{normal['image_threshold']:.4g}; here {', '.join(found)}"
         )
+        if normal["rates"]:
+            sentences += ["", *_aligned(rate_rows(normal)), ""]
         if normal["warning"]:
             sentences.append(f"warning: {normal['warning']}")
     if measured["image_f1_threshold"] is not None:

@@ -5,6 +5,7 @@ that had no part in them says how far they can be trusted.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,24 @@ def interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, f
     low = stats.beta.ppf(tail, count, total - count + 1) if count else 0.0
     high = stats.beta.ppf(1 - tail, count + 1, total - count) if count < total else 1.0
     return float(low), float(high)
+
+
+def share(called: Bool[np.ndarray, " n"]) -> dict[str, Any]:
+    """Return how many images were called anomalous, of how many, with the interval of 95 %.
+
+    For JSON: `count`, `total`, and `low` and `high`, from 0 to 1; see `interval`.
+    """
+    count, total = int(np.count_nonzero(called)), len(called)
+    low, high = interval(count, total)
+    return {"count": count, "total": total, "low": low, "high": high}
+
+
+def share_text(found: Mapping[str, Any]) -> str:
+    """`share` for a person, as in "3 of 20 (3 to 38 %)"."""
+    if not found["total"]:
+        return "-"
+    low, high = (f"{100 * found[key]:.0f}" for key in ("low", "high"))
+    return f"{found['count']} of {found['total']} ({low} to {high} %)"
 
 
 def in_place(

@@ -73,6 +73,44 @@ class TestImageThreshold:
         level = found.calibrated(np.array([found.image_threshold]))
         np.testing.assert_allclose(level, 0.999, atol=1e-7)
 
+    @pytest.mark.parametrize(
+        ("images", "rate"), [(3, 1 / 4), (46, 1 / 47), (98, 1 / 99), (99, 0.01), (209, 0.01)]
+    )
+    def test_automatic_rate_is_promised(self, images: int, rate: float):
+        """Below 99 images by the highest score itself: nothing is extrapolated."""
+        scores = GAMMA[:images]
+        found = of_scores(scores, 0.0)
+        assert found.image_rate == rate
+        assert found.image_promised_rate <= rate
+        rank = max(1, int(0.01 * (images + 1)))
+        highest = np.sort(scores)[-rank]
+        assert found.image_threshold == np.nextafter(highest, np.float32(np.inf))
+        assert found.image_threshold == calibration.conformal(scores, rate)
+
+    def test_table_of_rates(self):
+        """Those that 46 images promise, each by a score; the text tells what others take."""
+        found = of_scores(GAMMA[:46], 0.0)
+        ordered = np.sort(GAMMA[:46])
+        assert found.rates == (0.05, 0.1)
+        above = np.nextafter(ordered[[-2, -4]], np.float32(np.inf))
+        assert found.rate_thresholds == tuple(above.tolist())
+        said = calibration.text(found)
+        assert "not promised by 46 images: 1 % takes 99, 2 % takes 49" in said
+        assert calibration.is_promised(0.01, 99)
+        assert not calibration.is_promised(0.01, 98)
+        assert of_scores(GAMMA, 0.0).rates == calibration.RATES
+        assert of_scores(GAMMA[:5], 0.0).rates == ()
+        with pytest.raises(ValueError, match="do not promise"):
+            calibration.conformal(GAMMA[:46], 0.02)
+
+    def test_scores_are_kept(self):
+        """All, or of many a few hundred of the same distribution."""
+        assert of_scores(GAMMA).scores == tuple(np.sort(GAMMA).tolist())
+        many = np.random.default_rng(5).gamma(3, 2, 5000)
+        some = of_scores(many).scores
+        assert len(some) == 512
+        assert stats.kstest(some, many.astype(np.float32)).statistic < 0.005
+
     def test_never_below_a_score_that_must_not_be_called(self):
         """A short tail puts the quantile of 1 in 1000 below the highest of 20."""
         scores = np.r_[np.linspace(1, 2, 19), 50]
@@ -155,6 +193,30 @@ class TestPixels:
         maps[0, 0, 0] = 9
         found = self.in_parts(maps, [2], 0.01)
         assert 3 < found.pixel_threshold < 3.00001
+
+    @pytest.mark.parametrize("images", [5, 46, 120])
+    def test_by_images_an_outline_is_a_verdict(self, images: int):
+        """As many normal images have an outlined pixel as are called anomalous, any split."""
+        maps = np.random.default_rng(images).gumbel(4, 1, (images, 6, 5)).astype(np.float32)
+        parts = [(part, part.max(axis=(1, 2))) for part in np.split(maps, [2, images // 2])]
+        found = calibrate(parts, images, "given", 0.0, 0.0)
+        assert found.pixel_rate == 0
+        assert found.pixel_threshold == found.image_threshold
+        outlined = np.any(maps >= np.float32(found.pixel_threshold), axis=(1, 2))
+        assert outlined.mean() <= found.image_rate
+        # Explicit rates keep the two apart.
+        apart = calibrate(parts, images, "given", 0.0, 0.1)
+        assert apart.pixel_threshold < found.pixel_threshold
+        extrapolated = calibrate(parts, images, "given", 1e-4, 0.0)
+        assert extrapolated.pixel_threshold == extrapolated.image_threshold > maps.max()
+
+    def test_by_images_of_groups(self):
+        """A group has an outline where any of its images has."""
+        maps = np.random.default_rng(0).gumbel(4, 1, (12, 3, 3)).astype(np.float32)
+        groups = np.arange(12) // 4
+        found = calibrate([(maps, maps.max(axis=(1, 2)))], 12, "given", 0.5, 0.0, groups)
+        peaks = np.sort(maps.reshape(3, -1).max(axis=1))
+        assert found.pixel_threshold == np.nextafter(peaks[1], np.float32(np.inf))
 
     def test_typical_pixel(self):
         """The images' median of the medians of every fourth row and column."""
@@ -311,6 +373,11 @@ class TestStored:
             {"levels": [0.1, 0.2]},
             {"tail_images": 0},
             {"tail_excess": -1.0},
+            {"rates": [0.1]},
+            {"rates": [0.2, 0.1, 0.3, 0.4]},
+            {"rate_thresholds": [1.0, 2.0, 3.0, 4.0]},
+            {"scores": [2.0, 1.0]},
+            {"scores": "all"},
             {"groups": 2},
             {"groups": 210},
             {"groups": "all"},
@@ -333,10 +400,14 @@ class TestStored:
 
     @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Calibration)])
     def test_missing(self, name: str):
-        stored = to_dict(of_scores(GAMMA), "abc")
+        found = dataclasses.replace(of_scores(GAMMA), groups=209, warning="near copies")
+        stored = to_dict(found, "abc")
         del stored[name]
         # What older files lack is missed by the digest.
-        reason = "not what was saved" if name in ("groups", "warning") else name
+        later = ("groups", "warning", "rates", "rate_thresholds", "scores")
+        reason = name
+        if name in later:
+            reason = "as many thresholds|not what was saved"
         with pytest.raises(ValueError, match=reason):
             from_dict(stored, "abc")
 

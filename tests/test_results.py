@@ -232,7 +232,8 @@ class TestTable:
         text = results.table(make_config(), measured)
         assert (
             "threshold of 9 normal images (leave one out), 1 % false alarms asked for "
-            "(10 % promised): 3.5; here 0.0 % of good images, 66.7 % of anomalous ones"
+            "(10 % promised): 3.5; here 0 of 2 (0 to 84 %) good images, 2 of 3 (9 to 99 %) "
+            "anomalous ones"
         ) in text
         assert "threshold of the best F1 on these very labels: 3" in text
         assert "normal images" not in results.table(make_config(), results.measure(BOTH))

@@ -69,6 +69,7 @@ def run_page(
             '<main id="main">',
             _metrics(config, scored, measured, start),
             _thresholds(scored, axis, named, start),
+            _rates(measured["normal_threshold"]),
             drawn,
             _gallery(scored, shown, start, _legend(scale, pixel_meaning)),
             _data(measured.get("data")),
@@ -114,7 +115,11 @@ def _named(measured: Mapping[str, Any]) -> list[tuple[str, float, str]]:
 def _pixel_threshold(measured: Mapping[str, Any]) -> tuple[float | None, str]:
     """From which score on pixels are outlined, and what that threshold is."""
     if normal := measured["normal_threshold"]:
-        value, rate = normal["pixel_threshold"], _share(normal["pixel_rate"])
+        value = normal["pixel_threshold"]
+        if not normal["pixel_rate"]:
+            rate = _share(normal["image_rate"])
+            return value, f"pixels from {value:.4g}, as {rate} of normal images have any"
+        rate = _share(normal["pixel_rate"])
         return value, f"pixels from {value:.4g}, as {rate} of normal pixels are"
     if (value := measured["pixel_f1_threshold"]) is not None:
         return value, f"pixels from {value:.4g}, the best F1 on these very masks"
@@ -127,7 +132,7 @@ def _float32(threshold: float) -> float:
 
 
 def _share(rate: float) -> str:
-    return f"{100 * rate:g} %"
+    return f"{100 * rate:.3g} %"
 
 
 def _header(config: Config, scored: Scored) -> str:
@@ -262,6 +267,19 @@ def _thresholds(
 <div>{counts}{rates}</div>
 <p class="visually-hidden" id="spoken" role="status"></p>
 </section>"""
+
+
+def _rates(normal: Mapping[str, Any] | None) -> str:
+    """Thresholds to choose from by the false alarms that they promise, and what each does."""
+    if not normal or not normal["rates"]:
+        return ""
+    head, *rows = results.rate_rows(normal)
+    lines = [
+        f'<tr><th scope="row">{text(first)}</th>{"".join(cell(text(x)) for x in others)}</tr>'
+        for first, *others in rows
+    ]
+    caption = "Thresholds by the false alarms that they promise, and what they do here"
+    return f"<section>{document.table(head, lines, caption)}</section>"
 
 
 def _diagrams(scored: Scored, measured: Mapping[str, Any]) -> str:
