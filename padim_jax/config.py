@@ -68,6 +68,7 @@ class DatasetConfig:
     train_images: int
     seed: int
     skip_bad: bool
+    exclude: tuple[str, ...] = ()
     inverted_masks: str = "check"
 
 
@@ -281,6 +282,7 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
             ),
             seed=checks.integer("config.dataset.seed", dataset["seed"], 0, checks.MOST_SEED),
             skip_bad=checks.flag("config.dataset.skip_bad", dataset["skip_bad"]),
+            exclude=_exclude(dataset["exclude"]),
             inverted_masks=checks.one_of(
                 "config.dataset.inverted_masks", dataset["inverted_masks"], INVERTED_MASKS
             ),
@@ -625,6 +627,16 @@ def _groups(value: Any) -> str:
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{found} ({error})") from error
     return value
+
+
+def _exclude(value: Any) -> tuple[str, ...]:
+    listed = isinstance(value, tuple | list)
+    if not listed or not all(isinstance(name, str) and name for name in value):
+        raise UserError(
+            f"config.dataset.exclude={checks.shown(value)}: expected relative paths of "
+            "training images, as in \"('train/good/007.png',)\""
+        )
+    return tuple(value)
 
 
 def _pooling(value: Any) -> int:

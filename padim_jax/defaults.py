@@ -59,6 +59,9 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # At most so many training images, drawn with dataset.seed; 0 takes them all.
     # Range: 0 to 2^63 - 1.
     config.dataset.train_images = 0
+    # Training images that are not fitted, by their paths relative to the category's or root
+    # folder as in suspects.csv: ("train/good/007.png",). A fit names those that look odd.
+    config.dataset.exclude = ()
     # Of what is drawn from a dataset: train_images, threshold.held_out, and the split of
     # datasets that have none. Range: 0 to 2^63 - 1.
     config.dataset.seed = 0

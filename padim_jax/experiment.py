@@ -48,6 +48,7 @@ from padim_jax import (
 from padim_jax import config as config_lib
 from padim_jax import detector as detector_lib
 from padim_jax import summary as summary_lib
+from padim_jax import suspects as suspects_lib
 from padim_jax import watch as watch_lib
 from padim_jax.calibration import Calibration
 from padim_jax.config import Config
@@ -60,6 +61,7 @@ from padim_jax.errors import DataWarning, UserError
 from padim_jax.fitting import Backbone
 from padim_jax.input_pipeline import FolderSource
 from padim_jax.paths import Path
+from padim_jax.suspects import Suspects
 from padim_jax.types import LowRank
 
 _MOST_NAMED = 5  # folders in a warning
@@ -123,9 +125,10 @@ def run(
                 config = fitting.with_range(config, dataset["train"])
                 dataset, skipped = _readable(config, dataset)
                 _survey(dataset)
-                train(config, dataset, checkpoint_path, overwrite=overwrite)
+                _, suspects = _train(config, dataset, checkpoint_path, overwrite=overwrite)
             if parallel.every().process == 0:
                 results.write_skipped(workdir, skipped)
+                results.write_suspects(workdir, suspects)
         elif mode == "update":
             _update(config, checkpoint_path, pattern, weights)
         elif mode == "merge":
@@ -193,11 +196,14 @@ def train_and_eval(
         ranged = fitting.with_range(config, dataset["train"])
         dataset, skipped = _readable(ranged, dataset)
         summary = _survey(dataset)
-        detector = train(ranged, dataset, checkpoint_path, backbone, overwrite)
+        detector, suspects = _train(ranged, dataset, checkpoint_path, backbone, overwrite)
         if parallel.every().process == 0:
+            results.write_suspects(workdir, suspects)
             # Of the model that was: nobody is to take it for this one's.
             (workdir / METRICS).unlink(missing_ok=True)
-        return _evaluate(config, detector, dataset["test"], workdir, skipped, identity, summary)
+        return _evaluate(
+            config, detector, dataset["test"], workdir, skipped, identity, summary, suspects
+        )
 
 
 def train(
@@ -221,6 +227,17 @@ def train(
         another process writes to the checkpoint, or it is of another data set.
       Stopped: by SIGTERM, during the fit.
     """
+    return _train(config, dataset, path, backbone, overwrite)[0]
+
+
+def _train(
+    config: Config,
+    dataset: Mapping[str, Source],
+    path: Path,
+    backbone: Backbone | None = None,
+    overwrite: bool = False,
+) -> tuple[Detector, Suspects | None]:
+    """As `train`; with images left out one by one also how these rank, in the first process."""
     config = fitting.with_range(config, dataset["train"])
     with locks.held(path, parallel.every().process):
         if not overwrite:
@@ -233,13 +250,13 @@ def train(
             _require_groups(config, source if leave_out else validation)
         detector = fitting.train(config, source, path, backbone)
         if normal == "none":
-            return detector
+            return detector, None
         if not leave_out:
-            return _calibrate(detector, validation, "held_out", path)
+            return _calibrate(detector, validation, "held_out", path), None
         if detector.count < 3:
             print("no thresholds: leaving one out needs at least 3 images that were fitted")
-            return detector
-        return _calibrate(detector, source, "leave_one_out", path)
+            return detector, None
+        return _calibrate_ranked(detector, source, "leave_one_out", path)
 
 
 def _with_held_out(config: Config, splits: Mapping[str, Source]) -> dict[str, Source]:
@@ -298,6 +315,13 @@ def calibrate(detector: Detector, source: Source, origin: str, path: Path) -> De
 
 
 def _calibrate(detector: Detector, source: Source, origin: str, path: Path) -> Detector:
+    return _calibrate_ranked(detector, source, origin, path)[0]
+
+
+def _calibrate_ranked(
+    detector: Detector, source: Source, origin: str, path: Path
+) -> tuple[Detector, Suspects | None]:
+    """As `calibrate`; and how images that were left out rank, in the first process."""
     config, given = detector.config, origin == "given"
     left_out = origin in ("leave_one_out", "leave_some_out")
     source = copies.distinct(source, parallel.every())
@@ -324,6 +348,8 @@ def _calibrate(detector: Detector, source: Source, origin: str, path: Path) -> D
     # Given ones are seen once; see `predict`.
     cache = None if given else image_cache.open_cache(config.cache)
     samples: list[np.ndarray] = []
+    scores: list[np.ndarray] = []
+    highest: list[tuple[float, int, np.ndarray]] = []  # score, place in `order`, map
 
     def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         nonlocal seen
@@ -341,6 +367,12 @@ def _calibrate(detector: Detector, source: Source, origin: str, path: Path) -> D
                     unused[digest] -= 1
                 if sum(map(len, samples)) < copies.MOST_COMPARED:
                     samples.append(part.samples)
+                start = sum(map(len, scores))
+                scores.append(part.scores)
+                for i in np.argsort(-part.scores)[: suspects_lib.SHOWN].tolist():
+                    highest.append((float(part.scores[i]), start + i, part.maps[i].copy()))
+                highest.sort(key=lambda one: (-one[0], order[one[1]]))
+                del highest[suspects_lib.SHOWN :]
                 yield part.maps, part.scores
 
     found = _thresholds(detector, parts(), count, origin, groups[order] if pattern else None)
@@ -349,7 +381,24 @@ def _calibrate(detector: Detector, source: Source, origin: str, path: Path) -> D
         found = _with_warning(found, samples, names)
     if left_out:
         detector = fitting.refinalize(seen, path)
-    return _keep_thresholds(detector, found, path)
+    detector = _keep_thresholds(detector, found, path)
+    if not left_out or parallel.every().process > 0:
+        return detector, None
+    back = np.argsort(order)  # to the source's order
+    ranked = suspects_lib.rank(
+        [record.relative_path for record in source.records],
+        np.concatenate(scores)[back],
+        groups,
+        config.threshold.image_rate,
+        found.image_threshold,
+    )
+    print(suspects_lib.text(ranked))
+    images = [
+        input_pipeline.load_image(source, config.image, int(order[place]), cache)
+        for _, place, _ in highest
+    ]
+    maps = [anomaly_map for *_, anomaly_map in highest]
+    return detector, dataclasses.replace(ranked, images=images, maps=maps)
 
 
 def _calibrate_samples(detector: Detector, path: Path) -> Detector:
@@ -792,10 +841,25 @@ def _warn_unused(config: Config) -> None:
 def _held_back(config: Config, sources: dict[str, Source]) -> dict[str, Source]:
     """The splits of a dataset as a configuration uses them; see `open_dataset`."""
     train = sources["train"]
+    if exclude := config.dataset.exclude:
+        train = _without_excluded(train, exclude)
     if count := config.dataset.train_images:
         chosen = sampling.subset(range(len(train.records)), count, config.dataset.seed)
         train = sampling.part(train, chosen)
     return {**sources, "train": train}
+
+
+def _without_excluded(source: Source, exclude: Sequence[str]) -> Source:
+    """The training images but those of `config.dataset.exclude`."""
+    known = {record.relative_path for record in source.records}
+    if unknown := [name for name in exclude if name not in known]:
+        example = f", as in {next(iter(known))!r}" if known else ""
+        raise UserError(
+            f"config.dataset.exclude: {unknown[0]!r} is none of the {len(known)} training "
+            f"images; expected their relative paths{example}"
+        )
+    left = [i for i, x in enumerate(source.records) if x.relative_path not in set(exclude)]
+    return sampling.part(source, left)
 
 
 def _say_folders(config: Config, sources: Mapping[str, Source]) -> None:
@@ -1016,6 +1080,7 @@ def _evaluate(
     skipped: Sequence[Skipped],
     identity: Mapping[str, Any],
     summary: summary_lib.Summary,
+    suspects: Suspects | None = None,
 ) -> dict:
     if parallel.every().process == 0:  # which keeps the maps
         memory.require_for_maps(config, len(source.records))
@@ -1035,6 +1100,8 @@ def _evaluate(
     defects = sum(int(mask.sum()) for mask in scored.masks if mask is not None)
     memory.require_for_maps(config, len(source.records), defects / scored.maps.size)
     measured = results.measure(scored, detector.calibration)
+    if (transfer := measured["transfer"]) and transfer["unlike"]:
+        warnings.warn(DataWarning(results.transfer_text(transfer)), stacklevel=2)
     scale = figures.color_scale(scored.maps, scored.labels.astype(int))
     measured["color_scale"] = [scale.low, scale.high]
     measured["detector"] = detector_lib.fingerprint(detector)
@@ -1062,7 +1129,7 @@ def _evaluate(
     with _replacing_results(workdir) as place:
         results.write_json(place / _CONFIG, config_lib.to_dict(config))
         if config.outputs.report:
-            page = report.run_page(config, scored, measured, load_image)
+            page = report.run_page(config, scored, measured, load_image, suspects)
             paths.write(place / REPORT, page.encode())
             worst = report.thumbnails(scored, scale, load_image)
             results.write_json(place / THUMBNAILS, worst)

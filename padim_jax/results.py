@@ -21,12 +21,14 @@ from padim_jax.datasets.files import shown
 from padim_jax.datasets.records import GOOD, Record, Skipped
 from padim_jax.errors import UserError
 from padim_jax.paths import Path
+from padim_jax.suspects import Suspects
 
 # With config.outputs.figures="some", of each defect type this many of the highest
 # scored images and as many of the lowest.
 _SOME = 2
 
 SKIPPED = "skipped.csv"
+SUSPECTS = "suspects.csv"
 FULL = "pixel metrics at the masks' own sizes; published ones are at the model's"
 _SHOWN = 3  # so many leaks, or skipped images, are named
 _LONGEST_NAME = 200  # bytes of a picture's, of 255 that there may be
@@ -84,8 +86,10 @@ def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str,
       All metrics (see `metrics.evaluate`), of which those named f1 come with the thresholds
       that are best on this test set's own labels; `test_images` and `anomalous_images`, their
       numbers; `resolution`, at which maps and masks were compared, "model" or "full";
-      `normal_threshold`, what thresholds from normal images alone do here, always at the
-      model's size (see `calibration.outcome`), or None.
+      `transfer`, whether normal test images score as those that the thresholds rest
+      on (see `verdicts.Transfer`), or None; `normal_threshold`, what thresholds from
+      normal images alone do here, always at the model's size (see `calibration.outcome`),
+      or None.
     """
     known = np.array([mask is not None for mask in scored.masks])
     blank = np.zeros(scored.maps.shape[1:], bool)
@@ -109,7 +113,34 @@ def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str,
         "anomalous_images": int(scored.labels.sum()),
         "resolution": "model" if scored.pixels is None else "full",
         "normal_threshold": outcome,
+        "transfer": _transfer(scored, calibration),
     }
+
+
+def _transfer(scored: Scored, calibration: Calibration | None) -> dict[str, Any] | None:
+    """Whether normal test images score as those of the thresholds; None where it is unknown.
+
+    Groups are not compared: of test images it is not known which belong together.
+    """
+    if calibration is None or calibration.groups is not None:
+        return None
+    normal = np.array(calibration.scores)
+    found = verdicts.transfer(normal, scored.scores[~scored.labels].astype(float))
+    if found is None:
+        return None
+    level = verdicts.TRANSFER_LEVEL
+    return dataclasses.asdict(found) | {"level": level, "unlike": found.unlike}
+
+
+def transfer_text(found: Mapping[str, Any]) -> str:
+    """What `transfer` in metrics.json says, for a person, where it is `unlike`."""
+    return (
+        f"normal test images are unlike the training images: {found['images']} of them score "
+        f"higher than normal images of the thresholds with a probability of "
+        f"{found['higher']:.2f} instead of 0.5 (p = {found['p_value']:.1g}, tested at "
+        f"{found['level']:g}); thresholds do not transfer. Fit or calibrate with images as "
+        "they will be"
+    )
 
 
 def compare(exact: Scored, half: Scored) -> dict[str, Any]:
@@ -225,6 +256,19 @@ def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
     paths.write(table, tables.as_csv(rows))
 
 
+def write_suspects(folder: Path, suspects: Suspects | None) -> None:
+    """Lists training images by their left-out scores in suspects.csv; without any, no file."""
+    if suspects is None:
+        (folder / SUSPECTS).unlink(missing_ok=True)
+        return
+    rows: list[tuple[Any, ...]] = [("rank", "path", "score", "expected", "suspect")]
+    for i, path in enumerate(suspects.paths):
+        likely = float(suspects.expected[i])
+        expected = "" if np.isnan(likely) else f"{likely:.6g}"
+        rows.append((i + 1, path, suspects.scores[i], expected, int(i < suspects.count)))
+    paths.write(folder / SUSPECTS, tables.as_csv(rows))
+
+
 def save_map(
     folder: Path, name: str, suffix: str, anomaly_map: Float32[np.ndarray, "h w"]
 ) -> None:
@@ -273,6 +317,8 @@ def table(config: Config, measured: dict[str, Any]) -> str:
         for reason in dict.fromkeys(measured.get("undefined", {}).values())
     ]
     sentences = _thresholds(measured)
+    if (found := measured.get("transfer")) and found["unlike"]:
+        sentences.append(f"warning: {transfer_text(found)}")
     if leaks := measured.get("leaks"):
         sentences.append(
             f"{len(leaks)} of {measured['test_images']} test images were trained on too: "

@@ -152,6 +152,20 @@ def thumbnails(
         return list(pool.map(thumbnail, [*defects.tolist(), *normals.tolist()]))
 
 
+def strip(
+    images: Sequence[UInt8[np.ndarray, "h w 3"]],
+    maps: Sequence[Float32[np.ndarray, "h w"]],
+    scale: figures.ColorScale,
+) -> list[str]:
+    """Images and their heat maps side by side, small, as data: URLs."""
+    made = []
+    for image, anomaly_map in zip(images, maps, strict=True):
+        small, small_map = _shrink(image, anomaly_map, 128)
+        heat = np.asarray(figures.overlay(small, small_map, scale, None))
+        made.append(_jpeg(np.concatenate([small, heat], axis=1)))
+    return made
+
+
 def _picture(
     image: UInt8[np.ndarray, "h w 3"],
     mask: Bool[np.ndarray, "h w"] | None,

@@ -13,6 +13,8 @@ from padim_jax.config import Config
 from padim_jax.report import charts, document, pictures
 from padim_jax.report.document import cell, name, number, text
 from padim_jax.results import Scored
+from padim_jax.suspects import Suspects
+from padim_jax.suspects import text as suspects_text
 
 # Names of the four outcomes, as `run.js` has them too.
 _FOUND, _MISSED, _ALARM, _PASSED = "found", "missed", "false alarm", "passed"
@@ -29,6 +31,7 @@ def run_page(
     scored: Scored,
     measured: Mapping[str, Any],
     load_image: pictures.LoadImage,
+    suspects: Suspects | None = None,
 ) -> str:
     """`report.html` of one evaluation, below 15 MB whatever the number of images.
 
@@ -41,6 +44,7 @@ def run_page(
       scored: at least one image.
       measured: what metrics.json holds.
       load_image: the preprocessed image by its number; called from several threads.
+      suspects: training images by their left-out scores, if this run has fitted them.
 
     Returns:
       HTML, all of which can be encoded.
@@ -70,6 +74,7 @@ def run_page(
             _metrics(config, scored, measured, start),
             _thresholds(scored, axis, named, start),
             _rates(measured["normal_threshold"]),
+            _suspects(suspects, scale),
             drawn,
             _gallery(scored, shown, start, _legend(scale, pixel_meaning)),
             _data(measured.get("data")),
@@ -186,6 +191,8 @@ def _notes(config: Config, measured: Mapping[str, Any], sources: list[str]) -> l
     if why := published.not_compared(config, config.category, measured):
         notes.append(why)
     notes += dict.fromkeys(f"undefined: {r}" for r in measured.get("undefined", {}).values())
+    if (found := measured.get("transfer")) and found["unlike"]:
+        notes.append(f"warning: {results.transfer_text(found)}")
     if leaks := measured.get("leaks"):
         some = ", ".join(leaks[:3]) + ", …" * (len(leaks) > 3)
         notes.append(f"{len(leaks)} test images were trained on too: {some}")
@@ -280,6 +287,30 @@ def _rates(normal: Mapping[str, Any] | None) -> str:
     ]
     caption = "Thresholds by the false alarms that they promise, and what they do here"
     return f"<section>{document.table(head, lines, caption)}</section>"
+
+
+def _suspects(found: Suspects | None, scale: figures.ColorScale) -> str:
+    """The training images of the highest left-out scores, which set the threshold."""
+    if found is None or not found.images:
+        return ""
+    items = []
+    for i, url in enumerate(pictures.strip(found.images, found.maps, scale)):
+        expected = float(found.expected[i])
+        facts = f"{found.scores[i]:.4g}"
+        if not np.isnan(expected):
+            facts += f" (its rank is expected to have {expected:.4g})"
+        if i < found.count:
+            facts += ", suspect"
+        items.append(
+            f'<li class="card"><img src="{url}" alt="{text(found.paths[i])}">'
+            f"<p><b>{text(facts)}</b></p><p class='what'>{name(found.paths[i])}</p></li>"
+        )
+    said = "".join(f"<p>{name(line.strip())}</p>" for line in suspects_text(found).split("\n"))
+    return (
+        '<section aria-labelledby="suspects-title"><h2 id="suspects-title">Training images of '
+        f"the highest scores, each left out</h2>{said}"
+        f'<ol class="gallery">{"".join(items)}</ol></section>'
+    )
 
 
 def _diagrams(scored: Scored, measured: Mapping[str, Any]) -> str:
