@@ -5,11 +5,12 @@ scores highest when it is left out. Pure functions of the left-out scores.
 
 Rule: above their highest tenth, scores of normal images are taken for exponential (see
 `calibration`). The gaps between consecutive ones, each times its rank from above, are then
-independent and equally distributed (Renyi, Acta Mathematica Hungarica 4, 1953). The gap below
-the k-th highest score, times k, is compared with the mean of the m scaled gaps below it: their
-ratio exceeds t with the probability (1 + t / m)^-m. The images above the lowest gap that is
-too wide at `LEVEL`, shared out among all k that are looked at, are suspects. Of data without
-any odd image at most the part `LEVEL` has suspects, if the tail is exponential.
+independent and equally distributed (Renyi, Acta Mathematica Hungarica 4, 1953). The mean of the
+highest k scaled gaps, the mean excess of the k highest scores, is compared with that of
+the m scaled gaps below: their ratio has the F distribution with 2 k and 2 m degrees of freedom.
+The k whose ratio is the least probable has the suspects above it, if that is below `LEVEL`
+shared out among all k that are looked at. Of data without any odd image at most the part
+`LEVEL` has suspects, if the tail is exponential.
 """
 
 import dataclasses
@@ -57,24 +58,26 @@ class Suspects:
 
 
 def count_odd(scores: Float32[np.ndarray, " n"]) -> int:
-    """Return how many of the highest scores lie beyond a gap too wide; see the module's text.
+    """Return how many of the highest scores are too high; see the module's text.
 
     Args:
       scores: of independent images, in any order.
     """
+    from scipy import stats  # takes its time
+
     falling = np.sort(scores.astype(np.float64))[::-1]
     n = len(falling)
     gaps = (falling[:-1] - falling[1:]) * np.arange(1, n)
     largest = max(1, int(_LARGEST_SHARE * n))
-    for k in range(min(largest, n - 1), 0, -1):
+    odd, least = 0, math.log(LEVEL / largest)
+    for k in range(1, min(largest, n - 1) + 1):
         below = gaps[k : k + _tail_size(n)]
         if len(below) < _LEAST_GAPS or not (mean := below.mean()) > 0:
             continue
-        # log1p: the ratio may be so large that the probability underflows.
-        log_p = -len(below) * math.log1p(gaps[k - 1] / mean / len(below))
-        if log_p < math.log(LEVEL / largest):
-            return k
-    return 0
+        log_p = float(stats.f.logsf(gaps[:k].mean() / mean, 2 * k, 2 * len(below)))
+        if log_p < least:
+            odd, least = k, log_p
+    return odd
 
 
 def expected(scores: Float32[np.ndarray, " n"], odd: int) -> Float[np.ndarray, " n"]:
@@ -131,7 +134,7 @@ def rank(
     likely = np.full(len(scores), np.nan)
     likely[: len(independent)] = expected(independent, odd)
     return Suspects(
-        paths=[paths[i] for i in order],
+        paths=[paths[i] for i in order.tolist()],
         scores=scores[order],
         expected=likely,
         count=int(np.count_nonzero(scores >= independent[odd - 1])) if odd else 0,

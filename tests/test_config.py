@@ -156,7 +156,7 @@ def test_fields_are_these():
         "category": None,
         "repeats": None,
         "dataset": [
-            *("inverted_masks", "name", "root", "seed", "skip_bad"),
+            *("exclude", "inverted_masks", "name", "root", "seed", "skip_bad"),
             *("source", "tfds_dir", "train_images"),
         ],
         "image": ["crop", "crop_at", "mean", "method", "resize", "rotation", "seed", "std"],
@@ -337,7 +337,8 @@ def stated_ranges(module) -> dict[str, re.Match[str]]:
 
 def is_number(value) -> bool:
     items = value if isinstance(value, tuple) else (value,)
-    return all(isinstance(x, int | float) and not isinstance(x, bool) for x in items)
+    numbers = [isinstance(x, int | float) and not isinstance(x, bool) for x in items]
+    return bool(numbers) and all(numbers)
 
 
 @pytest.mark.parametrize(
