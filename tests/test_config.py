@@ -99,6 +99,7 @@ def test_settings_arrive_where_they_belong():
             "source": "tfds",
             "tfds_dir": "c",
             "train_images": 60,
+            "exclude": ["a.png", "b/c.png"],
             "seed": 8,
             "skip_bad": True,
             "inverted_masks": "yes",

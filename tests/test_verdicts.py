@@ -118,3 +118,10 @@ class TestTransfer:
 
     def test_too_few(self):
         assert verdicts.transfer(np.arange(7.0), np.arange(50.0)) is None
+
+
+def test_share_in_words():
+    found = verdicts.share(np.array([True, False, False]))
+    assert (found["count"], found["total"]) == (1, 3)
+    assert verdicts.share_text(found) == "1 of 3 (1 to 91 %)"
+    assert verdicts.share_text(verdicts.share(np.zeros(0, bool))) == "-"
