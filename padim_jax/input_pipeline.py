@@ -262,13 +262,16 @@ def faults(
       What `batches` would raise of each image, or None if it is as it should be.
 
     Raises:
-      MachineError: an image cannot be read, which says nothing of it.
+      MachineError: an image cannot be read at this time, which says nothing of it. (One that
+        may not be read cannot be used: that is yielded.)
     """
 
     def fault(number: int) -> str | None:
         try:
             _load(source, config, number, cache)
-        except MachineError:
+        except MachineError as error:
+            if isinstance(error.__cause__, PermissionError):
+                return str(error)
             raise
         except UserError as error:
             return str(error)

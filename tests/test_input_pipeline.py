@@ -449,7 +449,7 @@ class TestViews:
 class TestFaults:
     """What is wrong with images (`config.dataset.skip_bad`), and what is not."""
 
-    @pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO, errno.ESTALE])
+    @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE])
     def test_a_fault_of_the_machine_is_none_of_an_image(self, number, numbered, monkeypatch):
         source = input_pipeline.FolderSource(numbered)
         opened = os.open
@@ -462,6 +462,16 @@ class TestFaults:
         monkeypatch.setattr(files.os, "open", failing)
         with pytest.raises(MachineError, match=r"cannot be read: "):
             list(input_pipeline.faults(source, image_config(), [0, 1]))
+
+    def test_a_file_that_may_not_be_read_cannot_be_used(self, numbered, monkeypatch):
+        def failing(path, *_):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+        source = input_pipeline.FolderSource(numbered)
+        monkeypatch.setattr(files.os, "open", failing)
+        (reason,) = input_pipeline.faults(source, image_config(), [0])
+        assert reason is not None
+        assert "cannot be read: Permission denied" in reason
 
     def test_too_little_memory_is_none_either(self, numbered, monkeypatch):
         def exhausted(*_):
