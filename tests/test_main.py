@@ -276,7 +276,7 @@ class TestMistakes:
             ([MVTEC, "--join_seconds=nan"], "--join_seconds=nan: expected .* above 0"),
             ([MVTEC, "--stopped_code=256"], "--stopped_code=256: .* range .0, 255"),
             (["--config.batch_size=4", MVTEC], "before a value for --config"),
-            (["--mode=eval", "--workdir=x", "--config.batch_size=4"], "--config, .* missing"),
+            (["--mode=eval", "--workdir=x", "--config.batch_size=4"], "no such checkpoint"),
             # Of a pretraining.
             (["--mode=pretrain"], "--config: missing; --mode=pretrain .*configs/pretrain.py"),
             ([MVTEC, "--mode=pretrain"], "mvtec.py is no recipe .*--config=configs/pretrain"),
@@ -412,8 +412,11 @@ class TestMistakes:
         outcome = padim(*given, cwd=tmp_path)
         assert outcome.code == 2
         assert re.search(f"^error: .*{message}", outcome.err)
-        # Which weights are used is said before fitting; the memory before they are loaded.
-        assert re.fullmatch(r"(about .* GB of memory .*\n)?", outcome.out)
+        # What was read is said first, then the memory, before weights are loaded.
+        assert re.fullmatch(
+            r"((train|test): .* of 96x96, RGB 8 bit\n){0,2}(about .* GB of memory .*\n)?",
+            outcome.out,
+        )
         assert below(tmp_path) == ["project/data/thesis", "taken"]
 
     def test_too_little_memory(
@@ -608,7 +611,8 @@ class TestTrainAndEval:
         assert run.out.endswith(f"results: {pathlib.Path('results', 'site_part')}\n")
 
     def test_memory_is_said_first(self, run: Run):
-        line, _, rest = run.out.partition("\n")
+        line = next(x for x in run.out.splitlines() if not re.match("(train|test): ", x))
+        rest = run.out.partition(line)[2]
         assert re.fullmatch(
             r"about 0\.6 GB of memory to fit 6 images: 0\.00 GB of statistics \(samples\), "
             r"0\.0\d GB for a batch; \d+\.\d GB are free",

@@ -653,8 +653,12 @@ class TestExport:
     def test_a_place_that_cannot_be_written(self, fits: dict[str, Fit], tmp_path: pathlib.Path):
         (tmp_path / "file").write_text("mine")
         (tmp_path / "model.safetensors").mkdir()
-        for place in ("file/a", "model.safetensors"):
-            with pytest.raises(UserError, match=f"{place.partition('/')[0]}: cannot be"):
+        reasons = {
+            "file/a": "file: cannot be",
+            "model.safetensors": "model.safetensors: exists and is no model file",
+        }
+        for place, reason in reasons.items():
+            with pytest.raises(UserError, match=reason):
                 experiment.export(fits["samples"].detector, tmp_path / place)
 
 

@@ -122,7 +122,7 @@ class TestSettingsOfOtherVersions:
     def test_what_is_stored_is_restored(self, stored: dict[str, Any]):
         assert config.to_stored(config.restore(stored, "0.1.0")) == stored
 
-    @pytest.mark.parametrize("name", ["image.range", "model.more", "map.more", "fusion"])
+    @pytest.mark.parametrize("name", ["image.more", "model.more", "map.more", "fusion"])
     def test_unknown_and_scores_may_depend_on_it(self, name: str, stored: dict[str, Any]):
         changed = with_setting(stored, name, "7")
         with pytest.raises(config.UnknownSettingError) as caught:
