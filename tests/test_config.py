@@ -113,6 +113,7 @@ def test_settings_arrive_where_they_belong():
             "rotation": 10,
             "crop_at": "random",
             "seed": 9,
+            "range": [100, 4000],
         },
         "model": {
             "backbone": "wide_resnet50_2",
@@ -160,7 +161,9 @@ def test_fields_are_these():
             *("exclude", "inverted_masks", "name", "root", "seed", "skip_bad"),
             *("source", "tfds_dir", "train_images"),
         ],
-        "image": ["crop", "crop_at", "mean", "method", "resize", "rotation", "seed", "std"],
+        "image": [
+            *("crop", "crop_at", "mean", "method", "range", "resize", "rotation", "seed", "std")
+        ],
         "model": [
             "backbone",
             "channels",

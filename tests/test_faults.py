@@ -27,6 +27,7 @@ from padim_jax import (
     experiment,
     fitting,
     image_cache,
+    inputs,
     locks,
     memory,
     paths,
@@ -413,9 +414,13 @@ class TestTwoProcesses:
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of a sweep take no time."""
 
-    def pretend(config: Config, workdir: pathlib.Path, *_: Any) -> dict[str, Any]:
+    def pretend(
+        config: Config, workdir: pathlib.Path, _: Any, backbone: Any = None, *__: Any
+    ) -> dict[str, Any]:
         names = ["image_auroc", "pixel_auroc", "aupro", "image_f1_max", "pixel_ap"]
+        read = inputs.read(config, experiment.open_dataset(config), Devices(1))
         found: dict[str, Any] = dict.fromkeys(names, 0.5)
+        found["inputs"] = {**read, "weights": backbone[1].sha256 if backbone else ""}
         results.write_json(workdir / "config.json", sweep.config_lib.to_dict(config))
         results.write_json(workdir / "metrics.json", found)
         return found
@@ -486,6 +491,7 @@ class TestClock:
         (tmp_path / "part").mkdir()
         error = tmp_path / "part" / "error.txt"
         error.write_text("an image is broken")
+        (tmp_path / "part" / "log.txt").write_text("padim_jax 0.1.0: part\n")  # a sweep's
         os.utime(error, (4e9, 4e9))
         sweep.run(settings(root), tmp_path)
         assert not error.exists()
