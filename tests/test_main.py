@@ -562,6 +562,7 @@ class TestTrainAndEval:
             "roc_curve.png",
             "score_histogram.png",
             "scores.csv",
+            "suspects.csv",
         }
         for name in ("overview.jpg", "roc_curve.png", "score_histogram.png"):
             with Image.open(run.workdir / name) as picture:
@@ -661,7 +662,7 @@ class TestTrainAndEval:
         ]
         np.testing.assert_allclose(*scores, rtol=1e-2)
         assert re.search(
-            rf"^image AUROC +{found['image_auroc']:.4f} ", done.stdout, re.MULTILINE
+            rf"^image AUROC +{found['image_auroc']:.4f}$", done.stdout, re.MULTILINE
         )
         assert done.stdout.endswith(f"results: {workdir}\n")
 
