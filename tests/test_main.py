@@ -151,6 +151,12 @@ def read_json(path: pathlib.Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
+def metrics_of(workdir: pathlib.Path) -> dict[str, Any]:
+    """What was measured; an evaluation alone reads no training images."""
+    found = read_json(workdir / "metrics.json")
+    return {name: value for name, value in found.items() if name not in ("data", "inputs")}
+
+
 def below(folder: pathlib.Path) -> list[str]:
     """All files but the locks, which stay."""
     found = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
@@ -757,23 +763,23 @@ class TestWarnings:
 
 class TestEval:
     def test_reproduces_the_first_evaluation(self, run: Run, copy: pathlib.Path):
-        before = {name: (copy / name).read_bytes() for name in ("metrics.json", "scores.csv")}
-        for name in before:
+        scores = (copy / "scores.csv").read_bytes()
+        for name in ("metrics.json", "scores.csv"):
             (copy / name).unlink()
         shutil.rmtree(copy / "maps")
         shutil.rmtree(copy / "figures")
         out = succeed("--mode=eval", f"--workdir={copy}", cwd=copy.parent)
-        assert {name: (copy / name).read_bytes() for name in before} == before
-        assert below(copy) == below(run.workdir)
+        assert (copy / "scores.csv").read_bytes() == scores
+        assert metrics_of(copy) == metrics_of(run.workdir)
+        # Which training images are odd only a fit can tell.
+        assert set(below(copy)) <= set(below(run.workdir))
         table = run.out.partition("site_part: ")[2].partition("results: ")[0]
         assert table in out
 
     def test_checkpoint_elsewhere(self, run: Run, tmp_path: pathlib.Path):
         given = f"--checkpoint={run.workdir}/checkpoint"
         succeed("--mode=eval", given, "--workdir=new", cwd=tmp_path)
-        assert (tmp_path / "new" / "metrics.json").read_bytes() == (
-            run.workdir / "metrics.json"
-        ).read_bytes()
+        assert metrics_of(tmp_path / "new") == metrics_of(run.workdir)
 
     def test_workdir_of_a_checkpoint_alone_is_beside_it(self, copy: pathlib.Path):
         (copy / "metrics.json").unlink()
@@ -822,9 +828,7 @@ class TestEval:
         assert tuple(map(len, found)) == counts
         assert (copy / "overview.jpg").exists() is False
         assert (copy / "roc_curve.png").exists()
-        assert (copy / "metrics.json").read_bytes() == (
-            run.workdir / "metrics.json"
-        ).read_bytes()
+        assert metrics_of(copy) == metrics_of(run.workdir)
 
     @pytest.mark.parametrize("name", ["maps", "figures"])
     def test_folders_of_others_are_kept(self, name: str, run: Run, tmp_path: pathlib.Path):
@@ -1009,8 +1013,9 @@ class TestExport:
         shutil.rmtree(copy / "checkpoint")
         given = ("--mode=eval", f"--checkpoint={path}", f"--workdir={copy.parent}/new")
         succeed(*given, cwd=copy.parent)
-        for name in ("metrics.json", "scores.csv"):
-            assert (copy.parent / "new" / name).read_bytes() == (copy / name).read_bytes()
+        new = copy.parent / "new"
+        assert (new / "scores.csv").read_bytes() == (copy / "scores.csv").read_bytes()
+        assert metrics_of(new) == metrics_of(copy)
         # Results go beside the model, whose evaluation has the threshold.
         given = ("--mode=predict", f"--checkpoint={path}", f"--input={root}/part/test")
         assert "threshold" in succeed(*given, cwd=copy.parent)
@@ -1070,7 +1075,8 @@ class TestOwnFolder:
         workdir = tmp_path / "results" / "folder_parts"
         assert "folders of good images: train/good; of defects: none\n" in out
         assert "fitted 6 images, 16x16 patches of 20 channels" in out
-        assert {path.name for path in workdir.iterdir()} == {".locks", "checkpoint"}
+        names = {path.name for path in workdir.iterdir()}
+        assert names == {".locks", "checkpoint", "suspects.csv"}
         succeed("--mode=predict", *given, "--input=parts/train/good/000.png", cwd=tmp_path)
         assert len(read_rows(workdir / "predictions" / "scores.csv")) == 1
 
@@ -1195,20 +1201,19 @@ class TestPythonApi:
     @pytest.mark.parametrize(
         "image",
         [
-            np.zeros((64, 64), np.uint8),
-            np.zeros((64, 64, 4), np.uint8),
             np.zeros((3, 64, 64), np.uint8),
+            np.zeros((64, 64, 2, 3), np.uint8),
             np.zeros((64, 64, 3), np.float32),
         ],
     )
     def test_other_arrays_are_refused(self, image: np.ndarray, run: Run):
         detector = padim_jax.load(run.workdir / "checkpoint")
         right = np.zeros((64, 64, 3), np.uint8)
-        with pytest.raises(TypeError, match=r"images\[1\].*expected uint8 RGB"):
+        with pytest.raises(TypeError, match=r"images\[1\]: .*expected"):
             padim_jax.score(detector, [right, image])
 
     def test_a_single_path_is_refused(self, run: Run):
-        with pytest.raises(TypeError, match=r"as in \['a\.png'\]"):
+        with pytest.raises(TypeError, match=r"a single image; .*as in \[image\]"):
             padim_jax.score(padim_jax.load(run.workdir / "checkpoint"), "a.png")
 
     def test_unreadable_image_is_named(self, run: Run, tmp_path: pathlib.Path):
@@ -1221,7 +1226,7 @@ class TestPythonApi:
         """From a notebook, without a command line: the same numbers."""
         detector = experiment.load(run.workdir / "checkpoint")
         dataset = experiment.open_dataset(detector.config)
-        measured = experiment.evaluate(
-            detector.config, detector, dataset["test"], run.workdir.parent / "again"
-        )
-        assert measured == read_json(run.workdir / "metrics.json")
+        again = run.workdir.parent / "again"
+        measured = experiment.evaluate(detector.config, detector, dataset["test"], again)
+        assert measured == read_json(again / "metrics.json")
+        assert metrics_of(again) == metrics_of(run.workdir)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from padim_jax import (
     checkpoint,
@@ -378,12 +379,17 @@ class TestAnother:
         assert f"config.{setting}={value}" in self.refuse(path, lambda: fit(config, path))
 
     @pytest.mark.parametrize("change", ["fewer", "more", "another order"])
-    def test_images(self, change: str, root: pathlib.Path, path: pathlib.Path):
+    def test_images(
+        self, change: str, root: pathlib.Path, path: pathlib.Path, tmp_path: pathlib.Path
+    ):
         config = make_config(root)
         records: Sequence[Record] = normal(config).records
+        other = tmp_path / "other.png"
+        Image.new("RGB", (64, 64), (9, 8, 7)).save(other)
+        another = dataclasses.replace(records[0], image=other, relative_path="other.png")
         chosen: Any = {
             "fewer": records[:-1],
-            "more": [*records, records[0]],
+            "more": [*records, another],
             "another order": records[::-1],
         }[change]
         self.refuse(path, lambda: fit(config, path, FolderSource(chosen)))
