@@ -139,7 +139,7 @@ def devices(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
     del one, one_variables
     arguments = score(every, statistics, variables)
     del statistics  # used up
-    maps, scores = results(arguments)
+    maps, scores, _ = results(arguments)
     found["map_difference"] = relative(maps, expected[0])
     found["score_difference"] = relative(scores, expected[1])
 
