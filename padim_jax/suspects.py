@@ -134,7 +134,7 @@ def rank(
     likely = np.full(len(scores), np.nan)
     likely[: len(independent)] = expected(independent, odd)
     return Suspects(
-        paths=[paths[i] for i in order.tolist()],
+        paths=[paths[int(i)] for i in order],
         scores=scores[order],
         expected=likely,
         count=int(np.count_nonzero(scores >= independent[odd - 1])) if odd else 0,
