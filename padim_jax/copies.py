@@ -5,7 +5,6 @@ images. A copy tells nothing new, and a training image whose copy stays in the m
 lower than any new image would.
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import warnings
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32, Int, UInt8
 
-from padim_jax import parallel, progress
+from padim_jax import progress
 from padim_jax.datasets import sampling
 from padim_jax.datasets.files import shown
 from padim_jax.datasets.records import Source
@@ -55,12 +54,15 @@ class Distinct(sampling.Part):
         return Distinct(self, some.numbers, some.records, self.digests[numbers])
 
 
-def distinct(source: Source, devices: Devices) -> Distinct:
+def distinct(
+    source: Source, devices: Devices, hashes: UInt8[np.ndarray, "n 32"] | None = None
+) -> Distinct:
     """Leave out the images whose files are byte for byte those of earlier ones.
 
     Args:
-      source: images, every file of which is read.
+      source: images.
       devices: among whose processes the work is shared out. A collective.
+      hashes: SHA-256 of the files; None reads every file.
 
     Returns:
       The first image of each file, in the order of `source`. A `DataWarning` tells how many
@@ -71,8 +73,8 @@ def distinct(source: Source, devices: Devices) -> Distinct:
     """
     if isinstance(source, Distinct):
         return source
-    progress.listing(source, devices)  # or they could not tell each other their parts
-    hashes = digests(source, devices)
+    if hashes is None:
+        hashes = digests(source, devices)
     first: dict[bytes, int] = {}
     same = [first.setdefault(digest.tobytes(), i) for i, digest in enumerate(hashes)]
     names = [record.relative_path for record in source.records]
@@ -93,22 +95,15 @@ def distinct(source: Source, devices: Devices) -> Distinct:
 
 
 def digests(source: Source, devices: Devices) -> UInt8[np.ndarray, "n 32"]:
-    """SHA-256 of every image's file, of which each process reads its share. A collective."""
-    own = range(devices.process, len(source.records), devices.processes)
-    found = np.zeros((-(-len(source.records) // devices.processes), 32), np.uint8)
+    """Return the SHA-256 of every image's file. A collective."""
+    if isinstance(source, Distinct):
+        return source.digests
 
-    def digest(i: int) -> None:
-        read = hashlib.sha256(source.read(own[i])[0]).digest()
-        found[i] = np.frombuffer(read, np.uint8)
+    def digest(index: int) -> str:
+        return hashlib.sha256(source.read(index)[0]).hexdigest()
 
-    with (
-        concurrent.futures.ThreadPoolExecutor() as threads,
-        progress.bar(len(own), "compare", devices) as bar,
-    ):
-        for _ in threads.map(digest, range(len(own))):
-            bar.update()
-    every = parallel.gather(found).reshape(devices.processes, -1, 32)
-    return np.concatenate(every.swapaxes(0, 1))[: len(source.records)]
+    hashes = progress.of_files(source, "compare", devices, digest)
+    return np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, 32)
 
 
 def near_copies(samples: Float32[np.ndarray, "n s"]) -> list[tuple[int, int]]:

@@ -124,7 +124,7 @@ def run(
                 _say_folders(config, dataset)
                 config = fitting.with_range(config, dataset["train"])
                 dataset, skipped = _readable(config, dataset)
-                _survey(dataset)
+                dataset, _ = _survey(dataset)
                 _, suspects = _train(config, dataset, checkpoint_path, overwrite=overwrite)
             if parallel.every().process == 0:
                 results.write_skipped(workdir, skipped)
@@ -195,7 +195,7 @@ def train_and_eval(
             _require_same_data(workdir, identity)
         ranged = fitting.with_range(config, dataset["train"])
         dataset, skipped = _readable(ranged, dataset)
-        summary = _survey(dataset)
+        dataset, summary = _survey(dataset)
         detector, suspects = _train(ranged, dataset, checkpoint_path, backbone, overwrite)
         if parallel.every().process == 0:
             results.write_suspects(workdir, suspects)
@@ -472,7 +472,6 @@ def _without_fitted(detector: Detector, source: Source) -> Source:
       UserError: too few are left for thresholds.
     """
     devices = parallel.every()
-    progress.listing(source, devices)
     fitted = set(map(bytes, detector.images))
     known = [bytes(digest) in fitted for digest in copies.distinct(source, devices).digests]
     if not any(known):
@@ -681,9 +680,7 @@ def _fitted_at_hand(
         choose(source, digests)
     for splits in datasets:
         if splits and len(chosen) < detector.count:
-            devices = parallel.every()
-            progress.listing(splits["train"], devices)
-            choose(splits["train"], copies.digests(splits["train"], devices))
+            choose(splits["train"], copies.digests(splits["train"], parallel.every()))
     return _Images(chosen)
 
 
@@ -1068,7 +1065,7 @@ def evaluate(
             _require_same_data(workdir, identity)
         seen = dataclasses.replace(config, image=detector.config.image)
         sources, skipped = _readable(seen, {"test": source})
-        summary = _survey(sources, detector)
+        sources, summary = _survey(sources, detector)
         return _evaluate(config, detector, sources["test"], workdir, skipped, identity, summary)
 
 
@@ -1405,9 +1402,7 @@ def _require_model_of_same_data(path: Path, config: Config, source: Source) -> N
     fitted = checkpoint.fitted_config(path)
     if fitted is None or inputs.folder(fitted) == inputs.folder(config):
         return
-    devices = parallel.every()
-    progress.listing(source, devices)  # or they could not tell each other their parts
-    present = {digest.tobytes() for digest in copies.digests(source, devices)}
+    present = {digest.tobytes() for digest in copies.digests(source, parallel.every())}
     # Some of these images may be held out, or may have come since.
     if not present.issuperset(x.tobytes() for x in checkpoint.fitted_images(path)):
         raise UserError(
@@ -1635,18 +1630,26 @@ def _full_pixels(
 
 def _survey(
     sources: Mapping[str, Source], detector: Detector | None = None
-) -> summary_lib.Summary:
-    """Reads the images' files, tells what they are, and warns of what is implausible.
+) -> tuple[dict[str, Source], summary_lib.Summary]:
+    """Read the images' files, print what they are, and warn of what is implausible.
 
     Args:
       sources: images, by the name of their split.
       detector: whose images must not be among them, if it is fitted already.
+
+    Returns:
+      The same images, of which copies among those to be fitted count once; and the summary.
     """
     devices = parallel.every()
     fitted = detector and {digest.tobytes() for digest in detector.images}
-    summary = summary_lib.summarize(survey.read(sources, devices), fitted)
+    files = survey.read(sources, devices)
+    summary = summary_lib.summarize(files, fitted)
     survey.tell(summary, devices)
-    return summary
+    known = dict(sources)
+    if "train" in known:  # read once more for it otherwise
+        hashes = survey.hashes(files["train"])
+        known["train"] = copies.distinct(known["train"], devices, hashes)
+    return known, summary
 
 
 def _regions(detector: Detector) -> int:

@@ -167,7 +167,7 @@ def update(
     known = {digest.tobytes() for digest in fitted.images}
     files = survey.read({"input": source}, devices)
     survey.tell(summary.summarize(files), devices)
-    source = copies.distinct(source, devices)
+    source = copies.distinct(source, devices, survey.hashes(files["input"]))
     digests = source.digests
     new = [i for i, digest in enumerate(digests) if digest.tobytes() not in known]
     if len(new) < len(source.records):

@@ -5,24 +5,19 @@ set if their images come from the same folder, though there may be other ones by
 files, labels and masks are the same, wherever they lie.
 """
 
-import concurrent.futures
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from jaxtyping import UInt8
-
-from padim_jax import parallel, paths, progress
+from padim_jax import paths, progress
 from padim_jax.config import Config
 from padim_jax.datasets.records import Source
 from padim_jax.errors import UserError
 from padim_jax.parallel import Devices
 
 KEY = "inputs"  # in metrics.json
-_NO_DIGEST = bytes(32)  # of what is not there, or cannot be read
 
 
 def folder(config: Config) -> str:
@@ -48,11 +43,19 @@ def read(config: Config, sources: Mapping[str, Source], devices: Devices) -> dic
     """
     images = {}
     for split, source in sources.items():
-        progress.listing(source, devices)  # or they could not tell each other their parts
+
+        def digests(index: int, source: Source = source) -> list[str]:
+            try:
+                files = source.read(index)
+            except UserError:  # decoding it will tell
+                return ["", ""]
+            return ["" if x is None else hashlib.sha256(x).hexdigest() for x in files]
+
         whole = hashlib.sha256()
-        for record, digests in zip(source.records, _hash(source, devices), strict=True):
-            said = [record.label, record.defect_type, record.relative_path]
-            whole.update(json.dumps(said).encode() + digests.tobytes())
+        facts = progress.of_files(source, "compare", devices, digests)
+        for record, files in zip(source.records, facts, strict=True):
+            described = [record.label, record.defect_type, record.relative_path, *files]
+            whole.update(json.dumps(described).encode())
         images[split] = whole.hexdigest()
     return {"folder": folder(config), "images": images}
 
@@ -63,28 +66,3 @@ def are_same_data(stored: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     shared = theirs.keys() & ours.keys()
     moved = bool(shared) and all(theirs[split] == ours[split] for split in shared)
     return moved or stored["folder"] == now["folder"]
-
-
-def _hash(source: Source, devices: Devices) -> UInt8[np.ndarray, "n 64"]:
-    """Return the SHA-256 of every image's file and of its mask's."""
-    own = range(devices.process, len(source.records), devices.processes)
-    found = np.zeros((-(-len(source.records) // devices.processes), 64), np.uint8)
-
-    def digest(i: int) -> None:
-        try:
-            files = source.read(own[i])
-        except UserError:  # decoding it will tell
-            return
-        parts = (_NO_DIGEST if x is None else hashlib.sha256(x).digest() for x in files)
-        found[i] = np.frombuffer(b"".join(parts), np.uint8)
-
-    with (
-        concurrent.futures.ThreadPoolExecutor() as threads,
-        progress.bar(len(own), "compare", devices) as shown,
-    ):
-        for _ in threads.map(digest, range(len(own))):
-            shown.update()
-    if not source.records:
-        return np.zeros((0, 64), np.uint8)
-    every = parallel.gather(found).reshape(devices.processes, -1, 64)
-    return np.concatenate(every.swapaxes(0, 1))[: len(source.records)]

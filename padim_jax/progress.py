@@ -1,9 +1,11 @@
-"""Progress bars: quiet in logs, and for all processes but the first."""
+"""Passes over images with progress bars: quiet in logs, and for all processes but the first."""
 
+import concurrent.futures
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -87,6 +89,40 @@ def warn_few_levels(own: Mapping[str, int], total: int, devices: Devices) -> Non
     if every and devices.process == 0:
         text = input_pipeline.few_levels(every, total)
         warnings.warn(DataWarning(text), stacklevel=3)
+
+
+def of_files(
+    source: Source, what: str, devices: Devices, fact: Callable[[int], Any]
+) -> list[Any]:
+    """Return a fact of every image's file, of which each process reads its share.
+
+    A collective: every process gets the same.
+
+    Args:
+      source: the images.
+      what: the bar's name.
+      devices: among whose processes the work is shared out.
+      fact: takes the number of a record and returns a JSON value; called from several threads.
+
+    Raises:
+      UserError: the processes see different images.
+    """
+    listing(source, devices)  # or they could not tell each other their parts
+    own = range(devices.process, len(source.records), devices.processes)
+    facts = []
+    with (
+        concurrent.futures.ThreadPoolExecutor() as threads,
+        bar(len(own), what, devices) as shown,
+    ):
+        try:
+            for value in threads.map(fact, own):
+                facts.append(value)
+                shown.update()
+        finally:
+            threads.shutdown(cancel_futures=True)
+    every = [json.loads(part) for part in parallel.gather_bytes(json.dumps(facts).encode())]
+    shares = [iter(part) for part in every]
+    return [next(shares[i % devices.processes]) for i in range(len(source.records))]
 
 
 def batch_size(source: Source, config: Config, devices: Devices) -> int:

@@ -1,12 +1,13 @@
 """What can be said of images before they are decoded: read once, printed, warned of."""
 
-import concurrent.futures
 import hashlib
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 
-from padim_jax import parallel, progress
+import numpy as np
+from jaxtyping import UInt8
+
+from padim_jax import progress
 from padim_jax import summary as summary_lib
 from padim_jax.datasets import decoding
 from padim_jax.datasets.records import Source
@@ -31,42 +32,28 @@ def read(sources: Mapping[str, Source], devices: Devices) -> dict[str, list[File
     return {name: _read(source, devices) for name, source in sources.items()}
 
 
-def _read(source: Source, devices: Devices) -> list[File]:
-    progress.listing(source, devices)  # or they could not tell each other their parts
-    total = len(source.records)
-    own = range(devices.process, total, devices.processes)
+def hashes(files: Sequence[File]) -> UInt8[np.ndarray, "n 32"]:
+    """Return the SHA-256 of files, as `copies.distinct` takes them."""
+    return np.frombuffer(b"".join(file.digest for file in files), np.uint8).reshape(-1, 32)
 
-    def facts(index: int) -> tuple[str, tuple[int, int] | None, str | None]:
+
+def _read(source: Source, devices: Devices) -> list[File]:
+    def fact(index: int) -> tuple[str, tuple[int, int] | None, str | None]:
         image, _ = source.read(index)
         size, mode = decoding.describe(image) or (None, None)
         return hashlib.sha256(image).hexdigest(), size, mode
 
-    found = []
-    with (
-        concurrent.futures.ThreadPoolExecutor() as threads,
-        progress.bar(len(own), "read", devices) as shown,
-    ):
-        try:
-            for fact in threads.map(facts, own):
-                found.append(fact)
-                shown.update()
-        finally:
-            threads.shutdown(cancel_futures=True)
-    every = [json.loads(part) for part in parallel.gather_bytes(json.dumps(found).encode())]
-    files = []
-    for number, record in enumerate(source.records):
-        process, place = number % devices.processes, number // devices.processes
-        digest, size, mode = every[process][place]
-        files.append(
-            File(
-                record.relative_path,
-                record.defect_type,
-                bytes.fromhex(digest),
-                None if size is None else (size[0], size[1]),
-                mode,
-            )
+    facts = progress.of_files(source, "read", devices, fact)
+    return [
+        File(
+            record.relative_path,
+            record.defect_type,
+            bytes.fromhex(digest),
+            None if size is None else (size[0], size[1]),
+            mode,
         )
-    return files
+        for record, (digest, size, mode) in zip(source.records, facts, strict=True)
+    ]
 
 
 def tell(summary: Summary, devices: Devices) -> None:

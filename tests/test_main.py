@@ -455,7 +455,8 @@ class TestMistakes:
 
         monkeypatch.setattr(input_pipeline, "open_rgb", exhausted)
         given = (MVTEC, *SMALL, f"--config.dataset.root={root}", "--workdir=out")
-        outcome = padim(*given, cwd=tmp_path)
+        # Another test may have cached these images.
+        outcome = padim(*given, "--config.cache.images_gb=0", cwd=tmp_path)
         assert outcome.code == 2
         assert outcome.err.startswith("error: not enough memory")
         assert outcome.err.count("\n") == 1
