@@ -32,8 +32,8 @@ from jax import lax
 
 from padim_jax import (
     checkpoint,
+    dataset_splits,
     detector,
-    experiment,
     fitting,
     gaussian,
     image_cache,
@@ -89,7 +89,7 @@ class Inputs:
         self.variables, self.weights = pretrained.load(
             config.model.weights, config.model.backbone, config.model.layers
         )
-        self.source = experiment.open_dataset(config)["train"]
+        self.source = dataset_splits.open_dataset(config)["train"]
 
     def batches(self, count: int, size: int) -> list[input_pipeline.Batch]:
         """Decodes some batches."""

@@ -30,6 +30,7 @@ import numpy as np
 import padim_jax
 from padim_jax import (
     checkpoint,
+    dataset_splits,
     defaults,
     detector,
     embedding,
@@ -151,7 +152,7 @@ def stages(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     devices = Devices(1)
     measured = Stages(options.seconds)
     add, size = measured.add, config.batch_size
-    dataset = experiment.open_dataset(config)
+    dataset = dataset_splits.open_dataset(config)
     source = input_pipeline.FolderSource(dataset["train"].records[: _BATCHES * size])
     images = len(source.records)
     whole = options.task == "stages"

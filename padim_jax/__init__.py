@@ -18,14 +18,15 @@ __all__ = ["Anomalies", "Detector", "UserError", "load", "merge", "score"]
 if TYPE_CHECKING:
     from padim_jax.detector import Anomalies, Detector, score
     from padim_jax.errors import UserError
-    from padim_jax.experiment import load, merge
+    from padim_jax.experiment import load
+    from padim_jax.growing import merge
 
 _HOMES = {
     "Anomalies": "detector",
     "Detector": "detector",
     "UserError": "errors",
     "load": "experiment",
-    "merge": "experiment",
+    "merge": "growing",
     "score": "detector",
 }
 

@@ -23,6 +23,7 @@ from typing import Any
 import padim_jax
 from padim_jax import (
     compilation_cache,
+    dataset_splits,
     experiment,
     fitting,
     image_cache,
@@ -33,6 +34,7 @@ from padim_jax import (
     paths,
     progress,
     report,
+    results_folder,
     sweep_table,
 )
 from padim_jax import config as config_lib
@@ -43,7 +45,7 @@ from padim_jax.fitting import Backbone
 from padim_jax.parallel import Devices
 from padim_jax.paths import Path
 
-_LOG, _CONFIG, _METRICS = "log.txt", "config.json", experiment.METRICS
+_LOG, _CONFIG, _METRICS = "log.txt", "config.json", results_folder.METRICS
 _ERROR = "error.txt"  # of a run that failed, until it is tried again
 # What a run's metrics do not depend on.
 _ASIDE = ("batch_size", "cache", "outputs", "train")
@@ -316,11 +318,11 @@ def _require_own(runs: Sequence[Run], workdir: Path) -> None:
     """Make sure that nothing is replaced that no sweep has written."""
     first = ",".join(sweep_table.CSV_KEYS).encode()  # written before the other tables
     if not paths.first_line(workdir / sweep_table.NAMES[0]).startswith(first):
-        for name in (*sweep_table.NAMES, experiment.REPORT):
+        for name in (*sweep_table.NAMES, results_folder.REPORT):
             _refuse_other(workdir / name)
     for one in runs:
         log = paths.first_line(one.workdir / _LOG).startswith(_LOG_SIGN.encode())
-        if not log and not experiment.is_own_config(one.workdir / _CONFIG):
+        if not log and not results_folder.is_own_config(one.workdir / _CONFIG):
             for name in (_LOG, _ERROR):
                 _refuse_other(one.workdir / name)
 
@@ -348,7 +350,7 @@ def _changed(
         if not parallel.agreed(int((one.workdir / _METRICS).exists())):
             continue
         try:
-            now = inputs.read(one.config, experiment.open_dataset(one.config), devices)
+            now = inputs.read(one.config, dataset_splits.open_dataset(one.config), devices)
         except UserError as error:
             if devices.processes > 1:
                 raise
@@ -366,13 +368,13 @@ def _difference(one: Run, weights: str, now: Mapping[str, Any]) -> str:
     """What is not as a finished run read it; empty where all is."""
     _measured(one)
     try:
-        stored = experiment.stored_inputs(one.workdir)
+        stored = results_folder.stored_inputs(one.workdir)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _not_ours(one.workdir / _METRICS, str(error)) from error
     if stored is None:  # another process has just begun to do it again
         return ""
     if not inputs.are_same_data(stored, now):
-        raise UserError(experiment.other_data(one.workdir, stored, now))
+        raise UserError(results_folder.other_data(one.workdir, stored, now))
     if not stored["images"]:
         return "done by an earlier version, which did not keep what it read"
     if (theirs := str(stored.get("weights"))) != weights:
@@ -461,7 +463,7 @@ def _decoding(following: Sequence[Run], devices: Devices) -> Iterator[None]:
                 continue
             # Whatever is wrong with it is reported when its turn comes.
             with contextlib.suppress(UserError, OSError):
-                for source in experiment.open_dataset(one.config).values():
+                for source in dataset_splits.open_dataset(one.config).values():
                     input_pipeline.warm(source, one.config.image, cache, stop)
 
     thread = threading.Thread(target=decode, daemon=True)
@@ -497,10 +499,10 @@ def _write(
         pages, pictures = {}, {}
         for one in first:
             category = one.name.partition("/")[0]  # as the tables call it
-            if (one.workdir / experiment.REPORT).exists():
-                pages[category] = f"{one.name}/{experiment.REPORT}"
-            if (one.workdir / experiment.THUMBNAILS).exists():
-                pictures[category] = _read(one.workdir / experiment.THUMBNAILS)
+            if (one.workdir / results_folder.REPORT).exists():
+                pages[category] = f"{one.name}/{results_folder.REPORT}"
+            if (one.workdir / results_folder.THUMBNAILS).exists():
+                pictures[category] = _read(one.workdir / results_folder.THUMBNAILS)
         page = report.sweep_page(found, pages, pictures)
-        paths.write(workdir / experiment.REPORT, page.encode())
+        paths.write(workdir / results_folder.REPORT, page.encode())
     print(f"\n{sweep_table.text(found)}\n\nresults: {workdir}")

@@ -146,7 +146,8 @@ def main(folder: pathlib.Path) -> None:
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images": hashlib.sha256(np.stack(tested()).tobytes()).hexdigest(),
     }
-    dataset = experiment.open_dataset(config.validate(settings(root, weights, "auto")))
+    first: Any = experiment  # as that version has it
+    dataset = first.open_dataset(config.validate(settings(root, weights, "auto")))
     for form in FORMS:
         wanted = config.validate(settings(root, weights, form))
         experiment.train(wanted, dataset, folder / form)

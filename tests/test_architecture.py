@@ -178,7 +178,10 @@ def test_pretraining_stands_apart():
         ("padim_jax.main", ""),
         ("padim_jax.pretrain.run", "main"),
         ("padim_jax.sweep", "main"),
-        ("padim_jax.fitting", "experiment sweep"),
+        (
+            "padim_jax.fitting",
+            "evaluation experiment growing results_folder sweep thresholding",
+        ),
         ("padim_jax.distributed", "main"),
         ("filelock", "locks"),
         ("optax", "pretrain.training"),

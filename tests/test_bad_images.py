@@ -31,7 +31,9 @@ from PIL import Image
 
 import padim_jax
 from padim_jax import (
+    dataset_splits,
     defaults,
+    evaluation,
     experiment,
     fitting,
     input_pipeline,
@@ -340,9 +342,9 @@ class TestStops:
         config, root = one
         (root / "val/good/1.png").write_bytes(b"text")
         detector = dataclasses.replace(run.detector, config=config)
-        source = experiment.open_dataset(config)["test"]
+        source = dataset_splits.open_dataset(config)["test"]
         with pytest.raises(UserError, match=r"val/good/1\.png: not an image"):
-            experiment.evaluate(config, detector, source, root / "results")
+            evaluation.evaluate(config, detector, source, root / "results")
         assert not (root / "results/metrics.json").exists()
 
     def test_a_prediction(self, run: Run, one: Any):
@@ -466,7 +468,7 @@ class TestMasks:
                 Image.fromarray(bad_inputs.RGB).save(tmp_path / name / one)
         (tmp_path / "masks/bad/b.png").unlink()
         with pytest.raises(UserError, match=r"masks/bad: .* no mask for b\.png"):
-            experiment.open_dataset(validate(settings(tmp_path)))
+            dataset_splits.open_dataset(validate(settings(tmp_path)))
 
 
 class TestListing:

@@ -11,7 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from padim_jax import checkpoint, defaults, detector, experiment, fitting, models, parallel
+from padim_jax import (
+    checkpoint,
+    dataset_splits,
+    defaults,
+    detector,
+    evaluation,
+    experiment,
+    fitting,
+    models,
+    parallel,
+    results_folder,
+)
 from padim_jax.config import validate
 from padim_jax.datasets import sampling
 from padim_jax.datasets.synthetic import generate
@@ -43,10 +54,10 @@ def settings(root: pathlib.Path, **model: Any) -> Any:
 def run(values: Any, workdir: pathlib.Path, images: int | None = None) -> dict[str, Any]:
     """Fits to the first or all training images, and evaluates."""
     config = validate(values)
-    dataset = experiment.open_dataset(config)
+    dataset = dataset_splits.open_dataset(config)
     training = FolderSource(dataset["train"].records[:images])
     fitted = fitting.train(config, training, workdir / "checkpoint")
-    return experiment.evaluate(config, fitted, dataset["test"], workdir)
+    return evaluation.evaluate(config, fitted, dataset["test"], workdir)
 
 
 def run_for_maps(values: Any, workdir: pathlib.Path, images: int | None = None) -> np.ndarray:
@@ -126,7 +137,7 @@ def test_the_form_follows_the_number_of_images(
 ):
     values = settings(root, channels=channels)
     config = validate(values)
-    training = FolderSource(experiment.open_dataset(config)["train"].records[:images])
+    training = FolderSource(dataset_splits.open_dataset(config)["train"].records[:images])
     fitting.train(config, training, tmp_path / "checkpoint")
     name = form.__name__.lower()
     said = f"fitted {images} images, 16x16 patches of {channels} channels ({name}) -> "
@@ -174,21 +185,21 @@ def test_packed_dataset_alone_is_said(
 ):
     values = settings(root)
     values.dataset.source, values.dataset.tfds_dir = "tfds", str(tmp_path / "tfds")
-    packed = experiment.open_dataset(validate(values))
+    packed = dataset_splits.open_dataset(validate(values))
     values.dataset.root = str(tmp_path / "elsewhere")
-    alone = experiment.open_dataset(validate(values))
+    alone = dataset_splits.open_dataset(validate(values))
     assert "elsewhere/part; reading what is packed in" in capsys.readouterr().out
     assert alone["test"].records == packed["test"].records
     values.category = "typo"
     with pytest.raises(UserError, match="no packed set"):
-        experiment.open_dataset(validate(values))
+        dataset_splits.open_dataset(validate(values))
 
 
 def test_thresholds_of_images_held_back(root: pathlib.Path, tmp_path: pathlib.Path):
     values = settings(root)
     values.threshold.normal, values.threshold.held_out = "held_out", 0.3
     config = validate(values)
-    every = experiment.open_dataset(config)["train"].records
+    every = dataset_splits.open_dataset(config)["train"].records
     experiment.train_and_eval(config, tmp_path, tmp_path / "checkpoint")
     fitted = experiment.load(tmp_path / "checkpoint")
     assert fitted.count == 7
@@ -205,7 +216,9 @@ def test_thresholds_of_images_held_back(root: pathlib.Path, tmp_path: pathlib.Pa
 
 def in_groups(root: pathlib.Path, tmp_path: pathlib.Path, sizes: list[int]) -> FolderSource:
     """Images of the dataset under names that say of which group they are, out of order."""
-    records = FolderSource(experiment.open_dataset(validate(settings(root)))["train"].records)
+    records = FolderSource(
+        dataset_splits.open_dataset(validate(settings(root)))["train"].records
+    )
     names = [
         f"{number}_part{group}.png"
         for group, size in enumerate(sizes)
@@ -291,7 +304,7 @@ def test_groups_are_held_back_whole(root: pathlib.Path, tmp_path: pathlib.Path):
 
 def test_copies_change_nothing(root: pathlib.Path, tmp_path: pathlib.Path):
     config = validate(settings(root))
-    source = experiment.open_dataset(config)["train"]
+    source = dataset_splits.open_dataset(config)["train"]
     models = []
     for name, times in (("once", 1), ("thrice", 3)):
         records = [
@@ -373,7 +386,7 @@ class TestWhoseResults:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
         with pytest.raises(UserError, match="exists and is not from an earlier run"):
-            experiment._require_own_results(tmp_path)
+            results_folder.require_own_results(tmp_path)
         assert (tmp_path / name).read_text() == "{}"
 
     def test_of_another_data_set(self, tmp_path: pathlib.Path):
@@ -385,9 +398,9 @@ class TestWhoseResults:
             {"folder": "/b/parts", "images": {"train": "1", "test": "2"}},  # moved
             {"folder": "/b/parts", "images": {"test": "2"}},  # evaluated alone
         ):
-            experiment._require_same_data(tmp_path, same)
+            results_folder.require_same_data(tmp_path, same)
         other = {"folder": "/b/parts", "images": {"train": "3", "test": "2"}}
         with pytest.raises(
             UserError, match=r"data set, /a/parts, and not of /b/parts; .*--over"
         ):
-            experiment._require_same_data(tmp_path, other)
+            results_folder.require_same_data(tmp_path, other)

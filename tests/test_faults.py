@@ -22,8 +22,10 @@ import pytest
 
 from padim_jax import (
     checkpoint,
+    dataset_splits,
     defaults,
     detector,
+    evaluation,
     experiment,
     fitting,
     image_cache,
@@ -140,18 +142,18 @@ class TestFullDisk:
         before = content(workdir)
         other = settings(root, **{"map.sigma": 1.0, "outputs.figures": "none"})
         fitted = experiment.load(workdir / "checkpoint", other)
-        source = experiment.open_dataset(other)["test"]
+        source = dataset_splits.open_dataset(other)["test"]
         with full_disk(10**6) as names:
-            experiment.evaluate(other, fitted, source, tmp_path / "all")
+            evaluation.evaluate(other, fitted, source, tmp_path / "all")
         assert len(names) > 10
         for write in range(0, len(names), 4):  # all sorts of files are among them
             with full_disk(write), pytest.raises(UserError) as caught, paths.explained():
-                experiment.evaluate(other, fitted, source, workdir)
+                evaluation.evaluate(other, fitted, source, workdir)
             message = str(caught.value)
             assert message.startswith(str(workdir / "results.incomplete"))
             assert "No space left on device; make room there" in message
             assert content(workdir) == before
-        experiment.evaluate(other, fitted, source, workdir)
+        evaluation.evaluate(other, fitted, source, workdir)
         assert content(workdir).keys() < before.keys()  # without pictures
         expected = (tmp_path / "all" / "metrics.json").read_bytes()
         assert (workdir / "metrics.json").read_bytes() == expected
@@ -238,7 +240,7 @@ class TestFullDisk:
             # What image_cache and JAX write with.
             for kind in (pathlib.Path, type(epath.Path(tmp_path))):
                 patch.setattr(kind, "write_bytes", write_bytes)
-            source = experiment.open_dataset(config)["train"]
+            source = dataset_splits.open_dataset(config)["train"]
             with compilation_cache.enabled(config.cache):
                 fitting.train(config, source, tmp_path / "c")
         told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning")]
@@ -418,7 +420,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
         config: Config, workdir: pathlib.Path, _: Any, backbone: Any = None, *__: Any
     ) -> dict[str, Any]:
         names = ["image_auroc", "pixel_auroc", "aupro", "image_f1_max", "pixel_ap"]
-        read = inputs.read(config, experiment.open_dataset(config), Devices(1))
+        read = inputs.read(config, dataset_splits.open_dataset(config), Devices(1))
         found: dict[str, Any] = dict.fromkeys(names, 0.5)
         found["inputs"] = {**read, "weights": backbone[1].sha256 if backbone else ""}
         results.write_json(workdir / "config.json", sweep.config_lib.to_dict(config))
@@ -453,7 +455,7 @@ class TestClock:
         monkeypatch.setattr(time, "time", lambda: real() + offset)
         for seconds, expected in ((1e5, 0), (0.0, 1)):
             config = settings(root, **{"train.checkpoint_every": seconds})
-            fitting.train(config, experiment.open_dataset(config)["train"], tmp_path / "c")
+            fitting.train(config, dataset_splits.open_dataset(config)["train"], tmp_path / "c")
             assert len(saves) == expected
         found = checkpoint.load(tmp_path / "c", Devices(1))[1]
         assert found == checkpoint.load(finished / "checkpoint", Devices(1))[1]

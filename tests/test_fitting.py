@@ -12,6 +12,7 @@ import pytest
 
 from padim_jax import (
     checkpoint,
+    dataset_splits,
     defaults,
     detector,
     embedding,
@@ -52,7 +53,7 @@ def make_config(root: pathlib.Path, **model: Any) -> Config:
 
 def images(config: Config, start: int, stop: int) -> FolderSource:
     """Some of the twelve normal images."""
-    return FolderSource(experiment.open_dataset(config)["train"].records[start:stop])
+    return FolderSource(dataset_splits.open_dataset(config)["train"].records[start:stop])
 
 
 def fit(config: Config, start: int, stop: int, path: pathlib.Path) -> pathlib.Path:
@@ -73,7 +74,7 @@ def require_same_model(path: pathlib.Path, expected: pathlib.Path) -> None:
         for x, y in zip(*map(jax.tree.leaves, (found.statistics, one.statistics)), strict=True):
             # Sums of float32 in another order; measured 1.2e-6, and 1.9e-6 of the scores.
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * float(np.abs(y).max()))
-    source = experiment.open_dataset(one.config)["test"]
+    source = dataset_splits.open_dataset(one.config)["test"]
     pixels = next(input_pipeline.batches(source, one.config.image, 8)).images
     maps = [
         experiment.detector_lib.score_pixels(experiment.load(model), pixels).maps

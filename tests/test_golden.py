@@ -11,7 +11,15 @@ import numpy as np
 import patchwise
 import pytest
 
-from padim_jax import defaults, detector, embedding, experiment, input_pipeline, parallel
+from padim_jax import (
+    dataset_splits,
+    defaults,
+    detector,
+    embedding,
+    experiment,
+    input_pipeline,
+    parallel,
+)
 from padim_jax.config import Config, validate
 from padim_jax.types import Gaussian, LowRank
 
@@ -93,7 +101,7 @@ def test_mean(run: Run):
 
 
 def test_embedding(run: Run):
-    source = experiment.open_dataset(run.config)["test"]
+    source = dataset_splits.open_dataset(run.config)["test"]
     names = [record.relative_path for record in source.records]
     pixels = input_pipeline.load_image(
         source, run.config.image, names.index("bottle/test/good/000.png")

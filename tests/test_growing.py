@@ -12,11 +12,14 @@ from PIL import Image
 from padim_jax import (
     calibration_file,
     copies,
+    dataset_splits,
     defaults,
     detector,
     experiment,
     fitting,
+    growing,
     parallel,
+    thresholding,
 )
 from padim_jax.config import Config, validate
 from padim_jax.datasets.records import Record
@@ -55,7 +58,7 @@ def make_config(root: pathlib.Path, form: str = "moments", **changes: Any) -> Co
 def normal(root: pathlib.Path, start: int, stop: int) -> FolderSource:
     """Some of the fourteen normal images."""
     config = make_config(root)
-    return FolderSource(experiment.open_dataset(config)["train"].records[start:stop])
+    return FolderSource(dataset_splits.open_dataset(config)["train"].records[start:stop])
 
 
 def with_validation(root: pathlib.Path, copies: int, others: int) -> pathlib.Path:
@@ -75,7 +78,7 @@ def with_validation(root: pathlib.Path, copies: int, others: int) -> pathlib.Pat
 
 
 def train(config: Config, path: pathlib.Path, source: FolderSource | None = None) -> None:
-    dataset = experiment.open_dataset(config)
+    dataset = dataset_splits.open_dataset(config)
     if source is not None:
         dataset = {"train": source, "validation": FolderSource([]), "test": FolderSource([])}
     experiment.train(config, dataset, path)
@@ -112,7 +115,7 @@ class TestImagesThatWereFitted:
         train(make_config(root), tmp_path / "model")
         fitted = experiment.load(tmp_path / "model")
         with pytest.raises(UserError, match=r"--input: .*000\.png is one of the images that"):
-            experiment.calibrate(fitted, normal(root, 0, 3), "given", tmp_path / "model")
+            thresholding.calibrate(fitted, normal(root, 0, 3), "given", tmp_path / "model")
 
     def test_leave_one_out_takes_all_fitted_images_once(
         self, root: pathlib.Path, tmp_path: pathlib.Path
@@ -128,12 +131,12 @@ class TestImagesThatWereFitted:
             ([*first.records[:9], first.records[0]], r"1 of 10 images is a copy of others"),
         ):
             with pytest.raises(UserError, match=message):  # a DataWarning is one here
-                experiment.calibrate(fitted, FolderSource(records), "leave_one_out", path)
+                thresholding.calibrate(fitted, FolderSource(records), "leave_one_out", path)
         # The second error came amid leaving out.
         with pytest.raises(ValueError, match=r"given up to find thresholds.*load"):
             detector.score_pixels(fitted, image)
         assert (path / "calibration.json").read_bytes() == before
-        found = experiment.calibrate(fitted, first, "leave_one_out", path)
+        found = thresholding.calibrate(fitted, first, "leave_one_out", path)
         detector.score_pixels(found, image)
         assert (path / "calibration.json").read_bytes() == before
 
@@ -141,7 +144,7 @@ class TestImagesThatWereFitted:
         path = tmp_path / "model"
         train(make_config(root), path)
         fitted = experiment.load(path)
-        found = experiment.calibrate(fitted, normal(root, 3, 9), "leave_some_out", path)
+        found = thresholding.calibrate(fitted, normal(root, 3, 9), "leave_some_out", path)
         assert found.calibration is not None
         assert found.calibration.images == 6
         assert thresholds(path) == found.calibration
@@ -189,7 +192,7 @@ class TestFramesOfParts:
         assert thresholds(path).warning.startswith("36 of 36 normal images are near copies")
         given = frames(tmp_path, 12, 18)
         with pytest.warns(DataWarning, match="of 18 normal images are near copies"):
-            experiment.calibrate(experiment.load(path), given, "given", path)
+            thresholding.calibrate(experiment.load(path), given, "given", path)
 
     def test_with_groups_the_promise_holds(self, root: pathlib.Path, tmp_path: pathlib.Path):
         source, new = frames(tmp_path, 0, 12), frames(tmp_path, 12, 24)
@@ -218,10 +221,10 @@ class TestFramesOfParts:
         with pytest.warns(
             DataWarning, match=r"of 30 normal images are near copies.*\(image \d+ = image "
         ):
-            experiment.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+            growing.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
         assert thresholds(tmp_path / "merged").warning
         with pytest.warns(DataWarning, match="of 30 normal images are near copies"):
-            experiment.update(tmp_path / "a", parts[1])
+            growing.update(tmp_path / "a", parts[1])
         assert thresholds(tmp_path / "a").warning
 
     def test_groups_of_which_not_all_is_at_hand(
@@ -232,9 +235,9 @@ class TestFramesOfParts:
         train(config, path, FolderSource(source.records[:10]))
         some = FolderSource(source.records[:8])
         with pytest.raises(UserError, match=r"8 of the 10 images that were fitted.*groups="):
-            experiment.calibrate(experiment.load(path), some, "leave_some_out", path)
+            thresholding.calibrate(experiment.load(path), some, "leave_some_out", path)
         with pytest.warns(DataWarning, match="8 of the 18 .* at hand, and of which groups"):
-            experiment.update(path, FolderSource(source.records[10:]))
+            growing.update(path, FolderSource(source.records[10:]))
         assert thresholds(path) is None
 
     def test_copies_in_an_older_model(
@@ -248,7 +251,7 @@ class TestFramesOfParts:
             train(config, tmp_path / "model", FolderSource([*records, records[0]]))
         fitted = experiment.load(tmp_path / "model")
         with pytest.warns(DataWarning, match="1 of the 11 images that were fitted are copies"):
-            experiment.calibrate(
+            thresholding.calibrate(
                 fitted, FolderSource(records), "leave_one_out", tmp_path / "model"
             )
 
@@ -273,7 +276,7 @@ class TestUpdate:
         config = make_config(root, form)
         train(config, tmp_path / "whole")
         train(config, tmp_path / "grown", normal(root, 0, 9))
-        grown = experiment.update(tmp_path / "grown", normal(root, 9, 14))
+        grown = growing.update(tmp_path / "grown", normal(root, 9, 14))
         found = thresholds(tmp_path / "grown")
         assert found == grown.calibration
         same(found, thresholds(tmp_path / "whole"))
@@ -358,13 +361,13 @@ class TestUpdate:
         with monkeypatch.context() as patch:
             patch.setattr(calibration_file, "write", killed)
             with pytest.raises(KeyboardInterrupt):
-                experiment.update(tmp_path / "model", more)
+                growing.update(tmp_path / "model", more)
         assert thresholds(tmp_path / "model") is None
-        experiment.update(tmp_path / "model", more)
+        growing.update(tmp_path / "model", more)
         found = thresholds(tmp_path / "model")
         assert (found.origin, found.images) == ("leave_one_out", 14)
         before = (tmp_path / "model" / "calibration.json").stat().st_mtime_ns
-        experiment.update(tmp_path / "model", more)  # nothing to do
+        growing.update(tmp_path / "model", more)  # nothing to do
         assert (tmp_path / "model" / "calibration.json").stat().st_mtime_ns == before
 
     def test_none_stays_none(
@@ -372,7 +375,7 @@ class TestUpdate:
     ):
         config = make_config(root, **{"threshold.normal": "none"})
         train(config, tmp_path / "model", normal(root, 0, 6))
-        experiment.calibrate(
+        thresholding.calibrate(
             experiment.load(tmp_path / "model"),
             normal(root, 10, 14),
             "given",
@@ -380,7 +383,7 @@ class TestUpdate:
         )
         assert thresholds(tmp_path / "model") is not None
         capsys.readouterr()
-        experiment.update(tmp_path / "model", normal(root, 6, 10))
+        growing.update(tmp_path / "model", normal(root, 6, 10))
         # Those that it had are of the model before, which is said at once.
         assert "thresholds of another state of the model" in capsys.readouterr().out
 
@@ -389,7 +392,7 @@ class TestUpdate:
         config = make_config(root, "moments", **{"image.rotation": 5.0})
         train(config, tmp_path / "model", normal(root, 0, 9))
         with pytest.warns(DataWarning, match="no thresholds now: random views"):
-            experiment.update(tmp_path / "model", normal(root, 9, 14))
+            growing.update(tmp_path / "model", normal(root, 9, 14))
 
 
 class TestMerge:
@@ -403,14 +406,14 @@ class TestMerge:
     def test_samples_need_no_files(self, root: pathlib.Path, tmp_path: pathlib.Path):
         paths = self.models(root, make_config(root, "samples"), tmp_path)
         shutil.rmtree(root)
-        experiment.merge(paths, tmp_path / "merged")
+        growing.merge(paths, tmp_path / "merged")
         same(thresholds(tmp_path / "merged"), thresholds(tmp_path / "whole"))
 
     def test_moments_of_images_that_are_where_they_were(
         self, root: pathlib.Path, tmp_path: pathlib.Path
     ):
         paths = self.models(root, make_config(root), tmp_path)
-        experiment.merge(paths, str(tmp_path / "merged"))
+        growing.merge(paths, str(tmp_path / "merged"))
         same(thresholds(tmp_path / "merged"), thresholds(tmp_path / "whole"))
 
     def test_moments_without_files(self, root: pathlib.Path, tmp_path: pathlib.Path):
@@ -419,7 +422,7 @@ class TestMerge:
         with pytest.warns(
             DataWarning, match=r"merged: .* no thresholds now: 0 of the 14"
         ) as said:
-            experiment.merge(paths, tmp_path / "merged")
+            growing.merge(paths, tmp_path / "merged")
         assert f"--mode=calibrate --checkpoint={tmp_path / 'merged'} --input=" in str(
             said[0].message
         )
@@ -428,7 +431,7 @@ class TestMerge:
     def test_none_stays_none(self, root: pathlib.Path, tmp_path: pathlib.Path):
         config = make_config(root, **{"threshold.normal": "none"})
         paths = self.models(root, config, tmp_path)
-        assert experiment.merge(paths, tmp_path / "merged").calibration is None
+        assert growing.merge(paths, tmp_path / "merged").calibration is None
 
     def test_weights_that_are_gone(
         self, root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
@@ -440,4 +443,4 @@ class TestMerge:
 
         monkeypatch.setattr(fitting, "load_weights", gone)
         with pytest.warns(DataWarning, match="no thresholds now"):
-            experiment.merge(paths, tmp_path / "merged")
+            growing.merge(paths, tmp_path / "merged")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from trees import fails, listing, rows, write
 
-from padim_jax import config, defaults, experiment
+from padim_jax import config, dataset_splits, defaults, experiment
 from padim_jax.datasets import LAYOUTS, masks, tfds_builder
 from padim_jax.datasets.records import Record
 from padim_jax.errors import DataWarning, UserError
@@ -472,7 +472,7 @@ class TestUnused:
         draw_mpdd(tmp_path)
         write(tmp_path, "tubes/train/defective/000.png")
         with pytest.warns(DataWarning, match="not used lie in train/defective; ") as caught:
-            experiment.open_dataset(of_dataset("mpdd", tmp_path, "tubes"))
+            dataset_splits.open_dataset(of_dataset("mpdd", tmp_path, "tubes"))
         assert len(caught) == 1
 
     @pytest.mark.parametrize(("layout", "other"), [("mvtec_ad", "val"), ("folder", "test")])
@@ -801,7 +801,7 @@ def test_hidden_and_system_folders_are_passed_over(tmp_path, capsys):
     write(tmp_path, *hidden, "val/bad/.thumbnails/b.png")
     values = defaults.get_config()
     values.dataset.name, values.dataset.root, values.category = "folder", str(tmp_path), ""
-    sources = experiment.open_dataset(config.validate(values))
+    sources = dataset_splits.open_dataset(config.validate(values))
     found = [record.relative_path for source in sources.values() for record in source.records]
     assert sorted(found) == ["train/good/a.png", "val/bad/b.png"]
     assert "passed over: 4 hidden or system folders with images" in capsys.readouterr().out

@@ -27,7 +27,15 @@ from absl.testing import flagsaver
 from PIL import Image
 
 import padim_jax
-from padim_jax import distributed, experiment, input_pipeline, main, memory
+from padim_jax import (
+    dataset_splits,
+    distributed,
+    evaluation,
+    experiment,
+    input_pipeline,
+    main,
+    memory,
+)
 from padim_jax.datasets.synthetic import generate
 from padim_jax.errors import Stopped, UserError
 from padim_jax.models import BUNDLED, pretrained
@@ -1226,8 +1234,8 @@ class TestPythonApi:
     def test_experiment_is_what_the_command_runs(self, run: Run):
         """From a notebook, without a command line: the same numbers."""
         detector = experiment.load(run.workdir / "checkpoint")
-        dataset = experiment.open_dataset(detector.config)
+        dataset = dataset_splits.open_dataset(detector.config)
         again = run.workdir.parent / "again"
-        measured = experiment.evaluate(detector.config, detector, dataset["test"], again)
+        measured = evaluation.evaluate(detector.config, detector, dataset["test"], again)
         assert measured == read_json(again / "metrics.json")
         assert metrics_of(again) == metrics_of(run.workdir)

@@ -21,8 +21,10 @@ import safetensors.numpy
 
 import padim_jax
 from padim_jax import (
+    dataset_splits,
     defaults,
     detector,
+    evaluation,
     experiment,
     fitting,
     gaussian,
@@ -490,7 +492,7 @@ def fits(root: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
                 "outputs.figures": "none",
             }
         )
-        dataset: Any = experiment.open_dataset(config)
+        dataset: Any = dataset_splits.open_dataset(config)
         place = tmp_path_factory.mktemp(form) / "checkpoint"
         fitting.train(config, dataset["train"], place)
         found[form] = Fit(experiment.load(place), place, dataset["test"])
@@ -600,7 +602,7 @@ class TestExport:
         found = {"exact": fit.detector, "half": experiment.load(path)}
         maps = {}
         for name, each in found.items():
-            measured = experiment.evaluate(each.config, each, fit.test, tmp_path / name)
+            measured = evaluation.evaluate(each.config, each, fit.test, tmp_path / name)
             assert len(stored[name]) == 7
             for key, value in stored[name].items():
                 assert value == measured[key], key

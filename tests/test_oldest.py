@@ -13,7 +13,15 @@ import numpy as np
 import oldest_models
 import pytest
 
-from padim_jax import calibration_file, checkpoint, config, detector, experiment, fitting
+from padim_jax import (
+    calibration_file,
+    checkpoint,
+    config,
+    dataset_splits,
+    detector,
+    experiment,
+    fitting,
+)
 from padim_jax.config import Config
 from padim_jax.detector import Detector
 from padim_jax.errors import UserError
@@ -83,7 +91,7 @@ def test_checkpoints_are_extended(
 ):
     # Once by itself, and once by a model that is fitted now: the same in the end.
     values = oldest_models.settings(root, weights, form)
-    dataset = experiment.open_dataset(config.validate(values))
+    dataset = dataset_splits.open_dataset(config.validate(values))
     others = FolderSource([r for r in dataset["test"].records if not r.label])
     fitting.train(config.validate(values), others, models / "new")
     fitting.merge([models / form, models / "new"], models / "merged")

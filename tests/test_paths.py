@@ -28,6 +28,7 @@ from PIL import Image
 from padim_jax import (
     checkpoint,
     compilation_cache,
+    dataset_splits,
     defaults,
     experiment,
     input_pipeline,
@@ -631,7 +632,7 @@ class TestSweep:
             config: Any, workdir: Any, _: Any, backbone: Any, *__: Any
         ) -> dict[str, Any]:
             done.append(workdir)
-            read = inputs.read(config, experiment.open_dataset(config), Devices(1))
+            read = inputs.read(config, dataset_splits.open_dataset(config), Devices(1))
             paths.write(
                 workdir / "config.json", json.dumps(config_lib.to_dict(config)).encode()
             )

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import padim_jax
-from padim_jax import defaults, experiment, fitting
+from padim_jax import dataset_splits, defaults, experiment, fitting
 from padim_jax.config import validate
 from padim_jax.detector import Detector
 from padim_jax.errors import DataWarning, UserError
@@ -37,7 +37,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Dete
         pixels[0, 0] = 65535  # a hot pixel
         Image.fromarray(pixels).save(root / f"train/good/{number}.png")
     config = settings(root, "train")
-    detector = experiment.train(config, experiment.open_dataset(config), root / "model")
+    detector = experiment.train(config, dataset_splits.open_dataset(config), root / "model")
     return root, detector
 
 
@@ -62,7 +62,7 @@ def test_models_of_other_ranges_are_not_merged(fitted, tmp_path):
     config = settings(root, (0, 65535))
     other = tmp_path / "other"
     with pytest.warns(DataWarning, match="grey levels"):
-        experiment.train(config, experiment.open_dataset(config), other)
+        experiment.train(config, dataset_splits.open_dataset(config), other)
     with pytest.raises(UserError, match="the same pixels mean other values"):
         fitting.merge([root / "model", other], tmp_path / "merged")
 
@@ -71,7 +71,7 @@ def test_lost_levels_are_told_once(fitted, tmp_path):
     root, _ = fitted
     config = settings(root, "full")
     with pytest.warns(DataWarning, match=r"4 of 4 images keep fewer than 32") as caught:
-        experiment.train(config, experiment.open_dataset(config), tmp_path / "model")
+        experiment.train(config, dataset_splits.open_dataset(config), tmp_path / "model")
     assert len(caught) == 1
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from padim_jax import (
     checkpoint,
+    dataset_splits,
     defaults,
     detector,
     experiment,
@@ -90,7 +91,7 @@ def make_config(root: pathlib.Path, form: str = "moments", **settings: Any) -> C
 
 
 def normal(config: Config) -> FolderSource:
-    source = experiment.open_dataset(config)["train"]
+    source = dataset_splits.open_dataset(config)["train"]
     assert isinstance(source, FolderSource)
     return source
 

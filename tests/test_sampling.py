@@ -6,7 +6,7 @@ import pytest
 from trees import write
 
 from padim_jax import config as config_lib
-from padim_jax import defaults, experiment
+from padim_jax import dataset_splits, defaults
 from padim_jax.datasets.records import Record, Source
 from padim_jax.datasets.sampling import groups, held_out, part, subset
 from padim_jax.errors import UserError
@@ -95,7 +95,7 @@ def test_a_data_set_gives_a_subset_of_its_training_images(source, tmp_path):
         chosen = {"name": "folder", "source": source, **places, **settings}
         values.update_from_flattened_dict({f"dataset.{key}": chosen[key] for key in chosen})
         values.category = ""
-        return experiment.open_dataset(config_lib.validate(values))
+        return dataset_splits.open_dataset(config_lib.validate(values))
 
     everything = opened()
     some = opened(train_images=4, seed=3)

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from padim_jax import (
+    dataset_splits,
     defaults,
+    evaluation,
     experiment,
     input_pipeline,
     memory,
@@ -249,8 +251,8 @@ class TestRuns:
         # Against all pixels in memory.
         config = validate(settings(tmp_path))
         detector = experiment.load(tmp_path / "full" / "checkpoint")
-        source = experiment.open_dataset(config)["test"]
-        scored, _ = experiment._score(detector, source)
+        source = dataset_splits.open_dataset(config)["test"]
+        scored, _ = evaluation.score(detector, source)
         assert scored is not None
         maps = np.stack([predictions.restore_map(x, SIZE, config.image) for x in scored.maps])
         truth = np.stack([*[np.zeros(SIZE, bool)] * 2, *defects])
@@ -324,9 +326,9 @@ class TestRuns:
         assert measured["leaks"] == ["part/test/good/000.png"]
         assert measured["data"]["shared"] == {"train, test": ["part/test/good/000.png"]}
         detector = experiment.load(tmp_path / "results" / "checkpoint")
-        source = experiment.open_dataset(detector.config)["test"]
+        source = dataset_splits.open_dataset(detector.config)["test"]
         with pytest.warns(DataWarning, match="that the model was fitted to as well"):
-            experiment.evaluate(detector.config, detector, source, tmp_path / "results")
+            evaluation.evaluate(detector.config, detector, source, tmp_path / "results")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from padim_jax import calibration, defaults, experiment, results, suspects
+from padim_jax import calibration, dataset_splits, defaults, experiment, results, suspects
 from padim_jax.config import validate
 from padim_jax.datasets.synthetic import generate
 from padim_jax.errors import UserError
@@ -138,6 +138,6 @@ def test_unknown_names(root: pathlib.Path):
     with pytest.raises(
         UserError, match=r"exclude: 'part/train/good/none.png' is none of the 25"
     ):
-        experiment.open_dataset(config)
+        dataset_splits.open_dataset(config)
     with pytest.raises(UserError, match="expected relative paths"):
         validate(settings(root, exclude=("",)))

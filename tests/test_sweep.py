@@ -13,7 +13,7 @@ import filelock
 import jax
 import pytest
 
-from padim_jax import defaults, experiment, inputs, paths, sweep
+from padim_jax import dataset_splits, defaults, experiment, inputs, paths, sweep
 from padim_jax.config import Config, validate
 from padim_jax.datasets.synthetic import generate
 from padim_jax.errors import UserError
@@ -65,7 +65,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def finish(
     config: Config, workdir: pathlib.Path, _: Any = None, backbone: Any = None, *__: Any
 ) -> dict[str, Any]:
-    read = inputs.read(config, experiment.open_dataset(config), Devices(1))
+    read = inputs.read(config, dataset_splits.open_dataset(config), Devices(1))
     measured = {
         "inputs": {**read, "weights": backbone[1].sha256 if backbone else ""},
         "image_auroc": 0.9,

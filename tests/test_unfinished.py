@@ -12,6 +12,7 @@ from PIL import Image
 
 from padim_jax import (
     config,
+    dataset_splits,
     defaults,
     detector,
     experiment,
@@ -59,7 +60,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Detector:
         }
     )
     valid = config.validate(values)
-    return experiment.train(valid, experiment.open_dataset(valid), root / "checkpoint")
+    return experiment.train(valid, dataset_splits.open_dataset(valid), root / "checkpoint")
 
 
 def draw(path: pathlib.Path, seed: int) -> None:

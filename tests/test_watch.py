@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from padim_jax import config, defaults, experiment, parallel, predictions, watch
+from padim_jax import config, dataset_splits, defaults, experiment, parallel, predictions, watch
 from padim_jax.datasets import files
 from padim_jax.datasets.synthetic import generate
 from padim_jax.detector import Detector, score
@@ -303,7 +303,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Detector:
         }
     )
     valid = config.validate(values)
-    return experiment.train(valid, experiment.open_dataset(valid), root / "checkpoint")
+    return experiment.train(valid, dataset_splits.open_dataset(valid), root / "checkpoint")
 
 
 Watching = Callable[..., Any]

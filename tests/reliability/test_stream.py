@@ -21,7 +21,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from padim_jax import config, defaults, experiment
+from padim_jax import config, dataset_splits, defaults, experiment
 from padim_jax.datasets.synthetic import generate
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         }
     )
     valid = config.validate(values)
-    experiment.train(valid, experiment.open_dataset(valid), root / "checkpoint")
+    experiment.train(valid, dataset_splits.open_dataset(valid), root / "checkpoint")
     return root
 
 

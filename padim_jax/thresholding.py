@@ -1,0 +1,289 @@
+"""Normal images -> the thresholds of a fitted model, kept beside it."""
+
+import collections
+import dataclasses
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from padim_jax import calibration as calibration_lib
+from padim_jax import (
+    calibration_file,
+    copies,
+    fitting,
+    image_cache,
+    input_pipeline,
+    locks,
+    parallel,
+    scoring_pass,
+)
+from padim_jax import detector as detector_lib
+from padim_jax import suspects as suspects_lib
+from padim_jax.calibration import Calibration
+from padim_jax.config import Config
+from padim_jax.datasets import sampling
+from padim_jax.datasets.records import Record, Source
+from padim_jax.detector import Detector
+from padim_jax.errors import DataWarning, UserError
+from padim_jax.paths import Path
+from padim_jax.suspects import Suspects
+
+
+def require_groups(config: Config, source: Source) -> None:
+    """Raise UserError unless the images make up enough groups for thresholds."""
+    if not (pattern := config.threshold.groups):
+        return
+    count = len(set(sampling.groups(source.records, pattern).tolist()))
+    if count < calibration_lib.MIN_IMAGES:
+        raise UserError(
+            f"config.threshold.groups={pattern!r}: {count} group(s) of {len(source.records)} "
+            f"normal images; thresholds need at least {calibration_lib.MIN_IMAGES}. More parts "
+            "are needed, or no thresholds with --config.threshold.normal=none"
+        )
+
+
+def calibrate(detector: Detector, source: Source, origin: str, path: Path) -> Detector:
+    """Find thresholds on normal images, and keep them beside the model.
+
+    Args:
+      detector: fitted. For images left out its Gaussians are given up, since those that leave
+        images out take their place in memory; go on with the result, or after an error with
+        what `load` returns.
+      source: normal images. Of files that are the same the first one counts.
+      origin: how they relate to the model, one of `calibration.ORIGINS`. "leave_one_out" takes
+        all images that were fitted, "leave_some_out" some of them, each once. "held_out" and
+        "given" take images that were not fitted: of the former, copies of fitted images are
+        left out with a `DataWarning`; of the latter, they are an error.
+      path: the checkpoint's folder.
+
+    Returns:
+      The detector with its thresholds.
+
+    Raises:
+      UserError: too few images, images that contradict `origin`, an unreadable one, or another
+        process writes to the checkpoint.
+    """
+    with locks.held(path, parallel.every().process):
+        return find(detector, source, origin, path)
+
+
+def find(detector: Detector, source: Source, origin: str, path: Path) -> Detector:
+    """As `calibrate`, in a checkpoint that is held by the caller."""
+    return find_ranked(detector, source, origin, path)[0]
+
+
+def find_ranked(
+    detector: Detector, source: Source, origin: str, path: Path
+) -> tuple[Detector, Suspects | None]:
+    """As `calibrate`; and how images that were left out rank, in the first process."""
+    config, given = detector.config, origin == "given"
+    left_out = origin in ("leave_one_out", "leave_some_out")
+    source = copies.distinct(source, parallel.every())
+    if origin == "held_out":
+        source = _without_fitted(detector, source)
+    count, pattern = len(source.records), config.threshold.groups
+    fitted = len(set(map(bytes, detector.images)))
+    if origin == "leave_some_out" and pattern and count < fitted:
+        raise UserError(
+            f"thresholds: {count} of the {fitted} images that were fitted, and "
+            f"config.threshold.groups={pattern!r}; expected all of them, since those of a "
+            "group that stay in the model lower the scores of the others"
+        )
+    if origin == "leave_one_out" and count != fitted:
+        raise UserError(
+            f"thresholds: {count} images to leave out one by one, and the model was fitted to "
+            f"{fitted}; expected all of those, each once"
+        )
+    groups = sampling.groups(source.records, pattern)
+    # One pass for each size of a group, of which each takes other Gaussians.
+    passes = _by_size(groups) if left_out else [(0, np.arange(count))]
+    order = np.concatenate([numbers for _, numbers in passes])
+    seen = scoring_pass.for_new_images(detector) if given else detector
+    # Given ones are seen once; see `predict`.
+    cache = None if given else image_cache.open_cache(config.cache)
+    samples: list[np.ndarray] = []
+    scores: list[np.ndarray] = []
+    highest: list[tuple[float, int, np.ndarray]] = []  # score, place in `order`, map
+
+    def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        nonlocal seen
+        unused = collections.Counter(map(bytes, detector.images))
+        for size, numbers in passes:
+            chosen = sampling.part(source, numbers.tolist())
+            if size:
+                seen = fitting.refinalize(seen, path, size)
+            for part in scoring_pass.scores(seen, chosen, "calibrate", cache, size):
+                for record, digest in zip(part.records, map(bytes, part.digests), strict=True):
+                    if not left_out:
+                        _require_unknown(record, digest in unused, origin)
+                        continue
+                    _require_fitted(record, digest in unused, unused[digest])
+                    unused[digest] -= 1
+                if sum(map(len, samples)) < copies.MOST_COMPARED:
+                    samples.append(part.samples)
+                start = sum(map(len, scores))
+                scores.append(part.scores)
+                for i in np.argsort(-part.scores)[: suspects_lib.SHOWN].tolist():
+                    highest.append((float(part.scores[i]), start + i, part.maps[i].copy()))
+                highest.sort(key=lambda one: (-one[0], order[one[1]]))
+                del highest[suspects_lib.SHOWN :]
+                yield part.maps, part.scores
+
+    found = _thresholds(detector, parts(), count, origin, groups[order] if pattern else None)
+    if not pattern:  # the order is then the source's
+        names = [record.relative_path for record in source.records]
+        found = _with_warning(found, samples, names)
+    if left_out:
+        detector = fitting.refinalize(seen, path)
+    detector = _keep_thresholds(detector, found, path)
+    if not left_out or parallel.every().process > 0:
+        return detector, None
+    back = np.argsort(order)  # to the source's order
+    ranked = suspects_lib.rank(
+        [record.relative_path for record in source.records],
+        np.concatenate(scores)[back],
+        groups,
+        config.threshold.image_rate,
+        found.image_threshold,
+    )
+    print(suspects_lib.text(ranked))
+    images = [
+        input_pipeline.load_image(source, config.image, int(order[place]), cache)
+        for _, place, _ in highest
+    ]
+    maps = [anomaly_map for *_, anomaly_map in highest]
+    return detector, dataclasses.replace(ranked, images=images, maps=maps)
+
+
+def find_from_model(detector: Detector, path: Path) -> Detector:
+    """Thresholds of all images fitted, whose embeddings the model holds."""
+    left_out = fitting.refinalize(detector, path, 1)
+    samples: list[np.ndarray] = []
+
+    def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for found, valid in detector_lib.score_samples(left_out):
+            own: Any = (valid, found.maps, found.scores, found.samples)
+            valid, maps, scores, part = parallel.gather(own)
+            samples.append(part[valid])
+            yield maps[valid], scores[valid]
+
+    found = _thresholds(detector, parts(), detector.count, "leave_one_out")
+    found = _with_warning(found, samples, [f"image {i + 1}" for i in range(detector.count)])
+    return _keep_thresholds(fitting.refinalize(left_out, path), found, path)
+
+
+def _thresholds(
+    detector: Detector,
+    parts: Iterable[tuple[np.ndarray, np.ndarray]],
+    count: int,
+    origin: str,
+    groups: Int[np.ndarray, " n"] | None = None,
+) -> Calibration:
+    """Thresholds of the maps and scores of `count` normal images."""
+    threshold = detector.config.threshold
+    try:
+        return calibration_lib.calibrate(
+            parts, count, origin, threshold.image_rate, threshold.pixel_rate, groups
+        )
+    except ValueError as error:
+        raise UserError(
+            f"thresholds: {error}. More normal images are needed, or none at all with "
+            "--config.threshold.normal=none"
+        ) from error
+
+
+def _with_warning(
+    found: Calibration, samples: Sequence[np.ndarray], names: Sequence[str]
+) -> Calibration:
+    """The same thresholds, with a warning if many of their images are near copies."""
+    near = copies.near_copies(np.concatenate(samples))
+    return dataclasses.replace(found, warning=copies.near_copies_text(near, names))
+
+
+def _keep_thresholds(detector: Detector, found: Calibration, path: Path) -> Detector:
+    """The detector with thresholds, which are kept beside the model."""
+    copied = detector.count - len(set(map(bytes, detector.images)))
+    if copied and found.origin.startswith("leave_") and not found.warning:
+        # Fitted by an older version, to which each copy counted.
+        warning = (
+            f"{copied} of the {detector.count} images that were fitted are copies of others: "
+            "new images will be called anomalous more often than promised. Fit again, which "
+            "counts each image once"
+        )
+        found = dataclasses.replace(found, warning=warning)
+    if parallel.every().process == 0:
+        calibration_file.write(path, found, detector_lib.fingerprint(detector))
+        if found.warning:
+            warnings.warn(DataWarning(f"thresholds: {found.warning}"), stacklevel=2)
+    print(calibration_lib.text(found))
+    return dataclasses.replace(detector, calibration=found)
+
+
+def _without_fitted(detector: Detector, source: Source) -> Source:
+    """The images that a model was not fitted to, with a warning about the others.
+
+    Raises:
+      UserError: too few are left for thresholds.
+    """
+    devices = parallel.every()
+    fitted = set(map(bytes, detector.images))
+    known = [bytes(digest) in fitted for digest in copies.distinct(source, devices).digests]
+    if not any(known):
+        return source
+    names = [str(source.records[i].image) for i in np.flatnonzero(known).tolist()]
+    message = (
+        f"{len(names)} of {len(known)} validation images are copies of images that the model "
+        f"was fitted to ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    )
+    others = np.flatnonzero(~np.array(known)).tolist()
+    if len(others) < calibration_lib.MIN_IMAGES:
+        raise UserError(
+            f"{message}; {len(others)} are left, and thresholds need at least "
+            f"{calibration_lib.MIN_IMAGES}. Expected other images, or "
+            "--config.threshold.normal=leave_one_out"
+        )
+    if devices.process == 0:
+        warnings.warn(
+            DataWarning(
+                f"{message}: left out of the thresholds, which say nothing of new images "
+                f"otherwise; {len(others)} images remain. Check how the dataset was split"
+            ),
+            stacklevel=2,
+        )
+    return sampling.part(source, others)
+
+
+def _by_size(
+    groups: Int[np.ndarray, " n"],
+) -> list[tuple[int, Int[np.ndarray, " _n"]]]:
+    """Each size of a group, and the images of such groups, those of a group side by side."""
+    sizes = np.bincount(groups)[groups]
+    order = np.lexsort([groups, sizes])
+    return [(int(size), order[sizes[order] == size]) for size in np.unique(sizes)]
+
+
+def _require_unknown(record: Record, fitted: bool, origin: str) -> None:
+    """Images that a model was fitted to score lower than others: no thresholds come of them."""
+    if fitted:
+        raise UserError(
+            f"{'--input' if origin == 'given' else 'thresholds'}: {record.image} is one of the "
+            "images that the model was fitted to, and scores lower than others do; expected "
+            "normal images that it does not know"
+        )
+
+
+def _require_fitted(record: Record, fitted: bool, unused: int) -> None:
+    """Only images that were fitted can be left out, each as often as it was fitted."""
+    if not fitted:
+        raise UserError(
+            f"thresholds: {record.image} is none of the images that the model was fitted to; "
+            "expected those, since no others can be left out of it"
+        )
+    if not unused:
+        raise UserError(
+            f"thresholds: {record.image} is there more often than it was fitted; expected each "
+            "image once"
+        )
