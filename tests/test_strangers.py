@@ -541,7 +541,8 @@ class TestNumbers:
         for i in range(4):
             path = root / "train" / "good" / f"{i}.{'png' if i % 2 else 'bmp'}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (32, 32), (level, level, level)).save(path)
+            # Files that differ, or they would count once.
+            Image.new("RGB", (32, 32), (level, level, level)).save(path, dpi=(100 + i, 100))
         config = make_config(root, **{"model.statistics": statistics, "map.sigma": 0.0})
         records = LAYOUTS["folder"].records(root, "", 0)
         said = f"all 4 images are the same, pixel for pixel, as {records[0].image}"
@@ -569,7 +570,10 @@ class TestNumbers:
 
     def test_images_that_differ_are_not_warned_of(self, tmp_path, capsys):
         for i in range(3):
-            draw(tmp_path / "train" / "good" / f"{i}.png", i % 2)  # two of them the same
+            path = tmp_path / "train" / "good" / f"{i}.png"
+            draw(path, i % 2)  # two of them the same, in files that differ
+            with Image.open(path) as image:
+                image.save(path, dpi=(100 + i, 100))
         records = LAYOUTS["folder"].records(tmp_path, "", 0)
         fitting.train(make_config(tmp_path), FolderSource(records), tmp_path / "a")
         assert "warning" not in capsys.readouterr().out
