@@ -298,18 +298,18 @@ def _suspects(found: Suspects | None, scale: figures.ColorScale) -> str:
         expected = float(found.expected[i])
         facts = f"{found.scores[i]:.4g}"
         if not np.isnan(expected):
-            facts += f" (its rank is expected to have {expected:.4g})"
+            facts += f" (expected at this rank: {expected:.4g})"
         if i < found.count:
             facts += ", suspect"
         items.append(
-            f'<li class="card"><img src="{url}" alt="{text(found.paths[i])}">'
+            f'<li class="pair"><img src="{url}" alt="{text(found.paths[i])}">'
             f"<p><b>{text(facts)}</b></p><p class='what'>{name(found.paths[i])}</p></li>"
         )
     said = "".join(f"<p>{name(line.strip())}</p>" for line in suspects_text(found).split("\n"))
     return (
         '<section aria-labelledby="suspects-title"><h2 id="suspects-title">Training images of '
         f"the highest scores, each left out</h2>{said}"
-        f'<ol class="gallery">{"".join(items)}</ol></section>'
+        f'<ol class="gallery pairs">{"".join(items)}</ol></section>'
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
 from test_processes import launch
 from test_resume import (
     GOING_ON,
@@ -117,8 +118,10 @@ def test_processes_stop_together(launch: Any, root: pathlib.Path, tmp_path: path
     images = sorted((root / "part" / "train" / "good").iterdir())
     many = tmp_path / "data" / "part" / "train" / "good"
     many.mkdir(parents=True)
-    for number in range(600):
-        (many / f"{number:03}.png").symlink_to(images[number % len(images)])
+    pictures = [Image.open(path) for path in images]
+    for number in range(600):  # files that differ: copies count once
+        picture = pictures[number % len(pictures)]
+        picture.save(many / f"{number:03}.png", compress_level=1, dpi=(1000 + number, 1000))
     given = f"--config.dataset.root={tmp_path / 'data'}", "--config.train.checkpoint_every=0"
     process = launch("train", tmp_path, *given)
     while not (tmp_path / "checkpoint" / "3").exists():  # saved after every batch
