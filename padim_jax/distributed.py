@@ -92,7 +92,7 @@ def _silence(place: Place) -> None:
     """
     sys.stdout.flush()
     if place.process_id == 0:
-        sys.stdout = streams.opened(os.dup(1), write_through=True)
+        sys.stdout = streams.opened(os.dup(1))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)

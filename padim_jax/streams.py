@@ -20,18 +20,21 @@ def install() -> None:
     if sys.stdout is sys.__stdout__:
         sys.stdout = opened(1)
     if sys.stderr is sys.__stderr__:
-        sys.stderr = opened(2, write_through=True)
+        sys.stderr = opened(2)
 
 
-def opened(number: int, write_through: bool = False) -> io.TextIOWrapper:
-    """Return a text stream of a file descriptor that survives its reader and a full disk."""
+def opened(number: int) -> io.TextIOWrapper:
+    """Return a text stream of a file descriptor that survives its reader and a full disk.
+
+    Each line is written when it is complete, to files and pipes too: a log tells how far a
+    process came that was killed.
+    """
     like = sys.__stdout__ if sys.__stdout__ is not None else sys.__stderr__
     return io.TextIOWrapper(
         io.BufferedWriter(_Lasting(number, "wb", closefd=False)),
         encoding=like.encoding if like is not None else "utf-8",
         errors="backslashreplace",
-        line_buffering=write_through or os.isatty(number),
-        write_through=write_through,
+        line_buffering=True,
     )
 
 

@@ -365,28 +365,36 @@ class TestSteps:
         )
 
     def test_number_of_devices_changes_rounding_only(self, first: Any, bank: np.ndarray):
-        found = []
-        for count in (1, 2):
+        def after(step: int, count: int) -> tuple[Any, Any]:
             devices = Devices(count)
-            state = parallel.copies(first._replace(step=jnp.int32(1)), devices)
+            state = parallel.copies(first._replace(step=jnp.int32(step)), devices)
             textures = parallel.replicate(bank, devices)
-            state, measures = STEP(make_config(), state, textures, None)
-            for x in jax.tree.leaves((state, measures)):
+            found = STEP(make_config(), state, textures, None)
+            for x in jax.tree.leaves(found):
                 np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))
-            found.append(jax.tree.map(lambda x: np.asarray(x[0]), (state, measures)))
-        (state, measures), (other, other_measures) = found
-        # Measured 1e-6.
-        np.testing.assert_allclose(measures, other_measures, rtol=1e-4)
+            return jax.tree.map(lambda x: np.asarray(x[0]), found)
 
         def worst(x: Any, y: Any) -> float:
             pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
             return max(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30) for a, b in pairs)
 
-        # Measured 7e-7.
-        assert worst(state.batch_stats, other.batch_stats) < 1e-4
-        # Gradients and their squares, of twenty layers; measured 2e-5. Parameters themselves
-        # show less: Adam's first step has the same length whatever the gradient's.
-        assert worst(state.optimizer, other.optimizer) < 2e-3
+        differences = []
+        for step in range(1, 6):
+            (state, measures), (other, other_measures) = after(step, 1), after(step, 2)
+            # Measured 1e-6.
+            np.testing.assert_allclose(measures, other_measures, rtol=1e-4)
+            # Measured 7e-7.
+            assert worst(state.batch_stats, other.batch_stats) < 1e-4
+            # Gradients and their squares, of twenty layers; measured 2e-5. Parameters
+            # themselves show less: Adam's first step has the same length whatever the
+            # gradient's.
+            differences.append(worst(state.optimizer, other.optimizer))
+            if differences[-1] < 2e-3:
+                return
+            # Rounding can carry a value across zero, where the slope of ReLU jumps: measured
+            # in one step on one kind of processor, one channel of 256, 0.095. Which step it
+            # meets depends on the processor; an error in averaging would show in all.
+        pytest.fail(f"in every step the gradients differ: {differences}")
 
     def test_they_teach(self, first: Any, bank: np.ndarray):
         """On one step's scenes and channels again and again: more is no matter of seconds."""
