@@ -225,6 +225,13 @@ def patch_grid(config: ImageConfig, layers: Sequence[str]) -> tuple[int, int]:
     return -(-height // stride), -(-width // stride)
 
 
+def patch_size(config: Config) -> tuple[float, float]:
+    """Height and width of a patch, in pixels of the anomaly maps."""
+    rows, columns = patch_grid(config.image, config.model.layers)
+    height, width = config.image.size
+    return height / rows, width / columns
+
+
 def pyramid(image: ImageConfig, model: ModelConfig, index: Sequence[int]) -> Pyramid:
     """How the stages' grids of a configuration lie upon each other; see `embedding`."""
     if has_one_level(model):

@@ -31,6 +31,7 @@ from padim_jax import (
 )
 from padim_jax import detector as detector_lib
 from padim_jax import summary as summary_lib
+from padim_jax import suspects as suspects_lib
 from padim_jax.config import Config
 from padim_jax.datasets import masks
 from padim_jax.datasets.files import shown
@@ -102,6 +103,10 @@ def evaluate_unlocked(
     defects = sum(int(mask.sum()) for mask in scored.masks if mask is not None)
     memory.require_for_maps(config, len(source.records), defects / scored.maps.size)
     measured = results.measure(scored, detector.calibration)
+    scored = results.locate(scored, measured, detector_lib.patch_size(detector.config))
+    measured = results.with_in_place(scored, measured)
+    if suspects is not None and suspects.count:
+        measured["suspects"] = suspects_lib.to_dict(suspects)
     if (transfer := measured["transfer"]) and transfer["unlike"]:
         warnings.warn(DataWarning(results.transfer_text(transfer)), stacklevel=2)
     scale = figures.color_scale(scored.maps, scored.labels.astype(int))

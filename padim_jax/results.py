@@ -55,6 +55,8 @@ class Scored:
       maps: anomaly maps.
       scores: image scores.
       pixels: what is measured at the masks' own sizes, where that is asked for.
+      in_place: whether the strongest region of each map lies on the image's defect (see
+        `locate`), None for images without a known defect pixel; None where that is all images.
     """
 
     records: Sequence[Record]
@@ -62,6 +64,7 @@ class Scored:
     maps: Float32[np.ndarray, "n h w"]
     scores: Float32[np.ndarray, " n"]
     pixels: metrics.PixelMetrics | None = None
+    in_place: Sequence[bool | None] | None = None
 
     @property
     def labels(self) -> Bool[np.ndarray, " n"]:
@@ -115,6 +118,68 @@ def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str,
         "normal_threshold": outcome,
         "transfer": _transfer(scored, calibration),
     }
+
+
+def locate(scored: Scored, measured: Mapping[str, Any], patch: tuple[float, float]) -> Scored:
+    """Find out whether the strongest region of each map lies on the image's defect.
+
+    The strongest region ends where outlines do: at the pixel threshold from normal images, or
+    without one at that of the best F1. Without either it is the map's peak alone.
+
+    Args:
+      scored: the test set.
+      measured: from `measure`.
+      patch: height and width of a patch in pixels of the maps.
+
+    Returns:
+      The test set with `in_place`; see `verdicts.in_place`.
+    """
+    threshold = _threshold(measured, "pixel")
+    in_place = [
+        verdicts.in_place(anomaly_map, mask, np.inf if threshold is None else threshold, patch)
+        if mask is not None and mask.any()
+        else None
+        for anomaly_map, mask in zip(scored.maps, scored.masks, strict=True)
+    ]
+    known = any(place is not None for place in in_place)
+    return dataclasses.replace(scored, in_place=in_place if known else None)
+
+
+def with_in_place(scored: Scored, measured: dict[str, Any]) -> dict[str, Any]:
+    """Add to metrics how many defects are found, and found in the right place.
+
+    Args:
+      scored: from `locate`.
+      measured: from `measure`.
+
+    Returns:
+      `measured` and, where there are defects with masks and an image threshold, `in_place`,
+      overall and in `per_defect` for each type that has any: `threshold`, from which score on
+      an image is called anomalous; `found_in_place` and `found_elsewhere`, the shares of the
+      defects with masks that are called anomalous with their strongest region on the defect
+      and elsewhere (see `verdicts.share`).
+    """
+    threshold = _threshold(measured, "image")
+    if scored.in_place is None or threshold is None:
+        return measured
+    known = np.array([place is not None for place in scored.in_place])
+    on_defect = np.array([bool(place) for place in scored.in_place])
+    called = scored.scores >= np.float32(threshold)
+    types = np.array([record.defect_type for record in scored.records])
+
+    def shares(chosen: Bool[np.ndarray, " n"]) -> dict[str, Any]:
+        return {
+            "threshold": threshold,
+            "found_in_place": verdicts.share((called & on_defect)[chosen]),
+            "found_elsewhere": verdicts.share((called & ~on_defect)[chosen]),
+        }
+
+    per_defect = {
+        name: values | ({"in_place": shares(chosen)} if chosen.any() else {})
+        for name, values in measured["per_defect"].items()
+        for chosen in [known & (types == name)]
+    }
+    return measured | {"per_defect": per_defect, "in_place": shares(known)}
 
 
 def _transfer(scored: Scored, calibration: Calibration | None) -> dict[str, Any] | None:
@@ -317,6 +382,8 @@ def table(config: Config, measured: dict[str, Any]) -> str:
         for reason in dict.fromkeys(measured.get("undefined", {}).values())
     ]
     sentences = _thresholds(measured)
+    if in_place := measured.get("in_place"):
+        sentences.append(in_place_text(in_place))
     if (found := measured.get("transfer")) and found["unlike"]:
         sentences.append(f"warning: {transfer_text(found)}")
     if leaks := measured.get("leaks"):
@@ -331,12 +398,25 @@ def table(config: Config, measured: dict[str, Any]) -> str:
         lines += ["", *sentences]
     if measured["per_defect"]:
         keys = ("image_auroc", "pixel_auroc", "aupro")
-        rows = [["defect type", *keys]]
+        located = bool(measured.get("in_place"))
+        rows = [["defect type", *keys, *["found in place"] * located]]
         for name, values in measured["per_defect"].items():
-            cells = ("undefined" if values[k] is None else f"{values[k]:.4f}" for k in keys)
+            cells = ["undefined" if values[k] is None else f"{values[k]:.4f}" for k in keys]
+            if located:
+                place = values.get("in_place")
+                cells.append(verdicts.share_text(place["found_in_place"]) if place else "-")
             rows.append([name, *cells])
         lines += ["", *_aligned(rows)]
     return "\n".join(lines)
+
+
+def in_place_text(in_place: Mapping[str, Any]) -> str:
+    """What `in_place` in metrics.json says, for a person."""
+    return (
+        f"found in the right place: {verdicts.share_text(in_place['found_in_place'])} defects "
+        f"with masks; {verdicts.share_text(in_place['found_elsewhere'])} called anomalous "
+        "elsewhere"
+    )
 
 
 def rate_rows(normal: Mapping[str, Any]) -> list[list[str]]:
@@ -443,7 +523,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _threshold(measured: dict[str, Any], level: str) -> float | None:
+def _threshold(measured: Mapping[str, Any], level: str) -> float | None:
     """From normal images where there is one, else that of the best F1."""
     if normal := measured["normal_threshold"]:
         return normal[f"{level}_threshold"]
@@ -453,16 +533,19 @@ def _threshold(measured: dict[str, Any], level: str) -> float | None:
 def _write_scores(
     path: Path, scored: Scored, f1_threshold: float | None, calibration: Calibration | None
 ) -> None:
-    rows: list[tuple[Any, ...]] = [
-        ("path", "label", "defect_type", "score", "predicted", "predicted_f1", "calibrated")
-    ]
+    located = scored.in_place is not None
+    header = ("path", "label", "defect_type", "score", "predicted", "predicted_f1")
+    rows: list[tuple[Any, ...]] = [(*header, "calibrated", *["in_place"] * located)]
+    in_place = scored.in_place or [None] * len(scored.records)
     threshold = calibration and calibration.image_threshold
     calibrated = (
         [""] * len(scored.records)
         if calibration is None
         else map(calibration_lib.shown, calibration.calibrated(scored.scores))
     )
-    for record, score, rarity in zip(scored.records, scored.scores, calibrated, strict=True):
+    for record, score, rarity, place in zip(
+        scored.records, scored.scores, calibrated, in_place, strict=True
+    ):
         rows.append(
             (
                 record.relative_path,
@@ -471,6 +554,7 @@ def _write_scores(
                 score,
                 *("" if t is None else int(score >= t) for t in (threshold, f1_threshold)),
                 rarity,
+                *("" if place is None else int(place),) * located,
             )
         )
     paths.write(path, tables.as_csv(rows))

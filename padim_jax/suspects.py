@@ -17,6 +17,7 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
@@ -141,6 +142,18 @@ def rank(
         threshold=threshold,
         without=without,
     )
+
+
+def to_dict(found: Suspects) -> dict[str, Any]:
+    """The suspects, and the image thresholds with and without them, for JSON."""
+    return {
+        "images": [
+            {"path": path, "score": float(score)}
+            for path, score in zip(found.paths[: found.count], found.scores, strict=False)
+        ],
+        "threshold": found.threshold,
+        "threshold_without": found.without,
+    }
 
 
 def text(found: Suspects) -> str:

@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from padim_jax import (
     checkpoint,
@@ -85,6 +87,27 @@ def test_rectangular_input(size: tuple[int, int], root: pathlib.Path, tmp_path: 
     measured = run(values, tmp_path)
     assert measured["pixel_auroc"] > 0.8
     assert np.load(tmp_path / "maps/part/test/good/000.png.npy").shape == size
+
+
+def test_normal_test_images_that_are_unlike_the_training_images(
+    root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "data"
+    shutil.copytree(root / "part", folder / "part")
+    for path in (folder / "part/train/good").iterdir():
+        image = np.asarray(Image.open(path))
+        Image.fromarray(image // 3).save(folder / "part/test/good" / f"dark_{path.name}")
+    said = "normal test images are unlike the training images"
+    with pytest.warns(DataWarning, match=said):
+        measured = experiment.train_and_eval(
+            validate(settings(folder)), tmp_path / "run", tmp_path / "checkpoint"
+        )
+    transfer = measured["transfer"]
+    assert transfer["unlike"]
+    assert (transfer["images"], transfer["level"]) == (13, 0.01)
+    assert transfer["p_value"] < 0.01
+    assert f"warning: {said}" in capsys.readouterr().out
+    assert said in (tmp_path / "run/report.html").read_text(encoding="utf-8")
 
 
 def test_all_channels(root: pathlib.Path, tmp_path: pathlib.Path):

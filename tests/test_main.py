@@ -595,7 +595,8 @@ class TestTrainAndEval:
     def test_scores_agree_with_metrics_and_maps(self, run: Run, root: pathlib.Path):
         rows = read_rows(run.workdir / "scores.csv")
         columns = ["path", "label", "defect_type", "score"]
-        assert list(rows[0]) == [*columns, "predicted", "predicted_f1", "calibrated"]
+        columns += ["predicted", "predicted_f1", "calibrated", "in_place"]
+        assert list(rows[0]) == columns
         images = [path for path in below(root) if "/test/" in path]
         assert [row["path"] for row in rows] == images
         measured = read_json(run.workdir / "metrics.json")
@@ -609,10 +610,14 @@ class TestTrainAndEval:
             assert row["predicted_f1"] == str(int(score >= threshold))
             assert row["predicted"] == str(int(score >= normal))
             assert 0 <= float(row["calibrated"]) < 1
+            assert (row["in_place"] == "") == (kind == "good")
             anomaly_map = np.load(run.workdir / "maps" / f"{row['path']}.npy")
             assert anomaly_map.shape == (64, 64)
             assert anomaly_map.max() == score
         assert any(float(row["score"]) == pytest.approx(threshold, rel=1e-6) for row in rows)
+        for key, place in (("found_in_place", "1"), ("found_elsewhere", "0")):
+            count = sum((row["predicted"], row["in_place"]) == ("1", place) for row in rows)
+            assert measured["in_place"][key]["count"] == count
 
     def test_table_is_printed(self, run: Run):
         found = read_json(run.workdir / "metrics.json")
@@ -1086,6 +1091,11 @@ class TestOwnFolder:
         assert "fitted 6 images, 16x16 patches of 20 channels" in out
         names = {path.name for path in workdir.iterdir()}
         assert names == {".locks", "checkpoint", "suspects.csv"}
+        rows = read_rows(workdir / "suspects.csv")
+        assert [row["rank"] for row in rows] == list("123456")
+        assert {row["path"] for row in rows} == set(below(tmp_path / "parts"))
+        scores = [float(row["score"]) for row in rows]
+        assert scores == sorted(scores, reverse=True)
         succeed("--mode=predict", *given, "--input=parts/train/good/000.png", cwd=tmp_path)
         assert len(read_rows(workdir / "predictions" / "scores.csv")) == 1
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from padim_jax import defaults, published, results
+from padim_jax import defaults, published, results, verdicts
 from padim_jax.calibration import Calibration
 from padim_jax.config import Config, validate
 from padim_jax.datasets.records import Record, Skipped
@@ -118,6 +118,86 @@ class TestMeasure:
         missing = "anomalous" if kind == "good" else "normal"
         assert {key: measured[key] for key in IMAGE} == dict.fromkeys(IMAGE)
         assert measured["undefined"]["image_auroc"] == f"no {missing} image"
+
+
+ELSEWHERE = dataclasses.replace(BOTH, maps=BOTH.maps.copy())
+ELSEWHERE.maps[2] = ELSEWHERE.maps[2][::-1]  # the first hole's; the defect is in the upper half
+
+
+class TestInPlace:
+    """`CALIBRATION` finds both holes of `BOTH`, and not the crack."""
+
+    def test_counts_by_type(self):
+        measured = results.measure(ELSEWHERE, CALIBRATION)
+        scored = results.locate(ELSEWHERE, measured, (2.0, 2.0))
+        assert scored.in_place == [None, None, False, True, True]
+        located = results.with_in_place(scored, measured)
+        found = located["in_place"]
+        assert found["threshold"] == 3.5
+        assert found["found_in_place"] == verdicts.share(np.array([False, True, False]))
+        assert found["found_elsewhere"] == verdicts.share(np.array([True, False, False]))
+        counts = {
+            name: [values["in_place"][key]["count"] for key in found if key != "threshold"]
+            for name, values in located["per_defect"].items()
+        }
+        assert counts == {"crack": [0, 0], "hole": [1, 1]}
+        json.dumps(located, allow_nan=False)
+
+    def test_the_region_is_what_outlines_show(self):
+        """A second region on the defect counts only if outlines join it with the strongest."""
+        first = make_scored(["good", "hole"], [1, 5])
+        first.maps[1, 20:22, 20:22] = 9  # the strongest, off the defect
+        first.maps[1, 10:21, 5:21] = 4  # between both
+        for threshold, in_place in ((3.25, True), (4.5, False)):
+            calibration = dataclasses.replace(CALIBRATION, pixel_threshold=threshold)
+            measured = results.measure(first, calibration)
+            scored = results.locate(first, measured, (2.0, 2.0))
+            assert scored.in_place == [None, in_place]
+
+    def test_without_any_threshold_the_peak_alone_counts(self):
+        scored = make_scored(["hole", "hole"], [5, 4])
+        scored.maps[1] = scored.maps[1][::-1]
+        measured = results.measure(scored)
+        located = results.locate(scored, measured, (2.0, 2.0))
+        assert located.in_place == [True, False]
+        assert results.with_in_place(located, measured) == measured  # nothing was called
+
+    def test_types_without_masks_have_none(self):
+        scored = make_scored(["good", "hole", "crack"], [1, 5, 4], masked=["hole"])
+        measured = results.measure(scored, CALIBRATION)
+        located = results.locate(scored, measured, (2.0, 2.0))
+        measured = results.with_in_place(located, measured)
+        assert measured["in_place"]["found_in_place"]["total"] == 1
+        assert set(measured["per_defect"]["crack"]) == set(measured["per_defect"]["hole"]) - {
+            "in_place"
+        } | {"undefined"}
+        rows = table_rows(results.table(make_config(), measured))
+        assert rows["hole"][-1] == "1 of 1 (3 to 100 %)"
+        assert rows["crack"][-1] == "-"
+
+    @pytest.mark.parametrize("kinds", [["good", "hole"], ["good", "good"]])
+    def test_nothing_changes_without_masks(self, kinds: list[str], tmp_path: pathlib.Path):
+        scored = make_scored(kinds, [1, 5], masked=[])
+        measured = results.measure(scored, CALIBRATION)
+        located = results.locate(scored, measured, (2.0, 2.0))
+        assert located.in_place is None
+        assert results.with_in_place(located, measured) == measured
+        assert "place" not in results.table(make_config(), measured)
+        write(tmp_path, located, figures="none")
+        assert "in_place" not in read_rows(tmp_path / "scores.csv")[0]
+
+    def test_table_and_scores(self, tmp_path: pathlib.Path):
+        measured = results.measure(ELSEWHERE, CALIBRATION)
+        scored = results.locate(ELSEWHERE, measured, (2.0, 2.0))
+        text = results.table(make_config(), results.with_in_place(scored, measured))
+        assert (
+            "found in the right place: 1 of 3 (1 to 91 %) defects with masks; "
+            "1 of 3 (1 to 91 %) called anomalous elsewhere"
+        ) in text
+        assert table_rows(text)["hole"][-1] == "1 of 2 (1 to 99 %)"
+        write(tmp_path, scored, figures="none")
+        rows = read_rows(tmp_path / "scores.csv")
+        assert [row["in_place"] for row in rows] == ["", "", "0", "1", "1"]
 
 
 def whole(category: str = "bottle") -> dict[str, Any]:

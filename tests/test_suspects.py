@@ -123,12 +123,17 @@ def test_a_fit_names_them_and_goes_without(
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "suspects-title" in page
     assert page.count(path) >= 2
+    stored = measured["suspects"]
+    assert stored["images"] == [{"path": path, "score": float(np.float32(rows[0]["score"]))}]
+    assert stored["threshold"] == measured["normal_threshold"]["image_threshold"]
     # As the printed option says.
     option = said.partition("dataset.exclude=")[2].split("\n")[0]
     value = ast.literal_eval(shlex.split(option)[0])
     config = validate(settings(root, exclude=value))
     again = experiment.train_and_eval(config, tmp_path, tmp_path / "checkpoint")
+    assert "suspects" not in again
     normal = again["normal_threshold"]
+    assert normal["image_threshold"] == pytest.approx(stored["threshold_without"], rel=0.1)
     assert normal["images"] == 24
     assert normal["image_threshold"] < 0.7 * measured["normal_threshold"]["image_threshold"]
 
