@@ -196,6 +196,9 @@ def score(detector: Detector, source: Source) -> tuple[results.Scored | None, _R
         known_masks,
         np.concatenate([part.maps for part in parts]),
         np.concatenate([part.scores for part in parts]),
+        aspects=[
+            input_pipeline.aspect(detector.config.image, size) for size in every.sizes.tolist()
+        ],
     )
     return scored, every
 

@@ -114,6 +114,46 @@ def _palette() -> UInt8[np.ndarray, "256 3"]:
     return np.stack(channels, axis=1).round().astype(np.uint8)
 
 
+def drawn_size(
+    shape: tuple[int, int], aspect: float | None = None, side: int | None = None
+) -> tuple[int, int]:
+    """Return the height and width at which a picture is drawn.
+
+    Args:
+      shape: height and width of its pixels. The longer one stays, or becomes `side`.
+      aspect: width over height that it is to have; None for that of its pixels.
+      side: the longer side at most; None for no limit.
+    """
+    height, width = shape
+    aspect = width / height if aspect is None else aspect
+    longest = max(shape) if side is None else min(side, max(shape))
+    if aspect >= 1:
+        return max(1, round(longest / aspect)), longest
+    return longest, max(1, round(longest * aspect))
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return an image or an anomaly map at another height and width, interpolated."""
+    if pixels.shape[:2] == size:
+        return pixels
+    height, width = size
+    return np.asarray(
+        Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    )
+
+
+def resize_region(region: Mask, size: tuple[int, int]) -> Bool[np.ndarray, "_h _w"]:
+    """Return a region at another height and width.
+
+    A pixel belongs to it if it covers any part of the region, so that none is lost.
+    """
+    if region.shape == size:
+        return region
+    height, width = size
+    part = Image.fromarray(region.astype(np.float32))
+    return np.asarray(part.resize((width, height), Image.Resampling.BOX)) > 0
+
+
 def outline(mask: Mask, width: int = 1) -> Mask:
     """The pixels of a region that are at most `width` steps away from its outside.
 
@@ -172,6 +212,7 @@ def panels(
     threshold: float | None,
     scale: ColorScale,
     caption: str,
+    size: tuple[int, int] | None = None,
 ) -> Image.Image:
     """The result for one test image: five panels side by side, under a caption.
 
@@ -180,7 +221,8 @@ def panels(
     ground truth outlined in green and, on top of it, the prediction in red.
 
     Images whose longer side is below 192 pixels are enlarged by a whole factor, each
-    pixel to a square, so that the panels show nothing interpolated.
+    pixel to a square, so that the panels show nothing interpolated, unless `size` changes
+    their proportions.
 
     Args:
       image: the image as the model sees it.
@@ -192,14 +234,21 @@ def panels(
       scale: the scores of the colours.
       caption: text above the panels; a long one widens the picture. The font, Pillow's
         own, has the ASCII characters only.
+      size: height and width of a panel before it is enlarged; None for the image's.
 
     Returns:
       An RGB picture.
     """
-    factor = math.ceil(192 / max(anomaly_map.shape))
-    image, anomaly_map = _enlarge(image, factor), _enlarge(anomaly_map, factor)
-    mask = None if mask is None else _enlarge(mask, factor)
+    size = anomaly_map.shape if size is None else size
+    factor = math.ceil(192 / max(size))
     predicted = None if threshold is None else anomaly_map >= threshold
+    image, anomaly_map = (
+        _enlarge(resize(pixels, size), factor) for pixels in (image, anomaly_map)
+    )
+    mask, predicted = (
+        None if region is None else _enlarge(resize_region(region, size), factor)
+        for region in (mask, predicted)
+    )
 
     height, width = anomaly_map.shape
     segmentation = image.copy()

@@ -398,6 +398,17 @@ def view(config: ImageConfig, name: str) -> View:
     return View(angle, top, left)
 
 
+def aspect(config: ImageConfig, size: Sequence[int]) -> float:
+    """Width over height of what is seen of an image, in the proportions of its file.
+
+    Args:
+      config: the preprocessing, which may change an image's proportions.
+      size: height and width of the file's image.
+    """
+    (height, width), (rows, columns) = config.resize, config.size
+    return (columns / width * size[1]) / (rows / height * size[0])
+
+
 def centred(config: ImageConfig) -> ImageConfig:
     """The same without random views: for new images, which are in no dataset."""
     return dataclasses.replace(config, rotation=0.0, crop_at="centre", seed=0)

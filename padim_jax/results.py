@@ -55,6 +55,8 @@ class Scored:
       maps: anomaly maps.
       scores: image scores.
       pixels: what is measured at the masks' own sizes, where that is asked for.
+      aspects: width over height of what the maps show, in the proportions of the images' files
+        (see `input_pipeline.aspect`); None where they are the maps'.
       in_place: whether the strongest region of each map lies on the image's defect (see
         `locate`), None for images without a known defect pixel; None where that is all images.
     """
@@ -64,7 +66,13 @@ class Scored:
     maps: Float32[np.ndarray, "n h w"]
     scores: Float32[np.ndarray, " n"]
     pixels: metrics.PixelMetrics | None = None
+    aspects: Sequence[float] | None = None
     in_place: Sequence[bool | None] | None = None
+
+    def drawn_size(self, index: int, side: int | None = None) -> tuple[int, int]:
+        """Height and width at which an image is drawn; see `figures.drawn_size`."""
+        aspect = None if self.aspects is None else self.aspects[index]
+        return figures.drawn_size(self.maps.shape[1:], aspect, side)
 
     @property
     def labels(self) -> Bool[np.ndarray, " n"]:
@@ -412,10 +420,12 @@ def table(config: Config, measured: dict[str, Any]) -> str:
 
 def in_place_text(in_place: Mapping[str, Any]) -> str:
     """What `in_place` in metrics.json says, for a person."""
+    found, elsewhere = (
+        verdicts.share_text(in_place[key]) for key in ("found_in_place", "found_elsewhere")
+    )
     return (
-        f"found in the right place: {verdicts.share_text(in_place['found_in_place'])} defects "
-        f"with masks; {verdicts.share_text(in_place['found_elsewhere'])} called anomalous "
-        "elsewhere"
+        f"found in the right place, from {in_place['threshold']:.4g}: {found} defects with "
+        f"masks; {elsewhere} called anomalous elsewhere"
     )
 
 
@@ -609,6 +619,7 @@ def _draw_figures(
             scale,
             f"{record.relative_path}   score {score:.2f}   "
             f"{'anomalous' if record.label else 'normal'}{verdict}",
+            scored.drawn_size(index),
         )
         stem = pathlib.PurePosixPath(record.relative_path).stem
         name = f"{place:04d}_{record.defect_type}_{stem}".encode()[:_LONGEST_NAME]

@@ -46,6 +46,7 @@ class Suspects:
         too few images remain.
       images: the first `SHOWN`, as the model sees them.
       maps: their left-out anomaly maps.
+      aspects: of each, width over height in the proportions of its file.
     """
 
     paths: Sequence[str]
@@ -56,6 +57,7 @@ class Suspects:
     without: float | None
     images: Sequence[UInt8[np.ndarray, "h w 3"]] = ()
     maps: Sequence[Float32[np.ndarray, "h w"]] = ()
+    aspects: Sequence[float] = ()
 
 
 def count_odd(scores: Float32[np.ndarray, " n"]) -> int:

@@ -106,7 +106,8 @@ def find_ranked(
     cache = None if given else image_cache.open_cache(config.cache)
     samples: list[np.ndarray] = []
     scores: list[np.ndarray] = []
-    highest: list[tuple[float, int, np.ndarray]] = []  # score, place in `order`, map
+    # Score, place in `order`, map, height and width of the file's image.
+    highest: list[tuple[float, int, np.ndarray, list[int]]] = []
 
     def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         nonlocal seen
@@ -127,7 +128,8 @@ def find_ranked(
                 start = sum(map(len, scores))
                 scores.append(part.scores)
                 for i in np.argsort(-part.scores)[: suspects_lib.SHOWN].tolist():
-                    highest.append((float(part.scores[i]), start + i, part.maps[i].copy()))
+                    anomaly_map, pixels = part.maps[i].copy(), part.sizes[i].tolist()
+                    highest.append((float(part.scores[i]), start + i, anomaly_map, pixels))
                 highest.sort(key=lambda one: (-one[0], order[one[1]]))
                 del highest[suspects_lib.SHOWN :]
                 yield part.maps, part.scores
@@ -152,10 +154,11 @@ def find_ranked(
     print(suspects_lib.text(ranked))
     images = [
         input_pipeline.load_image(source, config.image, int(order[place]), cache)
-        for _, place, _ in highest
+        for _, place, *_ in highest
     ]
-    maps = [anomaly_map for *_, anomaly_map in highest]
-    return detector, dataclasses.replace(ranked, images=images, maps=maps)
+    maps = [anomaly_map for *_, anomaly_map, _ in highest]
+    aspects = [input_pipeline.aspect(config.image, pixels) for *_, pixels in highest]
+    return detector, dataclasses.replace(ranked, images=images, maps=maps, aspects=aspects)
 
 
 def find_from_model(detector: Detector, path: Path) -> Detector:

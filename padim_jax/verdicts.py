@@ -68,6 +68,18 @@ def interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, f
     return float(low), float(high)
 
 
+def upper_limits(total: int, confidence: float = 0.95) -> Float[np.ndarray, " n"]:
+    """Return the upper limit of `interval` for each count from 0 to `total`.
+
+    The lower limit for a count is 1 minus the upper one for `total` - count.
+    """
+    from scipy import stats
+
+    counts = np.arange(total)
+    high = stats.beta.ppf(1 - (1 - confidence) / 2, counts + 1, total - counts)
+    return np.append(high, 1.0)
+
+
 def share(called: Bool[np.ndarray, " n"]) -> dict[str, Any]:
     """Return how many images were called anomalous, of how many, with the interval of 95 %.
 

@@ -1,9 +1,12 @@
 """Training and evaluation end to end on small synthetic data with random weights."""
 
+import base64
 import dataclasses
 import hashlib
+import io
 import json
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -108,6 +111,30 @@ def test_normal_test_images_that_are_unlike_the_training_images(
     assert transfer["p_value"] < 0.01
     assert f"warning: {said}" in capsys.readouterr().out
     assert said in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+
+
+def test_pictures_keep_the_proportions_of_the_files(root: pathlib.Path, tmp_path: pathlib.Path):
+    """Files of 96x48 pixels, of which the model sees squares."""
+    for path in (root / "part").rglob("*.png"):
+        flat = tmp_path / "data" / path.relative_to(root)
+        flat.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((96, 48), Image.Resampling.NEAREST).save(flat)
+    config = validate(settings(tmp_path / "data"))
+    experiment.train_and_eval(config, tmp_path, tmp_path / "checkpoint")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    cards, pairs = (
+        re.findall(rf'<li class="{name}".*?</li>', page, re.DOTALL) for name in ("card", "pair")
+    )
+    assert len(cards) == 11
+    assert len(pairs) == 10
+    assert all('width="64" height="32"' in card for card in cards)
+    pictures = [
+        *json.loads((tmp_path / "report_thumbnails.json").read_text()),
+        *({"url": re.findall('src="(.*?)"', pair)[0]} for pair in pairs),
+    ]
+    for picture in pictures:  # an image beside its heat map
+        content = base64.b64decode(picture["url"].partition(",")[2])
+        assert Image.open(io.BytesIO(content)).size == (128, 32)
 
 
 def test_all_channels(root: pathlib.Path, tmp_path: pathlib.Path):

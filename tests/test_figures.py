@@ -178,6 +178,45 @@ class TestOutline:
 SIZES = [(256, 256), (224, 224), (64, 64), (192, 320), (320, 192), (33, 50), (300, 40)]
 
 
+class TestDrawnSize:
+    @pytest.mark.parametrize(
+        ("shape", "aspect", "side", "expected"),
+        [
+            ((256, 256), 1.0, None, (256, 256)),
+            ((256, 256), 2.0, None, (128, 256)),
+            ((256, 256), 0.5, None, (256, 128)),
+            ((64, 256), 1.0, None, (256, 256)),
+            ((179, 256), 1000 / 700, None, (179, 256)),
+            ((500, 1000), None, 384, (192, 384)),
+            ((500, 1000), 1.0, 384, (384, 384)),
+            ((96, 96), 500.0, None, (1, 96)),
+        ],
+    )
+    def test_longer_side_stays(self, shape, aspect, side, expected):
+        assert figures.drawn_size(shape, aspect, side) == expected
+
+    @pytest.mark.parametrize("size", [(7, 50), (64, 30), (80, 25), (64, 64), (100, 100)])
+    def test_no_part_of_a_region_is_lost(self, size):
+        """Every pixel of it is in the drawn region, at its place."""
+        rng = np.random.default_rng(0)
+        for row, column in rng.integers(0, 64, (40, 2)).tolist():
+            region = np.zeros((64, 64), bool)
+            region[row, column] = True
+            drawn = figures.resize_region(region, size)
+            assert drawn.shape == size
+            y, x = (int((i + 0.5) * n / 64) for i, n in zip((row, column), size, strict=True))
+            assert drawn[y, x]
+            assert drawn.sum() <= (1 + np.ceil(size[0] / 64)) * (1 + np.ceil(size[1] / 64))
+
+    def test_panels_of_another_size(self):
+        image, mask, scores = sample(192, 192)
+        threshold = float(scores.max())  # one pixel
+        plain = figures.panels(image, mask, scores, threshold, SCALE, "one.png")
+        flat = figures.panels(image, mask, scores, threshold, SCALE, "one.png", (96, 192))
+        assert (flat.width, flat.height) == (plain.width, plain.height - 96)
+        assert (np.asarray(flat) == RED).all(axis=-1).sum() >= 1
+
+
 class TestPanels:
     @pytest.mark.parametrize(("height", "width"), SIZES)
     def test_every_panel_shows_what_it_says(self, height, width):

@@ -285,6 +285,20 @@ def named(number):
     return f"bottle/test/good/{number:03}.png"
 
 
+@pytest.mark.parametrize(
+    ("config", "size", "expected"),
+    [
+        (image_config((256, 256)), (900, 900), 1.0),
+        (image_config((256, 256)), (64, 128), 2.0),
+        (image_config((64, 128)), (300, 300), 1.0),
+        (image_config((256, 256), crop=(224, 224)), (100, 300), 3.0),
+        (image_config((200, 200), crop=(100, 200)), (50, 50), 2.0),
+    ],
+)
+def test_aspect(config, size, expected):
+    assert input_pipeline.aspect(config, size) == pytest.approx(expected)
+
+
 class TestView:
     """Random views: Rd-MVTec AD of the paper, section IV-A."""
 

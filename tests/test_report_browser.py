@@ -16,8 +16,9 @@ from test_report import (
     make_scored,
 )
 
+from padim_jax import verdicts as verdicts_lib
 from padim_jax.datasets import LAYOUTS
-from padim_jax.results import Scored, measure
+from padim_jax.results import Scored, locate, measure
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (extra: test)")
 from selenium.common.exceptions import NoAlertPresentException  # noqa: E402
@@ -35,6 +36,11 @@ pytestmark = pytest.mark.skipif(
 )
 # Normal images come before the defects, so that both have hostile names.
 SCORED = make_scored(names=HOSTILE)
+# As `SCORED`, but for four defects the map is highest far from the mask.
+ELSEWHERE = make_scored()
+for _index in (12, 15, 20, 26):
+    ELSEWHERE.maps[_index] = np.roll(ELSEWHERE.maps[_index], 12, axis=0)
+IN_PLACE = locate(ELSEWHERE, measure(ELSEWHERE), (1.0, 1.0)).in_place or ()
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +69,7 @@ def files(tmp_path_factory) -> dict[str, str]:
     texts = {
         "run": make_page(SCORED),
         "calibrated": make_page(SCORED, CALIBRATION),
+        "elsewhere": make_page(ELSEWHERE),
         "normal": make_page(make_scored(5, {})),
         "hostile": hostile_page(),
         "sweep": hostile_sweep(),
@@ -90,6 +97,10 @@ def by_id(page, name: str):
 def counts(page) -> list[int]:
     names = ("found", "missed", "false-alarm", "passed")
     return [int(by_id(page, f"count-{name}").text) for name in names]
+
+
+def share(count: int, total: int) -> str:
+    return verdicts_lib.share_text(verdicts_lib.share(np.arange(total) < count))
 
 
 def expected_counts(threshold: float) -> list[int]:
@@ -235,14 +246,17 @@ def test_rates_and_counts_by_type_follow(page):
     threshold = mixed_threshold(page)
     tp, fn, fp, tn = expected_counts(threshold)
     assert min(tp, fn, fp, tn) > 0
-    assert by_id(page, "rate-recall").text == f"{100 * tp / (tp + fn):.1f} %"
-    assert by_id(page, "rate-alarms").text == f"{100 * fp / (fp + tn):.1f} %"
+    for name, count, total in (("recall", tp, tp + fn), ("alarms", fp, fp + tn)):
+        assert by_id(page, f"rate-{name}").text == share(count, total)
     assert by_id(page, "rate-precision").text == f"{100 * tp / (tp + fp):.1f} %"
     assert by_id(page, "rate-f1").text == f"{2 * tp / (2 * tp + fp + fn):.4f}"
     called = SCORED.scores >= threshold
     kinds = np.array([record.defect_type for record in SCORED.records])
     found = [e.text for e in page.find_elements(By.CSS_SELECTOR, "[data-found]")]
-    assert found == [str((called & (kinds == kind)).sum()) for kind in ("crack", "hole")]
+    assert [" ".join(text.split()) for text in found] == [
+        share((called & (kinds == kind)).sum(), (kinds == kind).sum())
+        for kind in ("crack", "hole")
+    ]
     dot = by_id(page, "dot")
     assert float(dot.get_attribute("cx")[:-1]) == pytest.approx(100 * fp / (fp + tn))
     assert float(dot.get_attribute("cy")[:-1]) == pytest.approx(100 * fn / (tp + fn))
@@ -294,6 +308,66 @@ def test_filters_filter(page):
     # A count is a filter as well.
     page.find_element(By.CSS_SELECTOR, "[data-filter='false alarm']").click()
     assert [card[1] for card in cards(page)] == 12 * ["good"]
+
+
+def test_found_elsewhere(browser, files):
+    """The counts of defects in place, the filter and the cards follow the threshold."""
+    browser.get(files["elsewhere"])
+    axis = np.linspace(ELSEWHERE.scores.min(), ELSEWHERE.scores.max(), 5)
+    low, high = ends(browser)
+    on_defect = np.array([place is True for place in IN_PLACE])
+    off_defect = np.array([place is False for place in IN_PLACE])
+    assert off_defect.sum() == 4
+    for value in axis:
+        threshold = set_slider(browser, round(1000 * (value - low) / (high - low)))
+        called = ELSEWHERE.scores >= np.float32(threshold)
+        total, found = int(ELSEWHERE.labels.sum()), int((called & on_defect).sum())
+        assert by_id(browser, "rate-place").text == share(found, total)
+        kinds = np.array([record.defect_type for record in ELSEWHERE.records])
+        found = browser.find_elements(By.CSS_SELECTOR, "[data-place]")
+        assert [" ".join(element.text.split()) for element in found] == [
+            share((called & on_defect & (kinds == kind)).sum(), (kinds == kind).sum())
+            for kind in ("crack", "hole")
+        ]
+        Select(by_id(browser, "outcome")).select_by_value("elsewhere")
+        shown = cards(browser)
+        assert sorted(score for score, *_ in shown) == sorted(
+            ELSEWHERE.scores[called & off_defect].astype(float)
+        )
+        assert {verdict for *_, verdict in shown} <= {"found elsewhere"}
+        Select(by_id(browser, "outcome")).select_by_value("found")
+        assert len(cards(browser)) == (called & ELSEWHERE.labels).sum()
+    assert console(browser) == []
+
+
+def test_without_a_threshold_nothing_is_called_until_one_is_chosen(browser, files):
+    dash = "\N{EN DASH}"
+    browser.get(files["normal"])
+    for name in ("found", "missed", "false-alarm", "passed"):
+        assert by_id(browser, f"count-{name}").text == dash
+    assert {verdict for *_, verdict in cards(browser)} == {""}
+    set_slider(browser, 0)
+    assert by_id(browser, "count-false-alarm").text == "5"
+    assert by_id(browser, "count-passed").text == "0"
+    assert by_id(browser, "count-missed").text == dash  # no anomalous image
+    assert by_id(browser, "rate-alarms").text == share(5, 5)
+    assert {verdict for *_, verdict in cards(browser)} == {"false alarm"}
+    assert console(browser) == []
+
+
+def test_a_zero_is_not_red(page):
+    def colors() -> list[str]:
+        return [
+            by_id(page, f"count-{name}").value_of_css_property("color")
+            for name in ("missed", "false-alarm", "passed")
+        ]
+
+    set_slider(page, 0)
+    missed, alarms, passed = colors()
+    assert missed == passed != alarms
+    set_slider(page, 1000)
+    missed, alarms, passed = colors()
+    assert alarms == passed != missed
 
 
 def test_orders_order(page):

@@ -191,7 +191,7 @@ class TestInPlace:
         scored = results.locate(ELSEWHERE, measured, (2.0, 2.0))
         text = results.table(make_config(), results.with_in_place(scored, measured))
         assert (
-            "found in the right place: 1 of 3 (1 to 91 %) defects with masks; "
+            "found in the right place, from 3.5: 1 of 3 (1 to 91 %) defects with masks; "
             "1 of 3 (1 to 91 %) called anomalous elsewhere"
         ) in text
         assert table_rows(text)["hole"][-1] == "1 of 2 (1 to 99 %)"
@@ -489,6 +489,15 @@ class TestWrite:
         for name in ("overview.jpg", "roc_curve.png", "score_histogram.png"):
             with Image.open(tmp_path / name) as picture:
                 picture.load()
+
+    def test_figures_have_the_proportions_of_the_files(self, tmp_path: pathlib.Path):
+        heights = []
+        for aspects in (None, [SIZE[1] / SIZE[0]] * 5, [3.0] * 5):
+            write(tmp_path, dataclasses.replace(BOTH, aspects=aspects), figures="all")
+            with Image.open(tmp_path / "figures/0000_crack_004.jpg") as picture:
+                heights.append(picture.height)
+        # Panels of 48 x 32 pixels and of 48 x 16, four times as large.
+        assert heights[0] == heights[1] == heights[2] + 4 * 16
 
     def test_overview_is_in_the_figures_order(self, tmp_path: pathlib.Path):
         """Whatever the order in which threads finish them."""

@@ -30,6 +30,13 @@ class TestInterval:
         tail = sum(math.comb(63, k) * high**k * (1 - high) ** (63 - k) for k in range(61))
         assert tail == pytest.approx(0.025)
 
+    @pytest.mark.parametrize("total", [0, 1, 7, 63])
+    def test_all_upper_limits_at_once(self, total: int):
+        high = verdicts.upper_limits(total)
+        limits = [verdicts.interval(count, total) for count in range(total + 1)]
+        np.testing.assert_allclose(high, [limit for _, limit in limits], rtol=1e-12)
+        np.testing.assert_allclose(1 - high[::-1], [low for low, _ in limits], atol=1e-12)
+
     def test_no_trial_says_nothing(self):
         assert verdicts.interval(0, 0) == (0.0, 1.0)
 

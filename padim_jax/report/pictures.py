@@ -19,6 +19,7 @@ LoadImage = Callable[[int], UInt8[np.ndarray, "h w 3"]]
 _BUDGET = 12_000_000
 _MOST = 1000  # pictures, which a browser still scrolls well
 _SIDE = 384  # of a picture, in pixels, at most
+_SMALL = 128  # of a picture beside its heat map
 _TELLING = 3  # of every defect type, highest and lowest scored images that come first
 
 
@@ -66,7 +67,12 @@ def encode(
 
     def picture(index: int) -> Picture:
         return _picture(
-            load_image(index), scored.masks[index], scored.maps[index], scale, threshold
+            load_image(index),
+            scored.masks[index],
+            scored.maps[index],
+            scale,
+            threshold,
+            scored.drawn_size(index, _SIDE),
         )
 
     shown: dict[int, Picture] = {}
@@ -88,18 +94,21 @@ def telling_order(
     labels: Bool[np.ndarray, " n"],
     types: list[str],
     thresholds: Sequence[float],
+    elsewhere: Sequence[int] = (),
 ) -> list[int]:
     """Images by how much a page would miss them.
 
     First all that are on the wrong side of one of the thresholds, the furthest first; then
-    the highest and lowest scored ones of each type; then the rest such that
-    any number of them is an even sample of the scores.
+    defects that are found elsewhere than where they are; then the highest and lowest scored
+    ones of each type; then the rest such that any number of them is an even sample of the
+    scores.
 
     Args:
       scores: image scores.
       labels: True for anomalous images.
       types: defect types.
       thresholds: scores from which an image may be called anomalous.
+      elsewhere: numbers of the images that are found elsewhere.
     """
     scores = scores.astype(float)
     wrong = [np.where(labels, t - scores, scores - t) for t in thresholds]
@@ -109,6 +118,7 @@ def telling_order(
         distance = np.where(is_wrong, wrong, -np.inf).max(axis=0)
         errors = np.any(is_wrong, axis=0)
         order += [i for i in np.argsort(-distance, kind="stable").tolist() if errors[i]]
+    order += elsewhere
     ranked: list[int] = np.argsort(-scores, kind="stable").tolist()
     by_type: dict[str, list[int]] = {}
     for index in ranked:
@@ -142,11 +152,10 @@ def thumbnails(
 
     def thumbnail(index: int) -> dict[str, str]:
         record = scored.records[index]
-        image, anomaly_map = _shrink(load_image(index), scored.maps[index], 128)
-        heat = np.asarray(figures.overlay(image, anomaly_map, scale, None))
-        both = np.concatenate([image, heat], axis=1)
+        size = scored.drawn_size(index, _SMALL)
         caption = f"{record.defect_type}, {scored.scores[index]:.2f}: {record.relative_path}"
-        return {"caption": caption, "url": _jpeg(both)}
+        url = _side_by_side(load_image(index), scored.maps[index], scale, size)
+        return {"caption": caption, "url": url}
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return list(pool.map(thumbnail, [*defects.tolist(), *normals.tolist()]))
@@ -155,15 +164,32 @@ def thumbnails(
 def strip(
     images: Sequence[UInt8[np.ndarray, "h w 3"]],
     maps: Sequence[Float32[np.ndarray, "h w"]],
+    aspects: Sequence[float],
     scale: figures.ColorScale,
 ) -> list[str]:
-    """Images and their heat maps side by side, small, as data: URLs."""
-    made = []
-    for image, anomaly_map in zip(images, maps, strict=True):
-        small, small_map = _shrink(image, anomaly_map, 128)
-        heat = np.asarray(figures.overlay(small, small_map, scale, None))
-        made.append(_jpeg(np.concatenate([small, heat], axis=1)))
-    return made
+    """Images and their heat maps side by side, small, as data: URLs.
+
+    Args:
+      images: as the model sees them.
+      maps: their anomaly maps.
+      aspects: of each, width over height; see `figures.drawn_size`.
+      scale: the scores of the heat maps' colours.
+    """
+    return [
+        _side_by_side(image, heat, scale, figures.drawn_size(heat.shape, aspect, _SMALL))
+        for image, heat, aspect in zip(images, maps, aspects, strict=True)
+    ]
+
+
+def _side_by_side(
+    image: UInt8[np.ndarray, "h w 3"],
+    anomaly_map: Float32[np.ndarray, "h w"],
+    scale: figures.ColorScale,
+    size: tuple[int, int],
+) -> str:
+    image, anomaly_map = figures.resize(image, size), figures.resize(anomaly_map, size)
+    heat = np.asarray(figures.overlay(image, anomaly_map, scale, None))
+    return _jpeg(np.concatenate([image, heat], axis=1))
 
 
 def _picture(
@@ -172,37 +198,23 @@ def _picture(
     anomaly_map: Float32[np.ndarray, "h w"],
     scale: figures.ColorScale,
     threshold: float | None,
+    size: tuple[int, int],
 ) -> Picture:
-    image, anomaly_map = _shrink(image, anomaly_map, _SIDE)
-    height, width = anomaly_map.shape
-    if mask is not None and mask.shape != anomaly_map.shape:
-        small = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
-        mask = np.asarray(small)
-    half = (max(1, width // 2), max(1, height // 2))
-    smooth = np.asarray(Image.fromarray(anomaly_map).resize(half, Image.Resampling.BILINEAR))
+    height, width = size
     predicted = None if threshold is None else anomaly_map >= threshold
+    mask, predicted = (
+        None if region is None else figures.resize_region(region, size)
+        for region in (mask, predicted)
+    )
+    half = (max(1, height // 2), max(1, width // 2))
     return Picture(
-        _jpeg(image),
-        _jpeg(figures.heat_map(smooth, scale)),
+        _jpeg(figures.resize(image, size)),
+        _jpeg(figures.heat_map(figures.resize(anomaly_map, half), scale)),
         _png(mask.astype(np.uint8), (0, 0, 0, 255, 255, 255))
         if mask is not None and mask.any()
         else "",
         _outlines(mask, predicted),
         (width, height),
-    )
-
-
-def _shrink(
-    image: UInt8[np.ndarray, "h w 3"], anomaly_map: Float32[np.ndarray, "h w"], side: int
-) -> tuple[UInt8[np.ndarray, "_h _w 3"], Float32[np.ndarray, "_h _w"]]:
-    height, width = anomaly_map.shape
-    factor = side / max(height, width)
-    if factor >= 1:
-        return image, anomaly_map
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    return (
-        np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)),
-        np.asarray(Image.fromarray(anomaly_map).resize(size, Image.Resampling.BILINEAR)),
     )
 
 

@@ -2,17 +2,21 @@
   const $ = (id) => document.getElementById(id);
   const data = JSON.parse($("data").textContent);
   // Ascending float32 scores: the normal images, then every defect type's.
-  const groups = data.groups.map((text) => {
+  const floats = (text) => {
     const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
     const view = new DataView(bytes.buffer);
     return Float64Array.from({ length: bytes.length / 4 }, (_, i) => view.getFloat32(4 * i, true));
-  });
-  const [normal, ...defects] = groups;
+  };
+  const [normal, ...defects] = data.groups.map(floats);
+  // Upper limits of the share of a count, for every count: of normal images, of defects, by type.
+  const [normalLimits, defectLimits, ...typeLimits] = data.limits;
+  // Of all defects with masks, then by type: scores of those highest on the defect, and limits.
+  const places = (data.places || []).map(([scores, limits]) => [floats(scores), limits]);
   const slider = $("slider"), field = $("threshold"), gallery = $("gallery");
   const type = $("type"), outcome = $("outcome"), order = $("order"), zoom = $("zoom");
   const cards = [...gallery.children];
   const score = new Map(cards.map((card) => [card, Number(card.dataset.score)]));
-  let threshold = data.start;
+  let threshold = data.start;  // null until one is chosen, where the run has none
 
   /* Threshold: counts, rates, verdicts. */
 
@@ -26,6 +30,20 @@
     return sorted.length - low;
   };
   const percent = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(1)} %` : "–");
+  // As `verdicts.share_text`.
+  const showShare = (place, count, limits) => {
+    const total = limits.length - 1;
+    if (!total) return place.replaceChildren("–");
+    const range = [1 - limits[total - count], limits[count]].map((x) => (100 * x).toFixed(0));
+    const small = document.createElement("small");
+    small.textContent = `(${range[0]} to ${range[1]} %)`;
+    place.replaceChildren(`${count} of ${total} `, small);
+  };
+  const showCount = (name, count, total) => {
+    const place = $(`count-${name}`);
+    place.textContent = total ? count : "–";
+    place.classList.toggle("nothing", !count);
+  };
 
   const showCounts = () => {
     const perDefect = defects.map((sorted) => atLeast(sorted, threshold));
@@ -33,24 +51,37 @@
     const tp = perDefect.reduce((sum, count) => sum + count, 0);
     const fp = atLeast(normal, threshold);
     const fn = anomalous - tp, tn = normal.length - fp;
-    $("count-found").textContent = tp;
-    $("count-missed").textContent = fn;
-    $("count-false-alarm").textContent = fp;
-    $("count-passed").textContent = tn;
-    $("rate-recall").textContent = percent(tp, anomalous);
-    $("rate-alarms").textContent = percent(fp, normal.length);
-    $("rate-precision").textContent = percent(tp, tp + fp);
-    $("rate-f1").textContent = anomalous ? ((2 * tp) / (2 * tp + fp + fn)).toFixed(4) : "–";
-    for (const cell of document.querySelectorAll("[data-found]"))
-      cell.textContent = perDefect[Number(cell.dataset.found)];
+    showCount("found", tp, anomalous);
+    showCount("missed", fn, anomalous);
+    showCount("false-alarm", fp, normal.length);
+    showCount("passed", tn, normal.length);
+    showShare($("rate-recall"), tp, defectLimits);
+    showShare($("rate-alarms"), fp, normalLimits);
+    // Of images of one kind alone both would be about the test set, not the model.
+    const both = anomalous && normal.length;
+    $("rate-precision").textContent = both ? percent(tp, tp + fp) : "–";
+    $("rate-f1").textContent = both ? ((2 * tp) / (2 * tp + fp + fn)).toFixed(4) : "–";
+    for (const cell of document.querySelectorAll("[data-found]")) {
+      const type = Number(cell.dataset.found);
+      showShare(cell, perDefect[type], typeLimits[type]);
+    }
+    const showPlaces = (place, [sorted, limits]) =>
+      showShare(place, atLeast(sorted, threshold), limits);
+    if (places.length) showPlaces($("rate-place"), places[0]);
+    for (const cell of document.querySelectorAll("[data-place]"))
+      showPlaces(cell, places[1 + Number(cell.dataset.place)]);
     const dot = $("dot");
-    if (anomalous && normal.length) {
+    if (both) {
       dot.setAttribute("cx", `${(100 * fp) / normal.length}%`);
       dot.setAttribute("cy", `${100 - (100 * tp) / anomalous}%`);
       dot.setAttribute("visibility", "visible");
     }
     return `${tp} found, ${fn} missed, ${fp} false alarms, ${tn} passed`;
   };
+
+  // Called anomalous, but not at the defect.
+  const isElsewhere = (card) =>
+    card.dataset.verdict === "found" && card.dataset.inPlace === "0";
 
   const showVerdicts = () => {
     for (const card of cards) {
@@ -60,7 +91,7 @@
         : (called ? "false alarm" : "passed");
       if (card.dataset.verdict !== verdict) {
         card.dataset.verdict = verdict;
-        card.querySelector(".verdict").textContent = verdict;
+        card.querySelector(".verdict").textContent = isElsewhere(card) ? "found elsewhere" : verdict;
       }
     }
   };
@@ -128,7 +159,8 @@
     for (const card of cards) {
       const verdict = card.dataset.verdict;
       const fits = (!type.value || card.dataset.type === type.value) &&
-        (!wanted || verdict === wanted || (wanted === "errors" && errors.includes(verdict)));
+        (!wanted || verdict === wanted || (wanted === "errors" && errors.includes(verdict)) ||
+         (wanted === "elsewhere" && isElsewhere(card)));
       card.hidden = !fits;
       shown += fits;
     }
@@ -178,8 +210,9 @@
                     ["lines", "outlines"]];
     $("zoom-title").textContent = card.querySelector(".what").title;
     $("zoom-facts").textContent = `score ${score.get(card).toFixed(3)}, ` +
-      `${card.querySelector(".kind").textContent}: ${card.dataset.verdict} at threshold ` +
-      `${Number(threshold.toPrecision(4))}`;
+      card.querySelector(".kind").textContent + (threshold === null ? "" :
+        `: ${card.querySelector(".verdict").textContent} at threshold ` +
+        `${Number(threshold.toPrecision(4))}`);
     $("panels").replaceChildren(...layers.map(([view, label]) => panel(card, view, label)));
     if (!zoom.open) zoom.showModal();
   };
@@ -230,5 +263,5 @@
     }
   });
 
-  setThreshold(threshold);
+  if (threshold !== null) setThreshold(threshold);
 }

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from padim_jax import config as config_lib
-from padim_jax import figures, metrics, published, results
+from padim_jax import figures, metrics, published, results, verdicts
 from padim_jax.config import Config
 from padim_jax.report import charts, document, pictures
 from padim_jax.report.document import cell, name, number, text
@@ -18,7 +19,9 @@ from padim_jax.suspects import text as suspects_text
 
 # Names of the four outcomes, as `run.js` has them too.
 _FOUND, _MISSED, _ALARM, _PASSED = "found", "missed", "false alarm", "passed"
+_ELSEWHERE = "found elsewhere"  # called anomalous, but not at the defect
 _STEPS = 1000  # of the slider
+_INTERVALS = "In brackets: 95 % intervals (Clopper-Pearson)"
 _PER_DEFECT = (
     ("image AUROC", "image_auroc"),
     ("pixel AUROC", "pixel_auroc"),
@@ -55,18 +58,19 @@ def run_page(
     if not len(scored.scores):
         raise ValueError("a report needs at least one image")
     named, labels = _named(measured), scored.labels
+    elsewhere = _elsewhere(scored)
     types = [record.defect_type for record in scored.records]
     scale = figures.ColorScale(*measured["color_scale"])
     pixel, pixel_meaning = _pixel_threshold(measured)
     thresholds = [value for _, value, _ in named]
-    order = pictures.telling_order(scored.scores, labels, types, thresholds)
+    order = pictures.telling_order(scored.scores, labels, types, thresholds, elsewhere)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         diagrams = pool.submit(_diagrams, scored, measured)
         shown = pictures.encode(scored, order, scale, pixel, load_image)
         drawn = diagrams.result()
 
     axis = charts.score_axis(scored.scores)
-    start = thresholds[0] if thresholds else axis.high
+    start = thresholds[0] if thresholds else None
     body = "\n".join(
         [
             _header(config, scored),
@@ -82,10 +86,23 @@ def run_page(
             "</main>",
         ]
     )
-    groups = [~labels, *(labels & (np.array(types) == kind) for kind in measured["per_defect"])]
+    of_types = [labels & (np.array(types) == kind) for kind in measured["per_defect"]]
+    groups = [~labels, *of_types]
+    in_place = np.array([place is True for place in scored.in_place or ()])
+    known = np.array([place is not None for place in scored.in_place or ()])
     data = {
         # Normal images first, then every defect type as in the table, each ascending.
         "groups": [document.floats(np.sort(scored.scores[group])) for group in groups],
+        # Upper limits of shares by count: of normal images, of defects, of every type.
+        "limits": [_limits(group) for group in (~labels, labels, *of_types)],
+        # Of all defects with masks, then of every type: the scores of those whose strongest
+        # region lies on the defect, and limits.
+        "places": None
+        if scored.in_place is None
+        else [
+            [document.floats(np.sort(scored.scores[group & in_place])), _limits(group & known)]
+            for group in (labels, *of_types)
+        ],
         "low": axis.low,
         "high": axis.high,
         "steps": _STEPS,
@@ -95,22 +112,44 @@ def run_page(
     return document.page(f"{config.title}: PaDiM report", body, data, ["run.js"])
 
 
+def _limits(group: Bool[np.ndarray, " n"]) -> list[float]:
+    """Upper limits of shares of these images, by the count."""
+    return np.round(verdicts.upper_limits(int(np.count_nonzero(group))), 6).tolist()
+
+
+def _elsewhere(scored: Scored) -> list[int]:
+    """Defects whose map is highest elsewhere, the highest scored first."""
+    places = scored.in_place or ()
+    ranked = np.argsort(-scored.scores, kind="stable").tolist()
+    return [index for index in ranked if places and places[index] is False]
+
+
 def _named(measured: Mapping[str, Any]) -> list[tuple[str, float, str]]:
     """Label, value and meaning of the image thresholds, the one to start with first."""
     named = []
+    transfer = measured.get("transfer")
     if normal := measured["normal_threshold"]:
         images = f"{normal['images']} normal images"
         if normal["groups"] is not None:
             images += f" in {normal['groups']} groups"
         meaning = (
             f"from {images} ({normal['origin'].replace('_', ' ')}), "
-            f"{_share(normal['image_rate'])} false alarms asked for"
+            f"{_percent(normal['image_rate'])} false alarms asked for"
         )
         if normal["image_promised_rate"] > normal["image_rate"]:
             meaning += f", {100 * normal['image_promised_rate']:.2g} % promised by so few"
+        label = "recommended"
         if normal["warning"]:
             meaning += f". Warning: {normal['warning']}"
-        named.append(("normal images", _float32(normal["image_threshold"]), meaning))
+            label = "normal images"
+        if transfer and transfer["unlike"]:
+            meaning += ". Warning: normal test images are unlike the training images"
+            label = "normal images"
+        if odd := measured.get("suspects"):
+            meaning += f". Set by {len(odd['images'])} odd training images, see below"
+            if odd["threshold_without"] is not None:
+                meaning += f"; {odd['threshold_without']:.4g} without them"
+        named.append((label, _float32(normal["image_threshold"]), meaning))
     if measured["image_f1_threshold"] is not None:
         meaning = "the best F1 on these very labels: optimistic, only to compare"
         named.append(("best F1", _float32(measured["image_f1_threshold"]), meaning))
@@ -122,9 +161,9 @@ def _pixel_threshold(measured: Mapping[str, Any]) -> tuple[float | None, str]:
     if normal := measured["normal_threshold"]:
         value = normal["pixel_threshold"]
         if not normal["pixel_rate"]:
-            rate = _share(normal["image_rate"])
+            rate = _percent(normal["image_rate"])
             return value, f"pixels from {value:.4g}, as {rate} of normal images have any"
-        rate = _share(normal["pixel_rate"])
+        rate = _percent(normal["pixel_rate"])
         return value, f"pixels from {value:.4g}, as {rate} of normal pixels are"
     if (value := measured["pixel_f1_threshold"]) is not None:
         return value, f"pixels from {value:.4g}, the best F1 on these very masks"
@@ -136,8 +175,16 @@ def _float32(threshold: float) -> float:
     return float(np.float32(threshold))
 
 
-def _share(rate: float) -> str:
+def _percent(rate: float) -> str:
     return f"{100 * rate:.3g} %"
+
+
+def _share(called: Bool[np.ndarray, " n"]) -> str:
+    """How many of these images are called anomalous, with the interval of 95 %, as HTML."""
+    if not len(called):
+        return "&ndash;"
+    count, _, interval = verdicts.share_text(verdicts.share(called)).partition(" (")
+    return f"{count} <small>({interval}</small>"
 
 
 def _header(config: Config, scored: Scored) -> str:
@@ -153,7 +200,9 @@ def _header(config: Config, scored: Scored) -> str:
     return document.header(config.title, facts)
 
 
-def _metrics(config: Config, scored: Scored, measured: Mapping[str, Any], start: float) -> str:
+def _metrics(
+    config: Config, scored: Scored, measured: Mapping[str, Any], start: float | None
+) -> str:
     rows = results.comparison_rows(config, dict(measured))
     sources = list(dict.fromkeys(source for *_, theirs in rows for source, _ in theirs))
     head = ["metric", "this run"]
@@ -202,78 +251,121 @@ def _notes(config: Config, measured: Mapping[str, Any], sources: list[str]) -> l
     return notes
 
 
-def _per_defect(scored: Scored, measured: Mapping[str, Any], start: float) -> str:
+def _per_defect(scored: Scored, measured: Mapping[str, Any], start: float | None) -> str:
     types, lines = np.array([record.defect_type for record in scored.records]), []
     for row, (kind, values) in enumerate(measured["per_defect"].items()):
         chosen = scored.labels & (types == kind)
-        found, total = int((scored.scores[chosen] >= start).sum()), int(chosen.sum())
         cells = [f'<th scope="row">{name(kind)}</th>']
-        cells.append(cell(f'<span data-found="{row}">{found}</span> of {total}'))
+        found = "&ndash;" if start is None else _share(scored.scores[chosen] >= start)
+        cells.append(cell(f'<span data-found="{row}">{found}</span>'))
+        if scored.in_place is not None:
+            place = _found_in_place(scored, chosen, start)
+            cells.append(cell(f'<span data-place="{row}">{place}</span>'))
         cells += [cell(number(values[key])) for _, key in _PER_DEFECT]
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    head = ["type", "found at the threshold", *(n for n, _ in _PER_DEFECT)]
-    return document.table(head, lines, "By defect type, each against all normal images")
+    head = ["type", "found at the threshold"]
+    head += ["in the right place"] * (scored.in_place is not None)
+    head += [n for n, _ in _PER_DEFECT]
+    caption = "By defect type, each against all normal images"
+    return document.table(head, lines, f"{caption}<small>{_INTERVALS}</small>")
+
+
+def _found_in_place(scored: Scored, chosen: Bool[np.ndarray, " n"], start: float | None) -> str:
+    """How many of the chosen defects with masks are found where they are, as HTML."""
+    places = scored.in_place or ()
+    if start is None:
+        return "&ndash;"
+    known = [i for i in np.flatnonzero(chosen).tolist() if places[i] is not None]
+    return _share(np.array([bool(places[i]) and scored.scores[i] >= start for i in known]))
 
 
 def _thresholds(
-    scored: Scored, axis: charts.Axis, named: list[tuple[str, float, str]], start: float
+    scored: Scored, axis: charts.Axis, named: list[tuple[str, float, str]], start: float | None
 ) -> str:
-    labels, predicted = scored.labels, scored.scores >= start
+    labels = scored.labels
     marks = [(label, value) for label, value, _ in named]
     histogram = charts.histogram(scored.scores, labels, axis, marks)
-    position = round(_STEPS * axis.part(start))
+    position = _STEPS if start is None else round(_STEPS * axis.part(start))
     choices = "".join(
         f'<li><button type="button" data-named="{i}">{text(label)}: {value:.4g}</button> '
-        f"<span>{text(meaning)}</span></li>"
+        f"<span>{text(meaning)}</span> {_cost(scored, value)}</li>"
         for i, (label, value, meaning) in enumerate(named)
     )
-    if not named:
-        choices = "<li>This run has no threshold: the slider starts above every score.</li>"
+    if not any(label == "recommended" for label, *_ in named):
+        choices += (
+            "<li>No threshold is recommended: that takes normal images which are independent "
+            "and like those to come.</li>"
+        )
 
-    def outcome(which: str, label: str, count: int) -> str:
+    def outcome(which: str, label: str, chosen: Bool[np.ndarray, " n"], above: bool) -> str:
         kind = which.replace(" ", "-")
+        count = 0
+        if start is not None:
+            count = int(np.count_nonzero((scored.scores[chosen] >= start) == above))
+        shown = count if start is not None and chosen.any() else "&ndash;"
+        nothing = "" if count else ' class="nothing"'
         return (
             f'<td class="{kind}"><button type="button" data-filter="{which}" '
-            f'title="show these in the gallery"><b id="count-{kind}">{count}</b> '
+            f'title="show these in the gallery"><b id="count-{kind}"{nothing}>{shown}</b> '
             f"{label}</button></td>"
         )
 
-    def rate(key: str, label: str) -> str:
-        return f'<div><dt>{label}</dt><dd id="rate-{key}">&ndash;</dd></div>'
+    def rate(key: str, label: str, shown: str = "&ndash;") -> str:
+        return f'<div><dt>{label}</dt><dd id="rate-{key}">{shown}</dd></div>'
+
+    def called(chosen: Bool[np.ndarray, " n"]) -> str:
+        return "&ndash;" if start is None else _share(scored.scores[chosen] >= start)
 
     counts = (
         '<table class="outcomes"><caption>Images at this threshold</caption>'
         "<thead><tr><td></td>"
         '<th scope="col">called anomalous</th><th scope="col">called normal</th></tr></thead>'
         '<tbody><tr><th scope="row">anomalous</th>'
-        + outcome(_FOUND, "found", int((labels & predicted).sum()))
-        + outcome(_MISSED, "missed", int((labels & ~predicted).sum()))
+        + outcome(_FOUND, "found", labels, True)
+        + outcome(_MISSED, "missed", labels, False)
         + '</tr><tr><th scope="row">normal</th>'
-        + outcome(_ALARM, "false alarms", int((~labels & predicted).sum()))
-        + outcome(_PASSED, "passed", int((~labels & ~predicted).sum()))
+        + outcome(_ALARM, "false alarms", ~labels, True)
+        + outcome(_PASSED, "passed", ~labels, False)
         + "</tr></tbody></table>"
     )
+    place = ""
+    if scored.in_place is not None:
+        shown = _found_in_place(scored, labels, start)
+        place = rate("place", "found in the right place", shown)
     rates = (
         '<dl class="rates">'
-        + rate("recall", "found of the anomalous (recall)")
-        + rate("alarms", "false alarms of the normal")
+        + rate("recall", "found of the anomalous (recall)", called(labels))
+        + place
+        + rate("alarms", "false alarms of the normal", called(~labels))
         + rate("precision", "anomalous of those called so (precision)")
         + rate("f1", "F1")
-        + "</dl>"
+        + f'</dl><p class="faint">{_INTERVALS}</p>'
     )
+    value = "" if start is None else f"{start:.6g}"
     return f"""<section class="columns wide-left" aria-labelledby="threshold-title">
 <div><h2 id="threshold-title">Image scores and threshold</h2>
 <div class="plot">{histogram}
 <input type="range" id="slider" class="script" min="0" max="{_STEPS}" step="1"
- value="{position}" aria-label="threshold of the image score"
+ value="{position}" autocomplete="off" aria-label="threshold of the image score"
  aria-describedby="slider-help"></div>
 <p class="script threshold"><label>threshold <input type="number" id="threshold" step="any"
- value="{start:.6g}"></label>
+ value="{value}" autocomplete="off"></label>
 <span id="slider-help" class="faint">drag, click into the histogram, or arrow keys</span></p>
 <ul class="named">{choices}</ul></div>
 <div>{counts}{rates}</div>
 <p class="visually-hidden" id="spoken" role="status"></p>
 </section>"""
+
+
+def _cost(scored: Scored, threshold: float) -> str:
+    """What a threshold does to the test images, as HTML."""
+    called, labels = scored.scores >= np.float32(threshold), scored.labels
+    costs = [
+        f"{words} {_share(called[chosen])}"
+        for words, chosen in (("false alarms", ~labels), ("defects found", labels))
+        if chosen.any()
+    ]
+    return f'<span class="cost">On the test images: {", ".join(costs)}</span>'
 
 
 def _rates(normal: Mapping[str, Any] | None) -> str:
@@ -294,7 +386,8 @@ def _suspects(found: Suspects | None, scale: figures.ColorScale) -> str:
     if found is None or not found.images:
         return ""
     items = []
-    for i, url in enumerate(pictures.strip(found.images, found.maps, scale)):
+    strips = pictures.strip(found.images, found.maps, found.aspects, scale)
+    for i, url in enumerate(strips):
         expected = float(found.expected[i])
         facts = f"{found.scores[i]:.4g}"
         if not np.isnan(expected):
@@ -365,7 +458,7 @@ def _legend(scale: figures.ColorScale, predicted: str) -> str:
 
 
 def _gallery(
-    scored: Scored, shown: Mapping[int, pictures.Picture], start: float, legend: str
+    scored: Scored, shown: Mapping[int, pictures.Picture], start: float | None, legend: str
 ) -> str:
     order = sorted(shown, key=lambda index: (-scored.scores[index], index))
     total = len(scored.records)
@@ -373,8 +466,9 @@ def _gallery(
     if len(shown) < total:
         some = (
             f'<p class="some">{len(shown)} of {total} images shown, to keep this page below '
-            "15 MB: errors first, then the highest and lowest scores of each type, then an "
-            "even sample. Counts, histogram and curves above are of all images.</p>"
+            "15 MB: errors first, then defects found elsewhere, the highest and lowest scores "
+            "of each type, and an even sample. Counts, histogram and curves above are of all "
+            "images.</p>"
         )
     kinds = dict.fromkeys(
         sorted((r.defect_type for r in scored.records), key=lambda k: (k == "good", k))
@@ -406,13 +500,14 @@ def _gallery(
             (_MISSED, "missed"),
             (_ALARM, "false alarms"),
             (_FOUND, "found"),
+            *[("elsewhere", _ELSEWHERE)] * (scored.in_place is not None),
             (_PASSED, "passed"),
         )
     )
     return f"""<section aria-labelledby="gallery-title">
 <h2 id="gallery-title">Images</h2>
 {some}
-<form class="toolbar" id="toolbar">
+<form class="toolbar" id="toolbar" autocomplete="off">
 <fieldset class="views"><legend class="visually-hidden">show</legend>{views}</fieldset>
 <label class="script">type <select id="type"><option value="">all</option>
 {options}</select></label>
@@ -436,12 +531,19 @@ def _gallery(
 </section>"""
 
 
-def _card(scored: Scored, index: int, picture: pictures.Picture, start: float, row: int) -> str:
+def _card(
+    scored: Scored, index: int, picture: pictures.Picture, start: float | None, row: int
+) -> str:
     record, score = scored.records[index], float(scored.scores[index])
-    called = score >= start
-    verdict = (
-        (_FOUND if called else _MISSED) if record.label else (_ALARM if called else _PASSED)
-    )
+    verdict = ""
+    if start is not None:
+        called = score >= start
+        verdict = (
+            (_FOUND if called else _MISSED) if record.label else (_ALARM if called else _PASSED)
+        )
+    place = None if scored.in_place is None else scored.in_place[index]
+    shown = _ELSEWHERE if verdict == _FOUND and place is False else verdict
+    located = "" if place is None else f' data-in-place="{int(place)}"'
     width, height = picture.size
     size = f'width="{width}" height="{height}" loading="lazy" decoding="async"'
     layers = [
@@ -458,9 +560,9 @@ def _card(scored: Scored, index: int, picture: pictures.Picture, start: float, r
     # The score to the last bit, so that the script calls what the counts have.
     return (
         f'<li class="card" data-score="{score!r}" data-label="{record.label}" '
-        f'data-type="{row}" data-verdict="{verdict}">'
+        f'data-type="{row}" data-verdict="{verdict}"{located}>'
         f'<button type="button" class="frame">{"".join(layers)}</button>'
-        f'<p><b>{score:.2f}</b> <span class="verdict">{verdict}</span></p>'
+        f'<p><b>{score:.2f}</b> <span class="verdict">{shown}</span></p>'
         f'<p class="what" title="{text(record.relative_path)}"><span class="kind">'
         f'{name(record.defect_type)}</span> <span class="file">'
         f"{name(pathlib.PurePosixPath(record.relative_path).name)}</span></p></li>"
