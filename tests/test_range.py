@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import pathlib
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 import padim_jax
 from padim_jax import dataset_splits, defaults, experiment, fitting
 from padim_jax.config import validate
+from padim_jax.datasets import decoding
 from padim_jax.detector import Detector
 from padim_jax.errors import DataWarning, UserError
 
@@ -55,6 +57,21 @@ def test_numbers_of_the_training_images_are_kept(fitted):
     for other in ("full", (0, 65535)):
         with pytest.raises(UserError, match=r"config\.image\.range"):
             experiment.load(root / "model", settings(root, other))
+
+
+def test_counting_values_takes_one_table_at_a_time():
+    """Not one for every row: 0.5 MB each."""
+    pixels = np.arange(4000, dtype=np.uint16).repeat(2).reshape(4000, 2)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "png")
+    tracemalloc.start()
+    try:
+        counts = decoding.grey_counts(content.getvalue(), "a.png")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert counts.tolist() == [2] * 4000 + [0] * (65536 - 4000)
+    assert peak < 5e6
 
 
 def test_models_of_other_ranges_are_not_merged(fitted, tmp_path):

@@ -30,8 +30,9 @@ Range = Literal["full"] | tuple[int, int]
 FEWEST_LEVELS = 32  # of grey; fewer of a file that has more are told
 LEVELS = "grey levels kept"  # in a decoded image's `info`, if they are too few
 
-# Larger images are refused for what their header says: 0.7 GB when decoded. The largest
-# industrial cameras have 151 million.
+# Larger images are refused for what their header says: they would take up to 3.0 GB to decode
+# (17 bytes a pixel, see `input_pipeline.DECODING`). The largest industrial cameras have 151
+# million.
 MAX_PIXELS = 178_956_970
 
 # That a decoder may want, at most: bytes, for a file whose size is not known yet, and for a
@@ -152,7 +153,10 @@ def grey_counts(data: bytes, name: str) -> np.ndarray:
         return np.sum(np.reshape(rgb.histogram(), (3, 256)), axis=0)
     if image.mode not in ("I;16", "I;16B"):
         raise _no_range(name)
-    return np.sum([np.bincount(row, minlength=65536) for row in np.asarray(image)], axis=0)
+    counts = np.zeros(65536, np.int64)
+    for row in np.asarray(image):  # one table a row, and NumPy's indices have 8 bytes a pixel
+        counts += np.bincount(row, minlength=65536)
+    return counts
 
 
 def _to_rgb(image: Image.Image, deep: bool, name: str, counts: Range) -> Image.Image:
