@@ -168,7 +168,10 @@ def train_and_eval(
         ranged = fitting.with_range(config, dataset["train"])
         dataset, skipped = scoring_pass.readable(ranged, dataset)
         dataset, summary = evaluation.take_survey(dataset)
-        detector, suspects = _train(ranged, dataset, checkpoint_path, backbone, overwrite)
+        tests = len(dataset["test"].records)
+        detector, suspects = _train(
+            ranged, dataset, checkpoint_path, backbone, overwrite, tests
+        )
         if parallel.every().process == 0:
             results.write_suspects(workdir, suspects)
             # Of the model that was: nobody is to take it for this one's.
@@ -208,8 +211,12 @@ def _train(
     path: Path,
     backbone: Backbone | None = None,
     overwrite: bool = False,
+    tests: int = 0,
 ) -> tuple[Detector, Suspects | None]:
-    """As `train`; with images left out one by one also how these rank, in the first process."""
+    """As `train`; with images left out one by one also how these rank, in the first process.
+
+    There has to be memory for evaluating `tests` images afterwards.
+    """
     config = fitting.with_range(config, dataset["train"])
     with locks.held(path, parallel.every().process):
         if not overwrite:
@@ -220,7 +227,7 @@ def _train(
         leave_out = normal == "leave_one_out" or (normal == "auto" and not validation.records)
         if normal != "none":  # not after the fit
             thresholding.require_groups(config, source if leave_out else validation)
-        detector = fitting.train(config, source, path, backbone)
+        detector = fitting.train(config, source, path, backbone, tests)
         if normal == "none":
             return detector, None
         if not leave_out:
@@ -458,6 +465,7 @@ def predict(detector: Detector, source: Source, workdir: Path) -> None:
     detector = scoring_pass.for_new_images(detector)
     devices = parallel.every()
     with locks.held(workdir / "predictions", devices.process):
+        memory.require_for_scores(detector, devices)
         sources, skipped = scoring_pass.readable(detector.config, {"input": source}, False)
         _predict(detector, sources["input"], workdir, known, devices, skipped)
 

@@ -53,7 +53,11 @@ def load_backbone(model: ModelConfig, devices: Devices) -> Backbone:
 
 
 def train(
-    config: Config, source: Source, path: Path, backbone: Backbone | None = None
+    config: Config,
+    source: Source,
+    path: Path,
+    backbone: Backbone | None = None,
+    tests: int = 0,
 ) -> Detector:
     """Fits a detector to normal images and saves it.
 
@@ -65,6 +69,7 @@ def train(
       source: the normal images. Of files that are the same the first one counts.
       path: the checkpoint's folder.
       backbone: the configuration's, if it is loaded already.
+      tests: so many images are evaluated next, for which there has to be memory as well.
 
     Returns:
       The fitted detector.
@@ -82,7 +87,7 @@ def train(
             f"config.dataset.root={config.dataset.root}: {count} normal image(s) to fit; a "
             "covariance needs at least 2 (MVTec AD's categories have 60 to 391)"
         )
-    memory.require(config, count, devices)
+    memory.require(config, count, devices, tests)
     index = detector_lib.channel_index(config.model)
     variables, weights = backbone or load_backbone(config.model, devices)
     print(f"weights: {weights.origin}")

@@ -46,9 +46,9 @@ _TURNING = {**_FILTERS, "lanczos": Image.Resampling.BICUBIC}
 
 
 # Bytes a pixel at most while an image is decoded, converted and resized, and while it is
-# drawn. Peaks measured with 20 megapixels: decoding 4 for RGB (PNG, JPEG, TIFF, BMP), 5 for grey
-# or palette, 9 for 16 bits, 16 for WebP, 17 for RGBA; a mask 9 beside the image; drawing 31, 39
-# for WebP.
+# drawn. Peaks measured with 20 megapixels: decoding 4 for RGB (PNG, JPEG, TIFF, BMP), 5 for
+# grey or palette, 9 for 16 bits, 16 for WebP, 17 for RGBA; a mask 9 beside the image; drawing
+# 31, 39 for WebP.
 DECODING, DRAWING = 17, 40
 
 

@@ -15,14 +15,17 @@ from padim_jax.errors import UserError
 from padim_jax.parallel import Devices
 
 _GB = 1e9
-# Python, JAX, the decoders and what they have in the works.
+# Python with its libraries (0.25 GB), JAX, compiled programs, the decoders and what they have
+# in the works: peak of a run of 20 images of 96x96 pixels.
 _PROGRAM = 0.6 * _GB
 # Feature maps in float32, as XLA's compiled programs report it at most: bytes for a pixel
 # of the batch.
 _FEATURES = {"basic": 90, "bottleneck": 345, "mbconv": 320}
-# Of an evaluation, for a pixel of the test set: its score, whether it is a defect's, and what
-# metrics, curves and pictures make of it at most; and for a defect's pixel on top of it.
-_SCORED, _MEASURED, _DEFECT = 5, 15, 200
+# Of an evaluation, bytes for a pixel of the test set: its score and whether it is a defect's;
+# what metrics, curves and report make of it at most; and on top of it for a defect's pixel.
+# Measured with 39 million pixels, of which 0.05, 2.5 and 20 % defects: 18.0, 18.5 and 45.7
+# bytes beside the scores.
+_SCORED, _MEASURED, _DEFECT = 5, 16, 160
 _AT_ONCE = 40  # for a pixel of the largest image, or of a group that is sorted together
 _USUAL_DEFECTS = 0.05  # the share of pixels, before masks are read
 _CGROUPS = pathlib.Path("/sys/fs/cgroup")
@@ -105,8 +108,33 @@ def estimate(config: Config, images: int, devices: Devices) -> Estimate:
     return Estimate(form, statistics, fitted, batch, total)
 
 
-def require(config: Config, images: int, devices: Devices) -> None:
-    """Says what a fit will take of each memory, and stops one that there is too little for.
+def estimate_evaluation(config: Config, images: int, tests: int, devices: Devices) -> int:
+    """Estimate the bytes of the machine's memory that an evaluation takes at its peak.
+
+    Anomaly maps are kept until the end, in the first process. Masks are not read yet: a usual
+    share of defect pixels is assumed.
+
+    Args:
+      config: of model and images.
+      images: how many were fitted.
+      tests: images of the test set.
+      devices: that score.
+    """
+    needed = estimate(config, images, devices)
+    maps = _maps(config, tests)
+    if parallel.free_memory() is not None:  # the model is in the devices' own
+        return int(_PROGRAM) + maps
+    return int(_PROGRAM) + needed.fitted + max(needed.batch, maps)
+
+
+def require(config: Config, images: int, devices: Devices, tests: int = 0) -> None:
+    """Says what a run will take of each memory, and stops one that there is too little for.
+
+    Args:
+      config: what to fit.
+      images: how many.
+      devices: that share the statistics and a batch.
+      tests: images that are evaluated next; 0 for none.
 
     Raises:
       UserError: what it takes, what there is, and what would take less.
@@ -118,7 +146,12 @@ def require(config: Config, images: int, devices: Devices) -> None:
         f"{needed.batch / _GB:.2f} GB for a batch"
     )
     if needed.total <= free:
-        print(f"{said}; {free / _GB:.1f} GB are free")
+        evaluated = ""
+        if tests and devices.process == 0:  # which keeps the maps
+            evaluation = estimate_evaluation(config, images, tests, devices)
+            _require_for_evaluation(config, tests, evaluation)
+            evaluated = f"; about {evaluation / _GB:.1f} GB to evaluate {tests} test images"
+        print(f"{said}{evaluated}; {free / _GB:.1f} GB are free")
         return
     advice = [
         "a smaller config.batch_size",
@@ -152,15 +185,54 @@ def require_for_maps(config: Config, images: int, defects: float | None = None) 
     Raises:
       UserError: what it takes, what there is, and what would take less.
     """
+    _require_for_evaluation(config, images, _maps(config, images, defects))
+
+
+def require_for_scores(model: detector.Detector, devices: Devices, tests: int = 0) -> None:
+    """Say what scoring with a loaded model takes; stop where there is too little memory.
+
+    Args:
+      model: fitted; its memory is taken already.
+      devices: that score.
+      tests: images that are evaluated, of which the maps are kept; 0 for predictions.
+
+    Raises:
+      UserError: what a batch takes, what there is, and what would take less.
+    """
+    config = model.config
+    needed, free = estimate(config, model.count, devices), available()
+    if needed.batch > free:
+        raise UserError(
+            f"not enough memory: {needed.batch / _GB:.2f} GB to score a batch of "
+            f"{config.batch_size}; {free / _GB:.1f} GB are free. Less is taken by a smaller "
+            "config.batch_size"
+        )
+    if devices.process > 0:
+        return
+    if tests:
+        require_for_maps(config, tests)
+        total = estimate_evaluation(config, model.count, tests, devices)
+        what = f"to evaluate {tests} test images"
+    else:
+        total = int(_PROGRAM) + needed.fitted + needed.batch
+        what = f"to score in batches of {config.batch_size}, images at full size apart"
+    print(f"about {total / _GB:.1f} GB of memory {what}; {free / _GB:.1f} GB are free")
+
+
+def _maps(config: Config, tests: int, defects: float | None = None) -> int:
+    """Bytes of what an evaluation keeps and makes of all pixels; see `require_for_maps`."""
     height, width = config.image.size
-    pixels, free = images * height * width, available_to_host()
-    needed = pixels * (_MEASURED + _DEFECT * (_USUAL_DEFECTS if defects is None else defects))
-    if defects is None:
-        needed += pixels * _SCORED
+    pixel = _MEASURED + _DEFECT * (_USUAL_DEFECTS if defects is None else defects)
+    return int(tests * height * width * (pixel + (_SCORED if defects is None else 0)))
+
+
+def _require_for_evaluation(config: Config, tests: int, needed: int) -> None:
+    height, width = config.image.size
+    free = available_to_host()
     if needed > free:
         raise UserError(
             f"not enough memory: about {needed / _GB:.1f} GB to compare the anomaly maps of "
-            f"{images} test images of {height}x{width} pixels with their masks; "
+            f"{tests} test images of {height}x{width} pixels with their masks; "
             f"{free / _GB:.1f} GB are free. Less is taken by a part of the test images, or a "
             f"smaller config.image.{'crop' if config.image.crop else 'resize'}; scores alone, "
             "of any number of images, --mode=predict gives"

@@ -538,7 +538,7 @@ class TestMemory:
         )
         # Half of the pixels defects: known once masks are read.
         memory.require_for_maps(config, 4000)
-        with pytest.raises(UserError, match=r"about 1\.9 GB"):
+        with pytest.raises(UserError, match=r"about 1\.6 GB"):
             memory.require_for_maps(config, 4000, 0.5)
         monkeypatch.setattr(memory, "available_to_host", lambda: 10**5)
         with pytest.raises(UserError, match="anomaly maps of 7 test images"):
