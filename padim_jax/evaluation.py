@@ -62,7 +62,8 @@ def evaluate(
         another process writes there, or there are results of another data set.
     """
     dataset_splits.require_test_images(config, source)
-    memory.require_for_scores(detector, parallel.every(), len(source.records))
+    tests = len(source.records)
+    memory.require_for_scores(detector.config, detector.count, parallel.every(), tests)
     with results_folder.writing_results(workdir):
         identity = inputs.read(config, {"test": source}, parallel.every())
         if not overwrite:

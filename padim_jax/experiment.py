@@ -465,7 +465,7 @@ def predict(detector: Detector, source: Source, workdir: Path) -> None:
     detector = scoring_pass.for_new_images(detector)
     devices = parallel.every()
     with locks.held(workdir / "predictions", devices.process):
-        memory.require_for_scores(detector, devices)
+        memory.require_for_scores(detector.config, detector.count, devices)
         sources, skipped = scoring_pass.readable(detector.config, {"input": source}, False)
         _predict(detector, sources["input"], workdir, known, devices, skipped)
 

@@ -188,19 +188,19 @@ def require_for_maps(config: Config, images: int, defects: float | None = None) 
     _require_for_evaluation(config, images, _maps(config, images, defects))
 
 
-def require_for_scores(model: detector.Detector, devices: Devices, tests: int = 0) -> None:
+def require_for_scores(config: Config, images: int, devices: Devices, tests: int = 0) -> None:
     """Say what scoring with a loaded model takes; stop where there is too little memory.
 
     Args:
-      model: fitted; its memory is taken already.
+      config: of a model that is loaded: its memory is taken already.
+      images: how many were fitted.
       devices: that score.
       tests: images that are evaluated, of which the maps are kept; 0 for predictions.
 
     Raises:
       UserError: what a batch takes, what there is, and what would take less.
     """
-    config = model.config
-    needed, free = estimate(config, model.count, devices), available()
+    needed, free = estimate(config, images, devices), available()
     if needed.batch > free:
         raise UserError(
             f"not enough memory: {needed.batch / _GB:.2f} GB to score a batch of "
@@ -211,7 +211,7 @@ def require_for_scores(model: detector.Detector, devices: Devices, tests: int = 
         return
     if tests:
         require_for_maps(config, tests)
-        total = estimate_evaluation(config, model.count, tests, devices)
+        total = estimate_evaluation(config, images, tests, devices)
         what = f"to evaluate {tests} test images"
     else:
         total = int(_PROGRAM) + needed.fitted + needed.batch

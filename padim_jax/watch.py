@@ -57,6 +57,8 @@ COLUMNS = (*predictions.COLUMNS, "error")
 # So many are read, drawn and written together, unless their files have more bytes than that:
 # it is these that are kept meanwhile, not the decoded pixels.
 _TOGETHER, _TOGETHER_BYTES = 8, 2**28
+# More threads than cores would decode and draw no faster, and each takes an image's memory.
+_THREADS = min(_TOGETHER, os.cpu_count() or 1)
 # Until a file is tried again that the machine was at fault for: at first, and at most.
 _FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0  # seconds
 # A file that cannot be decoded may still be on its way, if its writer was held up.
@@ -452,7 +454,7 @@ def run(
         detector_lib.score_pixels(detector, blank)
         print(f"watching {folder}, {log.summary()}\nresults: {output}")
         delays = Delays()
-        with concurrent.futures.ThreadPoolExecutor(_TOGETHER) as threads:
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
             scorer = _Scorer(detector, known, pictures, log, delays, threads, timing)
             _loop(watched, scorer, delays, timing, asked)
         waiting = f", {len(delays)} are tried again by the next --watch" if delays else ""

@@ -404,6 +404,70 @@ class TestRequire:
         assert missing not in str(caught.value)
 
 
+class TestEvaluation:
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A machine with 8 GB free, of which no device has a part of its own."""
+        monkeypatch.setattr(memory, "available", lambda: 8 * GB)
+        monkeypatch.setattr(memory, "available_to_host", lambda: 8 * GB)
+
+    def test_it_is_the_model_and_the_maps(self):
+        config = make_config(batch_size=1)
+        needed = memory.estimate(config, 209, ONE)
+        few, many, more = (
+            memory.estimate_evaluation(config, 209, tests, ONE) for tests in (1, 1000, 2000)
+        )
+        # A batch of images is larger than one image's map.
+        assert few == pytest.approx(needed.total - needed.statistics + needed.fitted, rel=0.1)
+        # Scores, masks, what is sorted and counted of them, and what 5 % of defects take.
+        assert more - many == pytest.approx(1000 * 256 * 256 * 29, rel=1e-6)
+
+    def test_it_is_said_with_the_fit(self, capsys: pytest.CaptureFixture[str]):
+        config = make_config()
+        memory.require(config, 60, ONE, 582)
+        out = capsys.readouterr().out
+        assert re.fullmatch(
+            r"about 0\.9 GB of memory to fit 60 images: .* for a batch; "
+            r"about 1\.8 GB to evaluate 582 test images; 8\.0 GB are free\n",
+            out,
+        ), out
+
+    def test_a_fit_that_cannot_be_evaluated_does_not_start(self):
+        config = make_config()
+        memory.require(config, 60, ONE)
+        with pytest.raises(UserError, match=r"anomaly maps of 5000 test images .* 8\.0 GB"):
+            memory.require(config, 60, ONE, 5000)
+        # The first process alone keeps the maps.
+        memory.require(config, 60, Devices(1, processes=2, process=1), 5000)
+
+    def test_on_a_gpu_the_model_is_not_in_the_machine_s_memory(self, monkeypatch):
+        config = make_config("resnet18", **{"model.channels": 448})
+        cpu, maps = memory.estimate_evaluation(config, 209, 600, ONE), 600 * 256 * 256 * 29
+        monkeypatch.setattr(parallel, "free_memory", lambda: 60 * GB)
+        gpu = memory.estimate_evaluation(config, 209, 600, ONE)
+        assert cpu - gpu == memory.estimate(config, 209, ONE).fitted
+        assert gpu == pytest.approx(maps + 0.6 * GB, rel=1e-6)
+
+    @pytest.mark.parametrize("tests", [0, 10])
+    def test_scoring_with_a_model_that_is_loaded(
+        self, tests: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ):
+        config = make_config()
+        memory.require_for_scores(config, 60, ONE, tests)
+        what = "to evaluate 10 test images" if tests else "to score in batches of 32"
+        assert re.match(rf"about 0\.9 GB of memory {what}", capsys.readouterr().out)
+        monkeypatch.setattr(memory, "available", lambda: GB // 10)
+        with pytest.raises(
+            UserError, match=r"score a batch of 32; 0\.1 GB are free.*batch_size"
+        ):
+            memory.require_for_scores(config, 60, ONE, tests)
+
+    def test_maps_that_have_no_room_beside_a_loaded_model(self):
+        config = make_config()
+        with pytest.raises(UserError, match="anomaly maps of 5000 test images"):
+            memory.require_for_scores(config, 60, ONE, 5000)
+
+
 V2 = ("memory.max", "memory.current", "memory.stat", "inactive_file")
 V1 = (
     "memory/memory.limit_in_bytes",
