@@ -428,7 +428,7 @@ class TestEvaluation:
         out = capsys.readouterr().out
         assert re.fullmatch(
             r"about 0\.9 GB of memory to fit 60 images: .* for a batch; "
-            r"about 1\.8 GB to evaluate 582 test images; 8\.0 GB are free\n",
+            r"about 1\.7 GB to evaluate 582 test images; 8\.0 GB are free\n",
             out,
         ), out
 

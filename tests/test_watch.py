@@ -22,7 +22,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from padim_jax import config, dataset_splits, defaults, experiment, parallel, predictions, watch
+from padim_jax import (
+    config,
+    dataset_splits,
+    defaults,
+    experiment,
+    input_pipeline,
+    parallel,
+    predictions,
+    watch,
+)
 from padim_jax.datasets import files
 from padim_jax.datasets.synthetic import generate
 from padim_jax.detector import Detector, score
@@ -417,6 +426,43 @@ class TestRun:
         with watching():
             found = wait_for(9, out)
         assert sorted(line["path"] for line in found[7:]) == ["0.png", "6.png"]
+
+    def test_images_at_full_size_share_the_room(
+        self, watching: Watching, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Eight that arrive together are not decoded and drawn all at once."""
+        sizes: list[int] = []
+        now, most, lock = 0, 0, threading.Lock()
+
+        class Recording(input_pipeline.Room):
+            @contextlib.contextmanager
+            def held(self, size: int) -> Iterator[None]:
+                nonlocal now, most
+                with lock:
+                    now += 1
+                    sizes.append(size)
+                    most = max(most, now)
+                try:
+                    with super().held(size):
+                        time.sleep(0.05)  # for the others to come as well
+                        yield
+                finally:
+                    with lock:
+                        now -= 1
+
+        monkeypatch.setattr(input_pipeline, "ROOM", Recording(2**20))
+        for number in range(8):
+            draw(tmp_path / "new" / f"{number}.png", number)
+        with watching():
+            for path in sorted((tmp_path / "new").iterdir()):
+                path.rename(tmp_path / "in" / path.name)
+            wait_for(8, tmp_path / "work" / "watch")
+        pixels = 48 * 40
+        expected = [input_pipeline.DECODING * pixels] * 8 + [
+            input_pipeline.DRAWING * pixels
+        ] * 8
+        assert sorted(sizes) == sorted(expected)
+        assert most <= (os.cpu_count() or 1)
 
     def test_the_folder_is_waited_for(
         self, watching: Watching, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
