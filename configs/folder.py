@@ -9,8 +9,7 @@ Expected below the root:
                                      (good may be called normal, ok, ...: docs/datasets.md)
     masks/bad/NAME.png               optional: masks of val/bad (NAME.png or NAME_mask.png)
 
-Expected: with ResNet-18 on 4 CPU cores 292 images of 900x900 pixels (MVTec AD's bottle) take
-10 s. The accuracy depends on the parts.
+The accuracy depends on the parts; docs/choosing_settings.md tells which settings to take when.
 
 Presets as in configs/mvtec.py; every setting is explained in padim_jax/defaults.py.
 """
