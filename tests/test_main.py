@@ -636,7 +636,8 @@ class TestTrainAndEval:
         rest = run.out.partition(line)[2]
         assert re.fullmatch(
             r"about 0\.6 GB of memory to fit 6 images: 0\.00 GB of statistics \(samples\), "
-            r"0\.0\d GB for a batch; \d+\.\d GB are free",
+            r"0\.0\d GB for a batch; about 0\.\d GB to evaluate \d+ test images; "
+            r"\d+\.\d GB are free",
             line,
         )
         assert "GB of memory" not in rest
