@@ -70,7 +70,7 @@ def evaluate(
             results_folder.require_same_data(workdir, identity)
         seen = dataclasses.replace(config, image=detector.config.image)
         sources, skipped = scoring_pass.readable(seen, {"test": source})
-        sources, summary = take_survey(sources, detector)
+        sources, summary = take_survey(sources, seen, detector)
         return evaluate_unlocked(
             config, detector, sources["test"], workdir, skipped, identity, summary
         )
@@ -118,9 +118,18 @@ def evaluate_unlocked(
     line = None if found is None else summary_lib.mask_line(found, config.image.size)
     if line is not None:
         print(line)
+    levels = [  # warned of by the passes that decode
+        input_pipeline.few_levels(split.few_levels, split.images)
+        for split in summary.splits.values()
+        if split.few_levels
+    ]
     measured["data"] = summary_lib.to_dict(summary) | {
         "mask_line": line,
-        "warnings": summary_lib.warnings(summary) + said,
+        "warnings": [
+            *summary_lib.warnings(summary),
+            *levels,
+            *said,
+        ],
     }
     known = {digest.tobytes() for digest in detector.images}
     measured["leaks"] = [
@@ -250,20 +259,26 @@ def _full_pixels(
 
 
 def take_survey(
-    sources: Mapping[str, Source], detector: Detector | None = None
+    sources: Mapping[str, Source],
+    config: Config,
+    detector: Detector | None = None,
+    cached: bool = True,
 ) -> tuple[dict[str, Source], summary_lib.Summary]:
     """Read the images' files, print what they are, and warn of what is implausible.
 
     Args:
       sources: images, by the name of their split.
+      config: how images are decoded.
       detector: whose images must not be among them, if it is fitted already.
+      cached: keep what is decoded; not of images that are seen once.
 
     Returns:
       The same images, of which copies among those to be fitted count once; and the summary.
     """
     devices = parallel.every()
     fitted = detector and {digest.tobytes() for digest in detector.images}
-    files = survey.read(sources, devices)
+    cache = image_cache.open_cache(config.cache) if cached else None
+    files = survey.read(sources, devices, config.image, cache)
     summary = summary_lib.summarize(files, fitted)
     survey.tell(summary, devices)
     known = dict(sources)

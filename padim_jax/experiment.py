@@ -96,7 +96,7 @@ def run(
                 dataset_splits.say_folders(config, dataset)
                 config = fitting.with_range(config, dataset["train"])
                 dataset, skipped = scoring_pass.readable(config, dataset)
-                dataset, _ = evaluation.take_survey(dataset)
+                dataset, _ = evaluation.take_survey(dataset, config)
                 _, suspects = _train(config, dataset, checkpoint_path, overwrite=overwrite)
             if parallel.every().process == 0:
                 results.write_skipped(workdir, skipped)
@@ -167,7 +167,7 @@ def train_and_eval(
             results_folder.require_same_data(workdir, identity)
         ranged = fitting.with_range(config, dataset["train"])
         dataset, skipped = scoring_pass.readable(ranged, dataset)
-        dataset, summary = evaluation.take_survey(dataset)
+        dataset, summary = evaluation.take_survey(dataset, ranged)
         tests = len(dataset["test"].records)
         detector, suspects = _train(
             ranged, dataset, checkpoint_path, backbone, overwrite, tests
@@ -294,10 +294,9 @@ def _use(
             evaluation.evaluate(detector.config, detector, dataset["test"], workdir, overwrite)
         elif mode == "calibrate":
             assert source is not None
-            sources, _ = scoring_pass.readable(
-                scoring_pass.for_new_images(detector).config, {"input": source}, False
-            )
-            evaluation.take_survey(sources)
+            seen = scoring_pass.for_new_images(detector).config
+            sources, _ = scoring_pass.readable(seen, {"input": source}, cached=False)
+            evaluation.take_survey(sources, seen, cached=False)
             thresholding.calibrate(detector, sources["input"], "given", checkpoint_path)
         elif watching is not None:
             assert folder is not None

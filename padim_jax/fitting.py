@@ -170,7 +170,7 @@ def update(
     source = sources["input"]
     variables = load_weights(path, fitted.weights, config, weights)
     known = {digest.tobytes() for digest in fitted.images}
-    files = survey.read({"input": source}, devices)
+    files = survey.read({"input": source}, devices, config.image, cache)
     survey.tell(summary.summarize(files), devices)
     source = copies.distinct(source, devices, survey.hashes(files["input"]))
     digests = source.digests

@@ -219,6 +219,13 @@ def load_image(
     return _load(source, config, index, cache).image
 
 
+def load_levels(
+    source: Source, config: ImageConfig, index: int, cache: ImageCache | None = None
+) -> int | None:
+    """Return the grey levels kept of one image, if they are too few; see `Batch.levels`."""
+    return _load(source, config, index, cache).levels
+
+
 def warm(source: Source, config: ImageConfig, cache: ImageCache, stop: threading.Event) -> None:
     """Decodes a dataset into the cache, for `batches` to find there later.
 

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from padim_jax.datasets.decoding import FEWEST_LEVELS
 from padim_jax.datasets.files import shown
 
 _SHOWN = 3  # so many names, or formats, are written out
@@ -23,6 +24,7 @@ class File(NamedTuple):
       digest: SHA-256 of its bytes.
       size: height and width by its header; None if that cannot be read.
       mode: channels and bits, as in "RGB 8 bit"; None likewise.
+      levels: grey levels kept, if decoding keeps too few; see `decoding.open_rgb`.
     """
 
     name: str
@@ -30,6 +32,7 @@ class File(NamedTuple):
     digest: bytes
     size: tuple[int, int] | None
     mode: str | None
+    levels: int | None = None
 
 
 class Mask(NamedTuple):
@@ -70,6 +73,8 @@ class Split:
       sizes: of each size and mode, as in "900x900, RGB 8 bit", how many; most first.
       modes: those there are.
       copies: names of images that have the bytes of an earlier one.
+      few_levels: number of grey levels kept, by name, of the images that keep fewer than
+        `decoding.FEWEST_LEVELS` of more that their files have.
     """
 
     images: int
@@ -77,6 +82,7 @@ class Split:
     sizes: dict[str, int]
     modes: tuple[str, ...]
     copies: list[str]
+    few_levels: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +166,7 @@ def _split(files: Sequence[File]) -> Split:
         dict(sizes.most_common()),
         tuple(sorted({file.mode for file in files if file.mode})),
         copies,
+        {file.name: file.levels for file in files if file.levels is not None},
     )
 
 
@@ -196,7 +203,12 @@ def _line(name: str, split: Split) -> str:
         if len(sizes) > _SHOWN:
             found += f"; {sum(n for _, n in sizes[_SHOWN:])} of {len(sizes) - _SHOWN} others"
     copies = f"; {len(split.copies)} copies of others" if split.copies else ""
-    return f"{name}: {split.images} images{types}{found}{copies}"
+    levels = ""
+    if few := split.few_levels:
+        named = ", ".join(f"{shown(x)} {few[x]}" for x in list(few)[:_SHOWN])
+        more = ", ..." * (len(few) > _SHOWN)
+        levels = f"; {len(few)} keep fewer than {FEWEST_LEVELS} grey levels ({named}{more})"
+    return f"{name}: {split.images} images{types}{found}{copies}{levels}"
 
 
 def mask_line(masks: Masks, size: tuple[int, int]) -> str:

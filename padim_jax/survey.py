@@ -1,4 +1,4 @@
-"""What can be said of images before they are decoded: read once, printed, warned of."""
+"""What can be said of images before a fit or an evaluation: read once, printed, warned of."""
 
 import hashlib
 import warnings
@@ -7,29 +7,39 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import UInt8
 
-from padim_jax import progress
+from padim_jax import input_pipeline, progress
 from padim_jax import summary as summary_lib
+from padim_jax.config import ImageConfig
 from padim_jax.datasets import decoding
 from padim_jax.datasets.records import Source
 from padim_jax.errors import DataWarning
+from padim_jax.image_cache import ImageCache
 from padim_jax.parallel import Devices
 from padim_jax.summary import File, Summary
 
 
-def read(sources: Mapping[str, Source], devices: Devices) -> dict[str, list[File]]:
+def read(
+    sources: Mapping[str, Source],
+    devices: Devices,
+    image: ImageConfig | None = None,
+    cache: ImageCache | None = None,
+) -> dict[str, list[File]]:
     """Reads every image's bytes, of which each process takes its share.
 
     Args:
       sources: images, by the name of their split.
       devices: among whose processes the work is shared out.
+      image: how images are decoded. Given that, those that may lose grey levels are, and the
+        levels kept are counted: files of 16 bits, and all files under `config.image.range`.
+      cache: keeps what is decoded here for the passes that follow.
 
     Returns:
       The same in every process, in the records' order.
 
     Raises:
-      UserError: a file cannot be read, or the processes see different ones.
+      UserError: a file cannot be read or decoded, or the processes see different ones.
     """
-    return {name: _read(source, devices) for name, source in sources.items()}
+    return {name: _read(source, devices, image, cache) for name, source in sources.items()}
 
 
 def hashes(files: Sequence[File]) -> UInt8[np.ndarray, "n 32"]:
@@ -37,11 +47,16 @@ def hashes(files: Sequence[File]) -> UInt8[np.ndarray, "n 32"]:
     return np.frombuffer(b"".join(file.digest for file in files), np.uint8).reshape(-1, 32)
 
 
-def _read(source: Source, devices: Devices) -> list[File]:
-    def fact(index: int) -> tuple[str, tuple[int, int] | None, str | None]:
-        image, _ = source.read(index)
-        size, mode = decoding.describe(image) or (None, None)
-        return hashlib.sha256(image).hexdigest(), size, mode
+def _read(
+    source: Source, devices: Devices, image: ImageConfig | None, cache: ImageCache | None
+) -> list[File]:
+    def fact(index: int) -> tuple[str, tuple[int, int] | None, str | None, int | None]:
+        content, _ = source.read(index)
+        size, mode = decoding.describe(content) or (None, None)
+        levels = None
+        if image and (image.counts != "full" or (mode and mode.endswith("16 bit"))):
+            levels = input_pipeline.load_levels(source, image, index, cache)
+        return hashlib.sha256(content).hexdigest(), size, mode, levels
 
     facts = progress.of_files(source, "read", devices, fact)
     return [
@@ -51,8 +66,9 @@ def _read(source: Source, devices: Devices) -> list[File]:
             bytes.fromhex(digest),
             None if size is None else (size[0], size[1]),
             mode,
+            levels,
         )
-        for record, (digest, size, mode) in zip(source.records, facts, strict=True)
+        for record, (digest, size, mode, levels) in zip(source.records, facts, strict=True)
     ]
 
 

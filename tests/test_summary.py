@@ -39,6 +39,15 @@ class TestFiles:
             "test: 3 images (good 2, hole 1) of 40x30, RGB 8 bit; 1 copies of others"
         )
 
+    def test_few_grey_levels_are_named(self):
+        files = [file("a", 0)._replace(levels=8), file("b", 1), file("c", 2)._replace(levels=9)]
+        found = summary.summarize({"train": files})
+        (line,) = summary.lines(found)
+        assert line == (
+            "train: 3 images of 40x30, RGB 8 bit; 2 keep fewer than 32 grey levels (a 8, c 9)"
+        )
+        assert summary.to_dict(found)["splits"]["train"]["few_levels"] == {"a": 8, "c": 9}
+
     def test_nothing_odd_is_nothing_said(self):
         found = summary.summarize(
             {"train": [file("a", 0), file("a2", 0)], "validation": [], "test": [file("b", 1)]}
@@ -81,6 +90,7 @@ class TestFiles:
                     "types": {"good": 1},
                     "sizes": {"40x30, RGB 8 bit": 1},
                     "copies": [],
+                    "few_levels": {},
                 }
             },
             "shared": {},
@@ -264,6 +274,37 @@ class TestRuns:
         page = (tmp_path / "full" / "report.html").read_text(encoding="utf-8")
         assert ">Data</h2>" in page
         assert "masks: 3 with 6 regions of defects" in page
+
+    def test_grey_levels_kept(self, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+        """Per split: in metrics.json, printed before the fit, and in the report."""
+        defect = np.zeros(SIZE, bool)
+        defect[60:100, 80:130] = True
+        write_part(tmp_path, [defect])
+        rng = np.random.default_rng(0)
+        for path in tmp_path.glob("part/*/*/*.png"):
+            if path.parent.name != "hole" or "test" in path.parts:
+                pixels = rng.integers(21000, 23040, SIZE, np.uint16)
+                pixels[0] = rng.integers(0, 65536, SIZE[1])  # many levels, but in one image
+                if path.name != "001.png":
+                    pixels[0] = pixels[1]
+                Image.fromarray(pixels).save(path)
+        with pytest.warns(DataWarning, match="grey levels"):
+            measured = evaluate(tmp_path, tmp_path / "full")
+        few = {x: y["few_levels"] for x, y in measured["data"]["splits"].items()}
+        names = [f"part/train/good/00{i}.png" for i in (0, 2, 3, 4, 5)]
+        assert few["train"] == dict.fromkeys(names, 8)
+        assert few["test"] == {"part/test/good/000.png": 8, "part/test/hole/000.png": 8}
+        said = capsys.readouterr().out.partition("fitted")[0]
+        assert "5 keep fewer than 32 grey levels (part/train/good/000.png 8, " in said
+        assert "2 keep fewer than 32 grey levels (part/test/good/000.png 8, " in said
+        warned = [x for x in measured["data"]["warnings"] if "grey levels" in x]
+        assert [x[:13] for x in warned] == ["5 of 6 images", "2 of 3 images"]
+        page = (tmp_path / "full" / "report.html").read_text(encoding="utf-8")
+        assert "few grey levels" in page
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            measured = evaluate(tmp_path, tmp_path / "range", **{"image.range": "train"})
+        assert all(not x["few_levels"] for x in measured["data"]["splits"].values())
 
     def test_what_the_crop_leaves_out_is_told(self, tmp_path: pathlib.Path):
         defect = np.zeros(SIZE, bool)

@@ -579,9 +579,10 @@ def _data(data: Mapping[str, Any] | None) -> str:
         sizes = [f"{count} of {size}" for size, count in values["sizes"].items()]
         some = "; ".join(sizes[:3]) + "; …" * (len(sizes) > 3)
         cells = "".join(cell(name(x)) for x in (values["images"], types, some))
-        copies = cell(name(len(values["copies"])))
-        lines.append(f'<tr><th scope="row">{text(split)}</th>{cells}{copies}</tr>')
-    head = ["split", "images", "types", "sizes", "copies"]
+        counts = (len(values["copies"]), len(values["few_levels"]))
+        cells += "".join(cell(name(count)) for count in counts)
+        lines.append(f'<tr><th scope="row">{text(split)}</th>{cells}</tr>')
+    head = ["split", "images", "types", "sizes", "copies", "few grey levels"]
     found = document.table(head, lines, "Images by their files")
     notes = [*([data["mask_line"]] if data["mask_line"] else []), *data["warnings"]]
     if notes:
