@@ -37,7 +37,7 @@ from jaxtyping import Array, Float32, Int, UInt8
 from orbax.checkpoint import v1 as ocp
 
 import padim_jax
-from padim_jax import calibration_file, models, parallel, paths
+from padim_jax import calibration_file, library_logs, models, parallel, paths
 from padim_jax import config as config_lib
 from padim_jax.config import Config
 from padim_jax.errors import UserError
@@ -160,7 +160,7 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
     try:
-        with _uncompressed():
+        with _uncompressed(), library_logs.held_back("orbax"):
             ocp.save(os.fspath(folder / str(step)), state, custom_metadata=metadata)
         paths.flush(folder / str(step))
     except Exception as error:
@@ -260,7 +260,8 @@ def fitted_images(path: Path) -> UInt8[np.ndarray, "s 32"]:
             name: np.empty(leaf.shape, leaf.dtype) if name == "images" else ocp.PLACEHOLDER
             for name, leaf in described.items()
         }
-        loaded: Any = ocp.load(os.fspath(step), target)
+        with library_logs.held_back("orbax"):
+            loaded: Any = ocp.load(os.fspath(step), target)
     return loaded["images"]
 
 
@@ -419,7 +420,7 @@ def _read(
             target[name] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
     context = ocp.Context()
     context.array.loading.enable_padding_and_truncation = True
-    with context:
+    with context, library_logs.held_back("orbax"):
         loaded: Any = ocp.load(os.fspath(step), target)
     return loaded
 
@@ -530,15 +531,16 @@ def _describe(folder: Path) -> Any:
                     path.stat().st_size > _LONGEST_DESCRIPTION
                 ):
                     return None
-        info = ocp.metadata(os.fspath(folder))
+        with library_logs.held_back("orbax"):
+            info = ocp.metadata(os.fspath(folder))
+            if type(info.custom_metadata["format"]) is not int:
+                return None
+            return info
     except jax.errors.JaxRuntimeError:
         raise
     # Whatever a damaged file, or something else than a checkpoint, makes Orbax trip over.
     except Exception:
         return None
-    metadata = info.custom_metadata
-    known = isinstance(metadata, dict) and type(metadata.get("format")) is int
-    return info if known else None
 
 
 def _unreadable(step: Path) -> str:

@@ -40,6 +40,7 @@ _MOST_CELLS = 63  # a side of a neighbourhood, of which all are added
 _MOST_IMAGES = 65536  # a batch
 _MOST_REPEATS = 1000
 _LEAST_STD = 1e-6  # of pixels of 0 to 1: float32 divides by it
+_HIGHEST_RGB = 1.0  # in mean and std; earlier versions took more, and models have it
 _LONGEST_PATTERN = 1000
 _HIGHEST_RATE = 0.9999
 _LONGEST_NAME = 255  # of a folder, in bytes, wherever folders are
@@ -255,6 +256,13 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
     Raises:
       UserError: one line that names the field, its value and what is allowed.
     """
+    return _validate(values, _HIGHEST_RGB)
+
+
+def _validate(
+    values: Mapping[str, Any] | ml_collections.ConfigDict, highest_rgb: float
+) -> Config:
+    """As `validate`, with the largest number allowed in `image.mean` and `image.std`."""
     checks.fields("config", values, Config)
     groups: Any = values  # unchecked yet: anything
     dataset, image = groups["dataset"], groups["image"]
@@ -291,8 +299,8 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
             resize=_size("config.image.resize", image["resize"]),
             method=checks.one_of("config.image.method", image["method"], METHODS),
             crop=_crop(image["crop"]),
-            mean=checks.rgb("config.image.mean", image["mean"], 0.0, 1.0),
-            std=checks.rgb("config.image.std", image["std"], _LEAST_STD, 1.0),
+            mean=checks.rgb("config.image.mean", image["mean"], 0.0, highest_rgb),
+            std=checks.rgb("config.image.std", image["std"], _LEAST_STD, highest_rgb),
             rotation=checks.within("config.image.rotation", image["rotation"], 0.0, 180.0),
             crop_at=checks.one_of("config.image.crop_at", image["crop_at"], CROPS),
             seed=checks.integer("config.image.seed", image["seed"], 0, checks.MOST_SEED),
@@ -392,7 +400,8 @@ def restore(stored: Any, version: Any) -> Config:
     """Returns the configuration of a stored model, of whatever version of this program.
 
     Settings that came later take the value that changes nothing. Unknown settings are left
-    out where scores do not depend on them.
+    out where scores do not depend on them. Ranges that were narrowed later do not apply; see
+    `implausible`.
 
     Args:
       stored: what `to_stored` returned.
@@ -402,9 +411,20 @@ def restore(stored: Any, version: Any) -> Config:
       UnknownSettingError: an unknown setting that scores may depend on.
       UserError: a wrong one.
     """
-    return validate(
-        _complete("config", stored, Config, defaults.get_config().to_dict(), version)
-    )
+    values = _complete("config", stored, Config, defaults.get_config().to_dict(), version)
+    return _validate(values, checks.MOST)
+
+
+def implausible(config: Config) -> str:
+    """Say what of a stored model's settings would be refused now; "" for nothing."""
+    for name in ("mean", "std"):
+        if max(value := getattr(config.image, name)) > _HIGHEST_RGB:
+            return (
+                f"fitted with config.image.{name}={value}, which looks like values of 0..255, "
+                "where pixels are numbers of 0..1: the backbone sees hardly any contrast. Fit "
+                "again with these values divided by 255"
+            )
+    return ""
 
 
 def resolve(config: Config | Overrides | None, stored: Config) -> Config:
@@ -427,7 +447,7 @@ def resolve(config: Config | Overrides | None, stored: Config) -> Config:
         if not isinstance(settings, dict) or field not in settings:
             raise UserError(f"config.{name}: no such setting; padim_jax/defaults.py lists them")
         settings[field] = value
-    resolved = validate(values)
+    resolved = _validate(values, max(_HIGHEST_RGB, *stored.image.mean, *stored.image.std))
     if resolved.is_sweep:
         raise UserError(
             "config.category, config.repeats: several runs, and a stored model is of one; name "

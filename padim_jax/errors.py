@@ -24,6 +24,10 @@ class MachineError(UserError):
     """
 
 
+class RemovedError(UserError):
+    """A folder that the program writes to was removed meanwhile."""
+
+
 class DataWarning(UserError, UserWarning):  # noqa: N818 (a warning, and an error if strict)
     """Data or a promise that is implausible, where the run can go on.
 

@@ -226,6 +226,8 @@ def _train(
         validation, normal = dataset["validation"], config.threshold.normal
         leave_out = normal == "leave_one_out" or (normal == "auto" and not validation.records)
         if normal != "none":  # not after the fit
+            if not leave_out:
+                validation = thresholding.without_fitted(source.digests, validation)
             thresholding.require_groups(config, source if leave_out else validation)
         detector = fitting.train(config, source, path, backbone, tests)
         if normal == "none":
@@ -344,6 +346,7 @@ def load(
     fitted, identity = fitting.load_checkpoint(place, devices) if model is None else (model, "")
     config = config_lib.resolve(config, fitted.config)
     fitting.require_same(place, fitted.config, config)
+    fitting.warn_implausible(place, fitted.config)
     config = fitting.with_stored_range(config, fitted.config)
     if config.title != fitted.config.title:
         print(f"{path} was fitted to {fitted.config.title}; now used for {config.title}")

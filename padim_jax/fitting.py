@@ -6,7 +6,7 @@ import operator
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -142,6 +142,7 @@ def update(
     source: Source,
     config: Config | config_lib.Overrides | None = None,
     weights: str | None = None,
+    check: Callable[[Config, UInt8[np.ndarray, "m 32"]], None] | None = None,
 ) -> Extended:
     """Extends a fitted model by normal images that are not in it yet.
 
@@ -154,6 +155,8 @@ def update(
         files' contents are known.
       config: None takes the model's own; see `config.resolve` and `require_same`.
       weights: where the backbone's weights are now; see `experiment.load`.
+      check: called before the fit, if there is anything to fit, with the configuration and
+        the SHA-256 of all images that the extended model is fitted to.
 
     Raises:
       UserError: no checkpoint, other settings or weights than it was fitted with, an
@@ -164,6 +167,7 @@ def update(
     fitted, identity = load_checkpoint(path, devices)
     config = config_lib.resolve(config, fitted.config)
     require_same(path, fitted.config, config)
+    warn_implausible(path, fitted.config)
     config = with_stored_range(config, fitted.config)
     cache = image_cache.open_cache(config.cache)
     sources, _ = skipping.readable({"input": source}, config, devices, cache)
@@ -193,6 +197,8 @@ def update(
         return Extended(ready(fitted, identity, config, variables), source, digests, 0)
     total = len(fitted.images) + len(new)
     memory.require(config, total, devices)
+    if check is not None:
+        check(config, np.concatenate([fitted.images, digests[new]]))
     shapes = detector_lib.pyramid(config.image, config.model, fitted.index.tolist()).shapes
     fitted = unfinished or fitted
     extended = dataclasses.replace(
@@ -237,6 +243,7 @@ def merge(
     _check_place(destination, devices)
     names = [paths.parse(os.fspath(model)) for model in models]
     merged, _ = load_checkpoint(names[0], devices)
+    warn_implausible(names[0], merged.config)
     owners = {digest.tobytes(): names[0] for digest in merged.images}
     configs = [merged.config]
     for name in names[1:]:
@@ -509,6 +516,12 @@ def require_same(path: Path, fitted: Config, wanted: Config) -> None:
                 f"that, fit again, or leave out --config (or --config.{name} alone) to take "
                 "the model's configuration"
             )
+
+
+def warn_implausible(path: Path, fitted: Config) -> None:
+    """Issue a `DataWarning` for settings of a stored model that no new model may have."""
+    if (reason := config_lib.implausible(fitted)) and parallel.every().process == 0:
+        warnings.warn(DataWarning(f"{path}: {reason}"), stacklevel=3)
 
 
 def load_weights(

@@ -62,15 +62,21 @@ def update(
       UserError: see `fitting.update` and `calibrate`; or another process writes there.
       Stopped: by SIGTERM.
     """
+    splits = dataset
+
+    def check(used: Config, images: UInt8[np.ndarray, "_n 32"]) -> None:
+        nonlocal splits
+        splits = _without_fitted(used, splits or _dataset_at_hand(used), images)
+
     with locks.held(path, parallel.every().process):
-        extended = fitting.update(path, source, config, weights)
+        extended = fitting.update(path, source, config, weights, check)
         detector = extended.detector
         with compilation_cache.enabled(detector.config.cache):
             if not extended.added:  # an update that was killed may lack its thresholds
                 mark = detector_lib.fingerprint(detector)
                 if known := calibration_file.read(path, mark):
                     return dataclasses.replace(detector, calibration=known)
-            splits = dataset or _dataset_at_hand(detector.config)
+            splits = splits or _dataset_at_hand(detector.config)
             hashed = [(extended.source, extended.digests)]
             return _find_thresholds(detector, [splits], hashed, path)
 
@@ -106,6 +112,18 @@ def merge(
                 detector, loaded = _with_backbone(detector, place)
                 datasets = datasets if loaded else []
             return _find_thresholds(detector, datasets, [], place)
+
+
+def _without_fitted(
+    config: Config, splits: Mapping[str, Source], images: UInt8[np.ndarray, "_n 32"]
+) -> Mapping[str, Source]:
+    """The splits, whose validation images are none of those if they are for thresholds."""
+    unused = config.threshold.normal in ("none", "leave_one_out")
+    if unused or not splits or not splits["validation"].records:
+        return splits
+    part, _ = scoring_pass.readable(config, {"validation": splits["validation"]})
+    validation = thresholding.without_fitted(images, part["validation"])
+    return {**splits, "validation": validation}
 
 
 def _with_backbone(detector: Detector, path: Path) -> tuple[Detector, bool]:

@@ -16,10 +16,11 @@ from collections.abc import Iterator
 import filelock
 
 from padim_jax import paths
-from padim_jax.errors import UserError
+from padim_jax.errors import RemovedError, Stopped, UserError
 from padim_jax.paths import Path
 
 FOLDER = ".locks"
+_LONGEST_REASON = 300  # characters of another error
 
 
 @contextlib.contextmanager
@@ -32,6 +33,7 @@ def held(place: Path, process: int = 0) -> Iterator[None]:
 
     Raises:
       UserError: another process is at it; or nothing can be locked there.
+      RemovedError: see `attempt`.
     """
     with attempt(place, process) as taken:
         if not taken:
@@ -53,6 +55,7 @@ def attempt(place: Path, process: int = 0, wait: bool = False) -> Iterator[bool]
 
     Raises:
       UserError: nothing can be locked there.
+      RemovedError: the block has ended with an error after the lock's file was removed.
     """
     if process > 0 or not isinstance(place, pathlib.Path):
         yield True
@@ -80,6 +83,20 @@ def attempt(place: Path, process: int = 0, wait: bool = False) -> Iterator[bool]
         with contextlib.suppress(OSError):  # a full disk holds no lock up
             paths.write(holder, json.dumps(_description()).encode())
         yield True
+    except (RemovedError, Stopped):
+        raise
+    except Exception as error:
+        if file.exists():
+            raise
+        # With the folder around it, most likely, of which any library may complain.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
+        if isinstance(error, UserError):
+            reason = str(error)
+        raise RemovedError(
+            f"{place.parent}: was removed, or files in it, while this command was writing "
+            f"there; leave the folder alone until it is done. The same command begins anew "
+            f"({reason})"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             holder.unlink()

@@ -45,11 +45,13 @@ if __name__ == "__main__":
     interrupts.install()  # first, since the imports take their time
 
 import atexit
+import contextlib
 import gc
 import importlib.metadata
 import os
 import pathlib
 import re
+import threading
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -528,6 +530,12 @@ def _unknown_setting(message: str) -> str:
 
 def _fail(message: str) -> NoReturn:
     print(f"error: {_printable(message)}", file=sys.stderr)
+    # A save that failed may leave threads of Orbax's that wait five minutes for its folder.
+    if any(type(thread).__name__ == "_SignalingThread" for thread in threading.enumerate()):
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(2)
     sys.exit(2)
 
 

@@ -31,7 +31,7 @@ from padim_jax.datasets.files import (
     read_file,
 )
 from padim_jax.datasets.records import Record
-from padim_jax.errors import UserError
+from padim_jax.errors import RemovedError, UserError
 from padim_jax.paths import Path
 
 TABLE = "scores.csv"
@@ -533,7 +533,7 @@ class Writer:
     def _append(self, rows: Iterable[Sequence[Any]]) -> None:
         local = isinstance(self._table, pathlib.Path)
         if local and os.fstat(self._file.fileno()).st_nlink == 0:
-            raise UserError(
+            raise RemovedError(
                 f"{self._table}: was removed while predictions were written; leave the folder "
                 "alone until they are done. The same command scores the images again"
             )

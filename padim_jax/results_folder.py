@@ -20,7 +20,7 @@ from padim_jax import (
 from padim_jax.config import Config
 from padim_jax.datasets.files import shown
 from padim_jax.datasets.records import Source
-from padim_jax.errors import UserError
+from padim_jax.errors import RemovedError, UserError
 from padim_jax.paths import Path
 
 METRICS = "metrics.json"  # the last to be written, and the first to go
@@ -77,6 +77,11 @@ def replacing_results(workdir: Path) -> Iterator[Path]:
     try:
         paths.write(place / _SIGN, b"padim_jax: results on their way; may be deleted\n")
         yield place
+        if not (place / _SIGN).exists():
+            raise RemovedError(
+                f"{place}: was removed while results were written; leave the folder alone "
+                "until they are done. The same command begins anew"
+            )
     except BaseException:
         remove(place, place / _SIGN)
         raise

@@ -229,8 +229,8 @@ def mask_line(masks: Masks, size: tuple[int, int]) -> str:
 def warnings(summary: Summary) -> list[str]:
     """What is implausible about files, a line each, with what to do.
 
-    Copies of training images among these and among validation images are not: whoever finds
-    thresholds warns of them.
+    Copies of training images among these and among validation images are not: `copies` and
+    `thresholding` warn of them, before the fit as well.
     """
     found = []
     for pair, names in summary.shared.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from padim_jax import calibration as calibration_lib
 from padim_jax import (
@@ -83,7 +83,11 @@ def find_ranked(
     left_out = origin in ("leave_one_out", "leave_some_out")
     source = copies.distinct(source, parallel.every())
     if origin == "held_out":
-        source = _without_fitted(detector, source)
+        source = without_fitted(detector.images, source)
+    if given:  # before the pass, which compares what it reads
+        fitted_images = set(map(bytes, detector.images))
+        for record, digest in zip(source.records, map(bytes, source.digests), strict=True):
+            _require_unknown(record, digest in fitted_images, origin)
     count, pattern = len(source.records), config.threshold.groups
     fitted = len(set(map(bytes, detector.images)))
     if origin == "leave_some_out" and pattern and count < fitted:
@@ -225,21 +229,25 @@ def _keep_thresholds(detector: Detector, found: Calibration, path: Path) -> Dete
     return dataclasses.replace(detector, calibration=found)
 
 
-def _without_fitted(detector: Detector, source: Source) -> Source:
-    """The images that a model was not fitted to, with a warning about the others.
+def without_fitted(images: UInt8[np.ndarray, "n 32"], source: Source) -> copies.Distinct:
+    """Leave out the validation images that a model is fitted to, with a `DataWarning`.
+
+    Args:
+      images: SHA-256 of the files that the model is, or will be, fitted to.
+      source: validation images. Of files that are the same the first one counts.
 
     Raises:
       UserError: too few are left for thresholds.
     """
     devices = parallel.every()
-    fitted = set(map(bytes, detector.images))
-    known = [bytes(digest) in fitted for digest in copies.distinct(source, devices).digests]
+    source, fitted = copies.distinct(source, devices), set(map(bytes, images))
+    known = [digest in fitted for digest in map(bytes, source.digests)]
     if not any(known):
         return source
     names = [str(source.records[i].image) for i in np.flatnonzero(known).tolist()]
     message = (
         f"{len(names)} of {len(known)} validation images are copies of images that the model "
-        f"was fitted to ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        f"is fitted to ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
     )
     others = np.flatnonzero(~np.array(known)).tolist()
     if len(others) < calibration_lib.MIN_IMAGES:
@@ -256,7 +264,7 @@ def _without_fitted(detector: Detector, source: Source) -> Source:
             ),
             stacklevel=2,
         )
-    return sampling.part(source, others)
+    return source.part(np.array(others))
 
 
 def _by_size(

@@ -6,6 +6,7 @@ Processes that are killed: tests/reliability/test_kills.py.
 import contextlib
 import errno
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -30,9 +31,11 @@ from padim_jax import (
     fitting,
     image_cache,
     inputs,
+    library_logs,
     locks,
     memory,
     paths,
+    progress,
     results,
     sweep,
 )
@@ -254,6 +257,135 @@ class TestFullDisk:
         assert not list(compiled.glob("*-sha256"))
         with compilation_cache.enabled(config.cache):
             assert not list(compiled.glob("*-cache"))
+
+
+class TestRemoved:
+    """The folder of a run is removed in the middle of it: one line that names the folder."""
+
+    @pytest.mark.parametrize(
+        ("mode", "stage"),
+        [
+            ("train_and_eval", "calibrate"),
+            ("train_and_eval", "evaluate"),
+            ("eval", "evaluate"),
+            ("calibrate", "calibrate"),
+        ],
+    )
+    def test_while_images_are_scored(
+        self,
+        mode: str,
+        stage: str,
+        root: pathlib.Path,
+        finished: pathlib.Path,
+        tmp_path: pathlib.Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        workdir, batches = tmp_path / "run", progress.batches
+        shutil.copytree(finished, workdir)
+
+        def removing(source: Any, config: Any, what: str, *given: Any) -> Iterator[Any]:
+            for batch in batches(source, config, what, *given):
+                if what == stage:
+                    shutil.rmtree(workdir)
+                yield batch
+
+        monkeypatch.setattr(progress, "batches", removing)
+        given = {"pattern": f"{root}/part/test/good"} if mode == "calibrate" else {}
+        with pytest.raises(UserError, match=rf"^{workdir}: was removed, or files in it, while"):
+            run(mode, settings(root) if "train" in mode else None, workdir, **given)
+        assert not (workdir / "metrics.json").exists()
+        assert not (workdir / "results.incomplete").exists()
+
+    def test_while_the_report_is_drawn(
+        self,
+        finished: pathlib.Path,
+        tmp_path: pathlib.Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        """What comes after it would make the folder again, without what came before."""
+        workdir = tmp_path / "run"
+        shutil.copytree(finished, workdir)
+
+        def removing(*_: Any) -> str:
+            shutil.rmtree(workdir)
+            return "<html>"
+
+        monkeypatch.setattr(evaluation.report, "run_page", removing)
+        with pytest.raises(UserError, match=r"results\.incomplete: was removed while results"):
+            run("eval", None, workdir)
+        assert not (workdir / "metrics.json").exists()
+
+    def test_while_a_model_is_saved(
+        self, root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        workdir, save = tmp_path / "run", checkpoint.ocp.save
+
+        def removing(*given: Any, **named: Any) -> None:
+            save(*given, **named)
+            shutil.rmtree(workdir)
+            raise ValueError("NOT_FOUND: [tensorstore_spec=...]\nand so on")
+
+        monkeypatch.setattr(checkpoint.ocp, "save", removing)
+        with pytest.raises(UserError) as caught:
+            run("train", settings(root), workdir)
+        assert str(caught.value).startswith(f"{workdir}: was removed, or files in it, while")
+        assert "\n" not in str(caught.value)
+
+    def test_errors_of_others_stay_what_they_are(self, tmp_path: pathlib.Path):
+        with pytest.raises(ZeroDivisionError), locks.held(tmp_path / "place"):
+            raise ZeroDivisionError
+
+
+class TestLibraries:
+    """What libraries log of an error that is told in one line is not shown."""
+
+    def run(self, root: pathlib.Path, workdir: pathlib.Path, *given: str) -> tuple[int, str]:
+        command = [
+            *(sys.executable, "-m", "padim_jax.main", f"--config={ROOT}/configs/mvtec.py"),
+            *(f"--config.dataset.root={root}", "--config.category=part", "--mode=train"),
+            *("--config.model.weights=random", "--config.model.channels=100"),
+            *("--config.image.resize=(64, 64)", "--config.model.statistics=moments"),
+            *("--config.cache.images_gb=0", "--config.cache.compilation=False"),
+            *(f"--workdir={workdir}", *given),
+        ]
+        done = subprocess.run(
+            ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *command],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stderr
+
+    def test_orbax(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        code, err = self.run(root, tmp_path / "run")
+        assert err.startswith(f"error: {tmp_path / 'run' / 'checkpoint'}: cannot be read or")
+        assert (code, err.count("\n")) == (2, 1)
+
+    def test_tensorflow_datasets(self, root: pathlib.Path, tmp_path: pathlib.Path):
+        packed = ("--config.dataset.source=tfds", f"--config.dataset.tfds_dir={tmp_path}")
+        code, err = self.run(root, tmp_path / "run", *packed)
+        assert err.startswith(f"error: {tmp_path / 'mvtec_ad_part'}: cannot be read or written")
+        assert (code, err.count("\n")) == (2, 1)
+
+    def test_what_no_error_tells_is_logged(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ):
+        logger = logging.getLogger("absl")
+        own, theirs = (
+            logger.makeRecord("absl", logging.ERROR, f"/a/{name}/b.py", 1, "text", (), None)
+            for name in ("other", "library")
+        )
+        monkeypatch.setattr(logger, "propagate", True)
+        with contextlib.suppress(ValueError), library_logs.held_back("library"):
+            logger.handle(own)
+            logger.handle(theirs)
+            raise ValueError
+        assert caplog.records == [own]
+        with library_logs.held_back("library"):
+            logger.handle(theirs)
+            assert caplog.records == [own]
+        assert caplog.records == [own, theirs]
 
 
 # Without what root may do, if it is root who runs the tests.

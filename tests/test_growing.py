@@ -1,5 +1,6 @@
 """Thresholds: of which images they may come, and that models that grow have them again."""
 
+import dataclasses
 import pathlib
 import shutil
 import warnings
@@ -21,6 +22,7 @@ from padim_jax import (
     parallel,
     thresholding,
 )
+from padim_jax import config as config_lib
 from padim_jax.config import Config, validate
 from padim_jax.datasets.records import Record
 from padim_jax.datasets.synthetic import generate
@@ -110,6 +112,42 @@ class TestImagesThatWereFitted:
         config = self.loco(with_validation(root, copies=12, others=2))
         with pytest.raises(UserError, match=r"12 of 14 validation .*; 2 are left.*at least 3"):
             train(config, tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+
+    def test_strict_ends_before_the_fit(
+        self, root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Training, alone and in a sweep, updates by configuration and folder, calibration."""
+        config, path = self.loco(with_validation(root, copies=0, others=4)), tmp_path / "model"
+        dataset = dict(dataset_splits.open_dataset(config))
+        train(config, path, FolderSource(dataset["train"].records[:6]))
+        with_copies = self.loco(root)
+        folder = root / "part" / "validation" / "good"
+        for record in dataset["train"].records[6:8]:
+            shutil.copy(record.image, folder / f"copy_{record.image.name}")
+
+        def too_late(*_: Any, **__: Any) -> None:
+            raise AssertionError
+
+        monkeypatch.setattr(fitting, "_fit", too_late)
+        other, match = tmp_path / "other", "2 of 6 validation images are copies of images"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DataWarning)
+            for mode, place, given in (
+                ("train", other, None),
+                ("train_and_eval", other, None),
+                ("update", path, None),
+                ("update", path, f"{root}/part/train/good"),
+            ):
+                with pytest.raises(UserError, match=match):
+                    experiment.run(mode, with_copies, tmp_path / "run", place, given)
+            with pytest.raises(UserError, match=match):
+                experiment.run("update", None, tmp_path, path, f"{root}/part/train/good")
+        monkeypatch.setattr(thresholding.scoring_pass, "scores", too_late)
+        with pytest.raises(UserError, match="is one of the images that the model was fitted"):
+            experiment.run("calibrate", None, tmp_path, path, f"{root}/part/train/good")
+        assert not other.exists()
+        assert experiment.load(path).count == 6
 
     def test_those_that_are_given_are_refused(self, root: pathlib.Path, tmp_path: pathlib.Path):
         train(make_config(root), tmp_path / "model")
@@ -393,6 +431,33 @@ class TestUpdate:
         train(config, tmp_path / "model", normal(root, 0, 9))
         with pytest.warns(DataWarning, match="no thresholds now: random views"):
             growing.update(tmp_path / "model", normal(root, 9, 14))
+
+
+def test_models_of_settings_that_are_refused_now(root: pathlib.Path, tmp_path: pathlib.Path):
+    """Earlier versions took a standard deviation of 0..255: such models go on being used."""
+    config = make_config(root, **{"threshold.normal": "none"})
+    image = dataclasses.replace(config.image, std=(58.0, 57.0, 57.5))
+    old = dataclasses.replace(config, image=image)
+    for name, start in (("a", 0), ("b", 5)):
+        train(old, tmp_path / name, normal(root, start, start + 5))
+    match = r"config\.image\.std=\(58\.0, .*divided by 255"
+    with pytest.warns(DataWarning, match=match):
+        fitted = experiment.load(tmp_path / "a", {"outputs.figures": "none"})
+    assert fitted.config.image.std == image.std
+    experiment.export(fitted, tmp_path / "model.safetensors")
+    with pytest.warns(DataWarning, match=match):
+        assert experiment.load(tmp_path / "model.safetensors").config.image == image
+    with pytest.warns(DataWarning, match=match):
+        growing.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+    with pytest.warns(DataWarning, match=match):
+        assert growing.update(tmp_path / "a", normal(root, 10, 12)).count == 7
+    # Fitted anew without a word about the model that is replaced.
+    train(config, tmp_path / "b", normal(root, 5, 10))
+    values = config_lib.to_dict(old)
+    with pytest.raises(UserError, match=r"config\.image\.std=.*divide those of 0\.\.255"):
+        validate(values)
+    with pytest.raises(UserError, match=r"config\.image\.std=.*divide those of 0\.\.255"):
+        config_lib.resolve({"image.std": image.std}, config)
 
 
 class TestMerge:

@@ -339,3 +339,52 @@ def test_a_strangers_metadata_are_not_trusted(root, records, packed):
     refused("a damaged packed set", records=[{**first, "image": 7}])
     refused("a damaged packed set", records={})
     refused("a damaged packed set")
+
+
+ON_A_FULL_DISK = """
+import pathlib, subprocess, sys
+from padim_jax.datasets import tfds_builder
+from padim_jax.datasets.mvtec_ad import mvtec_ad
+from padim_jax.errors import UserError
+
+place, category = pathlib.Path(sys.argv[2]), sys.argv[3]
+records = mvtec_ad(pathlib.Path(sys.argv[1]), category)
+options = ""
+for size in sys.argv[4:]:
+    mount = ["mount", "-t", "tmpfs", "-o", f"{options}size={size}k", "none", place]
+    subprocess.run(mount, check=True)
+    options = "remount,"
+    try:
+        source = tfds_builder.open_split(tfds_builder.prepare(place / "set", records), "train")
+        read = [source.read(i)[0] for i in range(len(source.records))]
+        print(read == [record.image.read_bytes() for record in source.records], len(read))
+    except UserError as error:
+        print(error)
+        print([path.name for path in place.rglob("*") if path.is_file()])
+"""
+
+
+def test_a_disk_that_fills_up(root, tmp_path):
+    """A real one, in memory, too small by more and by less: all is packed, or nothing."""
+    namespace = ["unshare", "--map-root-user", "--mount"]
+    try:
+        subprocess.run([*namespace, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this system does not let its users mount file systems")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    arguments = [root, disk, CATEGORY, "8", "64", "100", "4000"]
+    done = subprocess.run(
+        [*namespace, sys.executable, "-c", ON_A_FULL_DISK, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line for line in done.stdout.splitlines() if "prepar" not in line]  # TFDS's
+    refused = (
+        f"{disk / 'set'}: cannot be read or written: No space left on device; make room "
+        "there. Nothing is packed yet"
+    )
+    assert lines == [*(refused, "['set.lock']") * 3, "True 12"]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from padim_jax import locks, paths
+from padim_jax import library_logs, locks, paths
 from padim_jax.datasets import masks
 from padim_jax.datasets.files import is_image, read_file
 from padim_jax.datasets.records import Record
@@ -138,6 +138,12 @@ def prepare(data_dir: paths.Path, records: Sequence[Record] | None) -> PadimData
         source folder holds now, or there is neither, or a file cannot be read; or it is to
         be packed to an object store.
     """
+    # TFDS warns wherever there is nothing yet, as before every packing.
+    with library_logs.without("has no dataset_info.json"):
+        return _prepare(data_dir, records)
+
+
+def _prepare(data_dir: paths.Path, records: Sequence[Record] | None) -> PadimDataset:
     builder = PadimDataset(data_dir=data_dir, records=records or ())
     if builder.is_prepared():
         _require_same(builder, data_dir, records)

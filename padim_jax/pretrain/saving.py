@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from padim_jax import parallel, paths
+from padim_jax import library_logs, parallel, paths
 from padim_jax.errors import UserError
 from padim_jax.parallel import Devices
 from padim_jax.paths import Path
@@ -51,7 +51,8 @@ def save(
         paths.remove_folder(place)
     parallel.agreed(step)
     try:
-        ocp.save(os.fspath(place), leaves, custom_metadata=metadata)
+        with library_logs.held_back("orbax"):
+            ocp.save(os.fspath(place), leaves, custom_metadata=metadata)
         paths.flush(place)  # before the earlier one goes
     except Exception as error:
         if devices.process == 0:
@@ -97,14 +98,17 @@ def load(
         for i, x in enumerate(leaves)
     }
     try:
-        metadata: Any = ocp.metadata(os.fspath(place)).custom_metadata
-        if metadata["recipe"] != dict(recipe):
+        with library_logs.held_back("orbax"):
+            metadata: Any = ocp.metadata(os.fspath(place)).custom_metadata
+            theirs = metadata["recipe"]
+        if theirs != dict(recipe):
             raise UserError(
                 f"{folder}: holds an unfinished training by another recipe or of other images "
                 "or first weights; go on with those, name another --workdir, or move the "
                 "folder away"
             )
-        found: Any = ocp.load(os.fspath(place), target)
+        with library_logs.held_back("orbax"):
+            found: Any = ocp.load(os.fspath(place), target)
         history = metadata["history"]
     except UserError:
         raise
