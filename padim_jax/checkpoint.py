@@ -27,7 +27,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -199,7 +198,7 @@ def check_destination(path: Path) -> None:
     for entry in folder.iterdir():
         if _is_leftover(entry) or _is_deleted(entry) or entry.name in calibration_file.NAMES:
             continue
-        if paths.is_system_file(entry.name):
+        if paths.is_system_file(entry.name) or paths.is_growing(entry):
             continue
         if not _STEP.fullmatch(entry.name) or _describe(entry) is None:
             raise UserError(
@@ -483,7 +482,7 @@ def _require_format(place: Path, metadata: dict[str, Any]) -> None:
 def _remove(step: Path) -> None:
     mark = step.with_name(step.name + _DELETED)
     mark.touch()
-    _remove_tree(step)
+    paths.remove_folder(step)
     mark.unlink()
 
 
@@ -499,13 +498,6 @@ def _is_leftover(entry: Path) -> bool:
     return _STEP.fullmatch(entry.name) is not None and not (entry / _COMMITTED).exists()
 
 
-def _remove_tree(folder: Path) -> None:
-    if isinstance(folder, pathlib.Path):
-        shutil.rmtree(folder)
-    else:
-        folder.rmtree()
-
-
 def _remove_leftovers(folder: Path) -> None:
     if not paths.is_folder(folder):  # mkdir does nothing on object stores
         return
@@ -513,10 +505,10 @@ def _remove_leftovers(folder: Path) -> None:
         if entry.name.endswith(_DELETED):
             step = entry.with_name(entry.name.removesuffix(_DELETED))
             if step.exists():
-                _remove_tree(step)
+                paths.remove_folder(step)
             entry.unlink()
-        elif _is_leftover(entry):
-            _remove_tree(entry)
+        elif _is_leftover(entry) or paths.is_growing(entry):
+            paths.remove_folder(entry)
 
 
 def _describe(folder: Path) -> Any:
@@ -533,9 +525,8 @@ def _describe(folder: Path) -> Any:
                     return None
         with library_logs.held_back("orbax"):
             info = ocp.metadata(os.fspath(folder))
-            if type(info.custom_metadata["format"]) is not int:
-                return None
-            return info
+            metadata: Any = info.custom_metadata
+            return info if type(metadata["format"]) is int else None
     except jax.errors.JaxRuntimeError:
         raise
     # Whatever a damaged file, or something else than a checkpoint, makes Orbax trip over.

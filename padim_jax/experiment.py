@@ -84,6 +84,8 @@ def run(
       Stopped: by SIGTERM, during a fit.
     """
     _limit_images()
+    if mode in ("train", "update", "merge") and parallel.every().process == 0:
+        results.require_own_suspects(workdir)  # not after a fit
     try:
         if mode == "train_and_eval":
             assert isinstance(config, Config)
@@ -102,9 +104,9 @@ def run(
                 results.write_skipped(workdir, skipped)
                 results.write_suspects(workdir, suspects)
         elif mode == "update":
-            _update(config, checkpoint_path, pattern, weights)
+            _update(config, workdir, checkpoint_path, pattern, weights)
         elif mode == "merge":
-            growing.merge(models, checkpoint_path)
+            growing.merge(models, checkpoint_path, workdir)
         else:
             _use(
                 mode,
@@ -242,20 +244,20 @@ def _train(
 
 def _update(
     config: Config | config_lib.Overrides | None,
+    workdir: Path,
     checkpoint_path: Path,
     pattern: str | None,
     weights: str | None,
 ) -> None:
     if pattern is not None:
-        growing.update(
-            checkpoint_path, FolderSource(predictions.find(pattern)), config, weights
-        )
+        source = FolderSource(predictions.find(pattern))
+        growing.update(checkpoint_path, source, config, weights, workdir=workdir)
     else:
         assert isinstance(config, Config)
         dataset = dataset_splits.open_dataset(config)
         dataset_splits.say_folders(config, {"train": dataset["train"]})
         dataset = growing.as_fitted(config, dataset)
-        growing.update(checkpoint_path, dataset["train"], config, weights, dataset)
+        growing.update(checkpoint_path, dataset["train"], config, weights, dataset, workdir)
 
 
 def _use(
@@ -498,6 +500,9 @@ def _predict(
         for place in (folder, growing):
             table, log = place / predictions.TABLE, place / unfinished.NAME
             results_folder.require_own(place, predictions.is_table(table) or _is_journal(log))
+            results_folder.require_no_other_files(
+                place, (".csv", ".jpg", ".jsonl", ".npy", ".tiff")
+            )
             _require_elsewhere(source, place)
         if isinstance(growing, pathlib.Path):
             fitting.make_folder(growing)

@@ -21,6 +21,7 @@ from padim_jax import (
     locks,
     parallel,
     paths,
+    results,
     scoring_pass,
     thresholding,
 )
@@ -32,6 +33,7 @@ from padim_jax.datasets.records import Record, Source
 from padim_jax.detector import Detector
 from padim_jax.errors import DataWarning, UserError
 from padim_jax.paths import Path
+from padim_jax.suspects import Suspects
 from padim_jax.types import LowRank
 
 
@@ -41,6 +43,7 @@ def update(
     config: Config | config_lib.Overrides | None = None,
     weights: str | None = None,
     dataset: Mapping[str, Source] | None = None,
+    workdir: Path | None = None,
 ) -> Detector:
     """Extend a fitted model by normal images, and find its thresholds again.
 
@@ -54,6 +57,8 @@ def update(
       config: None takes the model's own; see `load`.
       weights: where the backbone's weights are now; see `load`.
       dataset: the splits of the configuration's dataset, if they are listed already.
+      workdir: where suspects.csv is, which is written anew, or removed where thresholds are
+        not found by leaving images out one by one or the images' names are not known.
 
     Returns:
       The extended detector.
@@ -78,11 +83,13 @@ def update(
                     return dataclasses.replace(detector, calibration=known)
             splits = splits or _dataset_at_hand(detector.config)
             hashed = [(extended.source, extended.digests)]
-            return _find_thresholds(detector, [splits], hashed, path)
+            return _find_thresholds(detector, [splits], hashed, path, workdir)
 
 
 def merge(
-    models: Sequence[str | os.PathLike[str]], destination: str | os.PathLike[str]
+    models: Sequence[str | os.PathLike[str]],
+    destination: str | os.PathLike[str],
+    workdir: Path | None = None,
 ) -> Detector:
     """Join models that were fitted to disjoint images of the same kind.
 
@@ -94,6 +101,7 @@ def merge(
       models: checkpoints' folders, at least two; a model file does not do, it has no
         statistics.
       destination: the merged checkpoint's folder; one that is there is replaced.
+      workdir: see `update`.
 
     Returns:
       The merged detector, with the backbone's variables only if thresholds took them: `load`
@@ -111,7 +119,7 @@ def merge(
             if any(datasets):
                 detector, loaded = _with_backbone(detector, place)
                 datasets = datasets if loaded else []
-            return _find_thresholds(detector, datasets, [], place)
+            return _find_thresholds(detector, datasets, [], place, workdir)
 
 
 def _without_fitted(
@@ -146,6 +154,7 @@ def _find_thresholds(
     datasets: Sequence[Mapping[str, Source]],
     hashed: Sequence[tuple[Source, UInt8[np.ndarray, "_n 32"]]],
     path: Path,
+    workdir: Path | None,
 ) -> Detector:
     """Find the thresholds of a model that has grown, from what is at hand.
 
@@ -154,36 +163,57 @@ def _find_thresholds(
       datasets: the splits of its datasets; none of a dataset that is not at hand.
       hashed: other images, and the SHA-256 of their files.
       path: the checkpoint's folder.
+      workdir: of suspects.csv, if it is to be kept up.
     """
+    place = workdir if parallel.every().process == 0 else None
+    if place is not None:  # that of the model before, whatever happens now
+        results.write_suspects(place, None)
+    detector, suspects = _find_ranked(detector, datasets, hashed, path)
+    if place is not None:
+        results.write_suspects(place, suspects)
+    return detector
+
+
+def _find_ranked(
+    detector: Detector,
+    datasets: Sequence[Mapping[str, Source]],
+    hashed: Sequence[tuple[Source, UInt8[np.ndarray, "_n 32"]]],
+    path: Path,
+) -> tuple[Detector, Suspects | None]:
+    """As `_find_thresholds`; and how the images rank, in the first process."""
     config, devices, minimum = detector.config, parallel.every(), calibration_lib.MIN_IMAGES
     if config.threshold.normal == "none":
         # Those of the model before, if it had some, are not silently gone.
         mark = detector_lib.fingerprint(detector)
-        return dataclasses.replace(detector, calibration=calibration_file.read(path, mark))
+        known = calibration_file.read(path, mark)
+        return dataclasses.replace(detector, calibration=known), None
     validation = [splits["validation"] for splits in datasets if splits]
     complete = len(validation) == len(datasets) and all(x.records for x in validation)
     if validation and complete and config.threshold.normal != "leave_one_out":
         images = [(x, i) for x in validation for i in range(len(x.records))]
         sources, _ = scoring_pass.readable(config, {"validation": _Images(images)})
-        return thresholding.find(detector, sources["validation"], "held_out", path)
+        return thresholding.find(detector, sources["validation"], "held_out", path), None
     if detector.count < minimum:
         print(
             f"no thresholds: leaving one out needs at least {minimum} images that were fitted"
         )
-        return detector
+        return detector, None
     # Whose files these were, and so their groups, is not known.
     if isinstance(detector.gaussian, LowRank) and not config.threshold.groups:
-        return thresholding.find_from_model(detector, path)
+        known = _fitted_at_hand(detector, datasets, hashed)
+        return thresholding.find_from_model(detector, path, _names(detector, known))
     # A random view depends on the name that an image had when it was fitted.
     centred = input_pipeline.centred(config.image) == config.image
-    source = _fitted_at_hand(detector, datasets, hashed) if centred else _Images([])
+    source = _Images([])
+    if centred:
+        source = _Images([one for _, one in _fitted_at_hand(detector, datasets, hashed)])
     count = len(source.records)
     if count == detector.count:
-        return thresholding.find(detector, source, "leave_one_out", path)
+        return thresholding.find_ranked(detector, source, "leave_one_out", path)
     why = f"{count} of the {detector.count} images that were fitted are at hand"
     if count >= minimum and not config.threshold.groups:
         print(why)
-        return thresholding.find(detector, source, "leave_some_out", path)
+        return thresholding.find_ranked(detector, source, "leave_some_out", path)
     if devices.process == 0:
         if not centred:
             why = "random views of fitted images cannot be drawn again"
@@ -197,7 +227,16 @@ def _find_thresholds(
             ),
             stacklevel=2,
         )
-    return detector
+    return detector, None
+
+
+def _names(
+    detector: Detector, images: Sequence[tuple[bytes, tuple[Source, int]]]
+) -> list[str] | None:
+    """The names of all images that were fitted, in their order; None if some are not known."""
+    names = {digest: source.records[i].relative_path for digest, (source, i) in images}
+    fitted = list(map(bytes, detector.images))
+    return [names[digest] for digest in fitted] if names.keys() >= set(fitted) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,23 +258,23 @@ def _fitted_at_hand(
     detector: Detector,
     datasets: Sequence[Mapping[str, Source]],
     hashed: Sequence[tuple[Source, UInt8[np.ndarray, "_n 32"]]],
-) -> Source:
+) -> list[tuple[bytes, tuple[Source, int]]]:
     """The images that were fitted, told by their contents, each as often as it was fitted."""
     unused = collections.Counter(map(bytes, detector.images))
-    chosen: list[tuple[Source, int]] = []
+    chosen: list[tuple[bytes, tuple[Source, int]]] = []
 
     def choose(source: Source, digests: UInt8[np.ndarray, "_n 32"]) -> None:
         for number, digest in enumerate(map(bytes, digests)):
             if unused[digest] > 0:
                 unused[digest] -= 1
-                chosen.append((source, number))
+                chosen.append((digest, (source, number)))
 
     for source, digests in hashed:
         choose(source, digests)
     for splits in datasets:
         if splits and len(chosen) < detector.count:
             choose(splits["train"], copies.digests(splits["train"], parallel.every()))
-    return _Images(chosen)
+    return chosen
 
 
 def _dataset_at_hand(config: Config) -> dict[str, Source]:

@@ -34,6 +34,7 @@ SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}
 _SYSTEM_FILES = {
     *(".DS_Store", ".directory", "@eaDir", "Thumbs.db", "desktop.ini", "lost+found"),
 }
+_OPEN = ".nfs"  # begins the names of removed files that are open somewhere
 # Packages below them, whose errors are no OSErrors.
 _CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs")
 
@@ -329,11 +330,14 @@ def flush(folder: Path) -> None:
 
 def is_system_file(name: str) -> bool:
     """Return whether an operating system puts files or folders of this name anywhere."""
-    return name in _SYSTEM_FILES or name.startswith(("._", ".nfs"))
+    return name in _SYSTEM_FILES or name.startswith(("._", _OPEN))
 
 
 def remove_folder(path: Path) -> None:
     """Removes a folder with all in it, if there is one; links in it, not what they lead to.
+
+    On NFS a file that another process has open stays, as `.nfs...`, until that one closes it.
+    A folder of nothing else goes out of the way, by the name of a growing file.
 
     Raises:
       UserError: see `require_no_link`.
@@ -343,8 +347,18 @@ def remove_folder(path: Path) -> None:
         path.rmtree(missing_ok=True)
         return
     require_no_link(path)
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+    aside = growing_file(path)
+    for folder in (path, aside):  # the latter of an earlier removal
+        shutil.rmtree(folder, ignore_errors=True)
+    if not path.exists():
+        return
+    if any(not left.name.startswith(_OPEN) for left in files_below(path)):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)  # raises what was ignored
+    elif not is_growing(path):
+        if aside.exists():
+            aside = growing_file(path.with_name(secrets.token_hex(8)))
+        path.rename(aside)
 
 
 def require_no_link(path: Path) -> None:

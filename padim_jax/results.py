@@ -29,6 +29,7 @@ _SOME = 2
 
 SKIPPED = "skipped.csv"
 SUSPECTS = "suspects.csv"
+_SUSPECTS_HEADER = ("rank", "path", "score", "expected", "suspect")
 FULL = "pixel metrics at the masks' own sizes; published ones are at the model's"
 _SHOWN = 3  # so many leaks, or skipped images, are named
 _LONGEST_NAME = 200  # bytes of a picture's, of 255 that there may be
@@ -317,11 +318,7 @@ def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
       UserError: there is another file of this name.
     """
     table, header = folder / SKIPPED, ("path", "reason")
-    if table.exists() and paths.first_line(table).strip() != ",".join(header).encode():
-        raise UserError(
-            f"{table}: exists and is not from an earlier run; move it away or name another "
-            "--workdir"
-        )
+    _require_own_table(table, header)
     if not skipped:
         table.unlink(missing_ok=True)
         return
@@ -330,16 +327,35 @@ def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
 
 
 def write_suspects(folder: Path, suspects: Suspects | None) -> None:
-    """Lists training images by their left-out scores in suspects.csv; without any, no file."""
+    """Lists training images by their left-out scores in suspects.csv; without any, no file.
+
+    Raises:
+      UserError: there is another file of this name.
+    """
+    table, header = folder / SUSPECTS, _SUSPECTS_HEADER
+    require_own_suspects(folder)
     if suspects is None:
-        (folder / SUSPECTS).unlink(missing_ok=True)
+        table.unlink(missing_ok=True)
         return
-    rows: list[tuple[Any, ...]] = [("rank", "path", "score", "expected", "suspect")]
+    rows: list[tuple[Any, ...]] = [header]
     for i, path in enumerate(suspects.paths):
         likely = float(suspects.expected[i])
         expected = "" if np.isnan(likely) else f"{likely:.6g}"
         rows.append((i + 1, path, suspects.scores[i], expected, int(i < suspects.count)))
-    paths.write(folder / SUSPECTS, tables.as_csv(rows))
+    paths.write(table, tables.as_csv(rows))
+
+
+def require_own_suspects(folder: Path) -> None:
+    """Raise UserError if there is a file suspects.csv of somebody else's."""
+    _require_own_table(folder / SUSPECTS, _SUSPECTS_HEADER)
+
+
+def _require_own_table(table: Path, header: Sequence[str]) -> None:
+    if table.exists() and paths.first_line(table).strip() != ",".join(header).encode():
+        raise UserError(
+            f"{table}: exists and is not from an earlier run; move it away or name another "
+            "--workdir"
+        )
 
 
 def save_map(

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from padim_jax import (
@@ -42,7 +42,7 @@ def remove(folder: Path, sign: Path) -> None:
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 paths.remove_folder(path)
-            elif path != sign:
+            elif path != sign and not paths.is_system_file(path.name):
                 path.unlink()
     paths.remove_folder(folder)
 
@@ -55,6 +55,7 @@ def writing_results(workdir: Path) -> Iterator[None]:
         if process == 0:
             fitting.make_folder(workdir)
             require_own_results(workdir)
+            results.require_own_suspects(workdir)
         yield
 
 
@@ -161,12 +162,28 @@ def require_model_of_same_data(path: Path, config: Config, source: Source) -> No
 def require_own_results(workdir: Path) -> None:
     """Raise UserError if an evaluation would replace what is not an earlier one's."""
     ours = is_own_config(workdir / CONFIG)  # written before all else
-    for name in ("maps", "figures"):
+    for name, suffixes in (("maps", (".npy", ".tiff")), ("figures", (".jpg",))):
         require_own(workdir / name, ours)
+        require_no_other_files(workdir / name, suffixes)
     for name in (CONFIG, METRICS, *_RESULTS):
         if name != results.SKIPPED:  # which knows its own, and comes of a training as well
             require_own(workdir / name, ours, link=True)
     require_own(workdir / _INCOMPLETE, (workdir / _INCOMPLETE / _SIGN).exists())
+
+
+def require_no_other_files(folder: Path, suffixes: Collection[str]) -> None:
+    """Raise UserError for a file in a folder, to be removed whole, that no run writes there."""
+    if not isinstance(folder, pathlib.Path):
+        return  # where each listing is a request
+    for path in paths.files_below(folder):
+        parts = path.relative_to(folder).parts
+        if path.suffix not in suffixes and not any(map(paths.is_system_file, parts)):
+            if paths.is_growing(path):
+                continue
+            raise UserError(
+                f"{path}: is not from an earlier run, and would be removed with {folder}; "
+                "move it away or name another --workdir"
+            )
 
 
 def is_own_config(path: Path) -> bool:

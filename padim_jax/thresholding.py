@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float32, Int, UInt8
 
 from padim_jax import calibration as calibration_lib
 from padim_jax import (
@@ -148,14 +148,8 @@ def find_ranked(
     if not left_out or parallel.every().process > 0:
         return detector, None
     back = np.argsort(order)  # to the source's order
-    ranked = suspects_lib.rank(
-        [record.relative_path for record in source.records],
-        np.concatenate(scores)[back],
-        groups,
-        config.threshold.image_rate,
-        found.image_threshold,
-    )
-    print(suspects_lib.text(ranked))
+    names = [record.relative_path for record in source.records]
+    ranked = _rank(config, names, np.concatenate(scores)[back], groups, found)
     images = [
         input_pipeline.load_image(source, config.image, int(order[place]), cache)
         for _, place, *_ in highest
@@ -165,21 +159,54 @@ def find_ranked(
     return detector, dataclasses.replace(ranked, images=images, maps=maps, aspects=aspects)
 
 
-def find_from_model(detector: Detector, path: Path) -> Detector:
-    """Thresholds of all images fitted, whose embeddings the model holds."""
+def _rank(
+    config: Config,
+    names: Sequence[str],
+    scores: Float32[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"],
+    found: Calibration,
+) -> Suspects:
+    """Rank images by the scores that they have left out, and print the odd ones."""
+    rate = config.threshold.image_rate
+    ranked = suspects_lib.rank(names, scores, groups, rate, found.image_threshold)
+    print(suspects_lib.text(ranked))
+    return ranked
+
+
+def find_from_model(
+    detector: Detector, path: Path, names: Sequence[str] | None = None
+) -> tuple[Detector, Suspects | None]:
+    """Thresholds of all images fitted, whose embeddings the model holds.
+
+    Args:
+      detector: see `calibrate`.
+      path: the checkpoint's folder.
+      names: of the images, in the order they were fitted, if they are known.
+
+    Returns:
+      The detector with its thresholds; and, if there are names, how the images rank, in the
+      first process.
+    """
     left_out = fitting.refinalize(detector, path, 1)
     samples: list[np.ndarray] = []
+    every: list[np.ndarray] = []
 
     def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for found, valid in detector_lib.score_samples(left_out):
             own: Any = (valid, found.maps, found.scores, found.samples)
             valid, maps, scores, part = parallel.gather(own)
             samples.append(part[valid])
+            every.append(scores[valid])
             yield maps[valid], scores[valid]
 
     found = _thresholds(detector, parts(), detector.count, "leave_one_out")
-    found = _with_warning(found, samples, [f"image {i + 1}" for i in range(detector.count)])
-    return _keep_thresholds(fitting.refinalize(left_out, path), found, path)
+    numbered = [f"image {i + 1}" for i in range(detector.count)]
+    found = _with_warning(found, samples, names or numbered)
+    detector = _keep_thresholds(fitting.refinalize(left_out, path), found, path)
+    if names is None or parallel.every().process > 0:
+        return detector, None
+    groups = np.arange(len(names))
+    return detector, _rank(detector.config, names, np.concatenate(every), groups, found)
 
 
 def _thresholds(

@@ -336,6 +336,66 @@ class TestRemoved:
             raise ZeroDivisionError
 
 
+@pytest.fixture
+def open_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system on which files `.nfs...` cannot be removed."""
+    unlink, path_unlink = os.unlink, pathlib.Path.unlink
+
+    def busy(path: Any, *given: Any, **named: Any) -> None:
+        if pathlib.Path(path).name.startswith(".nfs"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        unlink(path, *given, **named)
+
+    def path_busy(path: pathlib.Path, missing_ok: bool = False) -> None:
+        if path.name.startswith(".nfs"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        path_unlink(path, missing_ok)
+
+    monkeypatch.setattr(os, "unlink", busy)
+    monkeypatch.setattr(pathlib.Path, "unlink", path_busy)
+
+
+class TestFilesOfOthers:
+    @pytest.mark.usefixtures("open_elsewhere")
+    def test_of_systems_are_in_nobodys_way(
+        self, root: pathlib.Path, finished: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        """What is open on a network file system, and what file managers leave."""
+        workdir = tmp_path / "run"
+        shutil.copytree(finished, workdir)
+        (workdir / "predictions").mkdir()
+        (workdir / "results.incomplete").mkdir()
+        (workdir / "results.incomplete" / ".padim_jax").touch()
+        run("predict", None, workdir, pattern=f"{root}/part/test/good")
+        for folder in [workdir, *(path for path in workdir.rglob("*") if path.is_dir())]:
+            for name in (".nfs000000012", ".DS_Store"):
+                (folder / name).write_bytes(b"theirs")
+        for _ in range(3):
+            run("train", settings(root), workdir)
+            run("eval", None, workdir)
+            run("predict", None, workdir, pattern=f"{root}/part/test/good")
+        assert experiment.load(workdir / "checkpoint").count == 5
+        for name in ("scores.csv", "predictions/scores.csv"):
+            assert (workdir / name).exists()
+        assert sorted((workdir / "maps").rglob("*.npy"))
+
+    def test_of_people_are_named(
+        self, root: pathlib.Path, finished: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        workdir = tmp_path / "run"
+        shutil.copytree(finished, workdir)
+        run("predict", None, workdir, pattern=f"{root}/part/test/good")
+        for mode, place in (("eval", "maps"), ("eval", "figures"), ("predict", "predictions")):
+            notes = workdir / place / "notes.txt"
+            notes.write_text("mine")
+            given = {"pattern": f"{root}/part/test/good"} if mode == "predict" else {}
+            with pytest.raises(UserError, match=rf"^{notes}: is not from an earlier run"):
+                run(mode, None, workdir, **given)
+            assert notes.read_text() == "mine"
+            notes.unlink()
+            run(mode, None, workdir, **given)
+
+
 class TestLibraries:
     """What libraries log of an error that is told in one line is not shown."""
 

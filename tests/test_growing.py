@@ -1,5 +1,6 @@
 """Thresholds: of which images they may come, and that models that grow have them again."""
 
+import csv
 import dataclasses
 import pathlib
 import shutil
@@ -431,6 +432,67 @@ class TestUpdate:
         train(config, tmp_path / "model", normal(root, 0, 9))
         with pytest.warns(DataWarning, match="no thresholds now: random views"):
             growing.update(tmp_path / "model", normal(root, 9, 14))
+
+
+def suspects(workdir: pathlib.Path) -> dict[str, float]:
+    """The ranking in suspects.csv."""
+    with (workdir / "suspects.csv").open(newline="") as file:
+        return {row["path"]: float(row["score"]) for row in csv.DictReader(file)}
+
+
+class TestSuspects:
+    """suspects.csv is of the model that has grown, or there is none."""
+
+    @pytest.mark.parametrize("form", ["moments", "samples"])
+    def test_is_that_of_one_fit(self, form: str, root: pathlib.Path, tmp_path: pathlib.Path):
+        config = make_config(root, form)
+        experiment.run("train", config, tmp_path / "whole", tmp_path / "whole" / "model")
+        expected = suspects(tmp_path / "whole")
+        workdir = tmp_path / "grown"
+        train(config, workdir / "model", normal(root, 0, 9))
+        experiment.run("update", config, workdir, workdir / "model")
+        # Up to the rounding of a model that has grown.
+        assert suspects(workdir) == pytest.approx(expected, rel=1e-3)
+        before = (workdir / "suspects.csv").stat().st_mtime_ns
+        experiment.run("update", config, workdir, workdir / "model")  # nothing to add
+        assert (workdir / "suspects.csv").stat().st_mtime_ns == before
+
+        for name, (start, stop) in {"a": (0, 6), "b": (6, 14)}.items():
+            train(config, tmp_path / name, normal(root, start, stop))
+        models = [str(tmp_path / "a"), str(tmp_path / "b")]
+        (workdir / "suspects.csv").unlink()
+        experiment.run("merge", None, workdir, workdir / "model", models=models)
+        assert suspects(workdir) == pytest.approx(expected, rel=1e-3)
+        # Without the images their names are not known.
+        shutil.rmtree(root)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)  # of moments: no thresholds
+            experiment.run("merge", None, workdir, workdir / "model", models=models)
+        assert not (workdir / "suspects.csv").exists()
+
+    @pytest.mark.parametrize("normal_images", ["none", "held_out"])
+    def test_an_old_one_goes(
+        self, normal_images: str, root: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        config = make_config(root)
+        train(config, tmp_path / "model", normal(root, 0, 9))
+        experiment.run("update", config, tmp_path, tmp_path / "model")
+        assert len(suspects(tmp_path)) == 14
+        other = make_config(root, **{"threshold.normal": normal_images})
+        train(config, tmp_path / "model", normal(root, 0, 5))
+        experiment.run("update", other, tmp_path, tmp_path / "model")
+        assert not (tmp_path / "suspects.csv").exists()
+
+    @pytest.mark.parametrize("mode", ["train", "train_and_eval", "update"])
+    def test_a_file_of_the_users_stays(
+        self, mode: str, root: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        (tmp_path / "suspects.csv").write_text("name,alibi\n")
+        config = make_config(root)
+        with pytest.raises(UserError, match=r"suspects\.csv: exists and is not from an"):
+            experiment.run(mode, config, tmp_path, tmp_path / "model")
+        assert (tmp_path / "suspects.csv").read_text() == "name,alibi\n"
+        assert not (tmp_path / "model").exists()
 
 
 def test_models_of_settings_that_are_refused_now(root: pathlib.Path, tmp_path: pathlib.Path):
