@@ -309,7 +309,7 @@ def crash(step: str, patch: pytest.MonkeyPatch) -> None:
     elif step == "while removing":
         patch.setattr(shutil, "rmtree", remove_one_file_and_fail)
     elif step == "after removing":
-        patch.setattr(shutil, "rmtree", lambda path: (remove(path), fail()))
+        patch.setattr(shutil, "rmtree", lambda path, **given: (remove(path, **given), fail()))
 
 
 def steps(path: pathlib.Path) -> list[str]:
