@@ -144,14 +144,7 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
         "unfinished": fitted.unfinished,
     }
     kept, made = _pack(fitted.statistics)
-    state: dict[str, Any] = {
-        "index": fitted.index,
-        "count": np.asarray(fitted.statistics.count[0]),
-        "images": fitted.images,
-        "digests": _region_digests(kept | made, fitted.regions, devices),
-    }
-    if fitted.projection is not None:
-        state["projection"] = fitted.projection
+    state = _small_state(fitted, kept | made, devices)
     metadata["sha256"], identity = _digest(state, metadata), _identity(state, fitted.weights)
     state |= parallel.as_global(kept, devices) | parallel.as_global(made, devices, donate=True)
     del kept, made  # of the statistics, which could not be used up
@@ -182,6 +175,25 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
             if number < step and (fitted.unfinished is None or not _is_finished(earlier)):
                 _remove(earlier)
     parallel.agreed(step)  # for no process to find what another one is deleting
+
+
+def identity(fitted: Fitted, devices: Devices) -> str:
+    """Return the model's identity, as `save` does; nothing is written."""
+    kept, made = _pack(fitted.statistics)
+    return _identity(_small_state(fitted, kept | made, devices), fitted.weights)
+
+
+def _small_state(fitted: Fitted, packed: dict[str, Array], devices: Devices) -> dict[str, Any]:
+    """All of a model's state but the statistics' arrays, of which it has digests."""
+    state: dict[str, Any] = {
+        "index": fitted.index,
+        "count": np.asarray(fitted.statistics.count[0]),
+        "images": fitted.images,
+        "digests": _region_digests(packed, fitted.regions, devices),
+    }
+    if fitted.projection is not None:
+        state["projection"] = fitted.projection
+    return state
 
 
 def check_destination(path: Path) -> None:

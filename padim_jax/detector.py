@@ -4,22 +4,23 @@ Training, evaluation, prediction and the Python API all go through `extract`, so
 preprocessing, backbone and embedding are the same everywhere.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import operator
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int, Int32, UInt8
-from PIL import Image
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
 
 from padim_jax import config as config_lib
 from padim_jax import (
@@ -34,7 +35,6 @@ from padim_jax import (
 )
 from padim_jax.calibration import Calibration
 from padim_jax.config import Config, ImageConfig, MapConfig, ModelConfig
-from padim_jax.datasets import decoding
 from padim_jax.embedding import Pyramid
 from padim_jax.errors import DataWarning, UserError
 from padim_jax.models import network, pretrained
@@ -92,9 +92,9 @@ class RegionError(ValueError):
         self.region, self.finite = region, finite
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Detector:
-    """A fitted model: all that scoring an image needs.
+    """A fitted model: all that scoring an image needs. Equal to itself alone.
 
     Attributes:
       config: in use; what the statistics depend on is as it was fitted with.
@@ -105,6 +105,8 @@ class Detector:
       identity: digest of the statistics, as stored with them.
       images: SHA-256 of every file fitted.
       calibration: thresholds from normal images, if there are any.
+      left_out: how many images `gaussian` is made to leave out at a time; 0 to score images
+        as they are.
       process: the system's number of the process that made it, and that alone can use it.
     """
 
@@ -116,7 +118,24 @@ class Detector:
     identity: str
     images: UInt8[np.ndarray, "s 32"]
     calibration: Calibration | None = None
+    left_out: int = 0
     process: int = dataclasses.field(default_factory=os.getpid, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """Two lines: what was fitted to how many images, and the thresholds."""
+        model = self.config.model
+        height, width = self.config.image.size
+        found = "none"
+        if (thresholds := self.calibration) is not None:
+            found = (
+                f"image {thresholds.image_threshold:.4g} (at most "
+                f"{max(thresholds.image_rate, thresholds.image_promised_rate):.2g} of normal "
+                f"images), pixel {thresholds.pixel_threshold:.4g}"
+            )
+        return (
+            f"Detector: {model.backbone}, {'+'.join(model.layers)}, {model.channels} channels, "
+            f"{height}x{width} pixels, fitted to {self.count} images\n  thresholds: {found}"
+        )
 
     @property
     def count(self) -> int:
@@ -130,7 +149,8 @@ class Detector:
         return None if found is None else np.asarray(found)
 
 
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Anomalies:
     """What a detector says of n images.
 
@@ -138,11 +158,68 @@ class Anomalies:
       maps: Mahalanobis distance per pixel of the preprocessed image, blurred.
       scores: the maximum of each map.
       samples: about 2,000 numbers of each image's embeddings, the same ones of every image.
+      is_anomalous: whether each score is at least the image threshold; None of a detector
+        without thresholds.
+      rarity: the estimated share of normal images that score lower, from 0 to below 1 (see
+        `Calibration.calibrated`); likewise.
     """
 
     maps: Float32[np.ndarray, "n h w"]
     scores: Float32[np.ndarray, " n"]
     samples: Float32[np.ndarray, "n _s"] | None = None
+    is_anomalous: Bool[np.ndarray, " n"] | None = None
+    rarity: Float[np.ndarray, " n"] | None = None
+
+    def __repr__(self) -> str:
+        """Two lines: how many images of which size, and their scores."""
+        count, height, width = self.maps.shape
+        called = ""
+        if self.is_anomalous is not None:
+            called = f", {np.count_nonzero(self.is_anomalous)} anomalous"
+        scores = f"{self.scores.min():.4g} to {self.scores.max():.4g}" if count else "none"
+        return (
+            f"Anomalies: {count} images, maps of {height}x{width}{called}\n  scores: {scores}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What of a detector is no array on a device; equal to that of the same model in use.
+
+    Attributes:
+      key: what tells detectors apart.
+      values: its fields.
+    """
+
+    key: tuple[Any, ...]
+    values: Mapping[str, Any] = dataclasses.field(compare=False)
+
+
+def register(cls: type[Detector]) -> None:
+    """Make a pytree of a class of detectors: its arrays are leaves, all else is static."""
+
+    def flatten(detector: Detector) -> tuple[tuple[Any, Any], _Static]:
+        values = {field.name: getattr(detector, field.name) for field in fields}
+        arrays = values.pop("variables"), values.pop("gaussian")
+        key = (fingerprint(detector), detector.config, detector.calibration, detector.left_out)
+        return arrays, _Static(key, values)
+
+    def unflatten(static: _Static, arrays: tuple[Any, Any]) -> Detector:
+        detector = object.__new__(cls)  # leaves may be anything
+        variables, fitted = arrays
+        for name, value in {
+            **static.values,
+            "variables": variables,
+            "gaussian": fitted,
+        }.items():
+            object.__setattr__(detector, name, value)
+        return detector
+
+    fields = dataclasses.fields(cls)
+    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+
+
+register(Detector)
 
 
 def fingerprint(detector: Detector) -> str:
@@ -719,22 +796,18 @@ Args:
 
 
 def score_pixels(
-    detector: Detector,
-    images: UInt8[np.ndarray, "b h w 3"],
-    left_out: int = 0,
-    names: Sequence[str] = (),
+    detector: Detector, images: UInt8[np.ndarray, "b h w 3"], names: Sequence[str] = ()
 ) -> Anomalies:
-    """Scores images that are preprocessed already (resized and cropped, uint8).
+    """Score images that are preprocessed already (resized and cropped, uint8).
 
-    With several processes each gives as many images of its own, and gets their scores.
+    With several processes each gives as many images of its own, and gets their scores. A
+    detector that leaves k images out at a time (`Detector.left_out`) takes images that were
+    fitted: those of all processes together are groups of k, and each is scored by the model
+    without its group; behind the last whole group there is padding only.
 
     Args:
       detector: a fitted model.
       images: as `input_pipeline.preprocess` makes them.
-      left_out: of 1, score each image, which must be one that was fitted, by the model
-        without it. Of k, the images of all processes together are groups of k, and each is
-        scored by the model without its group; behind the last whole group there is padding
-        only. The detector's Gaussians have to be finalized for the same k (see `finalize`).
       names: what to call the images in an error.
 
     Raises:
@@ -745,6 +818,7 @@ def score_pixels(
     """
     _require_usable(detector)
     config, devices = detector.config, len(detector.gaussian.mean[0])
+    left_out = detector.left_out
     count, padding = len(images), -len(images) % devices
     if padding:
         images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
@@ -775,8 +849,8 @@ def score_samples(
     The low-rank form holds the embeddings of all its images; no file is read.
 
     Args:
-      detector: fitted, to at least three images, in the low-rank form; its Gaussians
-        finalized for one image left out.
+      detector: fitted, to at least three images, in the low-rank form; it leaves one image
+        out at a time.
 
     Yields:
       In the order of fitting, batch by batch: the scores of this process's part of a batch,
@@ -784,10 +858,12 @@ def score_samples(
 
     Raises:
       UserError: a score is not finite.
-      ValueError: the model has another form, or fewer images.
+      ValueError: the model has another form, fewer images, or leaves none out.
     """
     _require_usable(detector)
     config, devices, fitted = detector.config, parallel.every(), detector.gaussian
+    if detector.left_out != 1:
+        raise ValueError(f"the detector leaves {detector.left_out} images out; expected 1")
     if not isinstance(fitted, LowRank):
         raise ValueError("the model does not hold the embeddings of its images")
     if detector.count < 3:
@@ -863,34 +939,117 @@ def score(
         this process was forked from the one that loaded the detector.
       TypeError: an array of another type or shape, or a single image was given.
     """
-    single = isinstance(images, str | bytes | os.PathLike | Image.Image)
-    single |= hasattr(images, "read")
-    if isinstance(images, np.ndarray):  # of three axes a stack of grey images, or one of RGB
-        single |= images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3, 4))
-    if single:
-        raise TypeError("images: a single image; expected a sequence of images, as in [image]")
-    config = detector.config
-    maps = np.empty((len(images), *config.image.size), np.float32)
-    scores = np.empty(len(images), np.float32)
-    few: dict[str, int] = {}
+    if isinstance(images, str | os.PathLike):
+        raise TypeError("images: a single path; expected several, as in [path]")
+    input_pipeline.require_several(images)
     # Few shapes, few compilations: up to a batch the next power of two, then whole batches.
-    size = min(config.batch_size, 1 << max(0, len(images) - 1).bit_length())
-    for start in range(0, len(images), size):
-        part = images[start : start + size]
-        pixels = np.zeros((size, *config.image.size, 3), np.uint8)
-        names = [
-            os.fspath(item) if isinstance(item, str | os.PathLike) else f"images[{start + i}]"
-            for i, item in enumerate(part)
-        ]
-        for i, (item, name) in enumerate(zip(part, names, strict=True)):
-            decoded = input_pipeline.open_input(item, name, config.image.counts)
-            if (levels := decoded.info.get(decoding.LEVELS)) is not None:
-                few[name] = levels
-            pixels[i] = input_pipeline.preprocess(decoded, config.image)
-        found = score_pixels(detector, pixels, names=names)
-        done = slice(start, start + len(part))
-        maps[done], scores[done] = found.maps[: len(part)], found.scores[: len(part)]
+    size = min(detector.config.batch_size, 1 << max(0, len(images) - 1).bit_length())
+    maps = np.empty((len(images), *detector.config.image.size), np.float32)
+    scores = np.empty(len(images), np.float32)
+    start = 0
+    for found in stream(detector, images, size):
+        done = slice(start, start := start + len(found.scores))
+        maps[done], scores[done] = found.maps, found.scores
+    return _judged(detector, Anomalies(maps, scores))
+
+
+def stream(
+    detector: Detector, images: Iterable[input_pipeline.Input], batch_size: int | None = None
+) -> Generator[Anomalies, None, None]:
+    """Score images of any size one batch after another, in bounded memory.
+
+    While a batch is scored the next one is decoded, in threads.
+
+    Args:
+      detector: a fitted model.
+      images: see `score`; of an iterable no more than two batches are taken ahead.
+      batch_size: images a batch; None takes `config.batch_size`.
+
+    Yields:
+      The scores of the next images, in their order.
+
+    Raises:
+      UserError: see `score`.
+      TypeError: see `score`.
+      ValueError: `batch_size` is not above 0.
+    """
+    config = detector.config
+    size = config.batch_size if batch_size is None else batch_size
+    if size < 1:
+        raise ValueError(f"batch_size={size}: expected a number of images above 0")
+    if detector.left_out:
+        raise ValueError("the detector leaves images out, to find thresholds; see `finalize`")
+    few: dict[str, int] = {}
+    total = 0
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+
+        def decoded() -> Iterator[tuple[list[str], list[concurrent.futures.Future]]]:
+            rest = enumerate(images)
+            while chunk := list(itertools.islice(rest, size)):
+                names = [_name(item, i) for i, item in chunk]
+                yield (
+                    names,
+                    [
+                        threads.submit(input_pipeline.load_input, item, name, config.image)
+                        for (_, item), name in zip(chunk, names, strict=True)
+                    ],
+                )
+
+        chunks = decoded()
+        try:
+            following = next(chunks, None)
+            while following is not None:
+                (names, futures), following = following, next(chunks, None)
+                pixels = np.zeros((size, *config.image.size, 3), np.uint8)
+                for i, (name, future) in enumerate(zip(names, futures, strict=True)):
+                    pixels[i], levels = future.result()
+                    if levels is not None:
+                        few[name] = levels
+                found = score_pixels(detector, pixels, names)
+                count, total = len(names), total + len(names)
+                yield _judged(detector, Anomalies(found.maps[:count], found.scores[:count]))
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
     if few:
-        text = input_pipeline.few_levels(few, len(images))
+        text = input_pipeline.few_levels(few, total)
         warnings.warn(DataWarning(text), stacklevel=2)
-    return Anomalies(maps, scores)
+
+
+def embed(
+    detector: Detector, images: UInt8[np.ndarray, "b h w 3"]
+) -> Float32[np.ndarray, "b _h _w _d"]:
+    """Return the patch embeddings of images that are preprocessed already.
+
+    They are what the Gaussians are of: the paper's embedding vectors, after the reduction of
+    channels (PaDiM, section III-A).
+
+    Args:
+      detector: a fitted model.
+      images: as `input_pipeline.preprocess` makes them.
+    """
+    _require_usable(detector)
+    config, index = detector.config, tuple(detector.index.tolist())
+    levels = extract(
+        detector.variables, images, image=config.image, model=config.model, index=index
+    )
+    laid = pyramid(config.image, config.model, index)
+    grid = patch_grid(config.image, config.model.layers)
+    embeddings = np.asarray(embedding.concatenate(levels, laid))
+    return embeddings.reshape(len(images), *grid, -1)
+
+
+def _name(item: input_pipeline.Input, number: int) -> str:
+    if isinstance(item, str | os.PathLike):
+        return os.fspath(item)
+    return f"images[{number}]"
+
+
+def _judged(detector: Detector, found: Anomalies) -> Anomalies:
+    """The same with what the detector's thresholds say of the scores."""
+    if (thresholds := detector.calibration) is None:
+        return found
+    return dataclasses.replace(
+        found,
+        is_anomalous=found.scores >= thresholds.image_threshold,
+        rarity=thresholds.calibrated(found.scores),
+    )

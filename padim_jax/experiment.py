@@ -34,6 +34,7 @@ from padim_jax import (
     results,
     results_folder,
     scoring_pass,
+    statistics_store,
     thresholding,
     unfinished,
 )
@@ -48,6 +49,7 @@ from padim_jax.errors import UserError
 from padim_jax.fitting import Backbone
 from padim_jax.input_pipeline import FolderSource
 from padim_jax.paths import Path
+from padim_jax.statistics_store import OnDisk
 from padim_jax.suspects import Suspects
 
 
@@ -231,15 +233,17 @@ def _train(
             if not leave_out:
                 validation = thresholding.without_fitted(source.digests, validation)
             thresholding.require_groups(config, source if leave_out else validation)
-        detector = fitting.train(config, source, path, backbone, tests)
+        # Of groups the sizes differ.
+        left_out = int(leave_out and not config.threshold.groups and len(source.records) >= 3)
+        detector = fitting.train(config, source, path, backbone, tests, left_out)
         if normal == "none":
             return detector, None
         if not leave_out:
-            return thresholding.find(detector, validation, "held_out", path), None
+            return thresholding.find(detector, validation, "held_out", OnDisk(path)), None
         if detector.count < 3:
             print("no thresholds: leaving one out needs at least 3 images that were fitted")
             return detector, None
-        return thresholding.find_ranked(detector, source, "leave_one_out", path)
+        return thresholding.find_ranked(detector, source, "leave_one_out", OnDisk(path))
 
 
 def _update(
@@ -345,7 +349,9 @@ def load(
     """
     place, devices = paths.parse(os.fspath(path)), parallel.every()
     model = model_file.load(place, devices) if place.is_file() else None
-    fitted, identity = fitting.load_checkpoint(place, devices) if model is None else (model, "")
+    fitted, identity = (
+        statistics_store.load_checkpoint(place, devices) if model is None else (model, "")
+    )
     config = config_lib.resolve(config, fitted.config)
     fitting.require_same(place, fitted.config, config)
     fitting.warn_implausible(place, fitted.config)
@@ -361,10 +367,10 @@ def load(
     variables = detector_lib.with_projection(variables, fitted.projection)
     variables = parallel.replicate(variables, devices)
     if isinstance(fitted, checkpoint.Fitted):
-        detector = fitting.ready(fitted, identity, config, variables)
+        detector = statistics_store.ready(fitted, identity, config, variables)
         found = calibration_file.read(place, *detector_lib.fingerprints(detector))
     else:
-        fitting.require_whole(place, fitted, fitted.fitted)
+        statistics_store.require_whole(place, fitted, fitted.fitted)
         detector = Detector(
             *(config, fitted.index, variables, fitted.weights),
             *(fitted.fitted, fitted.identity, fitted.images),

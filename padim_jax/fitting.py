@@ -20,12 +20,12 @@ from padim_jax import (
     image_cache,
     interrupts,
     memory,
-    model_file,
     parallel,
     paths,
     progress,
     reduction,
     skipping,
+    statistics_store,
     summary,
     survey,
 )
@@ -41,7 +41,8 @@ from padim_jax.errors import DataWarning, Stopped, UserError
 from padim_jax.models import pretrained
 from padim_jax.parallel import Devices
 from padim_jax.paths import Path
-from padim_jax.types import Gaussian, LowRank, Moments, Projection, Samples
+from padim_jax.statistics_store import OnDisk, Store
+from padim_jax.types import Moments, Projection
 
 Backbone = tuple[Any, pretrained.WeightsIdentity]  # variables, and what identifies them
 
@@ -58,6 +59,7 @@ def train(
     path: Path,
     backbone: Backbone | None = None,
     tests: int = 0,
+    left_out: int = 0,
 ) -> Detector:
     """Fits a detector to normal images and saves it.
 
@@ -70,6 +72,8 @@ def train(
       path: the checkpoint's folder.
       backbone: the configuration's, if it is loaded already.
       tests: so many images are evaluated next, for which there has to be memory as well.
+      left_out: how many images the detector is to leave out at a time; see
+        `detector.finalize`.
 
     Returns:
       The fitted detector.
@@ -88,36 +92,27 @@ def train(
             "covariance needs at least 2 (MVTec AD's categories have 60 to 391)"
         )
     memory.require(config, count, devices, tests)
-    index = detector_lib.channel_index(config.model)
     variables, weights = backbone or load_backbone(config.model, devices)
-    print(f"weights: {weights.origin}")
-    listed = f"train {progress.listing(source, devices)}"
+    progress.say(f"weights: {weights.origin}")
     fitted = checkpoint.load_unfinished(path, devices)
     if fitted is not None:
+        listed = f"train {progress.listing(source, devices)}"
         _require_resumable(path, fitted, config, weights, listed)
-        require_whole(path, fitted, fitted.statistics)
+        statistics_store.require_whole(path, fitted, fitted.statistics)
         # Names are not enough: files may have been replaced meanwhile.
         done = source.digests[: len(fitted.images)]
         if not np.array_equal(done, fitted.images):
             changed = int(np.argmax(np.any(done != fitted.images, axis=1)))
             name = source.records[changed].image
             raise UserError(f"{_other_unfinished(path)} ({name} has changed since)")
-        print(f"going on with an interrupted fit, after {len(fitted.images)} of {count} images")
-    else:
-        shapes = detector_lib.pyramid(config.image, config.model, index.tolist()).shapes
-        projection = _projection(config, source, variables, devices)
-        fitted = Fitted(
-            config_lib.with_absolute_paths(config),
-            index,
-            detector_lib.init(shapes, count, config.model.statistics, devices),
-            weights,
-            shapes[0][0],
-            np.zeros((0, 32), np.uint8),
-            listed,
-            projection,
+        progress.say(
+            f"going on with an interrupted fit, after {len(fitted.images)} of {count} images"
         )
+    else:
+        with interrupts.sigterm() as asked:
+            fitted = begin(config, source, (variables, weights), devices, asked)
     start = len(fitted.images)
-    return _fit(fitted, source, start, config, variables, path, devices)
+    return _fit(fitted, source, start, config, variables, path, devices, left_out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +159,7 @@ def update(
       Stopped: by SIGTERM.
     """
     devices = parallel.every()
-    fitted, identity = load_checkpoint(path, devices)
+    fitted, identity = statistics_store.load_checkpoint(path, devices)
     config = config_lib.resolve(config, fitted.config)
     require_same(path, fitted.config, config)
     warn_implausible(path, fitted.config)
@@ -181,7 +176,9 @@ def update(
     new = [i for i, digest in enumerate(digests) if digest.tobytes() not in known]
     if len(new) < len(source.records):
         left_out = len(source.records) - len(new)
-        print(f"{left_out} of {len(source.records)} images are in {path} already: left out")
+        progress.say(
+            f"{left_out} of {len(source.records)} images are in {path} already: left out"
+        )
     start, marker = 0, f"update {identity}"
     unfinished = checkpoint.load_unfinished(path, devices)
     if unfinished is not None:
@@ -189,12 +186,14 @@ def update(
         start = len(done)
         if unfinished.unfinished != marker or not np.array_equal(done, digests[new[:start]]):
             raise UserError(_other_unfinished(path))
-        print(f"going on with an interrupted update, after {start} of {len(new)} images")
+        progress.say(f"going on with an interrupted update, after {start} of {len(new)} images")
     elif not new:
-        print(f"nothing to add: {path} is as it was")
+        progress.say(f"nothing to add: {path} is as it was")
         variables = detector_lib.with_projection(variables, fitted.projection)
         variables = parallel.replicate(variables, devices)
-        return Extended(ready(fitted, identity, config, variables), source, digests, 0)
+        return Extended(
+            statistics_store.ready(fitted, identity, config, variables), source, digests, 0
+        )
     total = len(fitted.images) + len(new)
     memory.require(config, total, devices)
     if check is not None:
@@ -242,12 +241,34 @@ def merge(
     devices = parallel.every()
     _check_place(destination, devices)
     names = [paths.parse(os.fspath(model)) for model in models]
-    merged, _ = load_checkpoint(names[0], devices)
+    merged, configs = join([OnDisk(name) for name in names])
+    count = len(merged.images)
+    variables = detector_lib.with_projection({}, merged.projection)
+    with checkpoint.saving(destination, merged, devices) as identity:
+        detector = statistics_store.ready(merged, identity, merged.config, variables)
+    progress.say(f"merged {len(models)} models of {count} images in all -> {destination}")
+    return detector, configs
+
+
+def join(models: Sequence[Store]) -> tuple[Fitted, list[Config]]:
+    """Return a model of all images of several models, on the devices; see `merge`.
+
+    Args:
+      models: at least one, of disjoint images of the same kind.
+
+    Returns:
+      The merged model, and the configurations of the models, in their order.
+
+    Raises:
+      UserError: models differ in settings, channels or weights, or share an image.
+    """
+    names = [str(model) for model in models]
+    merged, _ = models[0].statistics()
     warn_implausible(names[0], merged.config)
     owners = {digest.tobytes(): names[0] for digest in merged.images}
     configs = [merged.config]
-    for name in names[1:]:
-        other, _ = load_checkpoint(name, devices)
+    for name, store in zip(names[1:], models[1:], strict=True):
+        other, _ = store.statistics()
         if (a := other.config.image.range) != (b := merged.config.image.range):
             raise UserError(
                 f"{name}: fitted with config.image.range={a}, and {names[0]} with {b}: the "
@@ -289,12 +310,7 @@ def merge(
             projection=merged.projection,
         )
         del other
-    count = len(merged.images)
-    variables = detector_lib.with_projection({}, merged.projection)
-    with checkpoint.saving(destination, merged, devices) as identity:
-        detector = ready(merged, identity, merged.config, variables)
-    print(f"merged {len(models)} models of {count} images in all -> {destination}")
-    return detector, configs
+    return merged, configs
 
 
 def _same_projection(a: Projection | None, b: Projection | None) -> bool:
@@ -304,78 +320,12 @@ def _same_projection(a: Projection | None, b: Projection | None) -> bool:
     return a.shape == b.shape and np.allclose(a, b, rtol=0, atol=1e-6)
 
 
-def load_checkpoint(path: Path, devices: Devices) -> tuple[Fitted, str]:
-    """`checkpoint.load` of a model whose arrays are those of its configuration.
-
-    Raises:
-      UserError: see there; or they are not.
-    """
-    fitted, identity = checkpoint.load(path, devices)
-    require_whole(path, fitted, fitted.statistics)
-    return fitted, identity
-
-
-def require_whole(
-    path: Path,
-    model: Fitted | model_file.Model,
-    arrays: Moments | Samples | Gaussian | LowRank,
-) -> None:
-    """Makes sure of what a file's checksum does not tell: a stranger's is right for anything.
-
-    Args:
-      path: the file or folder.
-      model: what was read from it.
-      arrays: its statistics or Gaussians.
-
-    Raises:
-      UserError: the arrays are not those of its configuration.
-    """
-    try:
-        detector_lib.require_fitting(
-            model.config, model.index, arrays, len(model.images), model.projection
-        )
-    except ValueError as error:
-        raise UserError(
-            f"{path}: the model is broken ({error}); fit again or restore it from a copy"
-        ) from error
-
-
-def ready(fitted: Fitted, identity: str, config: Config, variables: Any) -> Detector:
-    """The detector of a checkpoint, whose statistics are used up.
-
-    Raises:
-      UserError: see `detector.finalize`.
-    """
-    gaussian = _finalize(fitted)
-    return Detector(
-        *(config, fitted.index, variables, fitted.weights, gaussian, identity, fitted.images)
-    )
-
-
-def refinalize(detector: Detector, path: Path, left_out: int = 0) -> Detector:
-    """The same detector with its Gaussians finalized anew, from its checkpoint.
-
-    Statistics are used up by finalizing, and are as large as the Gaussians. These are given
-    up first, so that there is never more than one of them in memory.
-
-    Args:
-      detector: fitted; not to be used any more.
-      path: its checkpoint's folder.
-      left_out: see `detector.finalize`.
-
-    Raises:
-      UserError: the checkpoint is not this detector's, or see `detector.finalize`.
-    """
-    for array in jax.tree.leaves(detector.gaussian):
-        array.delete()
-    fitted, identity = load_checkpoint(path, parallel.every())
-    if identity != detector.identity:
-        raise UserError(f"{path}: replaced by another model meanwhile; start again")
-    return dataclasses.replace(detector, gaussian=_finalize(fitted, left_out))
-
-
 def _projection(
-    config: Config, source: Source, variables: Any, devices: Devices
+    config: Config,
+    source: Source,
+    variables: Any,
+    devices: Devices,
+    asked: Callable[[], bool],
 ) -> Projection | None:
     """The matrix that makes a configuration's channels fewer, if it is one that does.
 
@@ -390,7 +340,7 @@ def _projection(
         total = detector_lib.total_channels(model)
         found = reduction.semi_orthogonal(total, model.channels, model.seed)
     else:
-        scatter = _scatter(config, source, variables, devices)
+        scatter = _scatter(config, source, variables, devices, asked)
         try:
             found = reduction.components(scatter, model.channels)
         except ValueError as error:
@@ -400,31 +350,34 @@ def _projection(
 
 
 def _scatter(
-    config: Config, source: Source, variables: Any, devices: Devices
+    config: Config,
+    source: Source,
+    variables: Any,
+    devices: Devices,
+    asked: Callable[[], bool],
 ) -> reduction.Scatter:
     """Of all images' embeddings, in a pass of its own."""
     found = reduction.empty(detector_lib.total_channels(config.model))
-    with interrupts.sigterm() as asked:
-        cache = image_cache.open_cache(config.cache)
-        for batch in progress.batches(source, config, "principal components", cache, devices):
-            if np.any(parallel.gather(np.array([asked()]))):
-                raise Stopped(
-                    "stopped by SIGTERM before the fit, nothing to keep yet; the same command "
-                    "begins anew"
-                )
-            valid = parallel.share(batch.valid, devices)
-            means, m2 = detector_lib.scatter_batch(
-                variables,
-                parallel.share(batch.images, devices),
-                valid,
-                config.image,
-                config.model,
+    cache = image_cache.open_cache(config.cache)
+    for batch in progress.batches(source, config, "principal components", cache, devices):
+        if np.any(parallel.gather(np.array([asked()]))):
+            raise Stopped(
+                "stopped by SIGTERM before the fit, nothing to keep yet; the same command "
+                "begins anew"
             )
-            # Sums of all images are of float64.
-            parts = zip(np.asarray(means, np.float64), np.asarray(m2, np.float64), strict=True)
-            for flags, (mean, part) in zip(valid, parts, strict=True):
-                own = reduction.Scatter(int(np.sum(flags)), mean, part)
-                found = reduction.merge(found, own)
+        valid = parallel.share(batch.valid, devices)
+        means, m2 = detector_lib.scatter_batch(
+            variables,
+            parallel.share(batch.images, devices),
+            valid,
+            config.image,
+            config.model,
+        )
+        # Sums of all images are of float64.
+        parts = zip(np.asarray(means, np.float64), np.asarray(m2, np.float64), strict=True)
+        for flags, (mean, part) in zip(valid, parts, strict=True):
+            own = reduction.Scatter(int(np.sum(flags)), mean, part)
+            found = reduction.merge(found, own)
     # As bytes: JAX would make float32 of them.
     counted = np.concatenate([[found.count], found.mean, found.m2.ravel()])
     every = np.asarray(parallel.gather(counted.view(np.uint8)[None]))
@@ -486,7 +439,7 @@ def with_range(config: Config, source: Source) -> Config:
     high = max(high, low + 1)  # of one value alone
     if high >= len(part):
         low, high = low - 1, high - 1
-    print(f"config.image.range: {low} to {high}, of the training images")
+    progress.say(f"config.image.range: {low} to {high}, of the training images")
     image = dataclasses.replace(config.image, range=(low, high))
     return dataclasses.replace(config, image=image)
 
@@ -499,7 +452,7 @@ def with_stored_range(config: Config, fitted: Config) -> Config:
     return dataclasses.replace(config, image=image)
 
 
-def require_same(path: Path, fitted: Config, wanted: Config) -> None:
+def require_same(path: Path | str, fitted: Config, wanted: Config) -> None:
     """Makes sure that a model serves a configuration.
 
     Raises:
@@ -518,7 +471,7 @@ def require_same(path: Path, fitted: Config, wanted: Config) -> None:
             )
 
 
-def warn_implausible(path: Path, fitted: Config) -> None:
+def warn_implausible(path: Path | str, fitted: Config) -> None:
     """Issue a `DataWarning` for settings of a stored model that no new model may have."""
     if (reason := config_lib.implausible(fitted)) and parallel.every().process == 0:
         warnings.warn(DataWarning(f"{path}: {reason}"), stacklevel=3)
@@ -561,19 +514,66 @@ def load_weights(
     return variables
 
 
-def _fit(
+def begin(
+    config: Config,
+    source: Source,
+    backbone: Backbone,
+    devices: Devices,
+    asked: Callable[[], bool] = lambda: False,
+) -> Fitted:
+    """Return a model of no image yet.
+
+    Args:
+      config: what to fit.
+      source: the normal images, each once.
+      backbone: the configuration's.
+      devices: that take part.
+      asked: whether to stop.
+
+    Raises:
+      UserError: the features have no principal components, or an image cannot be read.
+      Stopped: `asked` said so.
+    """
+    variables, weights = backbone
+    index, count = detector_lib.channel_index(config.model), len(source.records)
+    shapes = detector_lib.pyramid(config.image, config.model, index.tolist()).shapes
+    projection = _projection(config, source, variables, devices, asked)
+    return Fitted(
+        config_lib.with_absolute_paths(config),
+        index,
+        detector_lib.init(shapes, count, config.model.statistics, devices),
+        weights,
+        shapes[0][0],
+        np.zeros((0, 32), np.uint8),
+        f"train {progress.listing(source, devices)}",
+        projection,
+    )
+
+
+def add_images(
     fitted: Fitted,
     source: Source,
     start: int,
     config: Config,
     variables: Any,
-    path: Path,
     devices: Devices,
-) -> Detector:
-    """Adds the images from `start` on, saving now and then, and saves the finished model."""
-    variables = parallel.replicate(
-        detector_lib.with_projection(variables, fitted.projection), devices
-    )
+    pause: Callable[[int, Callable[[], Fitted]], None] | None = None,
+) -> Fitted:
+    """Return a model with more images; the statistics that are given are used up.
+
+    Args:
+      fitted: the model so far, with room for the images.
+      source: normal images.
+      start: how many of them the model has already.
+      config: in use.
+      variables: the backbone's, and the projection, on the devices.
+      devices: that take part.
+      pause: called before each batch with the number of images of `source` that are done, and
+        a function that returns the model so far. May raise.
+
+    Raises:
+      UserError: an image cannot be read.
+    """
     statistics, digests = fitted.statistics, [fitted.images]
     index, total = tuple(fitted.index.tolist()), len(source.records)
 
@@ -583,69 +583,109 @@ def _fit(
         return dataclasses.replace(fitted, statistics=now, images=np.concatenate(digests))
 
     alike, few = _Alike(), dict[str, int]()
-    with interrupts.sigterm() as asked:
-        cache = image_cache.open_cache(config.cache)
-        saved, done = time.monotonic(), start
-        for batch in progress.batches(source, config, "fit", cache, devices, start):
-            # Computation is asynchronous: unawaited, batches would pile up before it.
-            jax.block_until_ready(statistics)
-            due = time.monotonic() - saved >= config.train.checkpoint_every
-            said = parallel.gather(
-                {
-                    "digests": batch.digests,
-                    "valid": batch.valid,
-                    "asked": np.array([asked()]),
-                    "due": np.array([due]),
-                }
-            )
-            stop = bool(np.any(said["asked"]))
-            if done > start and (stop or said["due"][0]):  # by the clock of process 0
-                checkpoint.save(path, so_far(), devices)
-                saved = time.monotonic()
-            if stop:
-                kept = f"saved in {path}; the same command goes on from there"
-                if done == 0:
-                    kept = "nothing to keep yet; the same command begins anew"
-                raise Stopped(f"stopped by SIGTERM after {done} of {total} images, {kept}")
-            statistics = detector_lib.fit_batch(
-                statistics,
-                variables,
-                parallel.share(batch.images, devices),
-                parallel.share(batch.valid, devices),
-                config.image,
-                config.model,
-                index,
-            )
-            alike.add(batch.images[batch.valid])
-            few |= progress.few_levels(batch)
-            digests.append(said["digests"][said["valid"]])
-            done += len(digests[-1])
-        progress.warn_few_levels(few, total, devices)
-        finished = dataclasses.replace(so_far(), unfinished=None)
-        count, form = len(finished.images), "samples"
-        if isinstance(statistics, Moments):
-            form = "moments"
-        try:
-            with checkpoint.saving(path, finished, devices) as identity:
-                detector = ready(finished, identity, config, variables)
-        except _NotFiniteError as error:
-            if record := _not_finite(source, config, variables, index, devices):
-                raise UserError(f"{record.image}: {error}") from error
-            raise
-        stop = bool(np.any(parallel.gather(np.array([asked()]))))
-    height, width = detector_lib.patch_grid(config.image, config.model.layers)
-    print(
-        f"fitted {count} images, {height}x{width} patches of {len(index)} channels "
-        f"({form}) -> {path}"
-    )
+    cache, done = image_cache.open_cache(config.cache), start
+    for batch in progress.batches(source, config, "fit", cache, devices, start):
+        # Computation is asynchronous: unawaited, batches would pile up before it.
+        jax.block_until_ready(statistics)
+        if pause is not None:
+            pause(done, so_far)
+        statistics = detector_lib.fit_batch(
+            statistics,
+            variables,
+            parallel.share(batch.images, devices),
+            parallel.share(batch.valid, devices),
+            config.image,
+            config.model,
+            index,
+        )
+        alike.add(batch.images[batch.valid])
+        few |= progress.few_levels(batch)
+        new, valid = parallel.gather((batch.digests, batch.valid))
+        digests.append(new[valid])
+        done += len(digests[-1])
+    progress.warn_few_levels(few, total, devices)
     if not len(fitted.images) and alike.said() and devices.process == 0:
         message = (
-            f"all {count} images are the same, pixel for pixel, as "
+            f"all {total} images are the same, pixel for pixel, as "
             f"{shown(source.records[0].image)}: nothing is known of how good parts differ. "
             "Every difference will score high, and thresholds mean nothing; expected "
             "different images of good parts"
         )
         warnings.warn(DataWarning(message), stacklevel=2)
+    return so_far()
+
+
+def finalize(
+    fitted: Fitted,
+    identity: str,
+    source: Source,
+    config: Config,
+    variables: Any,
+    left_out: int = 0,
+) -> Detector:
+    """As `statistics_store.ready`; an error names the image whose features are not finite.
+
+    Args:
+      fitted: see there.
+      identity: see there.
+      source: the images that were added last.
+      config: see there.
+      variables: see there.
+      left_out: see there.
+    """
+    try:
+        return statistics_store.ready(fitted, identity, config, variables, left_out)
+    except statistics_store.NotFiniteError as error:
+        index, devices = tuple(fitted.index.tolist()), parallel.every()
+        if record := _not_finite(source, config, variables, index, devices):
+            raise UserError(f"{record.image}: {error}") from error
+        raise
+
+
+def _fit(
+    fitted: Fitted,
+    source: Source,
+    start: int,
+    config: Config,
+    variables: Any,
+    path: Path,
+    devices: Devices,
+    left_out: int = 0,
+) -> Detector:
+    """Adds the images from `start` on, saving now and then, and saves the finished model."""
+    variables = parallel.replicate(
+        detector_lib.with_projection(variables, fitted.projection), devices
+    )
+    total, saved = len(source.records), time.monotonic()
+
+    def pause(done: int, so_far: Callable[[], Fitted]) -> None:
+        nonlocal saved
+        due = time.monotonic() - saved >= config.train.checkpoint_every
+        said = parallel.gather({"asked": np.array([asked()]), "due": np.array([due])})
+        stop = bool(np.any(said["asked"]))
+        if done > start and (stop or said["due"][0]):  # by the clock of process 0
+            checkpoint.save(path, so_far(), devices)
+            saved = time.monotonic()
+        if stop:
+            kept = f"saved in {path}; the same command goes on from there"
+            if done == 0:
+                kept = "nothing to keep yet; the same command begins anew"
+            raise Stopped(f"stopped by SIGTERM after {done} of {total} images, {kept}")
+
+    with interrupts.sigterm() as asked:
+        fitted = add_images(fitted, source, start, config, variables, devices, pause)
+        finished = dataclasses.replace(fitted, unfinished=None)
+        count, form = len(finished.images), "samples"
+        if isinstance(finished.statistics, Moments):
+            form = "moments"
+        with checkpoint.saving(path, finished, devices) as identity:
+            detector = finalize(finished, identity, source, config, variables, left_out)
+        stop = bool(np.any(parallel.gather(np.array([asked()]))))
+    height, width = detector_lib.patch_grid(config.image, config.model.layers)
+    progress.say(
+        f"fitted {count} images, {height}x{width} patches of {len(finished.index)} channels "
+        f"({form}) -> {path}"
+    )
     if stop:
         raise Stopped(f"stopped by SIGTERM; the fit is finished and saved in {path}")
     return detector
@@ -673,25 +713,6 @@ def make_folder(path: Path) -> None:
         ) from error
 
 
-class _NotFiniteError(UserError):
-    """Statistics to which some image has added what is no number."""
-
-
-def _finalize(fitted: Fitted, left_out: int = 0) -> Gaussian | LowRank:
-    config = fitted.config
-    regularization = config.model.regularization
-    try:
-        return detector_lib.finalize(fitted.statistics, regularization, left_out)
-    except detector_lib.RegionError as error:
-        index = fitted.index.tolist()
-        place = detector_lib.place(config.image, config.model, index, error.region)
-        if not error.finite:
-            raise _NotFiniteError(f"{error} ({place})") from error
-        raise UserError(f"config.model.regularization: {error} ({place})") from error
-    except ValueError as error:
-        raise UserError(f"config.model.regularization: {error}") from error
-
-
 def _not_finite(
     source: Source,
     config: Config,
@@ -699,7 +720,7 @@ def _not_finite(
     index: tuple[int, ...],
     devices: Devices,
 ) -> Record | None:
-    """The first image whose features are not finite, in a pass of its own; see `_fit`."""
+    """The first image whose features are not finite, in a pass of its own."""
     start, cache = 0, image_cache.open_cache(config.cache)
     for batch in progress.batches(source, config, "search", cache, devices):
         images = parallel.share(batch.images, devices)

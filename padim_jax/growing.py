@@ -21,6 +21,7 @@ from padim_jax import (
     locks,
     parallel,
     paths,
+    progress,
     results,
     scoring_pass,
     thresholding,
@@ -33,6 +34,7 @@ from padim_jax.datasets.records import Record, Source
 from padim_jax.detector import Detector
 from padim_jax.errors import DataWarning, UserError
 from padim_jax.paths import Path
+from padim_jax.statistics_store import OnDisk, Store
 from padim_jax.suspects import Suspects
 from padim_jax.types import LowRank
 
@@ -83,7 +85,7 @@ def update(
                     return dataclasses.replace(detector, calibration=known)
             splits = splits or _dataset_at_hand(detector.config)
             hashed = [(extended.source, extended.digests)]
-            return _find_thresholds(detector, [splits], hashed, path, workdir)
+            return find_thresholds(detector, [splits], hashed, OnDisk(path), workdir)
 
 
 def merge(
@@ -119,7 +121,7 @@ def merge(
             if any(datasets):
                 detector, loaded = _with_backbone(detector, place)
                 datasets = datasets if loaded else []
-            return _find_thresholds(detector, datasets, [], place, workdir)
+            return find_thresholds(detector, datasets, [], OnDisk(place), workdir)
 
 
 def _without_fitted(
@@ -140,7 +142,7 @@ def _with_backbone(detector: Detector, path: Path) -> tuple[Detector, bool]:
     try:
         variables = fitting.load_weights(path, detector.weights, detector.config, None)
     except UserError as error:
-        print(f"thresholds: no image can be scored ({error})")
+        progress.say(f"thresholds: no image can be scored ({error})")
         loaded = False
     if not _all_processes(loaded):
         return detector, False
@@ -149,12 +151,12 @@ def _with_backbone(detector: Detector, path: Path) -> tuple[Detector, bool]:
     return dataclasses.replace(detector, variables=variables), True
 
 
-def _find_thresholds(
+def find_thresholds(
     detector: Detector,
     datasets: Sequence[Mapping[str, Source]],
     hashed: Sequence[tuple[Source, UInt8[np.ndarray, "_n 32"]]],
-    path: Path,
-    workdir: Path | None,
+    store: Store,
+    workdir: Path | None = None,
 ) -> Detector:
     """Find the thresholds of a model that has grown, from what is at hand.
 
@@ -162,13 +164,13 @@ def _find_thresholds(
       detector: the grown model.
       datasets: the splits of its datasets; none of a dataset that is not at hand.
       hashed: other images, and the SHA-256 of their files.
-      path: the checkpoint's folder.
+      store: of the grown model.
       workdir: of suspects.csv, if it is to be kept up.
     """
     place = workdir if parallel.every().process == 0 else None
     if place is not None:  # that of the model before, whatever happens now
         results.write_suspects(place, None)
-    detector, suspects = _find_ranked(detector, datasets, hashed, path)
+    detector, suspects = _find_ranked(detector, datasets, hashed, store)
     if place is not None:
         results.write_suspects(place, suspects)
     return detector
@@ -178,30 +180,30 @@ def _find_ranked(
     detector: Detector,
     datasets: Sequence[Mapping[str, Source]],
     hashed: Sequence[tuple[Source, UInt8[np.ndarray, "_n 32"]]],
-    path: Path,
+    store: Store,
 ) -> tuple[Detector, Suspects | None]:
-    """As `_find_thresholds`; and how the images rank, in the first process."""
+    """As `find_thresholds`; and how the images rank, in the first process."""
     config, devices, minimum = detector.config, parallel.every(), calibration_lib.MIN_IMAGES
     if config.threshold.normal == "none":
         # Those of the model before, if it had some, are not silently gone.
         mark = detector_lib.fingerprint(detector)
-        known = calibration_file.read(path, mark)
+        known = store.read_thresholds(mark)
         return dataclasses.replace(detector, calibration=known), None
     validation = [splits["validation"] for splits in datasets if splits]
     complete = len(validation) == len(datasets) and all(x.records for x in validation)
     if validation and complete and config.threshold.normal != "leave_one_out":
         images = [(x, i) for x in validation for i in range(len(x.records))]
         sources, _ = scoring_pass.readable(config, {"validation": _Images(images)})
-        return thresholding.find(detector, sources["validation"], "held_out", path), None
+        return thresholding.find(detector, sources["validation"], "held_out", store), None
     if detector.count < minimum:
-        print(
+        progress.say(
             f"no thresholds: leaving one out needs at least {minimum} images that were fitted"
         )
         return detector, None
     # Whose files these were, and so their groups, is not known.
     if isinstance(detector.gaussian, LowRank) and not config.threshold.groups:
         known = _fitted_at_hand(detector, datasets, hashed)
-        return thresholding.find_from_model(detector, path, _names(detector, known))
+        return thresholding.find_from_model(detector, store, _names(detector, known))
     # A random view depends on the name that an image had when it was fitted.
     centred = input_pipeline.centred(config.image) == config.image
     source = _Images([])
@@ -209,11 +211,11 @@ def _find_ranked(
         source = _Images([one for _, one in _fitted_at_hand(detector, datasets, hashed)])
     count = len(source.records)
     if count == detector.count:
-        return thresholding.find_ranked(detector, source, "leave_one_out", path)
+        return thresholding.find_ranked(detector, source, "leave_one_out", store)
     why = f"{count} of the {detector.count} images that were fitted are at hand"
     if count >= minimum and not config.threshold.groups:
-        print(why)
-        return thresholding.find_ranked(detector, source, "leave_some_out", path)
+        progress.say(why)
+        return thresholding.find_ranked(detector, source, "leave_some_out", store)
     if devices.process == 0:
         if not centred:
             why = "random views of fitted images cannot be drawn again"
@@ -221,9 +223,8 @@ def _find_ranked(
             why += ", and of which groups (config.threshold.groups) the others are is not known"
         warnings.warn(
             DataWarning(
-                f"{path}: the model has no thresholds now: {why}. Find them with "
-                f"--mode=calibrate --checkpoint={path} --input=<normal images that were not "
-                "fitted>"
+                f"{store}: the model has no thresholds now: {why}. Find them with "
+                f"{store.calibration}"
             ),
             stacklevel=2,
         )

@@ -308,6 +308,18 @@ def read_image(path: str | os.PathLike[str], counts: Range = "full") -> Image.Im
 Input = np.ndarray | str | os.PathLike[str] | bytes | Image.Image | io.IOBase
 
 
+def require_several(images: object) -> None:
+    """Raise TypeError for a single image.
+
+    An array of three axes is a stack of grey images, or with 1, 3 or 4 in the last one image.
+    """
+    single = isinstance(images, bytes | Image.Image) or hasattr(images, "read")
+    if isinstance(images, np.ndarray):
+        single = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3, 4))
+    if single:
+        raise TypeError("images: a single image; expected several, as in [image, ...]")
+
+
 def open_input(item: Input, name: str, counts: Range) -> Image.Image:
     """Converts to RGB what a Python program gives for an image, all by the same rule.
 
@@ -334,6 +346,33 @@ def open_input(item: Input, name: str, counts: Range) -> Image.Image:
             "opened in binary mode or a Pillow image"
         )
     return decode(data, name, counts)
+
+
+def load_input(
+    item: Input, name: str, config: ImageConfig
+) -> tuple[UInt8[np.ndarray, "h w 3"], int | None]:
+    """Convert, resize and crop what a Python program gives for an image.
+
+    Args:
+      item: see `open_input`.
+      name: how to call it in an error, unless it is a path.
+      config: the sizes.
+
+    Returns:
+      The pixels; and the grey levels kept, where they are too few.
+
+    Raises:
+      TypeError: see `open_input`.
+      UserError: likewise.
+    """
+    if isinstance(item, str | os.PathLike):
+        place = os.fspath(item)
+        name = shown(place)
+        item = read_file(paths.parse(place) if "://" in place else pathlib.Path(place))
+    size = DECODING * (decoding.pixel_count(item) if isinstance(item, bytes) else 0)
+    with ROOM.held(size):
+        image = open_input(item, name, config.counts)
+        return preprocess(image, config), image.info.get(decoding.LEVELS)
 
 
 def decode(data: bytes, name: str, counts: Range = "full") -> Image.Image:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from padim_jax import detector, embedding, metrics, models, parallel
+from padim_jax import detector, embedding, metrics, models, parallel, progress
 from padim_jax.config import Config, ModelConfig
 from padim_jax.errors import UserError
 from padim_jax.parallel import Devices
@@ -151,7 +151,7 @@ def require(config: Config, images: int, devices: Devices, tests: int = 0) -> No
             evaluation = estimate_evaluation(config, images, tests, devices)
             _require_for_evaluation(config, tests, evaluation)
             evaluated = f"; about {evaluation / _GB:.1f} GB to evaluate {tests} test images"
-        print(f"{said}{evaluated}; {free / _GB:.1f} GB are free")
+        progress.say(f"{said}{evaluated}; {free / _GB:.1f} GB are free")
         return
     advice = [
         "a smaller config.batch_size",
@@ -216,7 +216,7 @@ def require_for_scores(config: Config, images: int, devices: Devices, tests: int
     else:
         total = int(_PROGRAM) + needed.fitted + needed.batch
         what = f"to score in batches of {config.batch_size}, images at full size apart"
-    print(f"about {total / _GB:.1f} GB of memory {what}; {free / _GB:.1f} GB are free")
+    progress.say(f"about {total / _GB:.1f} GB of memory {what}; {free / _GB:.1f} GB are free")
 
 
 def _maps(config: Config, tests: int, defects: float | None = None) -> int:

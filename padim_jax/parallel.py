@@ -249,6 +249,17 @@ def join(tree: Any, regions: int) -> Any:
     return jax.tree.map(gathered, tree)
 
 
+def on_devices(tree: Tree, devices: Devices) -> Tree:
+    """Copy host arrays onto this process's devices, a part on each.
+
+    Args:
+      tree: arrays with an axis of the process's devices in front, (k, ...).
+      devices: that take part.
+    """
+    spec = NamedSharding(devices.local_mesh, PartitionSpec(AXIS))
+    return jax.device_put(tree, spec, may_alias=False)  # they may be donated
+
+
 def number(value: np.ndarray | int, devices: Devices) -> Array:
     """The same number for each of this process's devices, (k,)."""
     values = np.broadcast_to(value, devices.local)

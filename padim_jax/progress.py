@@ -1,6 +1,8 @@
 """Passes over images with progress bars: quiet in logs, and for all processes but the first."""
 
 import concurrent.futures
+import contextlib
+import contextvars
 import hashlib
 import json
 import warnings
@@ -18,6 +20,26 @@ from padim_jax.errors import DataWarning, UserError
 from padim_jax.image_cache import ImageCache
 from padim_jax.input_pipeline import Batch, Share
 from padim_jax.parallel import Devices
+
+# Whether lines are printed, and bars shown.
+_SHOWN: contextvars.ContextVar[tuple[bool, bool]] = contextvars.ContextVar(
+    "shown", default=(True, True)
+)
+
+
+@contextlib.contextmanager
+def showing(lines: bool, bars: bool) -> Iterator[None]:
+    """Choose what passes print in the block, for a program that has its own output.
+
+    Args:
+      lines: whether `say` prints.
+      bars: whether there are progress bars, where standard error is a terminal.
+    """
+    token = _SHOWN.set((lines, bars))
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
 
 
 def listing(source: Source, devices: Devices) -> str:
@@ -141,7 +163,8 @@ def bar(
 
     Below another one it is gone when it is done.
     """
-    quiet = None if devices.process == 0 else True  # None: where there is no terminal
+    # None: where there is no terminal.
+    quiet = None if devices.process == 0 and _SHOWN.get()[1] else True
     return tqdm.tqdm(
         total=total, initial=start, desc=what, unit=unit, disable=quiet, leave=None
     )
@@ -149,4 +172,5 @@ def bar(
 
 def say(text: str) -> None:
     """Prints a line above the bars."""
-    tqdm.tqdm.write(text)
+    if _SHOWN.get()[0]:
+        tqdm.tqdm.write(text)

@@ -71,16 +71,14 @@ def scores(
     source: Source,
     what: str,
     cache: image_cache.ImageCache | None,
-    left_out: int = 0,
     start: int = 0,
 ) -> Iterator[Part]:
     """Scores a source batch by batch; every process gets all processes' scores.
 
-    With `left_out` the source is of groups of so many images that were fitted, and each is
-    scored as the model without its group would. The first `start` images, whole batches, are
-    left out.
+    For a detector that leaves images out the source is of such groups; see
+    `detector.score_pixels`. The first `start` images, whole batches, are passed over.
     """
-    config, devices = detector.config, parallel.every()
+    config, devices, left_out = detector.config, parallel.every(), detector.left_out
     few: dict[str, int] = {}
     if left_out > 1:  # whole groups
         least = math.lcm(left_out, devices.total)
@@ -88,7 +86,7 @@ def scores(
         config = dataclasses.replace(config, batch_size=size)
     for batch in progress.batches(source, config, what, cache, devices, start):
         names = [str(record.image) for record in batch.records]
-        found = detector_lib.score_pixels(detector, batch.images, left_out, names)
+        found = detector_lib.score_pixels(detector, batch.images, names)
         padding = len(batch.images) - len(batch.records)
         nothing = np.zeros(config.image.size, bool)
         masks = [nothing if mask is None else mask for mask in batch.masks]

@@ -11,14 +11,14 @@ from jaxtyping import Float32, Int, UInt8
 
 from padim_jax import calibration as calibration_lib
 from padim_jax import (
-    calibration_file,
     copies,
-    fitting,
     image_cache,
     input_pipeline,
     locks,
     parallel,
+    progress,
     scoring_pass,
+    statistics_store,
 )
 from padim_jax import detector as detector_lib
 from padim_jax import suspects as suspects_lib
@@ -29,6 +29,7 @@ from padim_jax.datasets.records import Record, Source
 from padim_jax.detector import Detector
 from padim_jax.errors import DataWarning, UserError
 from padim_jax.paths import Path
+from padim_jax.statistics_store import OnDisk, Store
 from padim_jax.suspects import Suspects
 
 
@@ -67,16 +68,16 @@ def calibrate(detector: Detector, source: Source, origin: str, path: Path) -> De
         process writes to the checkpoint.
     """
     with locks.held(path, parallel.every().process):
-        return find(detector, source, origin, path)
+        return find(detector, source, origin, OnDisk(path))
 
 
-def find(detector: Detector, source: Source, origin: str, path: Path) -> Detector:
-    """As `calibrate`, in a checkpoint that is held by the caller."""
-    return find_ranked(detector, source, origin, path)[0]
+def find(detector: Detector, source: Source, origin: str, store: Store) -> Detector:
+    """As `calibrate`, in a store that is the caller's alone."""
+    return find_ranked(detector, source, origin, store)[0]
 
 
 def find_ranked(
-    detector: Detector, source: Source, origin: str, path: Path
+    detector: Detector, source: Source, origin: str, store: Store
 ) -> tuple[Detector, Suspects | None]:
     """As `calibrate`; and how images that were left out rank, in the first process."""
     config, given = detector.config, origin == "given"
@@ -119,8 +120,8 @@ def find_ranked(
         for size, numbers in passes:
             chosen = sampling.part(source, numbers.tolist())
             if size:
-                seen = fitting.refinalize(seen, path, size)
-            for part in scoring_pass.scores(seen, chosen, "calibrate", cache, size):
+                seen = statistics_store.refinalize(seen, store, size)
+            for part in scoring_pass.scores(seen, chosen, "calibrate", cache):
                 for record, digest in zip(part.records, map(bytes, part.digests), strict=True):
                     if not left_out:
                         _require_unknown(record, digest in unused, origin)
@@ -143,8 +144,8 @@ def find_ranked(
         names = [record.relative_path for record in source.records]
         found = _with_warning(found, samples, names)
     if left_out:
-        detector = fitting.refinalize(seen, path)
-    detector = _keep_thresholds(detector, found, path)
+        detector = statistics_store.refinalize(seen, store)
+    detector = _keep_thresholds(detector, found, store)
     if not left_out or parallel.every().process > 0:
         return detector, None
     back = np.argsort(order)  # to the source's order
@@ -169,25 +170,25 @@ def _rank(
     """Rank images by the scores that they have left out, and print the odd ones."""
     rate = config.threshold.image_rate
     ranked = suspects_lib.rank(names, scores, groups, rate, found.image_threshold)
-    print(suspects_lib.text(ranked))
+    progress.say(suspects_lib.text(ranked))
     return ranked
 
 
 def find_from_model(
-    detector: Detector, path: Path, names: Sequence[str] | None = None
+    detector: Detector, store: Store, names: Sequence[str] | None = None
 ) -> tuple[Detector, Suspects | None]:
     """Thresholds of all images fitted, whose embeddings the model holds.
 
     Args:
       detector: see `calibrate`.
-      path: the checkpoint's folder.
+      store: where its statistics are kept.
       names: of the images, in the order they were fitted, if they are known.
 
     Returns:
       The detector with its thresholds; and, if there are names, how the images rank, in the
       first process.
     """
-    left_out = fitting.refinalize(detector, path, 1)
+    left_out = statistics_store.refinalize(detector, store, 1)
     samples: list[np.ndarray] = []
     every: list[np.ndarray] = []
 
@@ -202,7 +203,7 @@ def find_from_model(
     found = _thresholds(detector, parts(), detector.count, "leave_one_out")
     numbered = [f"image {i + 1}" for i in range(detector.count)]
     found = _with_warning(found, samples, names or numbered)
-    detector = _keep_thresholds(fitting.refinalize(left_out, path), found, path)
+    detector = _keep_thresholds(statistics_store.refinalize(left_out, store), found, store)
     if names is None or parallel.every().process > 0:
         return detector, None
     groups = np.arange(len(names))
@@ -237,7 +238,7 @@ def _with_warning(
     return dataclasses.replace(found, warning=copies.near_copies_text(near, names))
 
 
-def _keep_thresholds(detector: Detector, found: Calibration, path: Path) -> Detector:
+def _keep_thresholds(detector: Detector, found: Calibration, store: Store) -> Detector:
     """The detector with thresholds, which are kept beside the model."""
     copied = detector.count - len(set(map(bytes, detector.images)))
     if copied and found.origin.startswith("leave_") and not found.warning:
@@ -248,11 +249,10 @@ def _keep_thresholds(detector: Detector, found: Calibration, path: Path) -> Dete
             "counts each image once"
         )
         found = dataclasses.replace(found, warning=warning)
-    if parallel.every().process == 0:
-        calibration_file.write(path, found, detector_lib.fingerprint(detector))
-        if found.warning:
-            warnings.warn(DataWarning(f"thresholds: {found.warning}"), stacklevel=2)
-    print(calibration_lib.text(found))
+    store.write_thresholds(found, detector_lib.fingerprint(detector))
+    if found.warning and parallel.every().process == 0:
+        warnings.warn(DataWarning(f"thresholds: {found.warning}"), stacklevel=2)
+    progress.say(calibration_lib.text(found))
     return dataclasses.replace(detector, calibration=found)
 
 

@@ -33,11 +33,11 @@ from padim_jax import (
     checkpoint,
     defaults,
     detector,
-    fitting,
     gaussian,
     low_rank,
     model_file,
     parallel,
+    statistics_store,
 )
 from padim_jax import config as config_lib
 from padim_jax.checkpoint import Fitted
@@ -404,7 +404,7 @@ def check_model_file(form: str, content: bytes, damaged: bool = False) -> None:
         path.write_bytes(content)
         try:
             found = model_file.load(path, ONE)
-            fitting.require_whole(path, found, found.fitted)
+            statistics_store.require_whole(path, found, found.fitted)
             if (found.config.image, found.config.model) != (config().image, config().model):
                 return
             scored = scores(found, found.fitted)
@@ -473,8 +473,8 @@ def check_checkpoint(form: str, change: Callable[[pathlib.Path], None]) -> None:
         shutil.copytree(checkpoint_folder(form), path)
         change(path)
         try:
-            found, _ = fitting.load_checkpoint(path, ONE)
-            ready = fitting.ready(found, "", found.config, random_variables())
+            found, _ = statistics_store.load_checkpoint(path, ONE)
+            ready = statistics_store.ready(found, "", found.config, random_variables())
         except UserError as error:
             # What is found out when the Gaussians are made has no path.
             require_said(error, "not finite" if "finite" in str(error) else str(path))

@@ -512,11 +512,12 @@ def scored() -> tuple[detector.Anomalies, detector.Anomalies, detector.Anomalies
             detector.finalize(statistics, model.regularization, left_out),
             "",
             np.zeros((FITTED, 32), np.uint8),
+            left_out=left_out,
         )
 
     whole, left_out = fit(), fit(left_out=1)
     return (
-        detector.score_pixels(left_out, fitted, left_out=1),
+        detector.score_pixels(left_out, fitted),
         detector.score_pixels(whole, fitted),
         detector.score_pixels(whole, others),
     )

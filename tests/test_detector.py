@@ -221,7 +221,9 @@ def alone(fitted: detector.Detector) -> dict[bool, list[detector.Anomalies]]:
     images = np.asarray(random_images(6, SMALL))
     return {
         left_out: [
-            detector.score_pixels(fitted, images[i][None], left_out)
+            detector.score_pixels(
+                dataclasses.replace(fitted, left_out=int(left_out)), images[i][None]
+            )
             for i in range(4 if left_out else 6)
         ]
         for left_out in (False, True)
@@ -262,7 +264,7 @@ class TestBatches:
         alone: dict[bool, list[detector.Anomalies]],
     ):
         images = np.asarray(random_images(6, SMALL))
-        found = detector.score_pixels(fitted, images[chosen], left_out=True)
+        found = detector.score_pixels(dataclasses.replace(fitted, left_out=1), images[chosen])
         for i, anomaly_map in zip(chosen, found.maps, strict=True):
             np.testing.assert_allclose(anomaly_map, alone[True][i].maps[0], rtol=2e-5)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from fuzzing import FORMS, ONE, examples
 
-from padim_jax import calibration_file, checkpoint, fitting, model_file
+from padim_jax import calibration_file, checkpoint, model_file, statistics_store
 from padim_jax.errors import UserError
 from padim_jax.types import Moments
 
@@ -90,10 +90,10 @@ def test_what_is_whole_is_taken(tmp_path: pathlib.Path):
         path = tmp_path / "model.safetensors"
         path.write_bytes(fuzzing.model_content(form))
         model = model_file.load(path, ONE)
-        fitting.require_whole(path, model, model.fitted)
+        statistics_store.require_whole(path, model, model.fitted)
         exact = fuzzing.scores(model, model.fitted)
         np.testing.assert_array_equal(exact, fuzzing.expected_scores(form))
-        fitting.load_checkpoint(fuzzing.checkpoint_folder(form), ONE)
+        statistics_store.load_checkpoint(fuzzing.checkpoint_folder(form), ONE)
     stored = fuzzing.calibration.to_dict(fuzzing.THRESHOLDS, "a detector")
     (tmp_path / calibration_file.NAME).write_text(json.dumps(stored))
     assert calibration_file.read(tmp_path, "a detector") == fuzzing.THRESHOLDS
@@ -114,9 +114,9 @@ def test_a_checkpoint_with_numbers_that_are_not_finite(form, value, part, tmp_pa
     leaves[place] = jax.numpy.asarray(array)
     broken = dataclasses.replace(fitted, statistics=structure.unflatten(leaves))
     checkpoint.save(tmp_path / "a", broken, ONE)
-    found, identity = fitting.load_checkpoint(tmp_path / "a", ONE)
+    found, identity = statistics_store.load_checkpoint(tmp_path / "a", ONE)
     with pytest.raises(UserError) as caught:
-        fitting.ready(found, identity, found.config, fuzzing.random_variables())
+        statistics_store.ready(found, identity, found.config, fuzzing.random_variables())
     assert re.search(r"not finite.*rows 0 to 0 and columns 9 to 9, of 8x10", str(caught.value))
 
 
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_channels_that_there_are_not(index, tmp_path):
     fitted = crafted(fuzzing.fitted("moments"), index=np.array(index))
     checkpoint.save(tmp_path / "a", fitted, ONE)
     with pytest.raises(UserError, match="a: the model is broken"):
-        fitting.load_checkpoint(tmp_path / "a", ONE)
+        statistics_store.load_checkpoint(tmp_path / "a", ONE)
 
 
 def test_a_checkpoint_of_another_backbone(tmp_path):
@@ -164,14 +164,14 @@ def test_a_checkpoint_of_another_backbone(tmp_path):
         config = dataclasses.replace(fitted.config, model=dataclasses.replace(model, **change))
         checkpoint.save(tmp_path / "a", crafted(fitted, config=config), ONE)
         with pytest.raises(UserError, match="broken"):
-            fitting.load_checkpoint(tmp_path / "a", ONE)
+            statistics_store.load_checkpoint(tmp_path / "a", ONE)
 
 
 def test_a_checkpoint_of_another_number_of_images(tmp_path):
     fitted = fuzzing.fitted("moments")
     checkpoint.save(tmp_path / "a", crafted(fitted, images=fitted.images[:3]), ONE)
     with pytest.raises(UserError, match="statistics are of 4 images, and not of 3"):
-        fitting.load_checkpoint(tmp_path / "a", ONE)
+        statistics_store.load_checkpoint(tmp_path / "a", ONE)
     assert isinstance(fitted.statistics, Moments)
 
 
@@ -188,4 +188,4 @@ def test_a_checkpoint_that_is_half_there(left, tmp_path):
         ):
             file.unlink()
     with pytest.raises(UserError, match=str(path)):
-        fitting.load_checkpoint(path, ONE)
+        statistics_store.load_checkpoint(path, ONE)

@@ -21,6 +21,7 @@ from padim_jax import (
     fitting,
     growing,
     parallel,
+    statistics_store,
     thresholding,
 )
 from padim_jax import config as config_lib
@@ -30,6 +31,7 @@ from padim_jax.datasets.synthetic import generate
 from padim_jax.errors import DataWarning, UserError
 from padim_jax.input_pipeline import FolderSource
 from padim_jax.parallel import Devices
+from padim_jax.statistics_store import OnDisk
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +199,12 @@ def test_scores_of_samples_are_those_of_the_files(
     source = normal(root, 0, 14)
     fitting.train(config, source, tmp_path / "model")
     batch = next(experiment.input_pipeline.batches(source, config.image, 14))
-    expected = detector.score_pixels(experiment.load(tmp_path / "model"), batch.images, True)
+    store = OnDisk(tmp_path / "model")
+    left_out = statistics_store.refinalize(experiment.load(store.path), store, 1)
+    expected = detector.score_pixels(left_out, batch.images)
     for devices in (1, 4):
         monkeypatch.setattr(parallel, "every", lambda devices=devices: Devices(devices))
-        fitted = experiment.load(tmp_path / "model")
+        fitted = statistics_store.refinalize(experiment.load(store.path), store, 1)
         parts = list(detector.score_samples(fitted))
         maps = np.concatenate([found.maps[valid] for found, valid in parts])
         scores = np.concatenate([found.scores[valid] for found, valid in parts])

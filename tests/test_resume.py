@@ -23,6 +23,7 @@ from padim_jax import (
     experiment,
     fitting,
     parallel,
+    statistics_store,
 )
 from padim_jax.checkpoint import Fitted
 from padim_jax.config import Config, validate
@@ -331,13 +332,13 @@ class TestTerminated:
         tmp_path: pathlib.Path,
         monkeypatch: pytest.MonkeyPatch,
     ):
-        path, ready = tmp_path / "checkpoint", fitting.ready
+        path, ready = tmp_path / "checkpoint", statistics_store.ready
 
         def terminated(*args: Any) -> Any:
             terminate()
             return ready(*args)
 
-        monkeypatch.setattr(fitting, "ready", terminated)
+        monkeypatch.setattr(statistics_store, "ready", terminated)
         with pytest.raises(Stopped, match="the fit is finished and saved"):
             fit(make_config(root), path)
         require_identical(saved(path), uninterrupted["moments"])

@@ -278,7 +278,7 @@ class TestModels:
             shutil.copytree(whole, path)
             (path / file.relative_to(whole)).write_bytes(pickle.dumps(bomb(ran)))
             try:  # some are not looked at
-                fitting.load_checkpoint(path, ONE)
+                statistics_store.load_checkpoint(path, ONE)
             except UserError as error:
                 assert str(path) in str(error)  # noqa: PT017
             shutil.rmtree(path)
