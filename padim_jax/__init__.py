@@ -1,11 +1,12 @@
 """PaDiM anomaly detection and localisation in JAX/Flax, as pure functions.
 
 Example:
-  >>> import padim_jax
-  >>> detector = padim_jax.load("results/mvtec_ad_bottle/checkpoint")
-  >>> anomalies = padim_jax.score(detector, ["a.png", "b.png"])  # or uint8 (h, w, 3)
+  >>> import numpy as np, padim_jax
+  >>> good = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
+  >>> detector = padim_jax.fit(good, weights="bundled", channels=20, resize=(64, 64))
+  >>> anomalies = detector.score(good[:2])  # or paths, a folder, Pillow images
   >>> anomalies.maps.shape  # distance from normality, per pixel
-  (2, 256, 256)
+  (2, 64, 64)
   >>> anomalies.scores.shape  # the maximum of each map
   (2,)
 """
@@ -13,20 +14,30 @@ Example:
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Anomalies", "Detector", "UserError", "load", "merge", "score"]
+__all__ = [
+    "Anomalies",
+    "DataWarning",
+    "Detector",
+    "UserError",
+    "fit",
+    "load",
+    "merge",
+    "score",
+]
 
 if TYPE_CHECKING:
-    from padim_jax.detector import Anomalies, Detector, score
-    from padim_jax.errors import UserError
-    from padim_jax.experiment import load
-    from padim_jax.growing import merge
+    from padim_jax.api import Detector, fit, load, merge
+    from padim_jax.detector import Anomalies, score
+    from padim_jax.errors import DataWarning, UserError
 
 _HOMES = {
     "Anomalies": "detector",
-    "Detector": "detector",
+    "DataWarning": "errors",
+    "Detector": "api",
     "UserError": "errors",
-    "load": "experiment",
-    "merge": "growing",
+    "fit": "api",
+    "load": "api",
+    "merge": "api",
     "score": "detector",
 }
 

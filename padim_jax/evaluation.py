@@ -89,6 +89,8 @@ def evaluate_unlocked(
     """As `evaluate`, in a results folder that is held by the caller."""
     if parallel.every().process == 0:  # which keeps the maps
         memory.require_for_maps(config, len(source.records))
+    # While the device computes, for the results that follow.
+    threading.Thread(target=results.import_libraries).start()
     scored, read = score(detector, source)
     found = _summarize_masks(config, source, scored, read)
     summary = dataclasses.replace(summary, masks=found)
@@ -175,8 +177,6 @@ def score(detector: Detector, source: Source) -> tuple[results.Scored | None, _R
     check = masks.FullCheck(sum(record.mask is not None for record in source.records))
     checked = detector.config.dataset.inverted_masks == "check"
     cache = image_cache.open_cache(detector.config.cache)
-    # While the device computes, for the results that follow.
-    threading.Thread(target=results.import_libraries).start()
     parts = []
     read: list[_Read] = []
     for part in scoring_pass.scores(detector, source, "evaluate", cache):

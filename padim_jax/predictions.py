@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from padim_jax import calibration as calibration_lib
-from padim_jax import figures, input_pipeline, paths, results, tables
+from padim_jax import figures, input_pipeline, paths, progress, results, tables
 from padim_jax.calibration import Calibration
 from padim_jax.config import ImageConfig
 from padim_jax.datasets import decoding
@@ -44,13 +44,14 @@ _THREADS = min(8, os.cpu_count() or 1)
 _MOST_TURNED = 1 << 20  # pixels of a map that are turned back together
 
 
-def find(pattern: str) -> list[Record]:
+def find(pattern: str, setting: str = "--input") -> list[Record]:
     """Lists the images to score, sorted; prints what was passed over.
 
     Args:
       pattern: an image file, a folder (images anywhere below it; see `files.walk`) or a
         glob (`**` for any depth), of this machine or remote. Hidden and system folders
         are passed over, but those that the pattern names.
+      setting: what named them, for an error.
 
     Returns:
       Records whose relative paths start at the folder that all images share.
@@ -70,11 +71,11 @@ def find(pattern: str) -> list[Record]:
         found, hidden = _matching(given, pattern)
         base = _common_folder(found) if found else given
     if text := passed_over(hidden):
-        print(text)
+        progress.say(text)
     if not found:
         raise UserError(
-            f"--input={pattern}: no image there; expected an image file, a folder of images or "
-            "a quoted glob, as in '--input=parts/**/*.png'"
+            f"{setting}={pattern}: no image there; expected an image file, a folder of images "
+            f"or a quoted glob, as in '{setting}=parts/**/*.png'"
         )
     return [
         Record("test", path, None, 0, UNKNOWN, path.relative_to(base).as_posix())

@@ -1,0 +1,476 @@
+"""What a Python program does with PaDiM: fit, score, evaluate, extend, save.
+
+Nothing here prints, and nothing is written but by `Detector.save` and `Detector.export`. The
+command line does the same by the same functions, with files around them.
+"""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from padim_jax import (
+    calibration_file,
+    checkpoint,
+    copies,
+    defaults,
+    evaluation,
+    experiment,
+    fitting,
+    growing,
+    image_inputs,
+    input_pipeline,
+    locks,
+    memory,
+    parallel,
+    paths,
+    results,
+    statistics_store,
+    thresholding,
+)
+from padim_jax import config as config_lib
+from padim_jax import detector as detector_lib
+from padim_jax import progress as progress_lib
+from padim_jax.calibration import Calibration
+from padim_jax.config import Config
+from padim_jax.datasets import sampling
+from padim_jax.datasets.records import Source
+from padim_jax.detector import Anomalies
+from padim_jax.errors import UserError
+from padim_jax.image_inputs import Images
+from padim_jax.statistics_store import InMemory, OnDisk, Store
+
+# The groups of settings that matter to a fit from Python; others are about files.
+_GROUPS = ("image", "model", "map", "threshold")
+_TOP = ("batch_size",)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Detector(detector_lib.Detector):
+    """A fitted model, and all that a program does with it.
+
+    It is a frozen pytree, equal to itself alone: methods that change a model return another.
+    See `padim_jax.fit` and `padim_jax.load`. For its attributes see `detector.Detector`.
+
+    Attributes:
+      store: where the statistics are, which `save`, `update` and `merge` take; None of a model
+        file, which has none.
+    """
+
+    store: Store | None = None
+
+    @property
+    def thresholds(self) -> Calibration | None:
+        """The thresholds from normal images, if there are any."""
+        return self.calibration
+
+    def score(self, images: Images) -> Anomalies:
+        """Score images of any size.
+
+        Args:
+          images: a folder, paths, arrays (h, w, 3) or (h, w), a stack of them, Pillow images,
+            bytes or open files; see `padim_jax.score`.
+
+        Returns:
+          Anomaly maps (n, h, w) at the size of the detector's input, scores (n,), and with
+          thresholds what is anomalous and how rare it is.
+
+        Raises:
+          UserError: an image cannot be used.
+          TypeError: something else than images was given.
+        """
+        return detector_lib.score(self, _items(images))
+
+    def stream(
+        self, images: Images, batch_size: int | None = None
+    ) -> Generator[Anomalies, None, None]:
+        """Score images batch by batch, in bounded memory; the next batch is decoded meanwhile.
+
+        Args:
+          images: see `score`; of an iterable no more than two batches are taken ahead.
+          batch_size: images a batch; None takes `config.batch_size`.
+
+        Yields:
+          What `score` returns of the next images.
+
+        Raises:
+          UserError: see `score`.
+          TypeError: see `score`.
+        """
+        items = _items(images) if isinstance(images, str | os.PathLike) else images
+        return detector_lib.stream(self, items, batch_size)
+
+    def embed(self, images: Images) -> Float32[np.ndarray, "n _h _w _d"]:
+        """Return the patch embeddings of images, for which see `detector.embed`.
+
+        Args:
+          images: see `score`.
+        """
+        items, config = _items(images), self.config
+        height, width = detector_lib.patch_grid(config.image, config.model.layers)
+        embeddings = np.empty((len(items), height, width, len(self.index)), np.float32)
+        size = config.batch_size
+        for start in range(0, len(items), size):
+            pixels = [
+                input_pipeline.load_input(item, f"images[{start + i}]", config.image)[0]
+                for i, item in enumerate(items[start : start + size])
+            ]
+            embeddings[start : start + size] = detector_lib.embed(self, np.stack(pixels))
+        return embeddings
+
+    def evaluate(
+        self,
+        images: Images,
+        labels: Iterable[bool],
+        masks: Iterable[input_pipeline.Input | None] | None = None,
+    ) -> dict[str, Any]:
+        """Measure how well the detector tells anomalous images, and their defects' pixels.
+
+        Args:
+          images: see `score`.
+          labels: (n,), True for an anomalous image.
+          masks: for each image a mask of its own size, not 0 where the defect is, as an array
+            (h, w), a path or a Pillow image; None of a normal image, or where it is unknown.
+
+        Returns:
+          The exact metrics of `metrics.evaluate` (`image_auroc`, `pixel_auroc`, `aupro`, ...)
+          and, with thresholds, what these do: see `results.measure`.
+
+        Raises:
+          UserError: numbers of images, labels and masks differ, one cannot be used, or there is
+            too little memory.
+        """
+        with progress_lib.showing(lines=False, bars=False):
+            source = image_inputs.labelled(images, labels, masks)
+            detector = _without_cache(self)
+            memory.require_for_maps(self.config, len(source.records))
+            scored, _ = evaluation.score(detector, source)
+            assert scored is not None
+            return results.measure(scored, self.calibration)
+
+    def update(
+        self, images: Images, *, thresholds: Images | None = None, progress: bool = False
+    ) -> "Detector":
+        """Return the detector extended by normal images; those that it knows are left out.
+
+        The result is that of one fit to all, up to rounding. Thresholds are found again: from
+        `thresholds`, else from the model itself in the low-rank form (few images), else from
+        the images given here, each left out.
+
+        Args:
+          images: see `score`.
+          thresholds: normal images that are not fitted.
+          progress: whether to show one, where standard error is a terminal.
+
+        Raises:
+          UserError: an image cannot be used, or the detector has no statistics.
+        """
+        with progress_lib.showing(lines=False, bars=progress):
+            devices, config = _one_process("update"), _uncached(self.config)
+            store = _statistics(self)
+            source = copies.distinct(image_inputs.source(images), devices)
+            known = set(map(bytes, self.images))
+            new = [i for i, digest in enumerate(source.digests) if bytes(digest) not in known]
+            if not new:
+                return self
+            fitted, _ = store.statistics()
+            total = len(fitted.images) + len(new)
+            memory.require(config, total, devices)
+            model, index = config.model, fitted.index.tolist()
+            shapes = detector_lib.pyramid(config.image, model, index).shapes
+            statistics = detector_lib.extend(fitted.statistics, shapes, total, model.statistics)
+            fitted = dataclasses.replace(fitted, statistics=statistics)
+            part = sampling.part(source, new)
+            fitted = fitting.add_images(fitted, part, 0, config, self.variables, devices)
+            store = InMemory.keep(fitted, devices)
+            detector = fitting.finalize(fitted, store.identity, part, config, self.variables)
+            if thresholds is not None:
+                detector = thresholding.find(
+                    detector, image_inputs.source(thresholds), "held_out", store
+                )
+            else:
+                hashed = [(source, source.digests)]
+                detector = growing.find_thresholds(detector, [{}], hashed, store)
+            return _public(detector, store)
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write the model to a checkpoint's folder, which `padim_jax.load` and others take.
+
+        Args:
+          path: the folder.
+          overwrite: replace a model that is there.
+
+        Raises:
+          UserError: there is something, the detector has no statistics, or the disk is full.
+        """
+        devices, place = _one_process("save"), paths.parse(os.fspath(path))
+        with locks.held(place, devices.process), paths.explained():
+            if not overwrite and checkpoint.fitted_config(place) is not None:
+                raise UserError(
+                    f"{place}: holds a model; name another folder, or replace it with "
+                    "overwrite=True"
+                )
+            fitted, _ = _statistics(self).statistics()
+            fitting.make_folder(place.parent)
+            checkpoint.save(place, fitted, devices)
+            if self.calibration is not None:
+                mark = detector_lib.fingerprint(self)
+                calibration_file.write(place, self.calibration, mark)
+
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write a model file (.safetensors): for scoring alone, loaded without factorising.
+
+        Args:
+          path: the file; an earlier one is replaced.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
+        with progress_lib.showing(lines=False, bars=False):
+            experiment.export(self, paths.parse(os.fspath(path)))
+
+
+detector_lib.register(Detector)
+
+
+def fit(
+    images: Images,
+    *,
+    preset: str = "anomalib",
+    thresholds: str | Images = "leave_one_out",
+    config: Config | Mapping[str, Any] | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Detector:
+    """Fit PaDiM to normal images (Defard et al., arXiv 2011.08785).
+
+    Args:
+      images: normal images: a folder (images anywhere below it), a glob, paths, arrays
+        (h, w, 3) or (h, w), a stack of them, Pillow images, bytes or open files. Copies count
+        once.
+      preset: "anomalib", "seed", "paper" or "rd"; see `defaults.get_config`.
+      thresholds: "leave_one_out" (each image as the model without it scores it), "none", or
+        normal images that are not fitted, given as `images` are.
+      config: instead of a preset, a whole configuration.
+      progress: whether to show one, where standard error is a terminal.
+      **settings: by their short names, as in `backbone="resnet18"`, `channels=100`,
+        `resize=(256, 256)`, `weights="bundled"`; `defaults` explains them all. Where two
+        groups have a setting of this name, the group goes before it: `model_seed`,
+        `image_seed`, `model_upsample`, `map_upsample`.
+
+    Returns:
+      The fitted detector, with thresholds.
+
+    Raises:
+      UserError: a wrong setting, too few images, one that cannot be used, weights that cannot
+        be had, or too little memory.
+      TypeError: `images` are none.
+
+    Example:
+      >>> import numpy as np, padim_jax
+      >>> good = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
+      >>> detector = padim_jax.fit(good, weights="bundled", channels=20, resize=(64, 64))
+      >>> detector.count
+      8
+      >>> detector.score(good).maps.shape
+      (8, 64, 64)
+    """
+    values = _values(preset, config, settings)
+    values["dataset"]["root"] = image_inputs.folder(images)
+    words = ("leave_one_out", "none")
+    normal = next(
+        (word for word in words if isinstance(thresholds, str) and thresholds == word),
+        "held_out",
+    )
+    values["threshold"]["normal"] = normal
+    chosen = _uncached(config_lib.validate(values))
+    with progress_lib.showing(lines=False, bars=progress):
+        devices = _one_process("fit")
+        source = copies.distinct(image_inputs.source(images), devices)
+        if (count := len(source.records)) < 2:
+            raise UserError(f"{count} normal image(s) to fit; a covariance needs at least 2")
+        chosen = fitting.with_range(chosen, source)
+        memory.require(chosen, count, devices)
+        leave_out = normal == "leave_one_out" and count >= 3
+        if leave_out:
+            thresholding.require_groups(chosen, source)
+        backbone = fitting.load_backbone(chosen.model, devices)
+        fitted = fitting.begin(chosen, source, backbone, devices)
+        variables = parallel.replicate(
+            detector_lib.with_projection(backbone[0], fitted.projection), devices
+        )
+        fitted = fitting.add_images(fitted, source, 0, chosen, variables, devices)
+        fitted = dataclasses.replace(fitted, unfinished=None)
+        store = InMemory.keep(fitted, devices)
+        left_out = int(leave_out and not chosen.threshold.groups)
+        detector = fitting.finalize(fitted, store.identity, source, chosen, variables, left_out)
+        if leave_out:
+            detector = thresholding.find(detector, source, "leave_one_out", store)
+        elif normal == "held_out":
+            held_out: Source = image_inputs.source(thresholds)
+            detector = thresholding.find(detector, held_out, "held_out", store)
+        return _public(detector, store)
+
+
+def load(
+    path: str | os.PathLike[str],
+    config: Config | config_lib.Overrides | None = None,
+    weights: str | None = None,
+) -> Detector:
+    """Load a fitted detector.
+
+    It serves the process that loads it: JAX does not work after a fork. Where several
+    processes score, start them by "spawn" and load it in each.
+
+    Args:
+      path: a checkpoint's folder, or a model file.
+      config: None takes the model's own; see `experiment.load`.
+      weights: where the backbone's weights are now, if not where they were.
+
+    Raises:
+      UserError: no model there, or one that is fitted with something else than asked for.
+    """
+    place = paths.parse(os.fspath(path))
+    detector = experiment.load(place, config, weights)
+    return _public(detector, None if place.is_file() else OnDisk(place))
+
+
+def merge(
+    models: Sequence[Detector | str | os.PathLike[str]],
+    destination: str | os.PathLike[str] | None = None,
+) -> Detector:
+    """Join detectors that were fitted to disjoint images of the same kind.
+
+    The result is that of one fit to all images, up to rounding.
+
+    Args:
+      models: at least two: detectors, or checkpoints' folders.
+      destination: for folders: where the merged model goes, with its thresholds found again
+        where its images are still at hand; see `growing.merge`.
+
+    Raises:
+      UserError: a model has no statistics, models differ in settings, channels or weights, or
+        share an image.
+    """
+    folders = [model for model in models if not isinstance(model, detector_lib.Detector)]
+    if destination is not None:
+        if len(folders) < len(models):
+            raise UserError(
+                "destination: for models on disk; merge detectors without it, and save the "
+                "result"
+            )
+        growing.merge(folders, destination)
+        return load(destination)
+    if len(models) < 2:
+        raise UserError(f"{len(models)} model(s) to merge; expected at least 2")
+    with progress_lib.showing(lines=False, bars=False):
+        devices = _one_process("merge")
+        detectors = [model if isinstance(model, Detector) else load(model) for model in models]
+        fitted, _ = fitting.join([_statistics(detector) for detector in detectors])
+        store = InMemory.keep(fitted, devices)
+        first = detectors[0]
+        merged = statistics_store.ready(fitted, store.identity, first.config, first.variables)
+        merged = growing.find_thresholds(merged, [], [], store)
+        return _public(merged, store)
+
+
+def _items(images: Images) -> list[input_pipeline.Input]:
+    """Images one by one; a single one is told by `detector.score`."""
+    if isinstance(images, str | os.PathLike):
+        return [record.image for record in image_inputs.source(images).records]
+    input_pipeline.require_several(images)
+    return list(images)
+
+
+def _values(
+    preset: str, config: Config | Mapping[str, Any] | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A whole configuration with the settings of a call."""
+    if config is None:
+        values = defaults.get_config(preset).to_dict()
+        values["dataset"]["name"], values["category"] = "folder", ""
+    elif isinstance(config, Config):
+        values = config_lib.to_dict(config)
+    else:
+        values = dict(getattr(config, "to_dict", lambda: config)())
+    given = dict(settings)
+    places = _places()
+    # The weights' name follows the backbone's, unless it is given.
+    if config is None and "backbone" in given and "weights" not in given:
+        given["weights"] = f"{given['backbone']}.tv_in1k"
+    for name, value in given.items():
+        if name not in places:
+            close = difflib.get_close_matches(name, places, n=1)
+            raise UserError(
+                f"{name}: no such setting"
+                + (f"; did you mean {close[0]}?" if close else "")
+                + f". Expected one of {', '.join(sorted(places))}"
+            )
+        if len(places[name]) > 1:
+            groups = " or ".join(f"{group}_{name}" for group in places[name])
+            raise UserError(f"{name}: a setting of several groups; expected {groups}")
+        group, field = places[name][0], name
+        if group is None:
+            values[name] = value
+            continue
+        if field not in values[group]:
+            field = name.removeprefix(f"{group}_")
+        values[group][field] = value
+    return values
+
+
+def _places() -> dict[str, list[Any]]:
+    """Of each short name the groups that have it."""
+    schemas = {field.name: field.type for field in dataclasses.fields(Config)}
+    places: dict[str, list[Any]] = {name: [None] for name in _TOP}
+    names: dict[str, list[str]] = {}
+    for group in _GROUPS:
+        for field in dataclasses.fields(schemas[group]):  # pyright: ignore[reportArgumentType]
+            if (group, field.name) != ("threshold", "normal"):
+                names.setdefault(field.name, []).append(group)
+    for name, groups in names.items():
+        places[name] = groups
+        if len(groups) > 1:
+            places |= {f"{group}_{name}": [group] for group in groups}
+    return places
+
+
+def _uncached(config: Config) -> Config:
+    """The same without files of decoded images or compiled programs."""
+    cache = dataclasses.replace(config.cache, images_gb=0.0, compilation=False)
+    return dataclasses.replace(config, cache=cache)
+
+
+def _without_cache(detector: detector_lib.Detector) -> detector_lib.Detector:
+    return dataclasses.replace(detector, config=_uncached(detector.config))
+
+
+def _statistics(detector: Detector) -> Store:
+    if detector.store is None:
+        raise UserError(
+            "the detector comes from a model file, which has no statistics; load its "
+            "checkpoint instead"
+        )
+    return detector.store
+
+
+def _one_process(what: str) -> parallel.Devices:
+    devices = parallel.every()
+    if devices.processes > 1:
+        raise UserError(
+            f"{what}: {devices.processes} processes; from Python there is one. Use the command "
+            "line for several hosts"
+        )
+    return devices
+
+
+def _public(detector: detector_lib.Detector, store: Store | None) -> Detector:
+    fields = {
+        field.name: getattr(detector, field.name)
+        for field in dataclasses.fields(detector_lib.Detector)
+    }
+    return Detector(**fields, store=store)
