@@ -36,6 +36,7 @@ from padim_jax import config as config_lib
 from padim_jax import detector as detector_lib
 from padim_jax import progress as progress_lib
 from padim_jax.calibration import Calibration
+from padim_jax.checkpoint import Fitted
 from padim_jax.config import Config
 from padim_jax.datasets import sampling
 from padim_jax.datasets.records import Source
@@ -171,15 +172,14 @@ class Detector(detector_lib.Detector):
         """
         with progress_lib.showing(lines=False, bars=progress):
             devices, config = _one_process("update"), _uncached(self.config)
-            store = _statistics(self)
             source = copies.distinct(image_inputs.source(images), devices)
             known = set(map(bytes, self.images))
             new = [i for i, digest in enumerate(source.digests) if bytes(digest) not in known]
             if not new:
                 return self
-            fitted, _ = store.statistics()
+            fitted = _fitted(self)
             total = len(fitted.images) + len(new)
-            memory.require(config, total, devices)
+            memory.require(config, total, devices, kept=True)
             model, index = config.model, fitted.index.tolist()
             shapes = detector_lib.pyramid(config.image, model, index).shapes
             statistics = detector_lib.extend(fitted.statistics, shapes, total, model.statistics)
@@ -214,7 +214,7 @@ class Detector(detector_lib.Detector):
                     f"{place}: holds a model; name another folder, or replace it with "
                     "overwrite=True"
                 )
-            fitted, _ = _statistics(self).statistics()
+            fitted = _fitted(self)
             fitting.make_folder(place.parent)
             checkpoint.save(place, fitted, devices)
             if self.calibration is not None:
@@ -294,7 +294,7 @@ def fit(
         if (count := len(source.records)) < 2:
             raise UserError(f"{count} normal image(s) to fit; a covariance needs at least 2")
         chosen = fitting.with_range(chosen, source)
-        memory.require(chosen, count, devices)
+        memory.require(chosen, count, devices, kept=True)
         leave_out = normal == "leave_one_out" and count >= 3
         if leave_out:
             thresholding.require_groups(chosen, source)
@@ -370,7 +370,7 @@ def merge(
     with progress_lib.showing(lines=False, bars=False):
         devices = _one_process("merge")
         detectors = [model if isinstance(model, Detector) else load(model) for model in models]
-        fitted, _ = fitting.join([_statistics(detector) for detector in detectors])
+        fitted, _ = fitting.join([_store(detector) for detector in detectors])
         store = InMemory.keep(fitted, devices)
         first = detectors[0]
         merged = statistics_store.ready(fitted, store.identity, first.config, first.variables)
@@ -449,13 +449,22 @@ def _without_cache(detector: detector_lib.Detector) -> detector_lib.Detector:
     return dataclasses.replace(detector, config=_uncached(detector.config))
 
 
-def _statistics(detector: Detector) -> Store:
+def _store(detector: Detector) -> Store:
     if detector.store is None:
         raise UserError(
             "the detector comes from a model file, which has no statistics; load its "
             "checkpoint instead"
         )
     return detector.store
+
+
+def _fitted(detector: Detector) -> Fitted:
+    """The detector's statistics, on the devices."""
+    store = _store(detector)
+    fitted, identity = store.statistics()
+    if identity != detector.identity:
+        raise UserError(f"{store}: holds another model by now; load it again")
+    return fitted
 
 
 def _one_process(what: str) -> parallel.Devices:

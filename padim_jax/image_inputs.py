@@ -15,7 +15,7 @@ from PIL import Image
 
 from padim_jax import input_pipeline, paths, predictions
 from padim_jax.datasets import decoding
-from padim_jax.datasets.files import read_file, shown
+from padim_jax.datasets.files import read_file
 from padim_jax.datasets.records import GOOD, Record
 from padim_jax.errors import UserError
 from padim_jax.input_pipeline import Input
@@ -155,4 +155,4 @@ def _png(image: Image.Image) -> bytes:
 
 def folder(images: Images) -> str:
     """Return where images come from, for the configuration of a model."""
-    return shown(os.fspath(images)) if isinstance(images, str | os.PathLike) else "."
+    return os.fspath(images) if isinstance(images, str | os.PathLike) else "."

@@ -127,7 +127,9 @@ def estimate_evaluation(config: Config, images: int, tests: int, devices: Device
     return int(_PROGRAM) + needed.fitted + max(needed.batch, maps)
 
 
-def require(config: Config, images: int, devices: Devices, tests: int = 0) -> None:
+def require(
+    config: Config, images: int, devices: Devices, tests: int = 0, kept: bool = False
+) -> None:
     """Says what a run will take of each memory, and stops one that there is too little for.
 
     Args:
@@ -135,11 +137,14 @@ def require(config: Config, images: int, devices: Devices, tests: int = 0) -> No
       images: how many.
       devices: that share the statistics and a batch.
       tests: images that are evaluated next; 0 for none.
+      kept: whether a copy of the statistics stays in the machine's memory.
 
     Raises:
       UserError: what it takes, what there is, and what would take less.
     """
     needed, free = estimate(config, images, devices), available()
+    copy = needed.statistics if kept and not parallel.memory_grows() else 0
+    needed = dataclasses.replace(needed, total=needed.total + copy)
     said = (
         f"about {needed.total / _GB:.1f} GB of memory to fit {images} images: "
         f"{needed.statistics / _GB:.2f} GB of statistics ({needed.form}), "
@@ -162,7 +167,7 @@ def require(config: Config, images: int, devices: Devices, tests: int = 0) -> No
         advice.append("config.model.precision=bfloat16 (half the feature maps)")
     if parallel.memory_grows():
         advice.append("more devices, which share the statistics out")
-    if channels := _most_channels(config, images, devices, free):
+    if channels := _most_channels(config, images, devices, free - copy):
         choice = f"config.model.channels={channels} (the most that fit)"
         if config.model.reduction == "none":
             choice = f"config.model.reduction={_fewer(config)} with {choice}"

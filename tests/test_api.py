@@ -311,6 +311,9 @@ class TestGrowing:
         np.testing.assert_array_equal(maps(larger, arrays), maps(expected, arrays))
         larger.save(tmp_path / "larger")
         assert padim_jax.load(tmp_path / "larger").count == len(arrays)
+        larger.save(tmp_path / "part", overwrite=True)
+        with pytest.raises(padim_jax.UserError, match="holds another model by now"):
+            loaded.update(arrays)
 
     def test_exported(
         self, arrays: np.ndarray, fitted: padim_jax.Detector, tmp_path: pathlib.Path

@@ -328,6 +328,15 @@ class TestRequire:
             out,
         ), out
 
+    def test_a_copy_of_the_statistics(self, free):
+        config = make_config()
+        needed = memory.estimate(config, 209, ONE)
+        free(needed.total + needed.statistics)
+        memory.require(config, 209, ONE, kept=True)
+        free(needed.total + needed.statistics - 1)
+        with pytest.raises(UserError, match="not enough memory"):
+            memory.require(config, 209, ONE, kept=True)
+
     def test_a_byte_too_little(self, free, capsys: pytest.CaptureFixture[str]):
         config = make_config("wide_resnet50_2", **{"model.channels": 550})
         needed = memory.estimate(config, 100, ONE)

@@ -37,6 +37,7 @@ from padim_jax import (
     model_file,
     paths,
     results,
+    statistics_store,
     tables,
 )
 from padim_jax.config import Config, validate
