@@ -940,7 +940,7 @@ def score(
       TypeError: an array of another type or shape, or a single image was given.
     """
     if isinstance(images, str | os.PathLike):
-        raise TypeError("images: a single path; expected several, as in [path]")
+        raise TypeError("images: a single image; expected several, as in [image]")
     input_pipeline.require_several(images)
     # Few shapes, few compilations: up to a batch the next power of two, then whole batches.
     size = min(detector.config.batch_size, 1 << max(0, len(images) - 1).bit_length())

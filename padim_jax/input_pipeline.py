@@ -317,7 +317,7 @@ def require_several(images: object) -> None:
     if isinstance(images, np.ndarray):
         single = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3, 4))
     if single:
-        raise TypeError("images: a single image; expected several, as in [image, ...]")
+        raise TypeError("images: a single image; expected several, as in [image]")
 
 
 def open_input(item: Input, name: str, counts: Range) -> Image.Image:
