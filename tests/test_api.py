@@ -58,6 +58,7 @@ class TestFit:
                 "model.weights": "bundled",
                 "model.channels": 20,
                 "image.resize": (SIZE, SIZE),
+                "batch_size": SETTINGS["batch_size"],
             }
         )
         valid = config.validate(values)
