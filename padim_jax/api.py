@@ -241,7 +241,7 @@ def fit(
     images: Images,
     *,
     preset: str = "anomalib",
-    thresholds: str | Images = "leave_one_out",
+    thresholds: str | Images | None = None,
     config: Config | Mapping[str, Any] | None = None,
     progress: bool = False,
     **settings: Any,
@@ -253,10 +253,11 @@ def fit(
         (h, w, 3) or (h, w), a stack of them, Pillow images, bytes or open files. Copies count
         once.
       preset: "anomalib", "seed", "paper" or "rd"; see `defaults.get_config`.
-      thresholds: "leave_one_out" (each image as the model without it scores it), "none", or
-        normal images that are not fitted, given as `images` are.
-      config: instead of a preset, a whole configuration.
-      progress: whether to show one, where standard error is a terminal.
+      thresholds: "leave_one_out" (each image as the model without it scores it; the default),
+        "none", or normal images that are not fitted, given as `images` are.
+      config: instead of a preset, a whole configuration, of which `threshold.normal` counts
+        where `thresholds` is None.
+      progress: whether to show progress bars, where standard error is a terminal.
       **settings: by their short names, as in `backbone="resnet18"`, `channels=100`,
         `resize=(256, 256)`, `weights="bundled"`; `defaults` explains them all. Where two
         groups have a setting of this name, the group goes before it: `model_seed`,
@@ -281,11 +282,7 @@ def fit(
     """
     values = _values(preset, config, settings)
     values["dataset"]["root"] = image_inputs.folder(images)
-    words = ("leave_one_out", "none")
-    normal = next(
-        (word for word in words if isinstance(thresholds, str) and thresholds == word),
-        "held_out",
-    )
+    normal = _origin(thresholds, values["threshold"]["normal"])
     values["threshold"]["normal"] = normal
     chosen = _uncached(config_lib.validate(values))
     with progress_lib.showing(lines=False, bars=progress):
@@ -311,6 +308,7 @@ def fit(
         if leave_out:
             detector = thresholding.find(detector, source, "leave_one_out", store)
         elif normal == "held_out":
+            assert thresholds is not None
             held_out: Source = image_inputs.source(thresholds)
             detector = thresholding.find(detector, held_out, "held_out", store)
         return _public(detector, store)
@@ -363,8 +361,9 @@ def merge(
                 "destination: for models on disk; merge detectors without it, and save the "
                 "result"
             )
-        growing.merge(folders, destination)
-        return load(destination)
+        with progress_lib.showing(lines=False, bars=False):
+            growing.merge(folders, destination)
+            return load(destination)
     if len(models) < 2:
         raise UserError(f"{len(models)} model(s) to merge; expected at least 2")
     with progress_lib.showing(lines=False, bars=False):
@@ -376,6 +375,20 @@ def merge(
         merged = statistics_store.ready(fitted, store.identity, first.config, first.variables)
         merged = growing.find_thresholds(merged, [], [], store)
         return _public(merged, store)
+
+
+def _origin(thresholds: str | Images | None, configured: str) -> str:
+    """Which normal images thresholds are of, as `config.threshold.normal` says it."""
+    if thresholds is None:
+        if configured == "held_out":
+            raise UserError(
+                "config.threshold.normal=held_out: give the images that are held out as "
+                "thresholds=..."
+            )
+        return "leave_one_out" if configured == "auto" else configured
+    if isinstance(thresholds, str) and thresholds in ("leave_one_out", "none"):
+        return thresholds
+    return "held_out"
 
 
 def _items(images: Images) -> list[input_pipeline.Input]:

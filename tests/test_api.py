@@ -1,5 +1,6 @@
 """The Python API: what it takes, what it returns, and that it agrees with the command line."""
 
+import dataclasses
 import doctest
 import io
 import pathlib
@@ -150,8 +151,12 @@ class TestFit:
         found = padim_jax.fit(arrays[:4], **SETTINGS, model_seed=7, map_upsample="bicubic")
         own = found.config
         assert (own.model.seed, own.map.upsample, own.batch_size) == (7, "bicubic", 4)
-        again = padim_jax.fit(arrays[:4], config=own)
+        silent = dataclasses.replace(
+            own, threshold=dataclasses.replace(own.threshold, normal="none")
+        )
+        again = padim_jax.fit(arrays[:4], config=silent)
         assert again.config.model == own.model
+        assert again.thresholds is None
 
     @pytest.mark.parametrize(
         ("images", "error", "message"),
