@@ -108,3 +108,62 @@ def test_estimate_and_peak(train: int, test: int, settings: dict, tmp_path: path
     estimate = max(fit, memory.estimate_evaluation(valid, train, test, one))
     print(f"estimate {estimate / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")
     assert abs(estimate - peak) <= 0.2 * peak
+
+
+FITTING = """
+import json, pathlib, sys, warnings
+from padim_jax import config, dataset_splits, defaults, experiment
+warnings.simplefilter("ignore")  # of random images
+values = defaults.get_config()
+values.update_from_flattened_dict({k: tuple(v) if isinstance(v, list) else v
+    for k, v in json.loads(sys.argv[2]).items()})
+valid = config.validate(values)
+path = pathlib.Path(sys.argv[1]) / "checkpoint"
+experiment.train(valid, dataset_splits.open_dataset(valid), path)
+"""
+PREDICTING = """
+import pathlib, re, sys, warnings
+from padim_jax import experiment, predictions
+from padim_jax.input_pipeline import FolderSource
+warnings.simplefilter("ignore")
+work = pathlib.Path(sys.argv[1])
+source = FolderSource(predictions.find(str(work / "data/part/test")))
+experiment.predict(experiment.load(work / "checkpoint"), source, work)
+status = pathlib.Path("/proc/self/status").read_text()
+print("peak", 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says what a process took at most")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image.resize": [256, 256], "batch_size": 32},
+        {"image.resize": [256, 256], "batch_size": 8, "model.channels": 448},
+        {"image.resize": [512, 512], "batch_size": 32, **FAST},
+    ],
+    ids=["batch", "model", "large batch"],
+)
+def test_estimate_and_peak_of_predictions(settings: dict, tmp_path: pathlib.Path):
+    write_dataset(tmp_path / "data", 12, 80)
+    flat: dict[str, Any] = {
+        "dataset.root": str(tmp_path / "data"),
+        "category": "part",
+        "model.weights": "random",
+        "model.statistics": "moments",
+        "threshold.normal": "none",
+        "cache.images_gb": 0.0,
+        "cache.dir": str(tmp_path / "cache"),
+        **settings,
+    }
+    for code in (FITTING, PREDICTING):
+        command = [sys.executable, "-c", code, str(tmp_path), json.dumps(flat)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.rsplit("peak ", 1)[1])
+    values: Any = defaults.get_config()
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}
+    values.update_from_flattened_dict(tuples)
+    estimate = memory.estimate_prediction(config.validate(values), 12, Devices(1))
+    print(f"estimate {estimate / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")
+    assert abs(estimate - peak) <= 0.2 * peak
