@@ -463,8 +463,10 @@ class TestEvaluation:
     ):
         config = make_config()
         memory.require_for_scores(config, 60, ONE, tests)
-        what = "to evaluate 10 test images" if tests else "to score in batches of 32"
-        assert re.match(rf"about 0\.9 GB of memory {what}", capsys.readouterr().out)
+        what = r"0\.9 GB of memory to evaluate 10 test images"
+        if not tests:  # and writes as it goes
+            what = r"1\.0 GB of memory to score in batches of 32"
+        assert re.match(f"about {what}", capsys.readouterr().out)
         monkeypatch.setattr(memory, "available", lambda: GB // 10)
         with pytest.raises(
             UserError, match=r"score a batch of 32; 0\.1 GB are free.*batch_size"
