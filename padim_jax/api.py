@@ -1,4 +1,4 @@
-"""What a Python program does with PaDiM: fit, score, evaluate, extend, save.
+"""The Python API: fit, score, evaluate, extend and save detectors.
 
 Nothing here prints, and nothing is written but by `Detector.save` and `Detector.export`. The
 command line does the same by the same functions, with files around them.
@@ -378,7 +378,7 @@ def merge(
 
 
 def _origin(thresholds: str | Images | None, configured: str) -> str:
-    """Which normal images thresholds are of, as `config.threshold.normal` says it."""
+    """Return the value of `config.threshold.normal` that a call asks for."""
     if thresholds is None:
         if configured == "held_out":
             raise UserError(
@@ -392,7 +392,11 @@ def _origin(thresholds: str | Images | None, configured: str) -> str:
 
 
 def _items(images: Images) -> list[input_pipeline.Input]:
-    """Images one by one; a single one is told by `detector.score`."""
+    """Return the images one by one.
+
+    Raises:
+      TypeError: a single image was given.
+    """
     if isinstance(images, str | os.PathLike):
         return [record.image for record in image_inputs.source(images).records]
     input_pipeline.require_several(images)
@@ -402,7 +406,7 @@ def _items(images: Images) -> list[input_pipeline.Input]:
 def _values(
     preset: str, config: Config | Mapping[str, Any] | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A whole configuration with the settings of a call."""
+    """Return a whole configuration with the settings of a call."""
     if config is None:
         values = defaults.get_config(preset).to_dict()
         values["dataset"]["name"], values["category"] = "folder", ""
@@ -437,7 +441,7 @@ def _values(
 
 
 def _places() -> dict[str, list[Any]]:
-    """Of each short name the groups that have it."""
+    """Map each short name to the groups that have a setting of this name."""
     schemas = {field.name: field.type for field in dataclasses.fields(Config)}
     places: dict[str, list[Any]] = {name: [None] for name in _TOP}
     names: dict[str, list[str]] = {}
@@ -453,7 +457,7 @@ def _places() -> dict[str, list[Any]]:
 
 
 def _uncached(config: Config) -> Config:
-    """The same without files of decoded images or compiled programs."""
+    """Return the same configuration, which keeps no files of images or programs."""
     cache = dataclasses.replace(config.cache, images_gb=0.0, compilation=False)
     return dataclasses.replace(config, cache=cache)
 
@@ -472,7 +476,7 @@ def _store(detector: Detector) -> Store:
 
 
 def _fitted(detector: Detector) -> Fitted:
-    """The detector's statistics, on the devices."""
+    """Return the detector's statistics, on the devices."""
     store = _store(detector)
     fitted, identity = store.statistics()
     if identity != detector.identity:

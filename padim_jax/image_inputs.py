@@ -13,9 +13,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from padim_jax import input_pipeline, paths, predictions
+from padim_jax import input_pipeline, predictions
 from padim_jax.datasets import decoding
-from padim_jax.datasets.files import read_file
 from padim_jax.datasets.records import GOOD, Record
 from padim_jax.errors import UserError
 from padim_jax.input_pipeline import Input
@@ -119,8 +118,7 @@ def _encoded(item: Input, name: str) -> bytes:
     if isinstance(item, bytes):
         return item
     if isinstance(item, str | os.PathLike):
-        place = os.fspath(item)
-        return read_file(paths.parse(place) if "://" in place else pathlib.Path(place))
+        return input_pipeline.read_bytes(item)
     if isinstance(item, Image.Image):
         deep = item.mode.startswith("I")
         image = item if deep else decoding.from_pillow(item, name)

@@ -300,9 +300,17 @@ def read_image(path: str | os.PathLike[str], counts: Range = "full") -> Image.Im
     Raises:
       UserError: the file cannot be read or is no image.
     """
+    return decode(read_bytes(path), shown(os.fspath(path)), counts)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Read one file, of this machine or remote.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     name = os.fspath(path)
-    place = paths.parse(name) if "://" in name else pathlib.Path(name)
-    return decode(read_file(place), shown(name), counts)
+    return read_file(paths.parse(name) if "://" in name else pathlib.Path(name))
 
 
 Input = np.ndarray | str | os.PathLike[str] | bytes | Image.Image | io.IOBase
@@ -366,9 +374,7 @@ def load_input(
       UserError: likewise.
     """
     if isinstance(item, str | os.PathLike):
-        place = os.fspath(item)
-        name = shown(place)
-        item = read_file(paths.parse(place) if "://" in place else pathlib.Path(place))
+        name, item = shown(os.fspath(item)), read_bytes(item)
     size = DECODING * (decoding.pixel_count(item) if isinstance(item, bytes) else 0)
     with ROOM.held(size):
         image = open_input(item, name, config.counts)

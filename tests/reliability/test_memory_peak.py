@@ -59,6 +59,24 @@ def write_dataset(root: pathlib.Path, train: int, test: int) -> None:
         write(part / f"ground_truth/crack/{number:03}_mask.png", mask)
 
 
+def validated(flat: dict[str, Any]) -> config.Config:
+    values: Any = defaults.get_config()
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}
+    values.update_from_flattened_dict(tuples)
+    return config.validate(values)
+
+
+def measured_peak(codes: list[str], folder: pathlib.Path, flat: dict[str, Any]) -> int:
+    """Run programs one after the other; the bytes that the last one took at its peak."""
+    printed = ""
+    for code in codes:
+        command = [sys.executable, "-c", code, str(folder), json.dumps(flat)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    return int(printed.rsplit("peak ", 1)[1])
+
+
 # Of one stage and few channels, as the backbone's work is most of a run's time.
 FAST = {"model.layers": ["layer1"], "model.channels": 10}
 
@@ -96,14 +114,8 @@ def test_estimate_and_peak(train: int, test: int, settings: dict, tmp_path: path
         "cache.dir": str(tmp_path / "cache"),
         **settings,
     }
-    command = [sys.executable, "-c", CODE, str(tmp_path), json.dumps(flat)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    peak = int(done.stdout.rsplit("peak ", 1)[1])
-    values: Any = defaults.get_config()
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}
-    values.update_from_flattened_dict(tuples)
-    valid, one = config.validate(values), Devices(1)
+    peak = measured_peak([CODE], tmp_path, flat)
+    valid, one = validated(flat), Devices(1)
     fit = memory.estimate(valid, train, one).total
     estimate = max(fit, memory.estimate_evaluation(valid, train, test, one))
     print(f"estimate {estimate / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")
@@ -156,14 +168,7 @@ def test_estimate_and_peak_of_predictions(settings: dict, tmp_path: pathlib.Path
         "cache.dir": str(tmp_path / "cache"),
         **settings,
     }
-    for code in (FITTING, PREDICTING):
-        command = [sys.executable, "-c", code, str(tmp_path), json.dumps(flat)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    peak = int(done.stdout.rsplit("peak ", 1)[1])
-    values: Any = defaults.get_config()
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}
-    values.update_from_flattened_dict(tuples)
-    estimate = memory.estimate_prediction(config.validate(values), 12, Devices(1))
+    peak = measured_peak([FITTING, PREDICTING], tmp_path, flat)
+    estimate = memory.estimate_prediction(validated(flat), 12, Devices(1))
     print(f"estimate {estimate / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")
     assert abs(estimate - peak) <= 0.2 * peak
