@@ -10,12 +10,12 @@ to data/synthetic as PNG files in MVTec AD's layout. The weights come with padim
 were trained on other images that it draws itself. ImageNet's are better
 (--config.model.weights=resnet18.tv_in1k).
 
-Every setting is explained in padim_jax/defaults.py.
+Every setting is explained in padim_jax/config/defaults.py.
 """
 
 import ml_collections
 
-from padim_jax import defaults
+from padim_jax.config import defaults
 
 
 def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:

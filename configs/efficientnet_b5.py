@@ -9,12 +9,12 @@ https://download.pytorch.org/models/efficientnet_b5_lukemelas-1a07897c.pth and a
     --config.model.weights=/path/to/efficientnet_b5_lukemelas-1a07897c.pth
 See third_party/pretrained_weights.md.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/defaults.py.
+Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/defaults.py.
 """
 
 import ml_collections
 
-from padim_jax import defaults
+from padim_jax.config import defaults
 
 
 def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:

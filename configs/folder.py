@@ -11,12 +11,12 @@ Expected below the root:
 
 The accuracy depends on the parts; docs/choosing_settings.md tells which settings to take when.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/defaults.py.
+Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/defaults.py.
 """
 
 import ml_collections
 
-from padim_jax import defaults
+from padim_jax.config import defaults
 
 
 def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:

@@ -10,12 +10,12 @@ The comparison of the paper's section V-A. Any set of layers is a preset, as in 
 
 Expected for bottle (ResNet-18): see README.md, "What the choices cost".
 
-Every setting is explained in padim_jax/defaults.py.
+Every setting is explained in padim_jax/config/defaults.py.
 """
 
 import ml_collections
 
-from padim_jax import defaults
+from padim_jax.config import defaults
 
 
 def get_config(layers: str = "layer1+layer2+layer3") -> ml_collections.ConfigDict:

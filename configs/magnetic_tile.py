@@ -11,12 +11,12 @@ defect that is tested, with all tiles with one.
 Accuracy: not measured here, the data are not part of this project. Tiles are of many sizes and
 aspects, all resized to 256x256.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/defaults.py.
+Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/defaults.py.
 """
 
 import ml_collections
 
-from padim_jax import defaults
+from padim_jax.config import defaults
 
 
 def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:

@@ -18,12 +18,12 @@ All categories, one after the other, with a table of them all beside the publish
 
     python -m padim_jax.main --config=configs/mvtec.py --config.category=all
 
-Every setting, with its default and its meaning: padim_jax/defaults.py.
+Every setting, with its default and its meaning: padim_jax/config/defaults.py.
 """
 
 import ml_collections
 
-from padim_jax import defaults
+from padim_jax.config import defaults
 
 
 def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:

@@ -13,12 +13,12 @@ Accuracy: not measured here, the data are not part of this project. Images are r
 256x256, whatever their aspect. They are large and many defects in them small: try
 --config.image.resize='(512, 512)', at four times the memory.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/defaults.py.
+Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/defaults.py.
 """
 
 import ml_collections
 
-from padim_jax import defaults
+from padim_jax.config import defaults
 
 
 def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:

@@ -30,20 +30,15 @@ import numpy as np
 from benchmark_stages import configuration
 from jax import lax
 
-from padim_jax import (
-    checkpoint,
-    dataset_splits,
-    detector,
-    fitting,
-    gaussian,
-    image_cache,
-    input_pipeline,
-    parallel,
-    scoring,
-)
-from padim_jax.config import Config
-from padim_jax.models import pretrained
-from padim_jax.parallel import Devices
+from padim_jax.config.settings import Config
+from padim_jax.core import gaussian, scoring
+from padim_jax.data import dataset_splits, image_cache, input_pipeline
+from padim_jax.detector import detector
+from padim_jax.devices import parallel
+from padim_jax.devices.parallel import Devices
+from padim_jax.models.weights import pretrained
+from padim_jax.runs import train as fitting
+from padim_jax.store import checkpoint
 
 _BATCHES = 3  # that devices are compared with one device on
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2}

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from padim_jax.datasets import synthetic
-from padim_jax.models import pretrained
+from padim_jax.data.layouts import synthetic
+from padim_jax.models.weights import pretrained
 
 LAYERS = ("layer1", "layer2", "layer3")
 

@@ -26,11 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from padim_jax import config as config_lib
-from padim_jax import defaults, detector, memory, models
-from padim_jax.config import Config
+from padim_jax.config import backbones, defaults
+from padim_jax.config import settings as config_lib
+from padim_jax.config.settings import Config
+from padim_jax.detector import detector, memory
+from padim_jax.devices.parallel import Devices
 from padim_jax.models import resnet
-from padim_jax.parallel import Devices
 
 CASES = (
     ("resnet18", 100),
@@ -144,7 +145,7 @@ def configuration(backbone: str, channels: int, size: int, batch: int) -> Config
     """The default configuration with some settings; what is kept is moments."""
     settings: Any = defaults.get_config()
     settings.model.statistics = "moments"
-    settings.model.backbone, settings.model.weights = backbone, models.RANDOM_WEIGHTS
+    settings.model.backbone, settings.model.weights = backbone, backbones.RANDOM_WEIGHTS
     settings.model.channels, settings.batch_size = channels, batch
     settings.image.resize = (size, size)
     return config_lib.validate(settings)
@@ -156,7 +157,7 @@ def backbone(name: str, layers: tuple[str, ...], size: tuple[int, int]) -> tuple
 
     Counted in the traced network: nothing is computed or allocated.
     """
-    network = resnet.ResNet(models.RESNETS[name], layers, "float32")
+    network = resnet.ResNet(backbones.RESNETS[name], layers, "float32")
     image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), image)
     traced = jax.make_jaxpr(network.apply)(variables, image)

@@ -28,27 +28,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import padim_jax
-from padim_jax import (
-    checkpoint,
-    dataset_splits,
-    defaults,
-    detector,
-    embedding,
-    experiment,
-    figures,
-    gaussian,
-    input_pipeline,
-    low_rank,
-    parallel,
-    results,
-    scoring,
-)
-from padim_jax import config as config_lib
-from padim_jax.config import Config
-from padim_jax.models import pretrained
+from padim_jax.config import defaults
+from padim_jax.config import settings as config_lib
+from padim_jax.config.settings import Config
+from padim_jax.core import embedding, gaussian, low_rank, scoring
+from padim_jax.core.types import Moments, Samples
+from padim_jax.data import dataset_splits, input_pipeline
+from padim_jax.detector import detector
+from padim_jax.devices import parallel
+from padim_jax.devices.parallel import Devices
 from padim_jax.models.network import build
-from padim_jax.parallel import Devices
-from padim_jax.types import Moments, Samples
+from padim_jax.models.weights import pretrained
+from padim_jax.output import figures, results
+from padim_jax.runs import experiment
+from padim_jax.store import checkpoint
 
 _BATCHES = 4  # that are decoded: as many different images as the stages meet
 

@@ -13,37 +13,26 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from padim_jax import (
-    calibration_file,
-    checkpoint,
-    copies,
-    defaults,
-    evaluation,
-    experiment,
-    fitting,
-    growing,
-    image_inputs,
-    input_pipeline,
-    locks,
-    memory,
-    parallel,
-    paths,
-    results,
-    statistics_store,
-    thresholding,
-)
-from padim_jax import config as config_lib
-from padim_jax import detector as detector_lib
-from padim_jax import progress as progress_lib
-from padim_jax.calibration import Calibration
-from padim_jax.checkpoint import Fitted
-from padim_jax.config import Config
-from padim_jax.datasets import sampling
-from padim_jax.datasets.records import Source
-from padim_jax.detector import Anomalies
+from padim_jax.config import defaults
+from padim_jax.config import settings as config_lib
+from padim_jax.config.settings import Config
+from padim_jax.core.calibration import Calibration
+from padim_jax.data import copies, image_inputs, input_pipeline, sampling
+from padim_jax.data.image_inputs import Images
+from padim_jax.data.records import Source
+from padim_jax.detector import detector as detector_lib
+from padim_jax.detector import memory
+from padim_jax.detector.detector import Anomalies
+from padim_jax.devices import parallel
 from padim_jax.errors import UserError
-from padim_jax.image_inputs import Images
-from padim_jax.statistics_store import InMemory, OnDisk, Store
+from padim_jax.output import results
+from padim_jax.runs import calibrate, experiment, grow, train
+from padim_jax.runs import evaluate as evaluation
+from padim_jax.store import calibration_file, checkpoint, statistics_store
+from padim_jax.store.checkpoint import Fitted
+from padim_jax.store.statistics_store import InMemory, OnDisk, Store
+from padim_jax.system import locks, paths
+from padim_jax.system import progress as progress_lib
 
 # The groups of settings that matter to a fit from Python; others are about files.
 _GROUPS = ("image", "model", "map", "threshold")
@@ -185,16 +174,16 @@ class Detector(detector_lib.Detector):
             statistics = detector_lib.extend(fitted.statistics, shapes, total, model.statistics)
             fitted = dataclasses.replace(fitted, statistics=statistics)
             part = sampling.part(source, new)
-            fitted = fitting.add_images(fitted, part, 0, config, self.variables, devices)
+            fitted = train.add_images(fitted, part, 0, config, self.variables, devices)
             store = InMemory.keep(fitted, devices)
-            detector = fitting.finalize(fitted, store.identity, part, config, self.variables)
+            detector = train.finalize(fitted, store.identity, part, config, self.variables)
             if thresholds is not None:
-                detector = thresholding.find(
+                detector = calibrate.find(
                     detector, image_inputs.source(thresholds), "held_out", store
                 )
             else:
                 hashed = [(source, source.digests)]
-                detector = growing.find_thresholds(detector, [{}], hashed, store)
+                detector = grow.find_thresholds(detector, [{}], hashed, store)
             return _public(detector, store)
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -215,7 +204,7 @@ class Detector(detector_lib.Detector):
                     "overwrite=True"
                 )
             fitted = _fitted(self)
-            fitting.make_folder(place.parent)
+            train.make_folder(place.parent)
             checkpoint.save(place, fitted, devices)
             if self.calibration is not None:
                 mark = detector_lib.fingerprint(self)
@@ -290,27 +279,27 @@ def fit(
         source = copies.distinct(image_inputs.source(images), devices)
         if (count := len(source.records)) < 2:
             raise UserError(f"{count} normal image(s) to fit; a covariance needs at least 2")
-        chosen = fitting.with_range(chosen, source)
+        chosen = train.with_range(chosen, source)
         memory.require(chosen, count, devices, kept=True)
         leave_out = normal == "leave_one_out" and count >= 3
         if leave_out:
-            thresholding.require_groups(chosen, source)
-        backbone = fitting.load_backbone(chosen.model, devices)
-        fitted = fitting.begin(chosen, source, backbone, devices)
+            calibrate.require_groups(chosen, source)
+        backbone = train.load_backbone(chosen.model, devices)
+        fitted = train.begin(chosen, source, backbone, devices)
         variables = parallel.replicate(
             detector_lib.with_projection(backbone[0], fitted.projection), devices
         )
-        fitted = fitting.add_images(fitted, source, 0, chosen, variables, devices)
+        fitted = train.add_images(fitted, source, 0, chosen, variables, devices)
         fitted = dataclasses.replace(fitted, unfinished=None)
         store = InMemory.keep(fitted, devices)
         left_out = int(leave_out and not chosen.threshold.groups)
-        detector = fitting.finalize(fitted, store.identity, source, chosen, variables, left_out)
+        detector = train.finalize(fitted, store.identity, source, chosen, variables, left_out)
         if leave_out:
-            detector = thresholding.find(detector, source, "leave_one_out", store)
+            detector = calibrate.find(detector, source, "leave_one_out", store)
         elif normal == "held_out":
             assert thresholds is not None
             held_out: Source = image_inputs.source(thresholds)
-            detector = thresholding.find(detector, held_out, "held_out", store)
+            detector = calibrate.find(detector, held_out, "held_out", store)
         return _public(detector, store)
 
 
@@ -362,18 +351,18 @@ def merge(
                 "result"
             )
         with progress_lib.showing(lines=False, bars=False):
-            growing.merge(folders, destination)
+            grow.merge(folders, destination)
             return load(destination)
     if len(models) < 2:
         raise UserError(f"{len(models)} model(s) to merge; expected at least 2")
     with progress_lib.showing(lines=False, bars=False):
         devices = _one_process("merge")
         detectors = [model if isinstance(model, Detector) else load(model) for model in models]
-        fitted, _ = fitting.join([_store(detector) for detector in detectors])
+        fitted, _ = train.join([_store(detector) for detector in detectors])
         store = InMemory.keep(fitted, devices)
         first = detectors[0]
         merged = statistics_store.ready(fitted, store.identity, first.config, first.variables)
-        merged = growing.find_thresholds(merged, [], [], store)
+        merged = grow.find_thresholds(merged, [], [], store)
         return _public(merged, store)
 
 

@@ -24,7 +24,7 @@ Examples:
 
 `padim-jax` is the same as `python -m padim_jax.main`. Every setting of --config can be
 overridden, as in --config.batch_size=16; without --config, those of a saved model.
-padim_jax/defaults.py explains them all, and padim_jax/pretrain/defaults.py those of
+padim_jax/config/defaults.py explains them all, and padim_jax/pretrain/defaults.py those of
 --mode=pretrain.
 Results go to --workdir. Exit codes: 0 done, 1 a bug or a failing machine, 2 something
 to mend in the command, the settings, the files or the limits of memory, 130 interrupted
@@ -38,7 +38,7 @@ if sys.platform == "win32":
     print("error: padim_jax runs on Linux and macOS, not on Windows; use WSL2", file=sys.stderr)
     sys.exit(2)
 
-from padim_jax import interrupts, streams
+from padim_jax.system import interrupts, streams
 
 if __name__ == "__main__":
     streams.install()
@@ -67,10 +67,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import padim_jax
-from padim_jax import cluster, defaults, paths
-from padim_jax import config as config_lib
+from padim_jax.config import defaults
+from padim_jax.config import settings as config_lib
+from padim_jax.config.datasets import MVTEC_AD
+from padim_jax.devices import cluster
 from padim_jax.errors import NO_MEMORY, DataWarning, Stopped, UserError, is_out_of_memory
 from padim_jax.pretrain import config as pretrain_config
+from padim_jax.system import paths
 
 _MOST_JOIN_SECONDS = 1e6  # eleven days
 
@@ -229,7 +232,7 @@ def _run_pretraining() -> None:
 
     # Only now what takes long to import: a mistake should not have to wait for it.
     _import_jax()
-    from padim_jax import distributed
+    from padim_jax.devices import distributed
     from padim_jax.pretrain import run
 
     with distributed.session(place, settings, _JOIN_SECONDS.value), paths.explained():
@@ -251,17 +254,18 @@ def _run_experiment(mode: str, overrides: config_lib.Overrides) -> None:
 
     # Only now what takes long to import: a mistake should not have to wait for it.
     _import_jax()
-    from padim_jax import distributed, experiment, parallel, sweep, watch
+    from padim_jax.devices import distributed, parallel
+    from padim_jax.runs import experiment, sweep, watch
 
     with distributed.session(place, settings, _JOIN_SECONDS.value), paths.explained():
         parallel.every()  # devices that are not there are said first
         if _DOWNLOAD.value:
-            from padim_jax.datasets import download
+            from padim_jax.data import download
 
             assert config is not None
             categories: Sequence[str] = config.category.split(",")
             if config.category == config_lib.ALL:
-                categories = download.CATEGORIES
+                categories = MVTEC_AD
             with parallel.first_process_first():
                 for category in categories:
                     download.mvtec_ad(config.dataset.root, category)
@@ -523,7 +527,7 @@ def _unknown_setting(message: str) -> str:
         return f"--config: no such setting {close[2]!r}; did you mean {close[1]!r}?"
     name = "".join(re.findall(r"\w", message))
     return (
-        f"--config: no such setting {name!r}; padim_jax/defaults.py lists them, and "
+        f"--config: no such setting {name!r}; padim_jax/config/defaults.py lists them, and "
         "padim_jax/pretrain/defaults.py those of --mode=pretrain"
     )
 

@@ -24,7 +24,7 @@ from jaxtyping import install_import_hook
 # Every shape written in a signature is checked at run time, in every test.
 install_import_hook("padim_jax", "beartype.beartype")
 
-from padim_jax import parallel  # noqa: E402 (after the hook)
+from padim_jax.devices import parallel  # noqa: E402 (after the hook)
 
 # In a shell's background job Ctrl-C is ignored, and would be by all processes of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -27,26 +27,19 @@ import safetensors.numpy
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from padim_jax import (
-    calibration,
-    calibration_file,
-    checkpoint,
-    defaults,
-    detector,
-    gaussian,
-    low_rank,
-    model_file,
-    parallel,
-    statistics_store,
-)
-from padim_jax import config as config_lib
-from padim_jax.checkpoint import Fitted
-from padim_jax.config import Config
-from padim_jax.detector import Detector
+from padim_jax.config import defaults
+from padim_jax.config import settings as config_lib
+from padim_jax.config.settings import Config
+from padim_jax.core import calibration, gaussian, low_rank
+from padim_jax.detector import detector
+from padim_jax.detector.detector import Detector
+from padim_jax.devices import parallel
+from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
-from padim_jax.model_file import Model
-from padim_jax.models import pretrained
-from padim_jax.parallel import Devices
+from padim_jax.models.weights import pretrained
+from padim_jax.store import calibration_file, checkpoint, model_file, statistics_store
+from padim_jax.store.checkpoint import Fitted
+from padim_jax.store.model_file import Model
 
 set_hypothesis_home_dir(os.path.join(os.environ["XDG_CACHE_HOME"], "hypothesis"))  # noqa: PTH118
 ONE = Devices(1)

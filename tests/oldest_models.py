@@ -112,7 +112,7 @@ def tested() -> list[np.ndarray]:
 
 def settings(root: pathlib.Path, weights: pathlib.Path, form: str) -> Any:
     """Return the configuration of the models."""
-    from padim_jax import defaults
+    from padim_jax.config import defaults
 
     values = defaults.get_config()
     values.update_from_flattened_dict(
@@ -138,7 +138,9 @@ def settings(root: pathlib.Path, weights: pathlib.Path, form: str) -> Any:
 
 def main(folder: pathlib.Path) -> None:
     """Make the models."""
-    from padim_jax import config, detector, experiment
+    from padim_jax.config import settings as config
+    from padim_jax.detector import detector
+    from padim_jax.runs import experiment
 
     work = pathlib.Path(tempfile.mkdtemp())
     root, weights = write_dataset(work / "data"), write_weights(work / "weights.safetensors")

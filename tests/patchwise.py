@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from padim_jax import detector, gaussian, low_rank
-from padim_jax.embedding import Pyramid, pyramid
-from padim_jax.types import Gaussian, Levels, LowRank, Moments, Samples, Valid
+from padim_jax.core import gaussian, low_rank
+from padim_jax.core.embedding import Pyramid, pyramid
+from padim_jax.core.types import Gaussian, Levels, LowRank, Moments, Samples, Valid
+from padim_jax.detector import detector
 
 # Stages as (height, width, channels), the finest first, and the channels to keep.
 Case = tuple[list[tuple[int, int, int]], list[int]]

@@ -14,8 +14,12 @@ import pytest
 from PIL import Image
 
 import padim_jax
-from padim_jax import api, config, dataset_splits, defaults, experiment
-from padim_jax.datasets.synthetic import generate
+from padim_jax import api
+from padim_jax.config import defaults
+from padim_jax.config import settings as config
+from padim_jax.data import dataset_splits
+from padim_jax.data.layouts.synthetic import generate
+from padim_jax.runs import experiment
 
 SIZE = 64
 # Batches of four, whatever is fitted: few programs to compile.

@@ -36,7 +36,20 @@ IMPORTS = {
     name: list(imports(ast.parse(path.read_text(encoding="utf-8"))))
     for name, path in SOURCES.items()
 }
-# `import padim_jax` offers its contents on first use; it stands above all modules.
+# The rooms, each above those that it may import. Rooms of one floor do not import each other.
+FLOORS = (
+    ("errors",),
+    ("core", "system"),
+    ("devices", "config"),
+    ("models", "data"),
+    ("detector",),
+    ("store", "export", "output"),
+    ("runs",),
+    ("api", "main"),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# `import padim_jax` offers its contents on first use; it stands above all rooms. Every room
+# may read the version there.
 FACADE = "padim_jax"
 MODULES = [name for name in SOURCES if name != FACADE]
 
@@ -52,6 +65,10 @@ def our_modules(importer: str) -> set[str]:
     return {name if name in SOURCES else name.rpartition(".")[0] for name in names}
 
 
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
 def libraries(importer: str) -> set[str]:
     names = {name.partition(".")[0] for name, _ in IMPORTS[importer]}
     return names - sys.stdlib_module_names - {FACADE}
@@ -62,78 +79,34 @@ def test_imports_form_no_cycle():
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the cycle
 
 
-# What each stage may import of this package besides its own modules; with the stages, what
-# shares their work out and shows how far it is.
-STAGES = {
-    "datasets": {"errors", "fetch", "library_logs", "locks", "paths"},
-    "image_cache": {"config", "paths"},
-    "input_pipeline": {
-        "config",
-        "datasets",
-        "datasets.decoding",
-        "datasets.files",
-        "datasets.masks",
-        "datasets.records",
-        "errors",
-        "image_cache",
-        "paths",
-    },
-    "progress": {
-        "config",
-        "datasets.files",
-        "datasets.records",
-        "errors",
-        "image_cache",
-        "input_pipeline",
-        "parallel",
-    },
-    "models": {"errors", "fetch", "locks"},
-    "parallel": {"errors", "types"},
-    "interpolation": set(),
-    "embedding": {"interpolation", "types"},
-    "reduction": {"interpolation", "types"},
-    "gaussian": {"types"},
-    "low_rank": {"types"},
-    "scoring": {"interpolation", "types"},
-    "metrics": {"errors"},
-    "figures": {"errors", "paths"},
-    # Of a pretraining, whose stages build upon each other.
-    "pretrain.config": {"checks", "errors", "models", "paths"},
-    "pretrain.defaults": set(),
-    "pretrain.textures": set(),
-    "pretrain.scenes": {"pretrain.textures"},
-    "pretrain.inspection": set(),
-    "pretrain.redundancy": set(),
-    "pretrain.network": {"models", "models.resnet", "parallel"},
-    "pretrain.training": {
-        "models",
-        "parallel",
-        "pretrain.config",
-        "pretrain.inspection",
-        "pretrain.network",
-        "pretrain.redundancy",
-        "pretrain.scenes",
-        "pretrain.textures",
-    },
-}
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_imports_rooms_below_it_only(module):
+    """errors <- core, system <- devices, config <- models, data <- detector <- ... <- main."""
+    others = {name for name in our_modules(module) - {FACADE} if room(name) != room(module)}
+    if room(module) == "pretrain":
+        # A room of its own beside the detector, which draws its pictures with the output's.
+        below = {name for name in others if FLOOR[room(name)] < FLOOR["detector"]}
+        assert others - below <= {f"{FACADE}.output.figures"}
+    elif module == f"{FACADE}.main":
+        assert "api" not in map(room, others)
+    else:
+        assert {name for name in others if room(name) not in FLOOR} == set()
+        assert {name for name in others if FLOOR[room(name)] >= FLOOR[room(module)]} == set()
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_stages_do_not_import_each_other(stage):
-    package = f"{FACADE}.{stage}"
-    members = [name for name in MODULES if within(name, package)]
-    assert members
-    allowed = {f"{FACADE}.{name}" for name in STAGES[stage]}
-    for member in members:
-        others = {name for name in our_modules(member) if not within(name, package)}
-        assert others <= allowed, member
-
-
-@pytest.mark.parametrize(
-    "stage", ["interpolation", "embedding", "reduction", "gaussian", "low_rank", "scoring"]
-)
-def test_numeric_stages_import_jax_and_numpy_only(stage):
-    assert libraries(f"{FACADE}.{stage}") <= {"jax", "numpy", "jaxtyping"}
+def test_the_core_is_the_paper():
+    """Arrays in, arrays out: no file, device, process or print."""
+    for module in (name for name in MODULES if room(name) == "core"):
+        assert libraries(module) <= {"jax", "numpy", "jaxtyping", "scipy"}, module
+        standard = {name.partition(".")[0] for name, _ in IMPORTS[module]}
+        assert not standard & {"io", "os", "pathlib", "shutil", "subprocess", "sys"}, module
+        tree = ast.parse(SOURCES[module].read_text(encoding="utf-8"))
+        calls = {
+            node.func.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert not calls & {"open", "print", "input"}, module
 
 
 # What a pretraining draws and learns; `run` and `saving` beside it read and write.
@@ -174,30 +147,17 @@ def test_pretraining_stands_apart():
         ("absl.app", "main"),
         ("absl.flags", "main"),
         ("ml_collections.config_flags", "main"),
-        ("padim_jax.api", ""),  # but by the facade
-        ("padim_jax.experiment", "api main sweep"),
-        ("padim_jax.main", ""),
-        ("padim_jax.pretrain.run", "main"),
-        ("padim_jax.sweep", "main"),
-        (
-            "padim_jax.fitting",
-            "api evaluation experiment growing results_folder sweep thresholding",
-        ),
-        ("padim_jax.distributed", "main"),
-        ("filelock", "locks"),
-        ("optax", "pretrain.training"),
-        ("orbax", "checkpoint pretrain.saving"),
-        ("psutil", "memory"),
-        ("jax.sharding", "parallel"),
-        ("jax.experimental.multihost_utils", "parallel"),
-        ("jax.experimental.shard_map", "parallel"),
+        ("filelock", "system"),
+        ("optax", "pretrain"),
+        ("orbax", "store pretrain"),
+        ("jax.sharding", "devices"),
+        ("jax.experimental.multihost_utils", "devices"),
+        ("jax.experimental.shard_map", "devices"),
     ],
 )
-def test_imported_by_its_owners_only(imported, owners):
-    importers = {
-        name for name in MODULES if any(within(found, imported) for found, _ in IMPORTS[name])
-    }
-    assert importers <= {f"{FACADE}.{owner}" for owner in owners.split()}
+def test_imported_by_its_room_only(imported, owners):
+    importers = {name for name in MODULES if any(within(x, imported) for x, _ in IMPORTS[name])}
+    assert {room(name) for name in importers} <= set(owners.split())
 
 
 # What tells devices and processes apart, by the last part of its name.
@@ -226,11 +186,12 @@ def names(tree: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_parallel_is_the_only_module_that_knows_devices(module):
+def test_devices_is_the_only_room_that_knows_devices(module):
     found = DEVICES & set(names(ast.parse(SOURCES[module].read_text(encoding="utf-8"))))
-    if module == f"{FACADE}.parallel":
+    if room(module) == "devices":
         # What the test looks for is found where it is.
-        assert {"pmap", "all_to_all", "NamedSharding", "local_devices"} <= found
+        if module == f"{FACADE}.devices.parallel":
+            assert {"pmap", "all_to_all", "NamedSharding", "local_devices"} <= found
     else:
         assert not found
 
@@ -243,17 +204,15 @@ def test_torch_is_imported_on_demand_only(module):
 
 # Checking a configuration, listing a dataset and showing --help are to be quick.
 LIGHT = [
-    *("", "checks", "config", "defaults", "errors", "figures", "main", "metrics", "models"),
-    *("datasets", "pretrain", "pretrain.config", "pretrain.defaults"),
+    *("", "config.settings", "config.defaults", "errors", "main", "core.metrics"),
+    *("output.figures", "pretrain", "pretrain.config", "pretrain.defaults"),
 ]
 HEAVY = ["flax", "grain", "jax", "matplotlib", "optax", "orbax", "tensorflow", "torch"]
 
 
 def test_light_modules_do_not_bring_heavy_libraries():
     names = [f"{FACADE}.{name}".rstrip(".") for name in LIGHT]
-    names += [name for name in MODULES if within(name, f"{FACADE}.datasets")]
-    # Last, since TensorFlow Datasets is this module's purpose.
-    names.remove(f"{FACADE}.datasets.tfds_builder")
+    names += [name for name in MODULES if within(name, f"{FACADE}.data.layouts")]
     code = """if True:
         import importlib, json, sys
         heavy, names, builder = json.loads(sys.argv[1])
@@ -265,7 +224,7 @@ def test_light_modules_do_not_bring_heavy_libraries():
         found[builder] = [x for x in heavy if x in sys.modules]
         print(json.dumps(found))
     """
-    argument = json.dumps([HEAVY, names, f"{FACADE}.datasets.tfds_builder"])
+    argument = json.dumps([HEAVY, names, f"{FACADE}.data.packing"])
     process = subprocess.run(
         [sys.executable, "-c", code, argument], cwd=ROOT, capture_output=True, text=True
     )

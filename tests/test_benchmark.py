@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from padim_jax import models
-from padim_jax.models import pretrained, resnet
+from padim_jax.config import backbones
+from padim_jax.models import resnet
+from padim_jax.models.weights import pretrained
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -338,7 +339,7 @@ class TestPrediction:
 
     def test_network_is_counted_as_xla_counts_it(self):
         predict = module("benchmark_predict")
-        spec = models.RESNETS["resnet18"]
+        spec = backbones.RESNETS["resnet18"]
         network = resnet.ResNet(spec, ("layer1", "layer2"), "float32")
         image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
         variables = jax.eval_shape(network.init, jax.random.key(0), image)

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from fuzzing import FORMS, ONE, examples
 
-from padim_jax import calibration_file, checkpoint, model_file, statistics_store
+from padim_jax.core.types import Moments
 from padim_jax.errors import UserError
-from padim_jax.types import Moments
+from padim_jax.store import calibration_file, checkpoint, model_file, statistics_store
 
 # Threads of Orbax, where reading fails; see test_checkpoint.
 pytestmark = [

@@ -27,19 +27,16 @@ from absl.testing import flagsaver
 from PIL import Image
 
 import padim_jax
-from padim_jax import (
-    dataset_splits,
-    distributed,
-    evaluation,
-    experiment,
-    input_pipeline,
-    main,
-    memory,
-)
-from padim_jax.datasets.synthetic import generate
+from padim_jax import main
+from padim_jax.config.backbones import BUNDLED
+from padim_jax.data import dataset_splits, input_pipeline
+from padim_jax.data.layouts.synthetic import generate
+from padim_jax.detector import memory
+from padim_jax.devices import distributed
 from padim_jax.errors import Stopped, UserError
-from padim_jax.models import BUNDLED, pretrained
+from padim_jax.models.weights import pretrained
 from padim_jax.pretrain import run as pretrain_run
+from padim_jax.runs import evaluate, experiment
 
 # Of ml_collections, which loads configuration files so.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
@@ -384,7 +381,7 @@ class TestMistakes:
             ("def get_config():\n  return {}['x']\n", "bad.py, line 2: KeyError: 'x'"),
             ("def get_config():\n  return open('x')\n", "--config: .* 'x'"),
             (
-                "from padim_jax import defaults\n\n"
+                "from padim_jax.config import defaults\n\n"
                 "def get_config():\n  config = defaults.get_config()\n"
                 "  config.modle.channels = 3\n  return config\n",
                 "bad.py, line 5: AttributeError: .*modle",
@@ -1129,8 +1126,7 @@ class TestOwnFolder:
 
 
 class TestCompilationCache:
-    """That programs are loaded from it, and only intact ones, tests/test_compilation_cache.py
-    asks."""
+    """`tests/system/test_compilation_cache.py` tests what is loaded from it."""
 
     def train(self, root: pathlib.Path, cwd: pathlib.Path, *arguments: str) -> Outcome:
         jax.clear_caches()  # as if this process were new
@@ -1247,6 +1243,6 @@ class TestPythonApi:
         detector = experiment.load(run.workdir / "checkpoint")
         dataset = dataset_splits.open_dataset(detector.config)
         again = run.workdir.parent / "again"
-        measured = evaluation.evaluate(detector.config, detector, dataset["test"], again)
+        measured = evaluate.evaluate(detector.config, detector, dataset["test"], again)
         assert measured == read_json(again / "metrics.json")
         assert metrics_of(again) == metrics_of(run.workdir)

@@ -27,25 +27,18 @@ import safetensors.numpy
 from fuzzing import ONE
 from PIL import Image
 
-from padim_jax import (
-    calibration_file,
-    checkpoint,
-    defaults,
-    experiment,
-    fitting,
-    main,
-    model_file,
-    paths,
-    results,
-    statistics_store,
-    tables,
-)
-from padim_jax.config import Config, validate
-from padim_jax.datasets import LAYOUTS
-from padim_jax.datasets.records import Record
+from padim_jax import main
+from padim_jax.config import defaults
+from padim_jax.config.settings import Config, validate
+from padim_jax.data.input_pipeline import FolderSource
+from padim_jax.data.layouts import LAYOUTS
+from padim_jax.data.records import Record
 from padim_jax.errors import DataWarning, UserError
-from padim_jax.input_pipeline import FolderSource
-from padim_jax.models import pretrained
+from padim_jax.models.weights import pretrained
+from padim_jax.output import results, tables
+from padim_jax.runs import experiment, train
+from padim_jax.store import calibration_file, checkpoint, model_file, statistics_store
+from padim_jax.system import paths
 
 # Threads of Orbax, where reading fails; see test_checkpoint.
 pytestmark = [
@@ -411,7 +404,7 @@ class TestResults:
         assert set(tmp_path.rglob("*")) == before
 
     def test_a_packed_dataset_of_a_strangers(self, tmp_path: pathlib.Path):
-        tfds_builder = pytest.importorskip("padim_jax.datasets.tfds_builder")
+        tfds_builder = pytest.importorskip("padim_jax.data.packing")
         draw(tmp_path / "image.png")
         record = Record("train", tmp_path / "image.png", None, 0, "good", "image.png")
         packed = tmp_path / "packed"
@@ -476,13 +469,13 @@ class TestResults:
         records = LAYOUTS["folder"].records(root, "", 0)
         assert len(records) == 4
         config = make_config(root)
-        fitting.train(config, FolderSource(records), tmp_path / "a")
+        train.train(config, FolderSource(records), tmp_path / "a")
         secret = tmp_path / "secret"
         secret.write_text("root:x:0:0")
         (root / "train" / "good" / "x.png").symlink_to(secret)
         records = LAYOUTS["folder"].records(root, "", 0)
         with pytest.raises(UserError, match=r"x\.png"):
-            fitting.train(config, FolderSource(records), tmp_path / "b")
+            train.train(config, FolderSource(records), tmp_path / "b")
 
 
 # Numbers that are none.
@@ -523,14 +516,14 @@ class TestNumbers:
         config = make_config(root, **settings)
         records = LAYOUTS["folder"].records(root, "", 0)
         with pytest.raises(UserError) as caught:
-            fitting.train(config, FolderSource(records), tmp_path / "a")
+            train.train(config, FolderSource(records), tmp_path / "a")
         assert str(caught.value).startswith(f"{root / 'train' / 'good' / '3.png'}: ")
         assert "not finite" in str(caught.value)
         assert "rows" in str(caught.value)
         assert not list((tmp_path / "a").glob("[0-9]*"))  # no model is left
         # Without it there is a model, which says so of the image when it is to score it.
         good = [record for record in records if record.image.name != "3.png"]
-        detector = fitting.train(config, FolderSource(good), tmp_path / "b")
+        detector = train.train(config, FolderSource(good), tmp_path / "b")
         with pytest.raises(UserError, match=r"3\.png: a score of (nan|inf)"):
             experiment.detector_lib.score(detector, [records[0].image, records[3].image])
 
@@ -548,7 +541,7 @@ class TestNumbers:
         records = LAYOUTS["folder"].records(root, "", 0)
         said = f"all 4 images are the same, pixel for pixel, as {records[0].image}"
         with pytest.warns(DataWarning, match=re.escape(said)):
-            detector = fitting.train(config, FolderSource(records), tmp_path / "a")
+            detector = train.train(config, FolderSource(records), tmp_path / "a")
         other = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
         same = np.full((32, 32, 3), level, np.uint8)
         found = experiment.detector_lib.score(detector, [same, other])
@@ -576,7 +569,7 @@ class TestNumbers:
             with Image.open(path) as image:
                 image.save(path, dpi=(100 + i, 100))
         records = LAYOUTS["folder"].records(tmp_path, "", 0)
-        fitting.train(make_config(tmp_path), FolderSource(records), tmp_path / "a")
+        train.train(make_config(tmp_path), FolderSource(records), tmp_path / "a")
         assert "warning" not in capsys.readouterr().out
 
 

@@ -237,9 +237,9 @@ def test_wheel_has_all_of_the_package_and_runs(tmp_path: pathlib.Path):
     package = [path for path in (tree / "padim_jax").rglob("*") if path.is_file()]
     assert inside == {path.relative_to(tree).as_posix() for path in package}
 
-    published = "import padim_jax.published as p; print(p.__file__, len(p.everything()))"
+    published = "import padim_jax.output.published as p; print(p.__file__, len(p.everything()))"
     weights = (
-        "from padim_jax.models import pretrained as p; "
+        "from padim_jax.models.weights import pretrained as p; "
         'print(p.load("bundled", "resnet18", ("layer3",))[1])'
     )
     for arguments in (["-c", published], ["-c", weights], ["-m", "padim_jax.main", "--help"]):

@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from padim_jax.models import EfficientNetSpec, MBConvSpec, Precision, parts_to_compute
+from padim_jax.config.backbones import EfficientNetSpec, MBConvSpec, Precision, parts_to_compute
 
 # Depthwise convolutions were measured on XLA's CPU backend (up to block 26, 256 px, 4 cores):
 # as convolutions with as many groups as channels (NCHW is no faster than NHWC) the network does

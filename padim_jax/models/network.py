@@ -1,6 +1,6 @@
 """The network of a backbone's name."""
 
-from padim_jax.models import EFFICIENTNETS, RESNETS, Precision
+from padim_jax.config.backbones import EFFICIENTNETS, RESNETS, Precision
 from padim_jax.models.efficientnet import EfficientNet
 from padim_jax.models.resnet import ResNet
 
@@ -11,7 +11,7 @@ def build(
     """A backbone cut after the deepest of `stages`, whose feature maps it returns.
 
     Args:
-      backbone: a key of `padim_jax.models.BACKBONES`.
+      backbone: a key of `padim_jax.config.backbones.BACKBONES`.
       stages: of its `parts`.
       precision: see `resnet.ResNet`.
     """

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from padim_jax.models import Precision, ResNetSpec, parts_to_compute
+from padim_jax.config.backbones import Precision, ResNetSpec, parts_to_compute
 
 # Layout and formulation were measured on XLA's CPU backend (ResNet-18 to layer3, 4 cores):
 # NHWC convolutions run 20 % faster than NCHW, near the machine's peak; 1x1 convolutions

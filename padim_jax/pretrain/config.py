@@ -9,11 +9,12 @@ from typing import Any, cast, get_args
 
 import ml_collections
 
-from padim_jax import checks, models, paths
+from padim_jax.config import backbones, checks
 from padim_jax.errors import UserError
+from padim_jax.system import paths
 
 # Blocks of two 3x3 convolutions: what the network with norms is written for.
-BACKBONES = tuple(name for name, spec in models.RESNETS.items() if spec.block == "basic")
+BACKBONES = tuple(name for name, spec in backbones.RESNETS.items() if spec.block == "basic")
 # Trained, and what channels are drawn from.
 STAGES = ("layer1", "layer2", "layer3")
 TEXTURE_SIZE = 128  # pixels of a texture, of which every image is cut
@@ -82,7 +83,7 @@ class PretrainConfig:
     seed: int
     backbone: str
     start: str
-    precision: models.Precision
+    precision: backbones.Precision
     images: ImagesConfig
     task: TaskConfig
     optimizer: OptimizerConfig
@@ -120,8 +121,10 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> PretrainC
         backbone=backbone,
         start=checks.text("config.start", values["start"]),
         precision=cast(
-            models.Precision,
-            checks.one_of("config.precision", values["precision"], get_args(models.Precision)),
+            backbones.Precision,
+            checks.one_of(
+                "config.precision", values["precision"], get_args(backbones.Precision)
+            ),
         ),
         images=ImagesConfig(
             size=size,
@@ -149,7 +152,7 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> PretrainC
                 "config.task.channels",
                 task["channels"],
                 1,
-                sum(map(models.RESNETS[backbone].channels, STAGES)),
+                sum(map(backbones.RESNETS[backbone].channels, STAGES)),
             ),
             redundancy=checks.within(
                 "config.task.redundancy", task["redundancy"], 0.0, checks.MOST
@@ -217,10 +220,10 @@ def _check_together(config: PretrainConfig) -> None:
             f"config.images.classes={images.classes} these are more than {_MOST_TEXTURES} "
             "textures, which are all kept in memory; expected fewer"
         )
-    if config.start == models.BUNDLED_WEIGHTS and config.backbone not in models.BUNDLED:
+    if config.start == backbones.BUNDLED_WEIGHTS and config.backbone not in backbones.BUNDLED:
         raise UserError(
             f"config.start={config.start!r}: there are bundled weights of "
-            f"{', '.join(models.BUNDLED)}, and none of config.backbone={config.backbone!r}; "
-            f"expected {models.RANDOM_WEIGHTS}, {', '.join(models.WEIGHTS[config.backbone])} "
-            "or a file"
+            f"{', '.join(backbones.BUNDLED)}, and none of config.backbone={config.backbone!r}; "
+            f"expected {backbones.RANDOM_WEIGHTS}, "
+            f"{', '.join(backbones.WEIGHTS[config.backbone])} or a file"
         )

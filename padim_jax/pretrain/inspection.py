@@ -54,7 +54,7 @@ def log_distances(
     """Logarithms of the squared Mahalanobis distances of patches, per channel.
 
     Only the images count, not the channels, in what is inverted (Woodbury; see
-    `padim_jax.low_rank`), and deeper stages' products are computed on their own grids.
+    `padim_jax.core.low_rank`), and deeper stages' products are computed on their own grids.
 
     Args:
       features: of all scenes' images, the finest stage first; grids divide the first one.

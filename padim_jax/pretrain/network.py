@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from padim_jax import parallel
-from padim_jax.models import RESNETS, Precision
+from padim_jax.config.backbones import RESNETS, Precision
+from padim_jax.devices import parallel
 from padim_jax.models.resnet import ResNet
 
 STAGES = ("layer1", "layer2", "layer3")
@@ -61,7 +61,7 @@ class Network(nn.Module):
     """A backbone up to layer3, and what each cell of its stages tells of its own pixels.
 
     Attributes:
-      backbone: a key of `padim_jax.models.RESNETS`, of basic blocks.
+      backbone: a key of `padim_jax.config.backbones.RESNETS`, of basic blocks.
       precision: see `ResNet`.
     """
 

@@ -21,18 +21,22 @@ from jaxtyping import Array, Float, Float32
 from PIL import Image
 
 import padim_jax
-from padim_jax import figures, input_pipeline, interrupts, locks, parallel, paths, progress
-from padim_jax.datasets.files import image_files, read_file, shown
+from padim_jax.config.backbones import RANDOM_WEIGHTS
+from padim_jax.data import input_pipeline
+from padim_jax.data.files import image_files, read_file, shown
+from padim_jax.devices import parallel
+from padim_jax.devices.parallel import Devices
 from padim_jax.errors import Stopped, UserError
-from padim_jax.models import RANDOM_WEIGHTS, pretrained
 from padim_jax.models import network as networks
-from padim_jax.parallel import Devices
-from padim_jax.paths import Path
+from padim_jax.models.weights import pretrained
+from padim_jax.output import figures
 from padim_jax.pretrain import config as config_lib
 from padim_jax.pretrain import network, saving, training
 from padim_jax.pretrain.config import PretrainConfig
 from padim_jax.pretrain.scenes import Bank, Photos
 from padim_jax.pretrain.training import Measures, State, Tree
+from padim_jax.system import interrupts, locks, paths, progress
+from padim_jax.system.paths import Path
 
 WEIGHTS = "backbone.safetensors"
 RECIPE = "recipe.json"
@@ -102,7 +106,9 @@ def _pretrain(
     devices: Devices,
 ) -> None:
     photos = inputs.photos
-    with progress.bar(config.images.classes, "textures", devices, unit="class") as bar:
+    with progress.bar(
+        config.images.classes, "textures", devices.process == 0, unit="class"
+    ) as bar:
         bank = training.bank(config, bar.update)
     examples = _images(config, bank, photos)
     state = training.initial(config, examples, inputs.weights)
@@ -148,7 +154,7 @@ def _train(
     saved = time.monotonic()
     with (
         interrupts.sigterm() as asked,
-        progress.bar(total, "pretrain", devices, done, "step") as bar,
+        progress.bar(total, "pretrain", devices.process == 0, done, "step") as bar,
     ):
         while done < total:
             state, found = step(config, state, bank, photos)

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from padim_jax import library_logs, parallel, paths
+from padim_jax.devices import parallel
+from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
-from padim_jax.parallel import Devices
-from padim_jax.paths import Path
+from padim_jax.system import library_logs, paths
+from padim_jax.system.paths import Path
 
 Tree = TypeVar("Tree")
 History = list[list[float | int]]

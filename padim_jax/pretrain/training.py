@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Float32, Int, Int32, Key, UInt8
 
-from padim_jax import parallel
-from padim_jax.models import STRIDES
+from padim_jax.config.backbones import STRIDES
+from padim_jax.devices import parallel
 from padim_jax.pretrain import inspection, network, scenes, textures
 from padim_jax.pretrain.config import TEXTURE_SIZE, PretrainConfig
 from padim_jax.pretrain.network import STAGES

@@ -25,9 +25,9 @@ from test_resume import (
     saved,
 )
 
-from padim_jax import checkpoint
-from padim_jax.input_pipeline import FolderSource
-from padim_jax.parallel import Devices
+from padim_jax.data.input_pipeline import FolderSource
+from padim_jax.devices.parallel import Devices
+from padim_jax.store import checkpoint
 
 __all__ = ["launch", "root"]  # fixtures
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from test_checkpoint import ONE, Crash, load, make_fitted, same, save, start, steps
 
-from padim_jax import checkpoint
-from padim_jax.checkpoint import Fitted
 from padim_jax.errors import UserError
+from padim_jax.store import checkpoint
+from padim_jax.store.checkpoint import Fitted
 
 
 def write_history(path: pathlib.Path) -> Iterator[tuple[list[Fitted], list[Any]]]:

@@ -20,9 +20,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from padim_jax import checkpoint
-from padim_jax.datasets.synthetic import generate
-from padim_jax.parallel import Devices
+from padim_jax.data.layouts.synthetic import generate
+from padim_jax.devices.parallel import Devices
+from padim_jax.store import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 AT_ONCE = 4

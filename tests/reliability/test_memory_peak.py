@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from padim_jax import config, defaults, memory
-from padim_jax.parallel import Devices
+from padim_jax.config import defaults
+from padim_jax.config import settings as config
+from padim_jax.detector import memory
+from padim_jax.devices.parallel import Devices
 
 # The peak of the program's own memory: what `resource` says of a child may be its parent's.
 CODE = """
 import json, pathlib, re, sys, warnings
-from padim_jax import config, defaults, experiment
+from padim_jax.config import settings as config
+from padim_jax.config import defaults
+from padim_jax.runs import experiment
 warnings.simplefilter("ignore")  # of random images
 values = defaults.get_config()
 settings = json.loads(sys.argv[2])
@@ -124,7 +128,10 @@ def test_estimate_and_peak(train: int, test: int, settings: dict, tmp_path: path
 
 FITTING = """
 import json, pathlib, sys, warnings
-from padim_jax import config, dataset_splits, defaults, experiment
+from padim_jax.config import settings as config
+from padim_jax.data import dataset_splits
+from padim_jax.config import defaults
+from padim_jax.runs import experiment
 warnings.simplefilter("ignore")  # of random images
 values = defaults.get_config()
 values.update_from_flattened_dict({k: tuple(v) if isinstance(v, list) else v
@@ -135,11 +142,11 @@ experiment.train(valid, dataset_splits.open_dataset(valid), path)
 """
 PREDICTING = """
 import pathlib, re, sys, warnings
-from padim_jax import experiment, predictions
-from padim_jax.input_pipeline import FolderSource
+from padim_jax.runs import experiment; from padim_jax.output import predictions
+from padim_jax.data.input_pipeline import FolderSource
 warnings.simplefilter("ignore")
 work = pathlib.Path(sys.argv[1])
-source = FolderSource(predictions.find(str(work / "data/part/test")))
+source = FolderSource(listing.find(str(work / "data/part/test")))
 experiment.predict(experiment.load(work / "checkpoint"), source, work)
 status = pathlib.Path("/proc/self/status").read_text()
 print("peak", 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]))

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from padim_jax import parallel
+from padim_jax.devices import parallel
+from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
 from padim_jax.models import network as networks
-from padim_jax.models import pretrained
-from padim_jax.parallel import Devices
+from padim_jax.models.weights import pretrained
 from padim_jax.pretrain import config as config_lib
 from padim_jax.pretrain import defaults, network, run, saving, training
 from padim_jax.pretrain.config import PretrainConfig

@@ -21,8 +21,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from padim_jax import config, dataset_splits, defaults, experiment
-from padim_jax.datasets.synthetic import generate
+from padim_jax.config import defaults, settings
+from padim_jax.data import dataset_splits
+from padim_jax.data.layouts.synthetic import generate
+from padim_jax.runs import experiment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 IMAGES = 5000
@@ -48,7 +50,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             "model.channels": 20,
         }
     )
-    valid = config.validate(values)
+    valid = settings.validate(values)
     experiment.train(valid, dataset_splits.open_dataset(valid), root / "checkpoint")
     return root
 

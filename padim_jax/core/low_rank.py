@@ -1,0 +1,162 @@
+"""The Gaussians of fewer images than channels, kept as the images' embeddings.
+
+With s images a covariance of d > s channels has rank s - 1. Its regularized inverse then
+needs an s x s matrix only, by the Woodbury identity (see `scoring`); nothing is
+approximated. For s images of r regions the statistics are s embeddings, with the deep
+stages' at their own resolution, instead of the covariances of `gaussian`: 60 images of a
+wide_resnet50_2 with 550 channels take 0.14 GB instead of 1.1 GB.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from padim_jax.core.types import Levels, LowRank, Samples, Valid
+
+_Values = tuple[Float32[Array, "_n s _d"], ...]  # of one region
+
+_LARGEST_BLOCK = 64  # patches whose kernels are factorised together
+
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def init(shapes: Sequence[tuple[int, int, int]], images: int) -> Samples:
+    """Room for a number of images; none is there yet.
+
+    Args:
+      shapes: (r, n, d) of every level, as `embedding.Pyramid.shapes`.
+      images: most that can be added.
+    """
+    values = tuple(jnp.zeros((r, n, images, d), jnp.float32) for r, n, d in shapes)
+    return Samples(jnp.zeros((), jnp.int32), values)
+
+
+def update(samples: Samples, levels: Levels, valid: Valid) -> Samples:
+    """Adds a batch of images; `gaussian.update`'s counterpart.
+
+    Images beyond the room of `init` are lost: callers count.
+    """
+    room = samples.values[0].shape[2]
+    # Padding goes where nothing is: behind the last row.
+    row = jnp.where(valid, samples.count + jnp.cumsum(valid) - 1, room)
+    values = tuple(
+        kept.at[:, :, row].set(level.swapaxes(-1, -2), mode="drop")
+        for kept, level in zip(samples.values, levels, strict=True)
+    )
+    return Samples(samples.count + jnp.sum(valid, dtype=jnp.int32), values)
+
+
+def resize(samples: Samples, images: int) -> Samples:
+    """The same samples with room for so many images in all."""
+    more = images - samples.values[0].shape[2]
+    widths = ((0, 0), (0, 0), (0, max(more, 0)), (0, 0))
+    values = tuple(jnp.pad(x[:, :, :images], widths) for x in samples.values)
+    return Samples(samples.count, values)
+
+
+def merge(a: Samples, b: Samples) -> Samples:
+    """Samples of two disjoint sets of images together; both full."""
+    values = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=2), a.values, b.values)
+    return Samples(a.count + b.count, values)
+
+
+def levels(samples: Samples) -> tuple[Levels, Valid]:
+    """The embeddings as `update` took them, as one batch: for `gaussian.update`."""
+    room = samples.values[0].shape[2]
+    found = tuple(x.swapaxes(-1, -2) for x in samples.values)
+    return found, jnp.arange(room) < samples.count
+
+
+def finalize(
+    samples: Samples, regularization: Float[Array, ""] | float
+) -> tuple[LowRank, Bool[Array, " r"], Float32[Array, " r"]]:
+    """The Gaussians, factorised for scoring; `gaussian.finalize`'s counterpart.
+
+    Args:
+      samples: full, of at least two images. Under jit they should be donated.
+      regularization: epsilon, above 0.
+
+    Returns:
+      The Gaussians; of every region whether its samples are finite, and how much of epsilon
+      rounding has left: the kernels' smallest pivot, which in exact arithmetic is at least
+      (s - 1) epsilon, divided by that; 0 where a kernel is not positive definite.
+    """
+    values = samples.values
+    regions, cells, images, _ = values[0].shape
+    most = max(1, _LARGEST_BLOCK // cells)
+    block = max(n for n in range(1, most + 1) if regions % n == 0)
+    centre = jax.vmap(_centre_region)
+    invert = jax.vmap(_invert_region, in_axes=(0, None))
+
+    def put(x: Array, part: Array, i: Int32[Array, ""]) -> Array:
+        return lax.dynamic_update_slice_in_dim(x, part, i * block, 0)
+
+    # The deviations in the values' place: beside the result one block is in memory. As in
+    # `gaussian` the next block is read from what is written already.
+    def step(i: Int32[Array, ""], state: tuple) -> tuple:
+        values, part, *results = state
+        mean, deviations = centre(part)
+        root = invert(deviations, regularization)
+        # Squares, as in the kernel: so that these do not overflow either.
+        finite = [jnp.isfinite(jnp.sum(x * x, axis=(1, 2, 3))) for x in deviations]
+        values = jax.tree.map(lambda x, y: put(x, y, i), values, deviations)
+        found = (
+            mean,
+            root,
+            jnp.all(jnp.stack(finite), axis=0),
+            _kept(root, regularization),
+        )
+        results = jax.tree.map(lambda x, y: put(x, y, i), tuple(results), found)
+        following = (lax.dynamic_slice_in_dim(x, (i + 1) * block, block) for x in values)
+        return values, tuple(following), *results
+
+    mean = tuple(jnp.zeros((*x.shape[:2], x.shape[3]), jnp.float32) for x in values)
+    root = jnp.zeros((regions, cells, images, images), jnp.float32)
+    flags = jnp.ones(regions, bool), jnp.ones(regions, jnp.float32)
+    first = tuple(x[:block] for x in values)
+    deviations, _, mean, root, finite, kept = lax.fori_loop(
+        0, regions // block, step, (values, first, mean, root, *flags)
+    )
+    fitted = LowRank(mean, deviations, root, jnp.asarray(regularization, jnp.float32))
+    return fitted, finite, kept
+
+
+def _kept(
+    root: Float32[Array, "r n s s"], regularization: Float[Array, ""] | float
+) -> Float32[Array, " r"]:
+    """The smallest pivot of a region's kernels, as a part of the least; see `finalize`."""
+    # The inverse of a triangle has the inverse diagonal.
+    images, largest = root.shape[-1], jnp.diagonal(root, axis1=-2, axis2=-1)
+    kept = 1 / ((images - 1) * regularization * jnp.max(largest, axis=(1, 2)) ** 2)
+    return jnp.where(jnp.all(jnp.isfinite(root), axis=(1, 2, 3)), kept, 0.0)
+
+
+def _centre_region(values: _Values) -> tuple[tuple[Float32[Array, "_n _d"], ...], _Values]:
+    mean = tuple(jnp.mean(x, axis=1) for x in values)
+    return mean, tuple(x - m[:, None] for x, m in zip(values, mean, strict=True))
+
+
+def _invert_region(
+    deviations: _Values, regularization: Float[Array, ""] | float
+) -> Float32[Array, "n s s"]:
+    """R of a region's patches, R^T R = ((s - 1) epsilon I + X X^T + t 1 1^T)^-1.
+
+    Deviations add up to 0: 1 is an eigenvector of X X^T, of the eigenvalue 0, and nothing
+    that R is applied to has a part in it. Any t gives the same distances. One like the other
+    eigenvalues takes away what makes the kernel nearly singular, however few images and
+    however small epsilon.
+    """
+    cells, images, _ = deviations[0].shape
+    kernel = (images - 1) * regularization * jnp.eye(images, dtype=jnp.float32)[None]
+    for x in deviations:
+        # Once for every cell of the level, however many patches share it.
+        gram = _matmul(x, x.swapaxes(-1, -2))
+        kernel = kernel + jnp.repeat(gram, cells // len(x), axis=0)
+    kernel += jnp.trace(kernel, axis1=1, axis2=2)[:, None, None] / images**2
+    factor = lax.linalg.cholesky(kernel, symmetrize_input=False)
+    identity = jnp.broadcast_to(jnp.eye(images, dtype=jnp.float32), factor.shape)
+    return lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)

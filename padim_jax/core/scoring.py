@@ -1,0 +1,248 @@
+"""Embeddings -> Mahalanobis distances -> anomaly maps -> image scores.
+
+PaDiM (arXiv 2011.08785), section III-C. Upsampling and blur are both linear and
+separable, so that one small matrix per axis does the two in a single product.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from padim_jax.core import interpolation
+from padim_jax.core.types import AnomalyMaps, Distances, Gaussian, Levels, LowRank, Scores
+
+# The blur's kernel ends at this many standard deviations, as scipy.ndimage's
+# gaussian_filter by default: sigma 4 gives 33 taps.
+_TRUNCATE = 4.0
+
+_LARGEST_BLOCK = 128  # patches whose low-rank distances are computed together
+
+# Numbers that leaving images out computes together: 64 MB.
+_MOST_NUMBERS = 1 << 24
+
+# Four roundoffs of float32.
+_LEAST_LEFT = 2.0**-22
+
+# float32 products, also on GPUs, where the default would be TF32's 10-bit mantissa.
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def mahalanobis(fitted: Gaussian | LowRank, levels: Levels) -> Float32[Array, "r n b"]:
+    """Distance of every patch from its Gaussian (paper eq. 2).
+
+    Args:
+      fitted: the Gaussians.
+      levels: embeddings by level, (r, n, d, b) float32.
+
+    Returns:
+      (r, n, b) float32 of the finest level's cells, in standard deviations; the square
+      root of the quadratic form. `on_grid` brings them into the patches' order.
+    """
+    squared, parts = _by_region(fitted, _squares)
+    if isinstance(fitted, Gaussian):
+        return jnp.sqrt(jax.vmap(squared)(*parts, levels))
+    # Block by block: what is left of the deviations is of every patch, for coarse levels too.
+    block = max(1, _LARGEST_BLOCK // levels[0].shape[1])
+    return lax.map(lambda part: jnp.sqrt(squared(*part)), (*parts, levels), batch_size=block)
+
+
+def leave_out(
+    fitted: Gaussian | LowRank,
+    levels: Levels,
+    count: Int32[Array, ""] | int,
+    size: int = 1,
+) -> Float32[Array, "r n b"]:
+    """Distances of fitted images, each from the model without the image's group.
+
+    Removing a group of k images with deviations D (d, k) from the scatter S of all n moves the
+    mean and leaves S - D W D^T, where W = I + J / m, m = n - k and J is all ones. With
+    B = S + (m - 1) epsilon I and Q = D^T B^-1 D, the Woodbury identity gives the squared
+    distances of the group's images from the model of the other m:
+
+        (m - 1) diag((I - J / n - Q)^-1 Q W)
+
+    Exact: epsilon is that of the model without the group, too. For a single image this is
+    (n / (n - 1))^2 (n - 2) q / (1 - n q / (n - 1)), the Sherman-Morrison formula.
+
+    Args:
+      fitted: the Gaussians of all n images, finalized with (m - 1) / (n - 1) times epsilon, so
+        that their covariances times n - 1 are B.
+      levels: embeddings by level, (r, n, d, b) float32, of images that were fitted. Each `size`
+        consecutive images are a group; what remains after the last whole group is padding.
+      count: n; at least k + 2.
+      size: k.
+
+    Returns:
+      (r, n, b) float32 as from `mahalanobis`; 0 for padding.
+    """
+    cells, images = levels[0].shape[1], levels[0].shape[-1]
+    groups, n = images // size, jnp.asarray(count, jnp.float32)
+    m = n - size
+
+    def products(x: Float32[Array, "_n _d b"]) -> Float32[Array, "_n _g _k _k"]:
+        """Of each group's images with each other."""
+        x = x[..., : groups * size].reshape(*x.shape[:2], groups, size)
+        return _matmul(jnp.moveaxis(x, 1, 3), jnp.moveaxis(x, 1, 2))
+
+    squared, parts = _by_region(fitted, products)
+
+    def one(part: tuple) -> Float32[Array, "n b"]:
+        q = squared(*part) / (n - 1)
+        q_w = q + jnp.sum(q, axis=-1, keepdims=True) / m
+        root = lax.linalg.cholesky(jnp.eye(size)[None, None] - 1 / n - q)
+        identity = jnp.broadcast_to(jnp.eye(size), q.shape)
+        both = jnp.concatenate([identity, q_w], axis=-1)
+        both = lax.linalg.triangular_solve(root, both, left_side=True, lower=True)
+        found = (m - 1) * jnp.sum(both[..., :size] * both[..., size:], axis=-2)
+        # Rounding may leave nothing of a group that the other images hardly explain.
+        found = jnp.where(jnp.isfinite(found), found, (m - 1) / _LEAST_LEFT)
+        found = jnp.sqrt(jnp.maximum(found, 0)).reshape(cells, -1)
+        return jnp.pad(found, ((0, 0), (0, images - groups * size)))
+
+    channels = sum(level.shape[2] for level in levels)
+    block = max(1, _MOST_NUMBERS // (cells * images * max(channels, size)))
+    if isinstance(fitted, LowRank):
+        block = min(block, max(1, _LARGEST_BLOCK // cells))
+    return lax.map(one, (*parts, levels), batch_size=block)
+
+
+def on_grid(distances: Float32[Array, "r n b"], patches: Int[np.ndarray, " p"]) -> Distances:
+    """Distances by region, (r, n, b), as (b, p): patch by patch, row by row.
+
+    Args:
+      distances: see `mahalanobis`.
+      patches: `embedding.Pyramid.patches`.
+    """
+    return distances.reshape(-1, distances.shape[-1])[patches].T
+
+
+def anomaly_maps(
+    distances: Distances,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    upsample: str,
+    sigma: float,
+) -> AnomalyMaps:
+    """Distances on the patch grid, brought to the image's size and blurred.
+
+    Args:
+      distances: (b, p) with p = grid[0] * grid[1].
+      grid: height and width in patches.
+      size: height and width of the maps in pixels.
+      upsample: "bilinear" or "bicubic", with half-pixel centres, as
+        `torch.nn.functional.interpolate(align_corners=False)`.
+      sigma: standard deviation of the Gaussian blur in pixels, 0 for none; borders
+        are reflected without repeating the edge pixel.
+
+    Returns:
+      (b, h, w) float32.
+    """
+    rows, columns = (
+        jnp.asarray(_blur(n, sigma) @ interpolation.matrix(m, n, upsample), jnp.float32)
+        for m, n in zip(grid, size, strict=True)
+    )
+    on_grid = distances.reshape(len(distances), *grid)
+    return jnp.einsum("hi,bij,wj->bhw", rows, on_grid, columns, precision=lax.Precision.HIGHEST)
+
+
+def image_scores(maps: AnomalyMaps) -> Scores:
+    """The maximum of each anomaly map: (b,) float32."""
+    return jnp.max(maps, axis=(1, 2))
+
+
+def _by_region(
+    fitted: Gaussian | LowRank, product: Callable[[Array], Array]
+) -> tuple[Callable[..., Array], tuple[Any, ...]]:
+    """A function of one region's parts and levels, and the parts of all regions."""
+    if isinstance(fitted, Gaussian):
+        return functools.partial(_full_rank, product), (fitted.mean, fitted.factor)
+    function = functools.partial(_low_rank, product, fitted.regularization)
+    return function, (fitted.mean, fitted.deviations, fitted.root)
+
+
+def _squares(x: Float32[Array, "_n _d b"]) -> Float32[Array, "_n b"]:
+    return jnp.sum(x * x, axis=1)
+
+
+def _full_rank(
+    product: Callable[[Array], Array],
+    mean: tuple[Float32[Array, "_n _d"], ...],
+    factor: tuple[tuple[Float32[Array, "_n _d _e"], ...], ...],
+    levels: tuple[Float32[Array, "_n _d b"], ...],
+) -> Float32[Array, "n *_b"]:
+    """Squared distances of a region's patches: |L^-1 (x - mean)|^2, level by level.
+
+    L^-1 comes from forward substitution, the coarsest level first. A coarse cell meets
+    the rows of all cells above it in one product. `product` makes squares of the images'
+    L^-1 (x - mean), or products of one image with another.
+    """
+    cells, squared, white = levels[0].shape[0], jnp.zeros(()), ()
+    for x, m, (inverse, *cross) in reversed(list(zip(levels, mean, factor, strict=True))):
+        rest = x - m[..., None]
+        for rows, coarse in zip(cross, white, strict=True):
+            stacked = rows.reshape(len(coarse), -1, rows.shape[-1])
+            rest -= _matmul(stacked, coarse).reshape(rest.shape)
+        white = (_matmul(inverse, rest), *white)
+        squared += _spread(product(white[0]), cells)
+    return squared
+
+
+def _low_rank(
+    product: Callable[[Array], Array],
+    regularization: Float32[Array, ""],
+    mean: tuple[Float32[Array, "_n _d"], ...],
+    deviations: tuple[Float32[Array, "_n s _d"], ...],
+    root: Float32[Array, "n s s"],
+    levels: tuple[Float32[Array, "_n _d b"], ...],
+) -> Float32[Array, "n *_b"]:
+    """Squared distances of a region's patches, by the Woodbury identity.
+
+    With the kernel K = (s - 1) epsilon I + X X^T, which `low_rank.finalize` inverts (R^T R,
+    but for a part that all X delta lack), y = K^-1 X delta are the weights of the images that
+    explain a deviation delta best, r = delta - X^T y what they leave of it, and
+
+        delta^T (X^T X / (s - 1) + epsilon I)^-1 delta = |r|^2 / epsilon + (s - 1) |y|^2
+
+    The shorter (|delta|^2 - |R X delta|^2) / epsilon cancels: of images that were fitted, and
+    are all but explained, nothing but roundoffs may be left, amplified by 1 / epsilon. Here
+    nothing cancels but r itself, and y is where the sum is least: of its errors only squares
+    count. `product`: see `_full_rank`; r and y are linear in delta.
+    """
+    cells, images, _ = root.shape
+    deltas = [x - m[..., None] for x, m in zip(levels, mean, strict=True)]
+    pairs = list(zip(deltas, deviations, strict=True))
+    products = sum(_spread(_matmul(x, delta), cells) for delta, x in pairs)
+    weights = _matmul(root.swapaxes(-1, -2), _matmul(root, products))
+    squared = (images - 1) * product(weights)
+    for delta, x in pairs:
+        explained = _matmul(_spread(x.swapaxes(-1, -2), cells), weights)
+        rest = _spread(delta, cells) - explained
+        squared += product(rest) / regularization
+    return squared
+
+
+def _spread(x: Float32[Array, "_n *b"], cells: int) -> Float32[Array, "n *b"]:
+    """Repeats a coarse level's cells for the finer ones above them."""
+    return jnp.repeat(x, cells // len(x), axis=0)
+
+
+@functools.cache
+def _blur(n: int, sigma: float) -> Float[np.ndarray, "n n"]:
+    """The matrix that blurs `n` samples with a Gaussian, borders reflected."""
+    if sigma == 0:
+        return np.eye(n)
+    radius = int(_TRUNCATE * sigma + 0.5)
+    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    taps /= taps.sum()
+    # np.pad's reflection repeats where the kernel is wider than the image.
+    source = np.pad(np.arange(n), radius, mode="reflect")
+    matrix = np.zeros((n, n))
+    for tap, weight in enumerate(taps):
+        np.add.at(matrix, (np.arange(n), source[tap : tap + n]), weight)
+    return matrix

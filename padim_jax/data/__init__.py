@@ -1,0 +1,1 @@
+"""Folders to records to uint8 batches."""

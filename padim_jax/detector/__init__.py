@@ -1,0 +1,1 @@
+"""The complete detector: composes the stages of the algorithm on one or many devices."""

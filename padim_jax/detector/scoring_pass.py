@@ -1,0 +1,105 @@
+"""A pass of a fitted model over images: scores, batch by batch, the same in every process."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, UInt8
+
+from padim_jax.config.settings import Config
+from padim_jax.data import image_cache, input_pipeline, passes, skipping
+from padim_jax.data.records import Record, Skipped, Source
+from padim_jax.detector import detector as detector_lib
+from padim_jax.detector.detector import Detector
+from padim_jax.devices import parallel
+
+
+def readable(
+    config: Config, sources: Mapping[str, Source], cached: bool = True
+) -> tuple[dict[str, Source], list[Skipped]]:
+    """Without images that cannot be used, where that is asked for; see `skipping`.
+
+    Images that are seen once are not cached: they would push out those that are seen again.
+    """
+    cache = image_cache.open_cache(config.cache) if cached else None
+    return skipping.readable(sources, config, parallel.every(), cache)
+
+
+def for_new_images(detector: Detector) -> Detector:
+    """Random views are of a dataset's images; others are seen from the centre."""
+    config = detector.config
+    image = input_pipeline.centred(config.image)
+    return dataclasses.replace(detector, config=dataclasses.replace(config, image=image))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Scores of consecutive images of a source, of all processes'.
+
+    Attributes:
+      records: what the images are.
+      maps: anomaly maps.
+      scores: of the images.
+      masks: defect pixels; nothing where unknown.
+      known: whether the mask is.
+      digests: SHA-256 of the images' files.
+      samples: see `detector.Anomalies`.
+      sizes: of the images as they are stored, (height, width).
+      facts: of the masks; see `image_cache.MaskFacts`.
+    """
+
+    records: Sequence[Record]
+    maps: Float32[np.ndarray, "n h w"]
+    scores: Float32[np.ndarray, " n"]
+    masks: Bool[np.ndarray, "n h w"]
+    known: Bool[np.ndarray, " n"]
+    digests: UInt8[np.ndarray, "n 32"]
+    samples: Float32[np.ndarray, "n _s"]
+    sizes: Int32[np.ndarray, "n 2"]
+    facts: Int32[np.ndarray, "n 4"]
+
+
+def scores(
+    detector: Detector,
+    source: Source,
+    what: str,
+    cache: image_cache.ImageCache | None,
+    start: int = 0,
+) -> Iterator[Part]:
+    """Scores a source batch by batch; every process gets all processes' scores.
+
+    For a detector that leaves images out the source is of such groups; see
+    `detector.score_pixels`. The first `start` images, whole batches, are passed over.
+    """
+    config, devices, left_out = detector.config, parallel.every(), detector.left_out
+    few: dict[str, int] = {}
+    if left_out > 1:  # whole groups
+        least = math.lcm(left_out, devices.total)
+        size = max(1, config.batch_size // least) * least
+        config = dataclasses.replace(config, batch_size=size)
+    for batch in passes.batches(source, config, what, cache, devices, start):
+        names = [str(record.image) for record in batch.records]
+        found = detector_lib.score_pixels(detector, batch.images, names)
+        padding = len(batch.images) - len(batch.records)
+        nothing = np.zeros(config.image.size, bool)
+        masks = [nothing if mask is None else mask for mask in batch.masks]
+        own: dict[str, Any] = {
+            "maps": found.maps,
+            "scores": found.scores,
+            "masks": np.stack(masks + padding * [nothing]),
+            "known": np.array([mask is not None for mask in batch.masks] + padding * [False]),
+            "digests": batch.digests,
+            "samples": found.samples,
+            "sizes": np.array([*batch.sizes, *(padding * [(0, 0)])], np.int32),
+            "facts": np.array([*batch.facts, *(padding * [image_cache.NO_MASK])], np.int32),
+        }
+        valid, every = parallel.gather((batch.valid, own))
+        every = {name: x[valid] for name, x in every.items()}
+        end = start + int(np.sum(valid))
+        few |= passes.few_levels(batch)
+        yield Part(source.records[start:end], **every)
+        start = end
+    if not left_out:  # else the fit has told
+        passes.warn_few_levels(few, len(source.records), devices)

@@ -1,0 +1,1 @@
+"""Accelerators and processes: who holds what, and what crosses the wire."""

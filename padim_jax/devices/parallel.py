@@ -1,0 +1,357 @@
+r"""Devices: the only module that knows which there are, and who holds what.
+
+Images are shared out for extraction, regions of patches (see `embedding`) for statistics
+and distances. What goes from one device to another are embeddings, in one all-to-all a
+batch and level, and for scoring the patches' distances, back:
+
+    images b/k a device -> levels (r, n, d, b/k) --to_regions--> (r/k, n, d, b) -> statistics
+                                                                      \-> distances (r/k, n, b)
+              anomaly maps of b/k images a device <-- (r, n, b/k) <--to_images--/
+
+Covariances and factors stay where they are. `detector`'s functions are written for one
+device, name the others by the axis `AXIS` alone, and are mapped by `jax.pmap` over all
+devices of all processes; a single device is the same with an axis of size 1. Of mapped
+arguments and results a process sees its own devices' parts, in a first axis of this size.
+
+Where devices do not divide the regions, some get regions of zeros at the end.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float32, Int
+
+from padim_jax.core.types import Levels, Valid
+from padim_jax.errors import UserError
+
+AXIS = "devices"
+
+Tree = TypeVar("Tree")
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices that take part.
+
+    Attributes:
+      local: how many this process has; every process has as many.
+      processes: how many processes there are.
+      process: which of them this is, from 0.
+    """
+
+    local: int
+    processes: int = 1
+    process: int = 0
+
+    @property
+    def total(self) -> int:
+        """Devices of all processes."""
+        return self.local * self.processes
+
+    def padded(self, size: int) -> int:
+        """The next size that the devices divide."""
+        return -(-size // self.total) * self.total
+
+    @property
+    def mesh(self) -> Mesh:
+        """All devices, process by process: the order of `jax.pmap`'s axis."""
+        found = [
+            device
+            for process in range(self.processes)
+            for device in jax.local_devices(process)[: self.local]
+        ]
+        return Mesh(np.array(found), (AXIS,))
+
+    @property
+    def local_mesh(self) -> Mesh:
+        """This process's devices."""
+        return Mesh(np.array(jax.local_devices()[: self.local]), (AXIS,))
+
+
+def every() -> Devices:
+    """All devices of all processes that run this program.
+
+    Raises:
+      UserError: there are none of the kind that JAX_PLATFORMS asks for.
+    """
+    platforms = jax.config.jax_platforms
+    try:
+        jax.local_device_count()
+    # An assertion where nothing is known of the platform, as of cuda without its plugin.
+    except (RuntimeError, AssertionError) as error:
+        if not platforms:
+            raise
+        reason = " ".join(str(error).split()) or "no such device"
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: JAX cannot use that ({reason}); install its driver "
+            'and JAX plugin, as with pip install "padim-jax[cuda12]", or unset JAX_PLATFORMS'
+        ) from error
+    return Devices(jax.local_device_count(), jax.process_count(), jax.process_index())
+
+
+def mapped(
+    function: Callable[..., Any],
+    replicated: Iterable[int] = (),
+    static: Iterable[int] = (),
+    donated: Iterable[int] = (),
+) -> Callable[..., Any]:
+    """Maps a device's function over all of them, compiled.
+
+    Args:
+      function: of positional arguments.
+      replicated: numbers of the arguments that are the same on all devices, as made by
+        `replicate`. All others have an axis of this process's devices in front.
+      static: numbers of the arguments that are no arrays; one compilation for each value.
+      donated: numbers of the arguments whose memory is given up.
+    """
+    replicated, static = tuple(replicated), tuple(static)
+    count = len(inspect.signature(function).parameters)
+    axes = tuple(None if i in (*replicated, *static) else 0 for i in range(count))
+    return jax.pmap(
+        function,
+        axis_name=AXIS,
+        in_axes=axes,
+        static_broadcasted_argnums=static,
+        donate_argnums=tuple(donated),
+    )
+
+
+def sharing_memory(devices: Devices) -> int:
+    """How many of this process's devices share one memory: those of a CPU do."""
+    return 1 if memory_grows() else devices.local
+
+
+def memory_grows() -> bool:
+    """Whether every device brings memory of its own, as GPUs do."""
+    return jax.default_backend() != "cpu"
+
+
+def free_memory() -> int | None:
+    """Bytes free on that of this process's devices with the least; None for the machine's."""
+    found = [device.memory_stats() for device in jax.local_devices()]
+    free = [x["bytes_limit"] - x["bytes_in_use"] for x in found if x and "bytes_limit" in x]
+    return min(free) if free else None
+
+
+def replicate(tree: Tree, devices: Devices) -> Tree:
+    """The same arrays on each of this process's devices."""
+    return jax.device_put(tree, NamedSharding(devices.local_mesh, PartitionSpec()))
+
+
+def copies(tree: Any, devices: Devices) -> Any:
+    """The same arrays once for each of this process's devices, (k, ...): to be mapped over."""
+    sharding = NamedSharding(devices.local_mesh, PartitionSpec(AXIS))
+
+    def copy(x: Array | np.ndarray) -> Array:
+        x = np.asarray(x)
+        return jax.device_put(np.broadcast_to(x, (devices.local, *x.shape)), sharding)
+
+    return jax.tree.map(copy, tree)
+
+
+def mean(tree: Tree) -> Tree:
+    """Inside of `mapped`: of every array the mean over all devices."""
+    return lax.pmean(tree, AXIS)
+
+
+def total(tree: Tree) -> Tree:
+    """Inside of `mapped`: of every array the sum over all devices."""
+    return lax.psum(tree, AXIS)
+
+
+def share_of(count: int) -> Int[Array, " _n"]:
+    """Inside of `mapped`: this device's part of the first `count` numbers."""
+    own = count // lax.psum(1, AXIS)
+    return lax.axis_index(AXIS) * own + jnp.arange(own)
+
+
+def to_regions(levels: Levels) -> tuple[Float32[Array, "_k _n _d _b"], ...]:
+    """Inside of `mapped`: from all regions of a device's images to all images of its regions.
+
+    Args:
+      levels: (r, n, d, b / k) each.
+
+    Returns:
+      (r / k, n, d, b) each, with r rounded up.
+    """
+    size = lax.psum(1, AXIS)
+
+    def exchange(x: Array) -> Array:
+        x = jnp.pad(x, ((0, -len(x) % size), (0, 0), (0, 0), (0, 0)))
+        return lax.all_to_all(x, AXIS, split_axis=0, concat_axis=3, tiled=True)
+
+    return tuple(exchange(x) for x in levels)
+
+
+def to_images(distances: Float32[Array, "r n b"]) -> Float32[Array, "_r n _b"]:
+    """Inside of `mapped`: `to_regions`' way back, for distances (r / k, n, b)."""
+    return lax.all_to_all(distances, AXIS, split_axis=2, concat_axis=0, tiled=True)
+
+
+def of_all_images(valid: Valid) -> Bool[Array, " _b"]:
+    """Inside of `mapped`: of a device's images (b / k,) to that of all devices' (b,)."""
+    return lax.all_gather(valid, AXIS, tiled=True)
+
+
+def of_all_regions(flags: Array) -> Array:
+    """Inside of `mapped`: of a device's regions (r / k,) to that of all devices' (r,)."""
+    return lax.all_gather(flags, AXIS, tiled=True)
+
+
+def share(array: np.ndarray, devices: Devices) -> np.ndarray:
+    """This process's images (b, ...) as its devices get them: (k, b / k, ...)."""
+    return array.reshape(devices.local, -1, *array.shape[1:])
+
+
+def split(tree: Any, devices: Devices) -> Any:
+    """Arrays of all regions, (r, ...), on the devices: (k, r / k, ...).
+
+    Numbers of no region, (), become (k,).
+    """
+
+    def place(x: Array | np.ndarray) -> Array:
+        x = np.asarray(x)
+        if not x.ndim:
+            return number(x, devices)
+        own = devices.padded(len(x)) // devices.processes
+        x = x[devices.process * own :][:own]
+        x = np.pad(x, ((0, own - len(x)), *[(0, 0)] * (x.ndim - 1))) if len(x) < own else x
+        spec = PartitionSpec(AXIS)
+        return jax.device_put(share(x, devices), NamedSharding(devices.local_mesh, spec))
+
+    return jax.tree.map(place, tree)
+
+
+def join(tree: Any, regions: int) -> Any:
+    """`split`'s way back: host arrays of all regions, from the devices of one process.
+
+    Args:
+      tree: a tuple, list or dict of arrays (k, r / k, ...) or (k,).
+      regions: how many there are; what lies beyond is cut off.
+    """
+
+    def gathered(x: Array) -> np.ndarray:
+        array = np.asarray(x)
+        if array.ndim == 1:
+            return np.asarray(array[0])
+        return array.reshape(-1, *array.shape[2:])[:regions]
+
+    return jax.tree.map(gathered, tree)
+
+
+def on_devices(tree: Tree, devices: Devices) -> Tree:
+    """Copy host arrays onto this process's devices, a part on each.
+
+    Args:
+      tree: arrays with an axis of the process's devices in front, (k, ...).
+      devices: that take part.
+    """
+    spec = NamedSharding(devices.local_mesh, PartitionSpec(AXIS))
+    return jax.device_put(tree, spec, may_alias=False)  # they may be donated
+
+
+def number(value: np.ndarray | int, devices: Devices) -> Array:
+    """The same number for each of this process's devices, (k,)."""
+    values = np.broadcast_to(value, devices.local)
+    return jax.device_put(values, NamedSharding(devices.local_mesh, PartitionSpec(AXIS)))
+
+
+def agreed(value: int) -> int:
+    """Process 0's value, in every process. A collective."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """Runs the block in process 0, then in the others, which find there what it made."""
+    if jax.process_index() > 0:
+        agreed(0)
+    yield
+    if jax.process_index() == 0:
+        agreed(0)
+
+
+def as_global(tree: Tree, devices: Devices, donate: bool = False) -> Tree:
+    """Arrays (k, r / k, ...) as one of all processes each, (r, ...): for storage.
+
+    Every device keeps its regions, copied unless the arrays are given up.
+    """
+    spec = PartitionSpec(AXIS)
+    whole = multihost_utils.host_local_array_to_global_array(tree, devices.mesh, spec)
+    return _merge(devices, donate)(whole)
+
+
+def from_global(tree: Tree, devices: Devices) -> Tree:
+    """`as_global`'s way back; the arrays are given up."""
+    spec = PartitionSpec(AXIS)
+    divided = _divide(devices)(tree)
+    return multihost_utils.global_array_to_host_local_array(divided, devices.mesh, spec)
+
+
+def sharding(devices: Devices) -> NamedSharding:
+    """Of `as_global`'s arrays: consecutive regions on each device."""
+    return NamedSharding(devices.mesh, PartitionSpec(AXIS))
+
+
+def everywhere(devices: Devices) -> NamedSharding:
+    """Of global arrays that are the same on all devices."""
+    return NamedSharding(devices.mesh, PartitionSpec())
+
+
+def parts(tree: Any, devices: Devices) -> Iterator[tuple[int, Any]]:
+    """The arrays (k, r / k, ...) of each local device on the host, after its first region."""
+    leaves, structure = jax.tree.flatten(tree)
+    each = [sorted(x.addressable_shards, key=lambda y: y.index[0].start or 0) for x in leaves]
+    for number, shards in enumerate(zip(*each, strict=True)):
+        arrays = [np.asarray(shard.data)[0] for shard in shards]
+        first = (devices.process * devices.local + number) * len(arrays[0])
+        yield first, structure.unflatten(arrays)
+
+
+def gather(tree: Tree) -> Tree:
+    """Host arrays (b, ...) of all processes, one after the other, for every process.
+
+    A collective: all processes call it, with equal shapes.
+    """
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def gather_bytes(data: bytes) -> list[bytes]:
+    """What each process has to say, for every process. A collective."""
+    lengths = gather(np.array([len(data)], np.int32))
+    padded = np.zeros((1, max(1, *lengths.tolist())), np.uint8)
+    padded[0, : len(data)] = np.frombuffer(data, np.uint8)
+    return [row[:length].tobytes() for row, length in zip(gather(padded), lengths, strict=True)]
+
+
+@functools.cache  # or every call would compile anew
+def _merge(devices: Devices, donate: bool) -> Callable[[Any], Any]:
+    return jax.jit(
+        lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree),
+        out_shardings=sharding(devices),
+        donate_argnums=(0,) if donate else (),
+    )
+
+
+@functools.cache
+def _divide(devices: Devices) -> Callable[[Any], Any]:
+    size = devices.total
+    return jax.jit(
+        lambda tree: jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), tree),
+        out_shardings=sharding(devices),
+        donate_argnums=(0,),
+    )

@@ -1,0 +1,11 @@
+"""`report.html`: what an evaluation or a sweep found, as one page to open from disk.
+
+Pure: arrays and plain data in, the text of the page out. Nothing in a page comes from
+elsewhere, and its Content-Security-Policy forbids that anything could.
+"""
+
+from padim_jax.output.html.pictures import thumbnails
+from padim_jax.output.html.run import run_page
+from padim_jax.output.html.sweep import sweep_page
+
+__all__ = ["run_page", "sweep_page", "thumbnails"]

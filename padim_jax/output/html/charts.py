@@ -1,0 +1,205 @@
+"""Diagrams as inline SVG; `run.js` moves the threshold in them."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from padim_jax.output.html.document import text
+
+Curve = tuple[Float[np.ndarray, " _"], Float[np.ndarray, " _"]]
+
+_BINS = 48
+_POINTS = 400  # of a curve, at most: more cannot be told apart on a screen
+_RUG = 1000  # images up to which each has a mark of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """The scores that the histogram and the slider span.
+
+    Attributes:
+      low: below every score, so that all images can be called anomalous.
+      high: above every score, so that none can.
+    """
+
+    low: float
+    high: float
+
+    def part(self, score: float) -> float:
+        """Where a score lies: 0 at `low`, 1 at `high`."""
+        return (score - self.low) / (self.high - self.low)
+
+    def percent(self, score: float) -> str:
+        """The same as SVG has it, within the axis."""
+        return f"{100 * min(max(self.part(score), 0.0), 1.0):.2f}%"
+
+
+def score_axis(scores: Float[np.ndarray, " n"]) -> Axis:
+    """An axis somewhat wider than the scores."""
+    low, high = float(scores.min()), float(scores.max())
+    margin = 0.03 * (high - low) or 0.05 * max(1.0, abs(low))
+    return Axis(low - margin, high + margin)
+
+
+def histogram(
+    scores: Float[np.ndarray, " n"],
+    labels: Bool[np.ndarray, " n"],
+    axis: Axis,
+    marks: list[tuple[str, float]],
+) -> str:
+    """Normal images upwards, anomalous ones downwards, each to its own height.
+
+    Places along the axis are percentages, so that the diagram follows the page's width and
+    its text keeps its size.
+
+    Args:
+      scores: image scores.
+      labels: True for anomalous images.
+      axis: the scores at the left and right edge.
+      marks: named thresholds.
+    """
+    middle, height = 110, 84
+    edges = np.linspace(axis.low, axis.high, _BINS + 1)
+    parts, words = [], []
+    for kind, chosen, up in (("normal", ~labels, True), ("anomalous", labels, False)):
+        counts, _ = np.histogram(scores[chosen].astype(float), edges)
+        peak = max(int(counts.max()), 1)
+        for i, count in enumerate(counts.tolist()):
+            if count:
+                tall = max(2.0, height * count / peak)
+                top = middle - 5 - tall if up else middle + 5
+                images = "image" if count == 1 else "images"
+                parts.append(
+                    f'<rect class="{kind}" x="{100 * i / _BINS:.3f}%" y="{top:.1f}" '
+                    f'width="{88 / _BINS:.3f}%" height="{tall:.1f}"><title>{count} {kind} '
+                    f"{images}, score {edges[i]:.4g} to {edges[i + 1]:.4g}</title></rect>"
+                )
+        total = int(chosen.sum())
+        label = f"{total} {kind}" + (f", at most {peak} in a bar" if total else "")
+        y = 12 if up else 2 * middle - 4
+        x, anchor = ("100%", "end") if up else ("0", "start")
+        words.append(
+            f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}">{label}</text>'
+        )
+        if len(scores) <= _RUG:
+            y1, y2 = (middle - 4, middle - 1) if up else (middle + 1, middle + 4)
+            parts += [
+                f'<line class="{kind}" x1="{axis.percent(s)}" x2="{axis.percent(s)}" '
+                f'y1="{y1}" y2="{y2}"/>'
+                for s in scores[chosen].tolist()
+            ]
+    bottom = 2 * middle
+    parts.append(f'<line class="axis" x1="0" x2="100%" y1="{middle}" y2="{middle}"/>')
+    for label, value in marks:
+        x = axis.percent(value)
+        parts.append(
+            f'<line class="mark" x1="{x}" x2="{x}" y1="16" y2="{bottom - 16}">'
+            f"<title>{text(label)}: {value:.6g}</title></line>"
+        )
+    parts.append(
+        f'<line id="cut" class="cut" x1="0" x2="0" y1="0" y2="{bottom}" visibility="hidden"/>'
+    )
+    for tick in _ticks(axis):
+        x = axis.percent(tick)
+        parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{bottom}" y2="{bottom + 4}"/>')
+        parts.append(
+            f'<text class="tick" x="{x}" y="{bottom + 17}" text-anchor="middle">{tick:g}</text>'
+        )
+    return (
+        f'<svg id="histogram" class="histogram" width="100%" height="{bottom + 22}" role="img" '
+        'aria-label="Histogram of the image scores: normal images above the axis, anomalous '
+        f'ones below">{"".join(parts + words)}</svg>'
+    )
+
+
+def _ticks(axis: Axis) -> list[float]:
+    """Some four to nine round numbers."""
+    rough = (axis.high - axis.low) / 5
+    power = 10.0 ** np.floor(np.log10(rough))
+    step = power * min((1, 2, 5, 10), key=lambda factor: abs(factor * power - rough))
+    numbers = np.arange(np.ceil(axis.low / step), np.floor(axis.high / step) + 1)
+    return [round(float(n * step), 12) for n in numbers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A curve of a diagram, with the words that explain it and a class that colours it."""
+
+    label: str
+    style: str
+    curve: Curve
+
+
+def curves(
+    lines: list[Line], limit: float, x_name: str, y_name: str, summary: str, dot: str = ""
+) -> str:
+    """Curves over rates of false positives in [0, limit], the height in [0, 1].
+
+    Args:
+      lines: those that are defined.
+      limit: right edge.
+      x_name: what the horizontal axis is.
+      y_name: what the vertical one is.
+      summary: all of it in words, for those who do not see it.
+      dot: id of a point that the page's script moves; "" for none.
+    """
+    left, top, side = 50, 10, 260
+    right, bottom = left + side, top + side
+    parts = []
+    for i in range(5):
+        x, y = left + side * i / 4, bottom - side * i / 4
+        parts.append(
+            f'<line class="grid" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>'
+            f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
+            f'<text class="tick" x="{x}" y="{bottom + 15}" text-anchor="middle">'
+            f"{limit * i / 4:.3g}</text>"
+            f'<text class="tick" x="{left - 6}" y="{y + 4}" text-anchor="end">{i / 4:g}</text>'
+        )
+    for line in lines:
+        x, y = _thin(line.curve, limit)
+        points = " ".join(
+            f"{left + side * a / limit:.1f},{bottom - side * b:.1f}"
+            for a, b in zip(x.tolist(), y.tolist(), strict=True)
+        )
+        parts.append(f'<polyline class="{line.style}" points="{points}"/>')
+    for i, line in enumerate(lines):
+        y = bottom - 14 - 18 * (len(lines) - 1 - i)
+        parts.append(
+            f'<line class="{line.style}" x1="{left + 96}" x2="{left + 116}" y1="{y - 4}" '
+            f'y2="{y - 4}"/><text x="{left + 122}" y="{y}">{text(line.label)}</text>'
+        )
+    if not lines:
+        parts.append(
+            f'<text class="tick" x="{left + side / 2}" y="{top + side / 2}" '
+            'text-anchor="middle">undefined</text>'
+        )
+    if dot:
+        parts.append(
+            f'<svg class="plane" x="{left}" y="{top}" width="{side}" height="{side}">'
+            f'<circle id="{dot}" class="dot" r="5" visibility="hidden"/></svg>'
+        )
+    parts.append(
+        f'<text class="tick" x="{left + side / 2}" y="{bottom + 31}" text-anchor="middle">'
+        f"{text(x_name)}</text>"
+        f'<text class="tick" transform="translate(11 {top + side / 2}) rotate(-90)" '
+        f'text-anchor="middle">{text(y_name)}</text>'
+    )
+    return (
+        f'<svg class="curves" viewBox="0 0 {right + 12} {bottom + 36}" role="img" '
+        f'aria-label="{text(summary)}">{"".join(parts)}</svg>'
+    )
+
+
+def _thin(curve: Curve, limit: float) -> Curve:
+    """A curve's part within the limit by few points that look the same."""
+    x, y = curve
+    inside = int(np.searchsorted(x, limit, "right"))
+    if inside < len(x):
+        end = np.interp(limit, x[inside - 1 : inside + 1], y[inside - 1 : inside + 1])
+        x, y = np.append(x[:inside], limit), np.append(y[:inside], end)
+    # Both ascend: even steps along the curve are even steps of their sum.
+    along = x / limit + y
+    chosen = np.searchsorted(along, np.linspace(along[0], along[-1], _POINTS))
+    chosen = np.unique([0, *chosen.tolist(), len(x) - 1])
+    return x[chosen], y[chosen]

@@ -1,0 +1,143 @@
+"""The frame of a page, and how text, data and pictures are put into HTML safely."""
+
+import base64
+import hashlib
+import html
+import importlib.resources
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+
+def text(value: object) -> str:
+    """Text as HTML shows it, also between the quotes of an attribute.
+
+    Bytes of a file name that are no UTF-8, which Python keeps as lone surrogates, become
+    replacement characters: no page could be written with them.
+    """
+    plain = str(value).encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return html.escape(plain, quote=True)
+
+
+def name(value: object) -> str:
+    """Text from strangers: its writing direction stays its own."""
+    return f"<bdi>{text(value)}</bdi>"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A metric as HTML, or a dash."""
+    return "&ndash;" if value is None else f"{value:.{digits}f}"
+
+
+def difference(value: float | None) -> str:
+    """As HTML a signed difference with a real minus sign, or a dash; never a negative zero."""
+    if value is None:
+        return "&ndash;"
+    shown = f"{value:+.3f}"
+    return "±0.000" if float(shown) == 0 else shown.replace("-", "&minus;")
+
+
+def cell(content: str, attributes: str = "") -> str:
+    """A table's cell of HTML."""
+    return f"<td{attributes and ' ' + attributes}>{content}</td>"
+
+
+def table(head: Iterable[str], rows: Iterable[str], caption: str) -> str:
+    """A table that scrolls by itself where it is too wide.
+
+    Args:
+      head: HTML of the column headings.
+      rows: HTML of whole rows, <tr> included.
+      caption: HTML above the table.
+    """
+    headings = "".join(f'<th scope="col">{heading}</th>' for heading in head)
+    # A region that scrolls must be reachable by keyboard, and so named.
+    return (
+        '<div class="scroll" tabindex="0" role="group" aria-label="table"><table>'
+        f"<caption>{caption}</caption><thead><tr>{headings}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def data_url(content: bytes, kind: str) -> str:
+    """A picture as part of the page."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def floats(values: Float32[np.ndarray, " n"]) -> str:
+    """Numbers for the page's script: little-endian float32 in base64, to the last bit."""
+    return base64.b64encode(np.ascontiguousarray(values, "<f4").tobytes()).decode("ascii")
+
+
+def header(title: str, facts: str) -> str:
+    """The head of every page; both arguments are plain text."""
+    return (
+        '<a class="visually-hidden" href="#main">to the content</a>'
+        f'<header class="top"><div><h1>{name(title)}</h1>'
+        f'<p class="faint">{name(facts)}</p></div>'
+        '<button type="button" id="theme" class="script">dark</button></header>'
+    )
+
+
+def page(
+    title: str, body: str, data: dict[str, Any] | None = None, scripts: Iterable[str] = ()
+) -> str:
+    """A whole HTML document.
+
+    Args:
+      title: plain text.
+      body: HTML.
+      data: JSON for the page's script, as the element `data`.
+      scripts: names of the package's scripts that run, besides the one for light and dark.
+    """
+    style = _asset("report.css")
+    code = "".join(_asset(script) for script in ("theme.js", *scripts))
+    # Only this style and this script, no network, no frames, no forms: whatever got into the
+    # page by mistake does not run, and has nowhere to go.
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
+        f"script-src '{_digest(code)}'; base-uri 'none'; form-action 'none'"
+    )
+    embedded = ""
+    if data is not None:
+        embedded = f'<script type="application/json" id="data">{_json(data)}</script>\n'
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{text(policy)}">
+<meta name="referrer" content="no-referrer">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{text(title)}</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+{body}
+{embedded}<script>{code}</script>
+</body>
+</html>
+"""
+
+
+def _asset(file: str) -> str:
+    path = importlib.resources.files("padim_jax.output.html") / file
+    content = path.read_text(encoding="utf-8")
+    # HTML reads a line's end as \n, and the digest is of what it reads.
+    return content.replace("\r\n", "\n")
+
+
+def _digest(content: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode(
+        "ascii"
+    )
+
+
+def _json(value: Any) -> str:
+    """JSON that no HTML parser finds an end in: `</script>`, `<!--` have no `<`."""
+    # ASCII only, so that nothing depends on the encoding either.
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,0 +1,662 @@
+"""What an evaluation leaves behind: the table, metrics.json, scores.csv, maps, pictures."""
+
+import concurrent.futures
+import dataclasses
+import importlib
+import io
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, UInt8
+from PIL import Image
+
+from padim_jax.config.settings import Config
+from padim_jax.core import calibration as calibration_lib
+from padim_jax.core import metrics, verdicts
+from padim_jax.core.calibration import Calibration
+from padim_jax.core.suspects import Suspects
+from padim_jax.data.files import shown
+from padim_jax.data.records import GOOD, Record, Skipped
+from padim_jax.errors import UserError
+from padim_jax.output import figures, published, tables
+from padim_jax.system import paths
+from padim_jax.system.paths import Path
+
+# With config.outputs.figures="some", of each defect type this many of the highest
+# scored images and as many of the lowest.
+_SOME = 2
+
+SKIPPED = "skipped.csv"
+SUSPECTS = "suspects.csv"
+_SUSPECTS_HEADER = ("rank", "path", "score", "expected", "suspect")
+FULL = "pixel metrics at the masks' own sizes; published ones are at the model's"
+_SHOWN = 3  # so many leaks, or skipped images, are named
+_LONGEST_NAME = 200  # bytes of a picture's, of 255 that there may be
+
+# Name in the table and keys of metrics.json and of the published numbers.
+_ROWS = (
+    ("image AUROC", "image_auroc"),
+    ("image AP", "image_ap"),
+    ("image F1-max", "image_f1_max"),
+    ("pixel AUROC", "pixel_auroc"),
+    ("pixel AP", "pixel_ap"),
+    ("pixel F1-max", "pixel_f1_max"),
+    ("AUPRO 0.3", "aupro"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A test set and what the detector said of it.
+
+    Attributes:
+      records: the n images.
+      masks: their defect pixels; None where unknown.
+      maps: anomaly maps.
+      scores: image scores.
+      pixels: what is measured at the masks' own sizes, where that is asked for.
+      aspects: width over height of what the maps show, in the proportions of the images' files
+        (see `input_pipeline.aspect`); None where they are the maps'.
+      in_place: whether the strongest region of each map lies on the image's defect (see
+        `locate`), None for images without a known defect pixel; None where that is all images.
+    """
+
+    records: Sequence[Record]
+    masks: Sequence[Bool[np.ndarray, "h w"] | None]
+    maps: Float32[np.ndarray, "n h w"]
+    scores: Float32[np.ndarray, " n"]
+    pixels: metrics.PixelMetrics | None = None
+    aspects: Sequence[float] | None = None
+    in_place: Sequence[bool | None] | None = None
+
+    def drawn_size(self, index: int, side: int | None = None) -> tuple[int, int]:
+        """Height and width at which an image is drawn; see `figures.drawn_size`."""
+        aspect = None if self.aspects is None else self.aspects[index]
+        return figures.drawn_size(self.maps.shape[1:], aspect, side)
+
+    @property
+    def labels(self) -> Bool[np.ndarray, " n"]:
+        """True for anomalous images."""
+        return np.array([record.label == 1 for record in self.records])
+
+
+def import_libraries() -> None:
+    """Imports what the functions below import on first use, which takes half a second."""
+    for name in ("scipy.ndimage", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        importlib.import_module(name)
+
+
+def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str, Any]:
+    """What metrics.json holds of a test set.
+
+    Args:
+      scored: the test set.
+      calibration: of the detector, if it has one.
+
+    Returns:
+      All metrics (see `metrics.evaluate`), of which those named f1 come with the thresholds
+      that are best on this test set's own labels; `test_images` and `anomalous_images`, their
+      numbers; `resolution`, at which maps and masks were compared, "model" or "full";
+      `transfer`, whether normal test images score as those that the thresholds rest
+      on (see `verdicts.Transfer`), or None; `normal_threshold`, what thresholds from
+      normal images alone do here, always at the model's size (see `calibration.outcome`),
+      or None.
+    """
+    known = np.array([mask is not None for mask in scored.masks])
+    blank = np.zeros(scored.maps.shape[1:], bool)
+    no_masks = scored.labels.any() and not known[scored.labels].any()
+    measured = metrics.evaluate(
+        scored.labels,
+        scored.scores,
+        [record.defect_type for record in scored.records],
+        None
+        if no_masks
+        else np.stack([blank if mask is None else mask for mask in scored.masks]),
+        scored.maps,
+        known,
+        scored.pixels,
+    )
+    outcome = calibration and calibration_lib.outcome(
+        calibration, scored.labels, scored.scores, scored.maps, scored.masks
+    )
+    return measured | {
+        "test_images": len(scored.records),
+        "anomalous_images": int(scored.labels.sum()),
+        "resolution": "model" if scored.pixels is None else "full",
+        "normal_threshold": outcome,
+        "transfer": _transfer(scored, calibration),
+    }
+
+
+def locate(scored: Scored, measured: Mapping[str, Any], patch: tuple[float, float]) -> Scored:
+    """Find out whether the strongest region of each map lies on the image's defect.
+
+    The strongest region ends where outlines do: at the pixel threshold from normal images, or
+    without one at that of the best F1. Without either it is the map's peak alone.
+
+    Args:
+      scored: the test set.
+      measured: from `measure`.
+      patch: height and width of a patch in pixels of the maps.
+
+    Returns:
+      The test set with `in_place`; see `verdicts.in_place`.
+    """
+    threshold = _threshold(measured, "pixel")
+    in_place = [
+        verdicts.in_place(anomaly_map, mask, np.inf if threshold is None else threshold, patch)
+        if mask is not None and mask.any()
+        else None
+        for anomaly_map, mask in zip(scored.maps, scored.masks, strict=True)
+    ]
+    known = any(place is not None for place in in_place)
+    return dataclasses.replace(scored, in_place=in_place if known else None)
+
+
+def with_in_place(scored: Scored, measured: dict[str, Any]) -> dict[str, Any]:
+    """Add to metrics how many defects are found, and found in the right place.
+
+    Args:
+      scored: from `locate`.
+      measured: from `measure`.
+
+    Returns:
+      `measured` and, where there are defects with masks and an image threshold, `in_place`,
+      overall and in `per_defect` for each type that has any: `threshold`, from which score on
+      an image is called anomalous; `found_in_place` and `found_elsewhere`, the shares of the
+      defects with masks that are called anomalous with their strongest region on the defect
+      and elsewhere (see `verdicts.share`).
+    """
+    threshold = _threshold(measured, "image")
+    if scored.in_place is None or threshold is None:
+        return measured
+    known = np.array([place is not None for place in scored.in_place])
+    on_defect = np.array([bool(place) for place in scored.in_place])
+    called = scored.scores >= np.float32(threshold)
+    types = np.array([record.defect_type for record in scored.records])
+
+    def shares(chosen: Bool[np.ndarray, " n"]) -> dict[str, Any]:
+        return {
+            "threshold": threshold,
+            "found_in_place": verdicts.share((called & on_defect)[chosen]),
+            "found_elsewhere": verdicts.share((called & ~on_defect)[chosen]),
+        }
+
+    per_defect = {
+        name: values | ({"in_place": shares(chosen)} if chosen.any() else {})
+        for name, values in measured["per_defect"].items()
+        for chosen in [known & (types == name)]
+    }
+    return measured | {"per_defect": per_defect, "in_place": shares(known)}
+
+
+def _transfer(scored: Scored, calibration: Calibration | None) -> dict[str, Any] | None:
+    """Whether normal test images score as those of the thresholds; None where it is unknown.
+
+    Groups are not compared: of test images it is not known which belong together.
+    """
+    if calibration is None or calibration.groups is not None:
+        return None
+    normal = np.array(calibration.scores)
+    found = verdicts.transfer(normal, scored.scores[~scored.labels].astype(float))
+    if found is None:
+        return None
+    level = verdicts.TRANSFER_LEVEL
+    return dataclasses.asdict(found) | {"level": level, "unlike": found.unlike}
+
+
+def transfer_text(found: Mapping[str, Any]) -> str:
+    """What `transfer` in metrics.json says, for a person, where it is `unlike`."""
+    return (
+        f"normal test images are unlike the training images: {found['images']} of them score "
+        f"higher than normal images of the thresholds with a probability of "
+        f"{found['higher']:.2f} instead of 0.5 (p = {found['p_value']:.1g}, tested at "
+        f"{found['level']:g}); thresholds do not transfer. Fit or calibrate with images as "
+        "they will be"
+    )
+
+
+def compare(exact: Scored, half: Scored) -> dict[str, Any]:
+    """What rounding a model changed: metrics of both, and the largest changes.
+
+    These are in parts of the largest image score and of the largest pixel.
+    """
+    before, after = measure(exact), measure(half)
+
+    def change(old: np.ndarray, new: np.ndarray) -> float:
+        return float(np.max(np.abs(new - old)) / np.max(old))
+
+    return {
+        "images": len(exact.records),
+        "exact": {key: before[key] for _, key in _ROWS},
+        "half": {key: after[key] for _, key in _ROWS},
+        "largest_change_of_a_score": change(exact.scores, half.scores),
+        "largest_change_of_a_pixel": change(exact.maps, half.maps),
+    }
+
+
+def comparison_table(comparison: dict[str, Any]) -> str:
+    """What `compare` found, as a person reads it."""
+    lines = [f"{'':14}{'exact':>10}{'half':>10}{'change':>10}"]
+    for name, key in _ROWS:
+        exact, half = comparison["exact"][key], comparison["half"][key]
+        if exact is None or half is None:
+            lines.append(f"{name:14}{'undefined':>10}")
+        else:
+            lines.append(f"{name:14}{exact:10.4f}{half:10.4f}{half - exact:+10.4f}")
+    lines += [
+        "",
+        f"on {comparison['images']} test images; image scores change by at most "
+        f"{comparison['largest_change_of_a_score']:.1e} of the largest, pixels by "
+        f"{comparison['largest_change_of_a_pixel']:.1e} of the largest",
+    ]
+    return "\n".join(lines)
+
+
+def write(
+    workdir: Path,
+    config: Config,
+    scored: Scored,
+    measured: dict[str, Any],
+    load_image: Callable[[int], UInt8[np.ndarray, "h w 3"]],
+    calibration: Calibration | None = None,
+) -> None:
+    """Writes everything but the table; what an earlier evaluation wrote is replaced.
+
+    metrics.json goes first and comes last: where it is, an evaluation is whole.
+
+    Args:
+      workdir: exists, where there are folders.
+      config: outputs.{figures,maps} choose what is written.
+      scored: the test set.
+      measured: from `measure`.
+      load_image: the preprocessed image by its number, read again for its picture.
+      calibration: of the detector, if it has one. Pictures then show its thresholds, else
+        those of the best F1.
+    """
+    (workdir / "metrics.json").unlink(missing_ok=True)
+    _write_scores(workdir / "scores.csv", scored, measured["image_f1_threshold"], calibration)
+    for folder in ("maps", "figures"):
+        paths.remove_folder(workdir / folder)
+    for picture in ("roc_curve.png", "score_histogram.png", "overview.jpg"):
+        (workdir / picture).unlink(missing_ok=True)
+    if config.outputs.maps != "none":
+        for record, anomaly_map in zip(scored.records, scored.maps, strict=True):
+            save_map(workdir / "maps", record.relative_path, config.outputs.maps, anomaly_map)
+    # Sorting, decoding and encoding leave Python's lock free: threads use all cores.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        curves = pool.submit(_roc_curves, scored, measured)
+        pictures = _draw_figures(
+            workdir / "figures", config, scored, measured, load_image, pool
+        )
+        figures.score_histogram(
+            workdir / "score_histogram.png",
+            scored.scores,
+            scored.labels.astype(int),
+            _threshold(measured, "image"),
+        )
+        if defined := curves.result():
+            figures.roc_figure(workdir / "roc_curve.png", defined, config.title)
+        few = [picture for picture in pictures if picture is not None]
+    if few:
+        figures.save(figures.contact_sheet(few, 1), workdir / "overview.jpg")
+    write_json(workdir / "metrics.json", measured)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON that any reader takes: no NaN, text as it is. It is there once whole."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    content = text.encode() + b"\n"
+    paths.write(path, content)
+
+
+def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
+    """List images that were left out in skipped.csv; without any there is no such file.
+
+    Raises:
+      UserError: there is another file of this name.
+    """
+    table, header = folder / SKIPPED, ("path", "reason")
+    _require_own_table(table, header)
+    if not skipped:
+        table.unlink(missing_ok=True)
+        return
+    rows = [header, *((one.path, one.reason) for one in skipped)]
+    paths.write(table, tables.as_csv(rows))
+
+
+def write_suspects(folder: Path, suspects: Suspects | None) -> None:
+    """Lists training images by their left-out scores in suspects.csv; without any, no file.
+
+    Raises:
+      UserError: there is another file of this name.
+    """
+    table, header = folder / SUSPECTS, _SUSPECTS_HEADER
+    require_own_suspects(folder)
+    if suspects is None:
+        table.unlink(missing_ok=True)
+        return
+    rows: list[tuple[Any, ...]] = [header]
+    for i, path in enumerate(suspects.paths):
+        likely = float(suspects.expected[i])
+        expected = "" if np.isnan(likely) else f"{likely:.6g}"
+        rows.append((i + 1, path, suspects.scores[i], expected, int(i < suspects.count)))
+    paths.write(table, tables.as_csv(rows))
+
+
+def require_own_suspects(folder: Path) -> None:
+    """Raise UserError if there is a file suspects.csv of somebody else's."""
+    _require_own_table(folder / SUSPECTS, _SUSPECTS_HEADER)
+
+
+def _require_own_table(table: Path, header: Sequence[str]) -> None:
+    if table.exists() and paths.first_line(table).strip() != ",".join(header).encode():
+        raise UserError(
+            f"{table}: exists and is not from an earlier run; move it away or name another "
+            "--workdir"
+        )
+
+
+def save_map(
+    folder: Path, name: str, suffix: str, anomaly_map: Float32[np.ndarray, "h w"]
+) -> None:
+    """Writes one raw map as `folder/name.npy` or `.tiff` (one float32 channel).
+
+    The image's own suffix stays in the name: a.png and a.jpg may lie side by side.
+    """
+    content = io.BytesIO()
+    if suffix == "npy":
+        np.save(content, anomaly_map)
+    else:
+        Image.fromarray(anomaly_map).save(content, suffix)
+    paths.write(paths.below(folder, f"{name}.{suffix}"), content.getvalue())
+
+
+def table(config: Config, measured: dict[str, Any]) -> str:
+    """The metrics beside the published ones, as a person reads them."""
+    sources = _sources(config, measured)
+    model = config.model
+    lines = [
+        f"{config.title}: {model.backbone} {'+'.join(model.layers)}, {model.channels} "
+        f"channels, weights {model.weights}",
+        "",
+    ]
+    # The first source has its difference beside it.
+    names = [source.name for source in sources]
+    rows = [["", "this run", *names[:1], *(["difference"] if names else []), *names[1:]]]
+    for name, key in _ROWS:
+        ours = measured[key]
+        theirs = [source.values.get(key, {}).get(config.category) for source in sources]
+        cells = ["-" if value is None else f"{value:.3f}" for value in theirs]
+        if theirs:
+            first = theirs[0]
+            cells.insert(1, "-" if ours is None or first is None else f"{ours - first:+.3f}")
+        rows.append([name, "undefined" if ours is None else f"{ours:.4f}", *cells])
+    lines += _aligned(rows)
+    if why := published.not_compared(config, config.category, measured):
+        lines.append(why)
+    for source in sources:
+        if differing := published.differing_settings(config, source):
+            lines.append(published.in_words(source.name, differing))
+    if measured.get("resolution") == "full":
+        lines.append(FULL)
+    lines += [
+        "undefined: " + reason
+        for reason in dict.fromkeys(measured.get("undefined", {}).values())
+    ]
+    sentences = _thresholds(measured)
+    if in_place := measured.get("in_place"):
+        sentences.append(in_place_text(in_place))
+    if (found := measured.get("transfer")) and found["unlike"]:
+        sentences.append(f"warning: {transfer_text(found)}")
+    if leaks := measured.get("leaks"):
+        sentences.append(
+            f"{len(leaks)} of {measured['test_images']} test images were trained on too: "
+            f"{_some(leaks)}"
+        )
+    if skipped := measured.get("skipped"):
+        some = _some([one["path"] for one in skipped])
+        sentences.append(f"{len(skipped)} images skipped, see {SKIPPED}: {some}")
+    if sentences:
+        lines += ["", *sentences]
+    if measured["per_defect"]:
+        keys = ("image_auroc", "pixel_auroc", "aupro")
+        located = bool(measured.get("in_place"))
+        rows = [["defect type", *keys, *["found in place"] * located]]
+        for name, values in measured["per_defect"].items():
+            cells = ["undefined" if values[k] is None else f"{values[k]:.4f}" for k in keys]
+            if located:
+                place = values.get("in_place")
+                cells.append(verdicts.share_text(place["found_in_place"]) if place else "-")
+            rows.append([name, *cells])
+        lines += ["", *_aligned(rows)]
+    return "\n".join(lines)
+
+
+def in_place_text(in_place: Mapping[str, Any]) -> str:
+    """What `in_place` in metrics.json says, for a person."""
+    found, elsewhere = (
+        verdicts.share_text(in_place[key]) for key in ("found_in_place", "found_elsewhere")
+    )
+    return (
+        f"found in the right place, from {in_place['threshold']:.4g}: {found} defects with "
+        f"masks; {elsewhere} called anomalous elsewhere"
+    )
+
+
+def rate_rows(normal: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of a table of thresholds for other rates, and what each does on the test set.
+
+    Args:
+      normal: `normal_threshold` of `measure`, with its rates.
+    """
+    rows = [["false alarms", "image threshold", "found (95 % interval)", "false alarms here"]]
+    for one in normal["rates"]:
+        if one["threshold"] is None:
+            cells = [f"takes {one['images_needed']} images", "-", "-"]
+        else:
+            shares = (verdicts.share_text(one[key]) for key in ("found", "false_alarms"))
+            cells = [f"{one['threshold']:.4g}", *shares]
+        rows.append([f"{100 * one['rate']:g} %", *cells])
+    return rows
+
+
+def comparison_rows(
+    config: Config, measured: dict[str, Any]
+) -> list[tuple[str, float | None, list[tuple[str, float]]]]:
+    """What `table` shows, as data.
+
+    Returns:
+      For each metric its name, its value (None where undefined) and the published ones,
+      by the name of their source; the source with the settings of this run, if there is
+      one, first.
+    """
+    sources = _sources(config, measured)
+    return [
+        (
+            name,
+            measured[key],
+            [
+                (source.name, source.values[key][config.category])
+                for source in sources
+                if config.category in source.values.get(key, {})
+            ],
+        )
+        for name, key in _ROWS
+    ]
+
+
+def _sources(config: Config, measured: Mapping[str, Any]) -> list[published.Published]:
+    """Those with figures for the category; the ones with this run's settings first."""
+    if published.not_compared(config, config.category, measured):
+        return []
+    found = [
+        source
+        for source in published.applicable(config)
+        if any(config.category in values for values in source.values.values())
+    ]
+    return sorted(found, key=lambda one: bool(published.differing_settings(config, one)))
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few."""
+    return ", ".join(map(shown, names[:_SHOWN])) + ", ..." * (len(names) > _SHOWN)
+
+
+def _thresholds(measured: dict[str, Any]) -> list[str]:
+    """Sentences on the thresholds that there are."""
+    sentences = []
+    if normal := measured["normal_threshold"]:
+        wanted = f"{100 * normal['image_rate']:.3g} % false alarms asked for"
+        if normal["image_promised_rate"] > normal["image_rate"]:
+            wanted += f" ({100 * normal['image_promised_rate']:.2g} % promised)"
+        found = [
+            f"{verdicts.share_text(normal[key])} {images}"
+            for key, images in (
+                ("image_false_alarms", "good images"),
+                ("image_found", "anomalous ones"),
+            )
+            if normal[key]["total"]
+        ]
+        of = f"{normal['images']} normal images"
+        if normal["groups"] is not None:
+            of += f" in {normal['groups']} groups"
+        sentences.append(
+            f"threshold of {of} "
+            f"({normal['origin'].replace('_', ' ')}), {wanted}: "
+            f"{normal['image_threshold']:.4g}; here {', '.join(found)}"
+        )
+        if normal["rates"]:
+            sentences += ["", *_aligned(rate_rows(normal)), ""]
+        if normal["warning"]:
+            sentences.append(f"warning: {normal['warning']}")
+    if measured["image_f1_threshold"] is not None:
+        sentences.append(
+            "threshold of the best F1 on these very labels: "
+            f"{measured['image_f1_threshold']:.4g}"
+        )
+    return sentences
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns two spaces apart: the first to the left, the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        f"{row[0]:{first}}"
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], others, strict=True))
+        for row in rows
+    ]
+
+
+def _threshold(measured: Mapping[str, Any], level: str) -> float | None:
+    """From normal images where there is one, else that of the best F1."""
+    if normal := measured["normal_threshold"]:
+        return normal[f"{level}_threshold"]
+    return measured[f"{level}_f1_threshold"]
+
+
+def _write_scores(
+    path: Path, scored: Scored, f1_threshold: float | None, calibration: Calibration | None
+) -> None:
+    located = scored.in_place is not None
+    header = ("path", "label", "defect_type", "score", "predicted", "predicted_f1")
+    rows: list[tuple[Any, ...]] = [(*header, "calibrated", *["in_place"] * located)]
+    in_place = scored.in_place or [None] * len(scored.records)
+    threshold = calibration and calibration.image_threshold
+    calibrated = (
+        [""] * len(scored.records)
+        if calibration is None
+        else map(calibration_lib.shown, calibration.calibrated(scored.scores))
+    )
+    for record, score, rarity, place in zip(
+        scored.records, scored.scores, calibrated, in_place, strict=True
+    ):
+        rows.append(
+            (
+                record.relative_path,
+                record.label,
+                record.defect_type,
+                score,
+                *("" if t is None else int(score >= t) for t in (threshold, f1_threshold)),
+                rarity,
+                *("" if place is None else int(place),) * located,
+            )
+        )
+    paths.write(path, tables.as_csv(rows))
+
+
+def _roc_curves(
+    scored: Scored, measured: dict[str, Any]
+) -> list[tuple[str, Float[np.ndarray, " _"], Float[np.ndarray, " _"]]]:
+    """Label, false and true positive rates of each curve that is defined."""
+    curves = []
+    if curve := metrics.roc_curve(scored.labels, scored.scores):
+        curves.append((f"image, AUROC {measured['image_auroc']:.4f}", *curve))
+    if measured["pixel_auroc"] is not None:
+        if scored.pixels is not None:
+            assert scored.pixels.curves is not None
+            curve, _ = scored.pixels.curves
+        else:
+            masks = np.stack([mask for mask in scored.masks if mask is not None])
+            curve = metrics.roc_curve(masks.ravel(), scored.maps.ravel())
+            assert curve is not None
+        curves.append((f"pixel, AUROC {measured['pixel_auroc']:.4f}", *curve))
+    return curves
+
+
+def _draw_figures(
+    folder: Path,
+    config: Config,
+    scored: Scored,
+    measured: dict[str, Any],
+    load_image: Callable[[int], UInt8[np.ndarray, "h w 3"]],
+    pool: concurrent.futures.Executor,
+) -> Iterator[Image.Image | None]:
+    """Saves the chosen pictures; yields them, or None where there may be many."""
+    which = config.outputs.figures
+    if which == "none":
+        return iter(())
+    threshold = _threshold(measured, "image")
+    scale = figures.ColorScale(*measured["color_scale"])
+    if isinstance(folder, pathlib.Path):  # an object store knows none
+        folder.mkdir()
+
+    def draw(place: int, index: int) -> Image.Image | None:
+        record, score = scored.records[index], scored.scores[index]
+        verdict = ""
+        if threshold is not None:
+            verdict = f", predicted {'anomalous' if score >= threshold else 'normal'}"
+        picture = figures.panels(
+            load_image(index),
+            scored.masks[index],
+            scored.maps[index],
+            _threshold(measured, "pixel"),
+            scale,
+            f"{record.relative_path}   score {score:.2f}   "
+            f"{'anomalous' if record.label else 'normal'}{verdict}",
+            scored.drawn_size(index),
+        )
+        stem = pathlib.PurePosixPath(record.relative_path).stem
+        name = f"{place:04d}_{record.defect_type}_{stem}".encode()[:_LONGEST_NAME]
+        figures.save(picture, folder / f"{name.decode(errors='ignore')}.jpg")
+        return picture if which == "some" else None
+
+    chosen = _chosen(scored, which)
+    return pool.map(draw, range(len(chosen)), chosen)
+
+
+def _chosen(scored: Scored, which: str) -> list[int]:
+    """Numbers of the images to draw: defects first, by type, highest score first."""
+    by_type: dict[str, list[int]] = {}
+    for index in np.argsort(-scored.scores, kind="stable"):
+        by_type.setdefault(scored.records[index].defect_type, []).append(int(index))
+    chosen = []
+    for defect in sorted(by_type, key=lambda name: (name == GOOD, name)):
+        ranked = by_type[defect]
+        if which == "some" and len(ranked) > 2 * _SOME:
+            ranked = ranked[:_SOME] + ranked[-_SOME:]
+        chosen += ranked
+    return chosen

@@ -1,0 +1,91 @@
+"""A calibration beside its model: calibration.json in a checkpoint's folder."""
+
+import contextlib
+import json
+import pathlib
+from typing import Any
+
+from padim_jax.core import calibration as calibration_lib
+from padim_jax.core.calibration import Calibration
+from padim_jax.errors import UserError
+from padim_jax.system.paths import Path
+
+NAME = "calibration.json"
+_GROWING = f"{NAME}.incomplete"
+_LONGEST = 10_000_000  # bytes; it has a few thousand
+# What may lie in a checkpoint's folder besides the checkpoint; the second of a killed process.
+NAMES = (NAME, _GROWING)
+
+
+def write(folder: Path, calibration: Calibration, detector: str) -> None:
+    """Writes `folder/calibration.json`; a crash leaves an earlier one as it was.
+
+    Args:
+      folder: the checkpoint's.
+      calibration: what to write.
+      detector: fingerprint of the one whose scores it is of.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    stored = calibration_lib.to_dict(calibration, detector)
+    content = json.dumps(stored, indent=1, allow_nan=False).encode() + b"\n"
+    try:
+        if isinstance(folder, pathlib.Path):
+            try:
+                (folder / _GROWING).write_bytes(content)
+                (folder / _GROWING).replace(folder / NAME)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    (folder / _GROWING).unlink()
+                raise
+        else:
+            (folder / NAME).write_bytes(content)  # on an object store there when it is whole
+    except OSError as error:
+        raise UserError(f"{folder / NAME}: cannot be written ({error})") from error
+
+
+def read(folder: Path, *detector: str) -> Calibration | None:
+    """Reads what `write` wrote.
+
+    Args:
+      folder: the checkpoint's.
+      detector: fingerprints of the one in use. A calibration of another one (extended by
+        images since, or with other settings of maps) is not used, and a line says so.
+
+    Raises:
+      UserError: the file is broken.
+    """
+    path = folder / NAME
+    try:
+        if not path.exists():
+            return None
+        with path.open("rb") as file:
+            content = file.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
+            raise ValueError(f"more than {_LONGEST} bytes")
+        stored = json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _broken(path, error) from error
+    return restore(path, stored, *detector)
+
+
+def restore(path: Path, stored: Any, *detector: str) -> Calibration | None:
+    """What `calibration.to_dict` made, in whatever file it was; see `read`."""
+    try:
+        found = calibration_lib.from_dict(stored, *detector)
+    except ValueError as error:
+        raise _broken(path, error) from error
+    if found is None:
+        print(
+            f"{path}: thresholds of another state of the model, or of other map settings; not "
+            "used. For new ones: --mode=calibrate --input=<normal images that were not fitted>"
+        )
+    return found
+
+
+def _broken(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: thresholds that cannot be read ({error}); move a checkpoint's {NAME} away "
+        "(then --mode=calibrate finds new ones), export a model file again"
+    )

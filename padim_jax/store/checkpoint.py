@@ -1,0 +1,691 @@
+"""Fitted models on disk, with Orbax.
+
+A checkpoint is a folder of steps, 0, 1, ..., each written whole by Orbax: the newest
+finished one is the model, a newer unfinished one is a fit on its way. A step's state
+holds the statistics (of `Moments` count, mean and M2, of this the lower triangles where
+it is symmetric; of `Samples` the images' embeddings), the channel index, the projection if
+there is one and the digest of every image fitted; its custom metadata, JSON, holds the
+configuration, the identity of the backbone's weights, the library's version and a checksum
+of it all. The statistics and not their factorisation are kept, so that models can be
+extended and merged.
+`model_file` has the form for scoring alone.
+
+Every device writes and reads its own regions and no others, whatever number of devices
+wrote them: what is left over at the end of a region-wise array is cut off or filled up.
+
+A checkpoint may be anybody's: it is arrays and JSON, nothing in it is run, and no room is made
+for an array before its name, type and shape have been compared with what there is to be.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float32, Int, UInt8
+from orbax.checkpoint import v1 as ocp
+
+import padim_jax
+from padim_jax.config import backbones
+from padim_jax.config import settings as config_lib
+from padim_jax.config.settings import Config
+from padim_jax.core.types import Moments, Projection, Samples
+from padim_jax.devices import parallel
+from padim_jax.devices.parallel import Devices
+from padim_jax.errors import UserError
+from padim_jax.models.weights import pretrained
+from padim_jax.models.weights.pretrained import WeightsIdentity
+from padim_jax.store import calibration_file
+from padim_jax.system import library_logs, paths
+from padim_jax.system.paths import Path
+
+# Raised when a reader of the older form would misread the newer.
+_FORMAT = 5
+_STEP = re.compile("0|[1-9][0-9]*")
+# Beside a step that is being deleted, until it is gone: what is left of it is no damage.
+_DELETED = ".deleted"
+# Of a save or a deletion that was killed.
+_LEFTOVER = re.compile(rf"[0-9]+(\.orbax-checkpoint-tmp.*|{re.escape(_DELETED)})")
+# What Orbax writes last where folders cannot be renamed.
+_COMMITTED = "commit_success.txt"
+_DIGEST = hashlib.sha256
+# State that is the same everywhere, its type and number of axes; all else is one array for
+# all regions each.
+_SMALL = {
+    "count": ("int32", 0),
+    "digests": ("uint8", 2),
+    "images": ("uint8", 2),
+    "index": ("int64", 1),
+    "projection": ("float32", 2),
+}
+_OPTIONAL = ("projection",)
+_STATISTICS = re.compile("(mean|values)_[0-9]|m2_[0-9]_[0-9]")
+_LONGEST_REASON = 1000  # characters of a library's error
+# Of descriptions in JSON, which have a few kilobytes.
+_DESCRIPTIONS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/_sharding")
+_LONGEST_DESCRIPTION = 64_000_000
+_MOST_IMAGES = 10**7
+_ORBAX = importlib.metadata.version("orbax-checkpoint")
+# Of checkpoints that do not say which one wrote them.
+_FIRST_ORBAX = "0.12"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What a checkpoint holds.
+
+    Attributes:
+      config: as the model was fitted with.
+      index: the channels kept, in the embedding's order.
+      statistics: of all images fitted, on the devices.
+      weights: identity of the backbone's weights, which the checkpoint does not hold.
+      regions: how many there are; the last device may have some on top, of zeros.
+      images: SHA-256 of every image's file, in the order they were fitted.
+      unfinished: of a fit on its way, what tells its images from others'.
+      projection: the matrix of a reduction by one.
+    """
+
+    config: Config
+    index: Int[np.ndarray, " d"]
+    statistics: Moments | Samples
+    weights: WeightsIdentity
+    regions: int
+    images: UInt8[np.ndarray, "s 32"]
+    unfinished: str | None = None
+    projection: Projection | None = None
+
+
+def save(path: Path, fitted: Fitted, devices: Devices) -> str:
+    """Writes a checkpoint; a crash leaves the earlier one, the new one or both, never half.
+
+    An unfinished fit replaces an earlier unfinished one, a finished one all.
+
+    Args:
+      path: the folder to write.
+      fitted: what to write.
+      devices: those of the statistics.
+
+    Returns:
+      The model's identity: a SHA-256 hex digest of its statistics.
+
+    Raises:
+      UserError: see `check_destination`.
+    """
+    with saving(path, fitted, devices) as identity:
+        return identity
+
+
+@contextlib.contextmanager
+def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
+    """`save`, in which the earlier checkpoint goes at the block's end; an error keeps it.
+
+    The block may use the statistics up, and so need no second copy of them.
+
+    Raises:
+      UserError: see `check_destination`; or the disk is full, say.
+    """
+    check_destination(path)
+    folder = _absolute(path)
+    step = parallel.agreed(max(_numbered(folder), default=-1) + 1)
+    metadata: dict[str, Any] = {
+        "format": _FORMAT,
+        "version": padim_jax.__version__,
+        "orbax": _ORBAX,
+        "config": config_lib.to_stored(fitted.config),
+        "weights": dataclasses.asdict(fitted.weights),
+        "regions": fitted.regions,
+        "unfinished": fitted.unfinished,
+    }
+    kept, made = _pack(fitted.statistics)
+    state = _small_state(fitted, kept | made, devices)
+    metadata["sha256"], identity = _digest(state, metadata), _identity(state, fitted.weights)
+    state |= parallel.as_global(kept, devices) | parallel.as_global(made, devices, donate=True)
+    del kept, made  # of the statistics, which could not be used up
+    if devices.process == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+    try:
+        with _uncompressed(), library_logs.held_back("orbax"):
+            ocp.save(os.fspath(folder / str(step)), state, custom_metadata=metadata)
+        paths.flush(folder / str(step))
+    except Exception as error:
+        if devices.process == 0:
+            with contextlib.suppress(OSError):  # what is half done fills a full disk
+                _remove_leftovers(folder)
+        if (reason := paths.explanation(error, path)) is None:
+            raise
+        raise UserError(f"{reason}. What was saved before is as it was") from error
+    del state
+    try:
+        yield identity
+    except BaseException:
+        if devices.process == 0:
+            _remove(folder / str(step))
+        raise
+    if devices.process == 0:
+        for number in _numbered(folder):
+            earlier = folder / str(number)
+            if number < step and (fitted.unfinished is None or not _is_finished(earlier)):
+                _remove(earlier)
+    parallel.agreed(step)  # for no process to find what another one is deleting
+
+
+def identity(fitted: Fitted, devices: Devices) -> str:
+    """Return the model's identity, as `save` does; nothing is written."""
+    kept, made = _pack(fitted.statistics)
+    return _identity(_small_state(fitted, kept | made, devices), fitted.weights)
+
+
+def _small_state(fitted: Fitted, packed: dict[str, Array], devices: Devices) -> dict[str, Any]:
+    """All of a model's state but the statistics' arrays, of which it has digests."""
+    state: dict[str, Any] = {
+        "index": fitted.index,
+        "count": np.asarray(fitted.statistics.count[0]),
+        "images": fitted.images,
+        "digests": _region_digests(packed, fitted.regions, devices),
+    }
+    if fitted.projection is not None:
+        state["projection"] = fitted.projection
+    return state
+
+
+def check_destination(path: Path) -> None:
+    """Makes sure that `save` would delete nothing but a checkpoint that it replaces.
+
+    Raises:
+      UserError: `path` is something else than a checkpoint.
+    """
+    folder = _absolute(path)
+    if not paths.is_folder(folder):
+        if folder.exists():
+            raise UserError(f"{path}: exists and is no checkpoint; move it away first")
+        return
+    for entry in folder.iterdir():
+        if _is_leftover(entry) or _is_deleted(entry) or entry.name in calibration_file.NAMES:
+            continue
+        if paths.is_system_file(entry.name) or paths.is_growing(entry):
+            continue
+        if not _STEP.fullmatch(entry.name) or _describe(entry) is None:
+            raise UserError(
+                f"{path}: exists and is no checkpoint of padim_jax {padim_jax.__version__} "
+                f"(it holds {entry.name}); move it away first"
+            )
+
+
+def load(path: str | os.PathLike[str], devices: Devices) -> tuple[Fitted, str]:
+    """Reads the newest finished checkpoint.
+
+    Args:
+      path: its folder.
+      devices: to have the statistics; any number, not only that which wrote it.
+
+    Returns:
+      It, and its identity.
+
+    Raises:
+      UserError: there is no checkpoint, or it is broken or of another format.
+    """
+    folder = _absolute(path)
+    finished = [step for step in _steps(folder) if step[1].get("unfinished") is None]
+    chosen = parallel.agreed(finished[-1][0] if finished else -1)
+    if chosen < 0:
+        raise UserError(_no_checkpoint(folder))
+    return _load(folder / str(chosen), devices)
+
+
+def fitted_config(path: Path) -> Config | None:
+    """Read the configuration of the newest finished checkpoint; None where there is none.
+
+    Raises:
+      UserError: it is broken or of another format.
+    """
+    if (step := _newest(path)) is None:
+        return None
+    metadata = _describe(step).custom_metadata
+    with _explained(step, metadata):
+        return config_lib.restore(metadata["config"], metadata.get("version"))
+
+
+def fitted_images(path: Path) -> UInt8[np.ndarray, "s 32"]:
+    """Read the SHA-256 of every image of the newest finished checkpoint, and nothing else.
+
+    Raises:
+      UserError: it is broken or of another format.
+    """
+    step = _newest(path)
+    assert step is not None
+    info = _describe(step)
+    metadata = info.custom_metadata
+    with _explained(step, metadata):
+        described: dict[str, Any] = dict(info.metadata)
+        config = config_lib.restore(metadata["config"], metadata.get("version"))
+        _require_plausible(described, info.custom_metadata["regions"], config)
+        target = {
+            name: np.empty(leaf.shape, leaf.dtype) if name == "images" else ocp.PLACEHOLDER
+            for name, leaf in described.items()
+        }
+        with library_logs.held_back("orbax"):
+            loaded: Any = ocp.load(os.fspath(step), target)
+    return loaded["images"]
+
+
+def _newest(path: Path) -> Path | None:
+    """Return the newest finished step. A collective."""
+    folder = _absolute(path)
+    finished = [number for number, step in _steps(folder) if step.get("unfinished") is None]
+    chosen = parallel.agreed(finished[-1] if finished else -1)
+    return None if chosen < 0 else folder / str(chosen)
+
+
+def load_unfinished(path: Path, devices: Devices) -> Fitted | None:
+    """Reads the unfinished fit that is newer than any finished one, if there is one.
+
+    Raises:
+      UserError: it is broken or of another format.
+    """
+    folder = _absolute(path)
+    steps = [(number, metadata.get("unfinished")) for number, metadata in _steps(folder)]
+    finished = max((number for number, marker in steps if marker is None), default=-1)
+    newer = [number for number, _ in steps if number > finished]
+    while (chosen := parallel.agreed(newer.pop() if newer else -1)) >= 0:
+        try:
+            return _load(folder / str(chosen), devices)[0]
+        except UserError as error:
+            # A power cut can leave the last one incomplete; until then there was one before.
+            # Several processes may differ in what they can read, and end together.
+            if not newer or devices.processes > 1:
+                raise
+            print(f"{error}. Going back to what was saved before it")
+    return None
+
+
+def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
+    info = _describe(step)
+    assert info is not None
+    metadata = info.custom_metadata
+    with _explained(step, metadata):
+        config = config_lib.restore(metadata["config"], metadata.get("version"))
+        weights = pretrained.identity(metadata["weights"])
+        regions = metadata["regions"]
+        if not isinstance(metadata["unfinished"], str | None):
+            raise ValueError("its metadata are of other types")
+        if info.metadata is None:
+            raise ValueError("the list of its arrays cannot be read")
+        _require_plausible(info.metadata, regions, config)  # before room is made for them
+        arrays = _read(step, dict(info.metadata), regions, devices)
+        small = {name: arrays.pop(name) for name in _SMALL if name in arrays}
+        packed = parallel.from_global(arrays, devices)
+        if _digest(small, metadata) != metadata["sha256"] or not np.array_equal(
+            _region_digests(packed, regions, devices), small["digests"]
+        ):
+            raise ValueError("its contents are not what was saved")
+        statistics = _unpack(packed, parallel.number(small["count"], devices))
+        fitted = Fitted(
+            config,
+            small["index"],
+            statistics,
+            weights,
+            regions,
+            small["images"],
+            metadata["unfinished"],
+            small.get("projection"),
+        )
+        return fitted, _identity(small, weights)
+
+
+@contextlib.contextmanager
+def _explained(step: Path, metadata: Mapping[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:  # as without memory
+        raise
+    except config_lib.UnknownSettingError as error:
+        raise UserError(f"{step}: {error}") from error
+    # The parsers raise whatever a damaged file makes them trip over.
+    except Exception as error:
+        # TensorStore appends its whole specification.
+        reason = " ".join(str(error).partition(" [tensorstore_spec")[0].split())
+        reason = reason[:_LONGEST_REASON]
+        versions = _orbax_versions(metadata)
+        raise UserError(
+            f"{step}: the checkpoint is broken ({type(error).__name__}: {reason}){versions}; "
+            "fit again or restore it from a copy"
+        ) from error
+
+
+def _require_plausible(described: Mapping[str, Any], regions: Any, config: Config) -> None:
+    """Compares the arrays that a checkpoint is said to have with those that there are.
+
+    Raises:
+      ValueError: there are others, or larger ones than a model of this configuration has.
+    """
+    for name, array in described.items():
+        kind = _SMALL.get(name, ("float32", None))
+        if name not in _SMALL and not _STATISTICS.fullmatch(name):
+            raise ValueError(f"an array {name[:100]!r}, which no checkpoint has")
+        if (str(array.dtype), len(array.shape)) != (kind[0], kind[1] or len(array.shape)):
+            raise ValueError(f"{name} is of {array.dtype} and shape {array.shape}")
+    if missing := [name for name in _SMALL if name not in (*described, *_OPTIONAL)]:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    if type(regions) is not int or described["digests"].shape != (regions, 32):
+        raise ValueError(f"it is not of {regions} regions")
+    images, width = described["images"].shape
+    if width != 32 or images > _MOST_IMAGES:
+        raise ValueError(f"it is not of {images} images")
+    _require_shapes(described, regions)
+    # A description of a few bytes could ask for all memory there is.
+    stride = backbones.STRIDES[config.model.layers[0]]
+    patches = math.prod(-(-size // stride) for size in config.image.size)
+    channels = config.model.channels
+    most = 64 + 4 * patches * channels * (channels + images + 2)  # a patch may be there twice
+    numbers = sum(math.prod(x.shape) for n, x in described.items() if n not in _SMALL)
+    if numbers > most:
+        raise ValueError(f"{numbers} numbers, more than a model of its configuration has")
+
+
+def _require_shapes(described: Mapping[str, Any], regions: int) -> None:
+    """Makes sure that the statistics' arrays belong to each other."""
+    shapes = {name: tuple(x.shape) for name, x in described.items() if name not in _SMALL}
+    kind = "values" if "values_0" in shapes else "mean"
+    levels = range(sum(name.startswith(kind) for name in shapes))
+    if not levels or any(f"{kind}_{i}" not in shapes for i in levels):
+        raise ValueError("its statistics are not whole")
+    dims = [shapes[f"{kind}_{i}"] for i in levels]
+    if any(len(shape) != (4 if kind == "values" else 3) for shape in dims):
+        raise ValueError(f"its statistics have the shapes {dims}")
+    channels = [shape[-1] for shape in dims]
+    padded = dims[0][0]  # to what the devices divide that wrote it
+    expected: dict[str, tuple[int, ...]] = {}
+    for i in levels:
+        cells = dims[i][1]
+        if kind == "values":
+            expected[f"values_{i}"] = (padded, cells, dims[0][2], channels[i])
+        else:
+            expected[f"mean_{i}"] = (padded, cells, channels[i])
+            triangle = channels[i] * (channels[i] + 1) // 2
+            expected[f"m2_{i}_{i}"] = (padded, cells, triangle)
+            for j in levels[i + 1 :]:
+                expected[f"m2_{i}_{j}"] = (padded, cells, channels[i], channels[j])
+    if shapes != expected or padded < regions:
+        raise ValueError(f"its statistics have the shapes {shapes}")
+
+
+def _read(
+    step: Path, described: dict[str, Any], regions: int, devices: Devices
+) -> dict[str, Any]:
+    """The arrays by name; those of regions on the devices, each with its own."""
+    target = {}
+    for name, leaf in described.items():
+        if name in _SMALL:
+            target[name] = np.empty(leaf.shape, leaf.dtype)
+        else:
+            shape = (devices.padded(regions), *leaf.shape[1:])
+            place = parallel.sharding(devices)
+            target[name] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
+    context = ocp.Context()
+    context.array.loading.enable_padding_and_truncation = True
+    with context, library_logs.held_back("orbax"):
+        loaded: Any = ocp.load(os.fspath(step), target)
+    return loaded
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    found = paths.parse(os.fspath(path))
+    if isinstance(found, pathlib.Path):
+        return found.resolve()  # what a link leads to is replaced, and not the link
+    if str(found).startswith("s3://"):
+        raise UserError(
+            f"{path}: Orbax keeps no checkpoints on s3://; name a place for it on gs:// or on "
+            "a file system with --checkpoint"
+        )
+    return found
+
+
+def _numbered(folder: Path) -> list[int]:
+    """Steps by number, whatever state they are in."""
+    if not paths.is_folder(folder):
+        return []
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(int(name) for name in names if _STEP.fullmatch(name))
+
+
+def _steps(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Steps and their metadata, the newest last.
+
+    Raises:
+      UserError: one is damaged, or of another format.
+    """
+    found = []
+    if (old := _describe(folder)) is not None:  # itself, without steps: formats 1 and 2
+        _require_format(folder, old.custom_metadata)
+    for number in _numbered(folder):
+        step = folder / str(number)
+        if _is_deleted(step) or _is_leftover(step):
+            continue
+        info = _describe(step)
+        if info is None:
+            raise UserError(f"{step}: {_unreadable(step)}; {_restore_advice(bool(found))}")
+        _require_format(step, info.custom_metadata)
+        found.append((number, info.custom_metadata))
+    return found
+
+
+def _is_finished(step: Path) -> bool:
+    info = _describe(step)
+    return info is not None and info.custom_metadata.get("unfinished") is None
+
+
+def _require_format(place: Path, metadata: dict[str, Any]) -> None:
+    if metadata["format"] != _FORMAT:
+        raise UserError(
+            f"{place}: checkpoint of format {metadata['format']} written by padim_jax "
+            f"{metadata.get('version')}; this is padim_jax {padim_jax.__version__}, which "
+            f"reads format {_FORMAT}"
+        )
+
+
+def _remove(step: Path) -> None:
+    mark = step.with_name(step.name + _DELETED)
+    mark.touch()
+    paths.remove_folder(step)
+    mark.unlink()
+
+
+def _is_deleted(step: Path) -> bool:
+    return step.with_name(step.name + _DELETED).exists()
+
+
+def _is_leftover(entry: Path) -> bool:
+    """Whether a save that was killed left it; what Orbax finished is none."""
+    if isinstance(entry, pathlib.Path):
+        return _LEFTOVER.fullmatch(entry.name) is not None
+    # On object stores, where nothing is renamed, a file says that all is there.
+    return _STEP.fullmatch(entry.name) is not None and not (entry / _COMMITTED).exists()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    if not paths.is_folder(folder):  # mkdir does nothing on object stores
+        return
+    for entry in list(folder.iterdir()):
+        if entry.name.endswith(_DELETED):
+            step = entry.with_name(entry.name.removesuffix(_DELETED))
+            if step.exists():
+                paths.remove_folder(step)
+            entry.unlink()
+        elif _is_leftover(entry) or paths.is_growing(entry):
+            paths.remove_folder(entry)
+
+
+def _describe(folder: Path) -> Any:
+    """Orbax's description of a checkpoint of this program; None of anything else.
+
+    `ocp.is_orbax_checkpoint` does not serve: it takes any folder for a checkpoint.
+    """
+    try:
+        if isinstance(folder, pathlib.Path):
+            for name in _DESCRIPTIONS:
+                if (path := folder / name).is_file() and (
+                    path.stat().st_size > _LONGEST_DESCRIPTION
+                ):
+                    return None
+        with library_logs.held_back("orbax"):
+            info = ocp.metadata(os.fspath(folder))
+            metadata: Any = info.custom_metadata
+            return info if type(metadata["format"]) is int else None
+    except jax.errors.JaxRuntimeError:
+        raise
+    # Whatever a damaged file, or something else than a checkpoint, makes Orbax trip over.
+    except Exception:
+        return None
+
+
+def _unreadable(step: Path) -> str:
+    """Return why Orbax does not describe a step, as far as its own JSON tells."""
+    try:
+        with (step / _DESCRIPTIONS[0]).open("rb") as file:
+            content = file.read(_LONGEST_DESCRIPTION)
+        metadata = json.loads(content)["custom_metadata"]
+        whole = type(metadata["format"]) is int
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        whole, metadata = False, {}
+    if not whole:
+        return f"no checkpoint that Orbax {_ORBAX} can read, or a damaged one (a power cut?)"
+    versions = _orbax_versions(metadata) or f" (both with Orbax {_ORBAX})"
+    return (
+        "its description is whole, but the rest cannot be read: damaged, or written otherwise "
+        f"than is read here{versions}"
+    )
+
+
+def _orbax_versions(metadata: Mapping[str, Any]) -> str:
+    """Return which Orbax wrote a checkpoint and which one reads it, if another one."""
+    wrote = metadata.get("orbax")
+    if wrote == _ORBAX or (wrote is None and _ORBAX.startswith(f"{_FIRST_ORBAX}.")):
+        return ""
+    by = str(wrote)[:60] if wrote is not None else _FIRST_ORBAX
+    return f" (written with Orbax {by}, read with Orbax {_ORBAX}: install that one to read it)"
+
+
+def _restore_advice(earlier: bool) -> str:
+    """Return what to do about a step; it is not known to be worthless."""
+    back = "move this folder away to go back to the one before it, " if earlier else ""
+    return f"{back}restore it from a copy, or fit to another --checkpoint"
+
+
+def _no_checkpoint(folder: Path) -> str:
+    if not folder.exists():
+        what = "no such checkpoint"
+    elif _steps(folder):
+        return (
+            f"{folder}: holds a fit that was interrupted, and no model yet; the command that "
+            "began it goes on with it"
+        )
+    else:
+        what = "is no checkpoint"
+    return f"{folder}: {what}; fit a model first (--mode=train) or name one with --checkpoint"
+
+
+def _digest(state: dict[str, Any], metadata: dict[str, Any]) -> str:
+    """SHA-256 of all that a checkpoint says; Orbax's files have no checksum of their own."""
+    said = {key: value for key, value in metadata.items() if key != "sha256"}
+    digest = _DIGEST(json.dumps(said, sort_keys=True).encode())
+    for name in _small(state):
+        array = np.ascontiguousarray(state[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _small(state: dict[str, Any]) -> list[str]:
+    return [name for name in _SMALL if name in state]  # not all models have a projection
+
+
+def _identity(state: dict[str, Any], weights: WeightsIdentity) -> str:
+    """SHA-256 of the statistics: wherever the images lay, and whatever wrote them down."""
+    digest = _DIGEST(weights.sha256.encode())
+    for name in _small(state):
+        digest.update(np.ascontiguousarray(state[name]).data)
+    return digest.hexdigest()
+
+
+def _region_digests(
+    packed: dict[str, Array], regions: int, devices: Devices
+) -> UInt8[np.ndarray, "r 32"]:
+    """SHA-256 of every region's numbers, computed where they are, known everywhere."""
+    names = sorted(packed)
+    found = np.zeros((devices.padded(regions) // devices.processes, 32), np.uint8)
+    shapes = [(name, str(x.dtype), x.shape[2:]) for name, x in sorted(packed.items())]
+    begin = _DIGEST(repr(shapes).encode())
+    start = devices.process * len(found)
+    for first, arrays in parallel.parts(packed, devices):
+
+        def digest(region: int, first: int = first, arrays: Any = arrays) -> None:
+            own = begin.copy()
+            for name in names:
+                own.update(np.ascontiguousarray(arrays[name][region]).data)
+            found[first - start + region] = np.frombuffer(own.digest(), np.uint8)
+
+        # In threads: hashlib leaves Python's lock while it works.
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            list(threads.map(digest, range(len(arrays[names[0]]))))
+    return parallel.gather(found)[:regions]
+
+
+def _uncompressed() -> ocp.Context:
+    # Features' statistics shrink by 8 %, in twice the time to read and write them.
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    return context
+
+
+def _pack(statistics: Moments | Samples) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The statistics' own arrays by name, and new ones; level numbers follow an underscore."""
+    if isinstance(statistics, Samples):
+        return {f"values_{i}": x for i, x in enumerate(statistics.values)}, {}
+    kept = {f"mean_{i}": mean for i, mean in enumerate(statistics.mean)}
+    made = {}
+    for i, (own, *cross) in enumerate(statistics.m2):
+        made[f"m2_{i}_{i}"] = _lower_triangle(own)
+        kept |= {f"m2_{i}_{j}": block for j, block in enumerate(cross, i + 1)}
+    return kept, made
+
+
+def _unpack(packed: dict[str, Array], count: Array) -> Moments | Samples:
+    levels = range(sum(name.startswith(("mean", "values")) for name in packed))
+    if "values_0" in packed:
+        return Samples(count, tuple(packed[f"values_{i}"] for i in levels))
+    means = tuple(packed[f"mean_{i}"] for i in levels)
+    m2 = tuple(
+        (
+            _symmetric(packed[f"m2_{i}_{i}"], means[i].shape[-1]),
+            *(packed[f"m2_{i}_{j}"] for j in levels[i + 1 :]),
+        )
+        for i in levels
+    )
+    return Moments(count, means, m2)
+
+
+def _lower_triangle_regions(m2: Float32[Array, "r n d d"]) -> Float32[Array, "r n e"]:
+    rows, columns = np.tril_indices(m2.shape[-1])
+    return m2[:, :, rows, columns]
+
+
+def _symmetric_regions(packed: Float32[Array, "r n e"], size: int) -> Float32[Array, "r n d d"]:
+    rows, columns = np.tril_indices(size)
+    where = np.zeros((size, size), np.int32)
+    where[rows, columns] = where[columns, rows] = np.arange(len(rows))
+    return packed[:, :, where]
+
+
+_lower_triangle = parallel.mapped(_lower_triangle_regions)
+_symmetric = parallel.mapped(_symmetric_regions, static=(1,))

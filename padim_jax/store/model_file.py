@@ -1,0 +1,331 @@
+"""A fitted model for scoring alone: one safetensors file, ready as it is.
+
+Where a checkpoint keeps statistics that can be extended, this keeps their factorisation:
+loading reads the file and computes nothing. Its arrays lie raw, one after the other, so
+that any program can map them into memory. The half-size form keeps the factorisation in
+float16, and with it the measured change of every metric; computation is in float32.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, UInt8
+
+import padim_jax
+from padim_jax.config import settings as config_lib
+from padim_jax.config.settings import Config
+from padim_jax.core.types import Gaussian, LowRank, Projection
+from padim_jax.devices import parallel
+from padim_jax.devices.parallel import Devices
+from padim_jax.errors import UserError
+from padim_jax.models.weights import pretrained
+from padim_jax.models.weights.pretrained import WeightsIdentity
+from padim_jax.system import paths
+from padim_jax.system.paths import Path
+
+SUFFIX = ".safetensors"
+_DTYPES = ("float32", "float16")
+_LONGEST_REASON = 1000  # characters of a library's error
+_FORMAT = "padim_jax model 4"
+# Arrays that are no part of the Gaussians.
+_SMALL = ("index", "images", "projection")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a model file holds.
+
+    Attributes:
+      config: as the model was fitted with.
+      index: the channels kept, in the embedding's order.
+      fitted: the Gaussians, float32, on the devices.
+      weights: identity of the backbone's weights, which the file does not hold.
+      identity: of the statistics, and of their rounding.
+      images: SHA-256 of every file fitted.
+      half: whether the file holds the factorisation in float16.
+      comparison: of a half-size form: metrics of both forms on the test set; see
+        `experiment.export`.
+      calibration: thresholds from normal images; see `calibration.to_dict`.
+      projection: the matrix of a reduction by one.
+    """
+
+    config: Config
+    index: Int[np.ndarray, " d"]
+    fitted: Gaussian | LowRank
+    weights: WeightsIdentity
+    identity: str
+    images: UInt8[np.ndarray, "s 32"]
+    half: bool = False
+    comparison: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
+    projection: Projection | None = None
+
+
+def rounded(fitted: Gaussian | LowRank) -> Gaussian | LowRank:
+    """The Gaussians as the half-size form restores them.
+
+    Raises:
+      ValueError: a number is too large for float16.
+    """
+    parts = {
+        name: jax.tree.map(lambda x: x.astype(jnp.float16).astype(jnp.float32), part)
+        for name, part in _large(fitted).items()
+    }
+    if not all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(parts)):
+        raise ValueError(f"numbers above {np.finfo(np.float16).max:.0f} do not fit float16")
+    return dataclasses.replace(fitted, **parts)
+
+
+def save(path: Path, model: Model, regions: int) -> int:
+    """Writes a model file; a crash leaves an earlier one as it was.
+
+    Args:
+      path: the file.
+      model: on the devices of a single process.
+      regions: how many there are.
+
+    Returns:
+      The size of its arrays in bytes.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    import safetensors.numpy
+
+    fitted, large = model.fitted, _large(model.fitted)
+    parts = _named("mean", fitted.mean)
+    for name, part in large.items():
+        parts |= _named(name, part)
+    if isinstance(fitted, LowRank):
+        parts["regularization"] = fitted.regularization
+    arrays = {"index": model.index, "images": model.images}
+    if model.projection is not None:
+        arrays["projection"] = model.projection
+    arrays |= parallel.join(parts, regions)
+    if model.half:
+        names = [name for name in arrays if name.partition("_")[0] in large]
+        arrays |= {name: arrays[name].astype(np.float16) for name in names}
+    described: dict[str, Any] = {
+        "format": _FORMAT,
+        "version": padim_jax.__version__,
+        "form": type(fitted).__name__,
+        "half": model.half,
+        "identity": model.identity,
+        "config": config_lib.to_stored(model.config),
+        "weights": dataclasses.asdict(model.weights),
+        "comparison": model.comparison,
+        "calibration": model.calibration,
+    }
+    described["sha256"] = _digest(arrays, described)
+    header = {"padim_jax": json.dumps(described)}
+    try:
+        if isinstance(path, pathlib.Path):
+            _replace(path, arrays, header)
+        else:
+            with tempfile.TemporaryDirectory() as work:
+                local = pathlib.Path(work, path.name)
+                safetensors.numpy.save_file(arrays, local, header)
+                paths.upload(local, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({error})") from error
+    return sum(array.nbytes for array in arrays.values())
+
+
+def _replace(path: pathlib.Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
+    import safetensors.numpy
+
+    target = path.resolve()  # what a link leads to is replaced, and not the link
+    growing = paths.growing_file(target)
+    try:
+        growing.unlink(missing_ok=True)  # of a process that was killed
+        growing.touch()
+        mode = growing.stat().st_mode  # by the umask; the library makes files private
+        safetensors.numpy.save_file(arrays, growing, header)
+        growing.chmod(mode)
+        growing.replace(target)
+    except (OSError, safetensors.SafetensorError):
+        with contextlib.suppress(OSError):
+            growing.unlink()
+        raise
+
+
+def require_own(path: Path) -> None:
+    """Make sure that a model file would replace nothing but another one.
+
+    Raises:
+      UserError: there is something else, such as weights of that name.
+    """
+    import safetensors
+
+    if not path.exists():
+        return
+    try:
+        with _local(path) as local, safetensors.safe_open(local, "np") as file:
+            if "padim_jax" in (file.metadata() or {}):
+                return
+    except (OSError, safetensors.SafetensorError):
+        pass
+    raise UserError(
+        f"{path}: exists and is no model file of padim_jax; move it away or name another "
+        "--workdir"
+    )
+
+
+def load(path: Path, devices: Devices) -> Model:
+    """Reads a model file onto the devices.
+
+    Raises:
+      UserError: the file is none, is broken or of another format.
+    """
+    import safetensors
+
+    try:
+        with _local(path) as local, safetensors.safe_open(local, "np") as file:
+            header = (file.metadata() or {}).get("padim_jax")
+            if header is None:
+                raise UserError(
+                    f"{path}: a safetensors file, but no model of padim_jax; expected what "
+                    "--mode=export writes"
+                )
+            described = json.loads(header)
+            if described["format"] != _FORMAT:
+                raise UserError(
+                    f"{path}: {described['format']!r}, written by padim_jax "
+                    f"{described.get('version')}; this is padim_jax {padim_jax.__version__}, "
+                    f"which reads {_FORMAT!r}"
+                )
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _digest(arrays, described) != described["sha256"]:
+            raise ValueError("its contents are not what was saved")
+        try:
+            config = config_lib.restore(described["config"], described.get("version"))
+        except config_lib.UnknownSettingError as error:
+            raise UserError(f"{path}: {error}") from error
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        weights = pretrained.identity(described["weights"])
+        _require_types(described, arrays)
+        return Model(
+            config,
+            arrays["index"],
+            _restore(described["form"], arrays, devices),
+            weights,
+            described["identity"],
+            arrays["images"],
+            described["half"],
+            described["comparison"],
+            described["calibration"],
+            arrays.get("projection"),
+        )
+    except (UserError, jax.errors.JaxRuntimeError):  # the latter as without memory
+        raise
+    # The parsers raise whatever a damaged file makes them trip over.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise UserError(
+            f"{path}: no model file, or a broken one ({type(error).__name__}: {reason}); "
+            "export it again (--mode=export) or restore it from a copy"
+        ) from error
+
+
+def _require_types(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Makes sure of what the checksum does not tell: a stranger's may be right for anything.
+
+    Whether shapes are those of the configuration `detector.require_fitting` sees to.
+
+    Raises:
+      ValueError: something is of another type or number of axes.
+    """
+    if (
+        not isinstance(described["identity"], str)
+        or type(described["half"]) is not bool
+        or not isinstance(described["comparison"], dict | None)
+        or not isinstance(described["calibration"], dict | None)
+    ):
+        raise ValueError("its description is of other types")
+    axes = {"index": 1, "images": 2, "projection": 2, "regularization": 0, "root": 4}
+    axes |= {"mean": 3, "deviations": 4, "factor": 4}
+    regions = arrays["mean_0"].shape[0]
+    for name, array in arrays.items():
+        kind = name.partition("_")[0]
+        if array.ndim != axes.get(kind):
+            raise ValueError(f"an array {name[:100]!r} of shape {array.shape}")
+        if kind == "index":
+            right = array.dtype.name == "int64"
+        elif kind == "images":
+            right = array.dtype.name == "uint8" and array.shape[1] == 32
+        elif kind == "regularization":
+            right = array.dtype.name == "float32" and 0 < float(array) < math.inf
+        else:
+            right = array.dtype.name in _DTYPES and kind in (*axes,)
+            right &= kind == "projection" or array.shape[0] == regions
+        if not right:
+            raise ValueError(f"{name} is of {array.dtype} and shape {array.shape}")
+
+
+@contextlib.contextmanager
+def _local(path: Path) -> Iterator[pathlib.Path]:
+    """The file itself, or a copy of a remote one, which only local files are read from."""
+    if isinstance(path, pathlib.Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as work:
+        local = pathlib.Path(work, path.name)
+        paths.download(path, local)
+        yield local
+
+
+def _large(fitted: Gaussian | LowRank) -> dict[str, Any]:
+    """The parts that take nearly all the memory, and what the half-size form halves."""
+    if isinstance(fitted, Gaussian):
+        return {"factor": fitted.factor}
+    return {"deviations": fitted.deviations, "root": fitted.root}
+
+
+def _named(name: str, part: Any) -> dict[str, jax.Array]:
+    """The arrays of a nested tuple, as "name_0_1": level 0 with the next coarser one."""
+    if not isinstance(part, tuple):
+        return {name: part}
+    return {k: v for i, item in enumerate(part) for k, v in _named(f"{name}_{i}", item).items()}
+
+
+def _restore(form: str, arrays: dict[str, np.ndarray], devices: Devices) -> Gaussian | LowRank:
+    # Widened on the device: in NumPy that takes more than twice as long.
+    floats = {
+        name: array.astype(jnp.float32)
+        for name, array in parallel.split(
+            {name: array for name, array in arrays.items() if name not in _SMALL}, devices
+        ).items()
+    }
+    levels = range(sum(name.startswith("mean_") for name in floats))
+    mean = tuple(floats[f"mean_{i}"] for i in levels)
+    if form == LowRank.__name__:
+        deviations = tuple(floats[f"deviations_{i}"] for i in levels)
+        return LowRank(mean, deviations, floats["root"], floats["regularization"])
+    if form != Gaussian.__name__:
+        raise ValueError(f"a form {form!r}")
+    # A level's matrices with itself and the coarser ones.
+    rows = [range(len(levels) - i) for i in levels]
+    return Gaussian(
+        mean, tuple(tuple(floats[f"factor_{i}_{j}"] for j in rows[i]) for i in levels)
+    )
+
+
+def _digest(arrays: dict[str, np.ndarray], described: dict[str, Any]) -> str:
+    """SHA-256 of all that a model file says."""
+    said = {key: value for key, value in described.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The operating system: paths, locks, signals, streams, progress bars, caches."""

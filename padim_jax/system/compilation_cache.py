@@ -1,0 +1,121 @@
+"""Compiled programs on disk, so that later runs need not compile: JAX's persistent cache."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import stat
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from padim_jax.system import paths
+from padim_jax.system.paths import Path
+
+_LIMIT = 1 << 28  # bytes; JAX removes the least recently used. A run leaves 0.2 MB on CPUs.
+_TRUSTED = (0,)  # users whose programs are run: root, who has other means
+_UNKEPT = "Error writing persistent compilation cache entry"  # JAX's warning
+
+
+@contextlib.contextmanager
+def enabled(folder: Path | None) -> Iterator[None]:
+    """Keep what is compiled in the block, and load what earlier runs compiled.
+
+    JAX's settings are restored afterwards. If they name a folder already, as
+    JAX_COMPILATION_CACHE_DIR does, that one is used and nothing is done here. A folder
+    that cannot be written to, or that others may write to or replace, is reported on stderr
+    and not used: results do not depend on it. On an object store nothing bounds the folder but
+    the store's own rules, which also say who may write there.
+
+    Args:
+      folder: of the cache, made private if it is missing; None for no cache.
+    """
+    if folder is None or jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    try:
+        if isinstance(folder, pathlib.Path):
+            # As private as the XDG specification wants it: what lies here is run.
+            for missing in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
+                missing.mkdir(mode=0o700, exist_ok=True)
+            _require_private(folder)
+            tempfile.TemporaryFile(dir=folder).close()
+        else:
+            paths.make_folder(folder)
+    except OSError as error:
+        _warn(folder, error.strerror)
+        yield
+        return
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        # JAX's lock for the removal is a file of this machine.
+        "jax_compilation_cache_max_size": _LIMIT if isinstance(folder, pathlib.Path) else -1,
+        # Not only what took a second: a run has a dozen programs, all below.
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        # XLA's own caches have no bound and little to add.
+        "jax_persistent_cache_enable_xla_caches": "none",
+    }
+    others = {name: getattr(jax.config, name) for name in settings}
+    _configure(settings)
+    try:
+        with _told_once(folder):
+            yield
+    finally:
+        _configure(others)
+
+
+def _require_private(folder: pathlib.Path) -> None:
+    """Raise PermissionError where others may write to a folder, or put another in its place.
+
+    Whoever writes here runs programs. Who owns a folder above, or may write to it, can rename
+    what is in it, unless it is sticky (as /tmp). Links count by where they lie and by where
+    they lead.
+    """
+    above = {*folder.absolute().parents, *folder.resolve().parents} - {folder}
+    for place in (folder, *sorted(above, reverse=True)):
+        status = place.stat()
+        theirs = status.st_uid not in (os.geteuid(), *_TRUSTED)
+        writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if theirs or (writable and (place == folder or not status.st_mode & stat.S_ISVTX)):
+            raise PermissionError(
+                errno.EPERM, f"others may write there, as {place} lets them, and it is run"
+            )
+
+
+@contextlib.contextmanager
+def _told_once(folder: Path) -> Iterator[None]:
+    """JAX warns of every program that it cannot keep: one line does, however many they are."""
+    with warnings.catch_warnings():
+        show, told = warnings.showwarning, False
+
+        def showwarning(message: Warning | str, *args: Any, **options: Any) -> None:
+            nonlocal told
+            if not str(message).startswith(_UNKEPT):
+                show(message, *args, **options)
+            elif not told:
+                told = True
+                _warn(folder, str(message).rpartition(": ")[2])
+
+        warnings.showwarning = showwarning
+        warnings.filterwarnings("always", message=_UNKEPT)
+        yield
+
+
+def _warn(folder: Path, reason: object) -> None:
+    print(
+        f"warning: {folder}: compiled programs cannot be kept for the next run ({reason}); "
+        "name another folder with --config.cache.dir, or switch this off with "
+        "--config.cache.compilation=False",
+        file=sys.stderr,
+    )
+
+
+def _configure(settings: dict[str, object]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # which would stay with the folder it has

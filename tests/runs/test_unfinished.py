@@ -1,0 +1,367 @@
+"""Predictions that are interrupted, at any moment: in the end nothing tells that they were."""
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from padim_jax.config import defaults
+from padim_jax.config import settings as config
+from padim_jax.config.settings import ImageConfig
+from padim_jax.data import dataset_splits, listing
+from padim_jax.data.input_pipeline import FolderSource
+from padim_jax.data.layouts.synthetic import generate
+from padim_jax.detector import detector
+from padim_jax.detector.detector import Detector
+from padim_jax.devices import parallel
+from padim_jax.errors import UserError
+from padim_jax.output import figures, predictions, results
+from padim_jax.runs import experiment, unfinished
+from padim_jax.runs.unfinished import Kept
+from padim_jax.system import journal
+
+CONFIG = ImageConfig(
+    (32, 32), "bilinear", None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 0.0, "centre", 0
+)
+BATCH = 4
+IMAGES = 18  # no whole number of batches
+
+
+class Crash(BaseException):
+    """What no handler for errors would catch, as the end of a process is none."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Detector:
+    """Without a calibration: the colours follow the first batch, and have to be kept."""
+    root = tmp_path_factory.mktemp("model")
+    generate(root / "data", n_train=4, n_test_good=1, n_test_per_defect=1, size=64)
+    values: Any = defaults.get_config()
+    values.update_from_flattened_dict(
+        {
+            "dataset.name": "mvtec_ad",
+            "dataset.root": str(root / "data"),
+            "category": "part",
+            "image.resize": (64, 64),
+            "model.weights": "random",
+            "model.channels": 8,
+            "threshold.normal": "none",
+            "batch_size": BATCH,
+        }
+    )
+    valid = config.validate(values)
+    return experiment.train(valid, dataset_splits.open_dataset(valid), root / "checkpoint")
+
+
+def draw(path: pathlib.Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 48, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def images(tmp_path: pathlib.Path) -> pathlib.Path:
+    for number in range(IMAGES):
+        draw(tmp_path / "in" / f"{'a, b' if number < 5 else 'ü'}/{number:02}.png", number)
+    return tmp_path / "in"
+
+
+def predict(model: Detector, images: pathlib.Path, workdir: pathlib.Path) -> None:
+    experiment.predict(model, FolderSource(listing.find(str(images))), workdir)
+
+
+def tree(folder: pathlib.Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many images were scored since it was last asked."""
+    scored, score = 0, detector.score_pixels
+
+    def counted(model: Detector, batch: Any, *args: Any) -> Any:
+        nonlocal scored
+        scored += len(batch)
+        return score(model, batch, *args)
+
+    def since() -> int:
+        nonlocal scored
+        found, scored = scored, 0
+        return found
+
+    monkeypatch.setattr(detector, "score_pixels", counted)
+    return since
+
+
+def crash_at(call: int, place: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends the run in the given call of a function, half of what it writes being written."""
+    function, calls = getattr(place, name), 0
+
+    def crashing(*args: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            for path in (x for x in args if isinstance(x, pathlib.Path) and x.is_file()):
+                with path.open("ab") as file:  # a torn line
+                    file.write(b'{"images":9')
+            raise Crash
+        return function(*args, **keywords)
+
+    monkeypatch.setattr(place, name, crashing)
+
+
+def interrupt(
+    call: int,
+    place: Any,
+    name: str,
+    model: Detector,
+    images: pathlib.Path,
+    workdir: pathlib.Path,
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(call, place, name, patch)
+        with pytest.raises(Crash):
+            predict(model, images, workdir)
+
+
+@pytest.mark.parametrize(
+    ("call", "place", "name", "redone"),
+    [
+        (1, journal, "append", IMAGES),  # before there is anything
+        (11, results, "save_map", IMAGES - 8),
+        (4, journal, "append", IMAGES - 8),
+        (1, experiment, "_remove_predictions", 0),
+    ],
+)
+def test_goes_on_to_the_same_results(
+    call: int,
+    place: Any,
+    name: str,
+    redone: int,
+    model: Detector,
+    images: pathlib.Path,
+    count: Callable[[], int],
+    tmp_path: pathlib.Path,
+):
+    predict(model, images, tmp_path / "whole")
+    interrupt(call, place, name, model, images, tmp_path / "cut")
+    count()
+    predict(model, images, tmp_path / "cut")
+    # Padded to whole batches.
+    assert count() == -(-redone // BATCH) * BATCH
+    assert tree(tmp_path / "cut" / "predictions") == tree(tmp_path / "whole" / "predictions")
+    assert not (tmp_path / "cut" / "predictions.incomplete").exists()
+
+
+def test_interrupted_again_and_again(
+    model: Detector, images: pathlib.Path, count: Callable[[], int], tmp_path: pathlib.Path
+):
+    predict(model, images, tmp_path / "whole")
+    for _ in range(3):  # each gets one batch further
+        interrupt(2 * BATCH, results, "save_map", model, images, tmp_path / "cut")
+    count()
+    predict(model, images, tmp_path / "cut")
+    assert count() == 8
+    assert tree(tmp_path / "cut" / "predictions") == tree(tmp_path / "whole" / "predictions")
+
+
+def test_killed_while_earlier_ones_are_removed(
+    model: Detector, images: pathlib.Path, tmp_path: pathlib.Path
+):
+    """What is left of them is still known to be ours."""
+    predict(model, images, tmp_path)
+    before = tree(tmp_path / "predictions")
+    interrupt(3, experiment.paths, "remove_folder", model, images, tmp_path)
+    assert set(tree(tmp_path / "predictions")) == {"scores.csv"}
+    predict(model, images, tmp_path)
+    assert tree(tmp_path / "predictions") == before
+
+
+Change = Callable[[pathlib.Path, pathlib.Path], object]
+
+
+def rewrite(path: pathlib.Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new))
+
+
+class TestWhatIsKept:
+    """Without a detector: of 18 images three batches are done, 0-3, 4-7 and 8-11."""
+
+    def source(self, images: pathlib.Path) -> FolderSource:
+        return FolderSource(listing.find(str(images)))
+
+    def take_up(self, images: pathlib.Path, folder: pathlib.Path, **settings: Any) -> Kept:
+        said = {"model": "abc", "batch size": BATCH, "threshold": [0.1, None], **settings}
+        progress = unfinished.Progress(folder, "tiff", said)
+        return progress.take_up(self.source(images), BATCH, parallel.Devices(1))
+
+    @pytest.fixture
+    def folder(self, images: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+        folder, source = tmp_path / "out", self.source(images)
+        said = {"model": "abc", "batch size": BATCH, "threshold": (0.1, None)}
+        folder.mkdir()
+        progress = unfinished.Progress(folder, "tiff", said)
+        assert progress.take_up(source, BATCH, parallel.Devices(1)) == Kept()
+        with predictions.Writer(
+            folder, CONFIG, "tiff", predictions.Thresholds(), None
+        ) as writer:
+            for start in (0, 4, 8):
+                records = source.records[start : start + BATCH]
+                maps = np.random.default_rng(start).uniform(1, 9, (BATCH, 32, 32))
+                maps = maps.astype(np.float32)
+                writer.add(records, maps, maps.max((1, 2)))
+                digests = [hashlib.sha256(x.image.read_bytes()).digest() for x in records]
+                inputs = unfinished.identity(records, digests)
+                progress.add(start + BATCH, inputs, writer.size, writer.scale)
+            # And what a killed process may leave of the next one.
+            writer.add(source.records[12:14], maps[:2], maps.max((1, 2))[:2])
+        return folder
+
+    @pytest.mark.parametrize(
+        ("change", "kept", "said"),
+        [
+            (lambda i, o: None, 12, ""),
+            (lambda i, o: draw(i / "ü/09.png", 99), 8, "have changed, among ü/08.png to ü/11"),
+            (lambda i, o: draw(i / "a, b/02.png", 99), 0, "have changed, among a, b/00.png"),
+            (lambda i, o: (i / "ü/06.png").unlink(), 4, "images have changed"),
+            (lambda i, o: draw(i / "A.png", 99), 0, "images have changed"),  # a new first
+            (lambda i, o: draw(i / "ü/99.png", 99), 12, ""),
+            (lambda i, o: [x.unlink() for x in i.glob("ü/1*")], 8, "there were other images"),
+            (lambda i, o: os.utime(i / "ü/09.png", (0, 0)), 12, ""),  # the same content
+            (lambda i, o: (o / "maps/ü/05.png.tiff").unlink(), 4, "files of ü/05.png are"),
+            # As a power cut leaves them.
+            (lambda i, o: (o / "overlays/ü/08.png.jpg").write_bytes(b""), 8, "ü/08.png are"),
+            (lambda i, o: os.truncate(o / "scores.csv", 100), 0, "rows of"),
+            (lambda i, o: rewrite(o / "scores.csv", b"/07.png,", b"/07.png,1"), 4, "rows of"),
+            (lambda i, o: (o / "scores.csv").unlink(), 0, "rows of"),
+            (lambda i, o: rewrite(o / "journal.jsonl", b'{"images":8,', b"\0" * 12), 4, ""),
+            # As nothing leaves them.
+            (lambda i, o: rewrite(o / "journal.jsonl", b":8,", b":[],"), 4, "is damaged"),
+            (lambda i, o: rewrite(o / "journal.jsonl", b":8,", b":-8,"), 4, "other images"),
+            (lambda i, o: rewrite(o / "journal.jsonl", b":8,", b":999,"), 4, "other images"),
+            (lambda i, o: rewrite(o / "journal.jsonl", b":8,", b":7,"), 4, "more images"),
+            (lambda i, o: (o / "journal.jsonl").write_bytes(b"[]\n"), 0, ""),
+            (lambda i, o: (o / "journal.jsonl").unlink(), 0, ""),
+        ],
+    )
+    def test_up_to_what_has_changed(
+        self,
+        change: Change,
+        kept: int,
+        said: str,
+        images: pathlib.Path,
+        folder: pathlib.Path,
+        capsys: pytest.CaptureFixture,
+    ):
+        change(images, folder)
+        capsys.readouterr()
+        found, out = self.take_up(images, folder), capsys.readouterr().out
+        assert found.images == kept
+        assert said in out
+        assert (f"after {kept} of " in out) == (kept > 0)
+        assert ("redone" in out) == bool(said)
+        # Pictures of these images only, whole; the table is cut by the writer.
+        names = [record.relative_path for record in self.source(images).records[:kept]]
+        expected = {f"maps/{x}.tiff" for x in names} | {f"overlays/{x}.jpg" for x in names}
+        assert {x for x in tree(folder) if "/" in x} == expected
+        with predictions.Writer(
+            folder, CONFIG, "tiff", predictions.Thresholds(), None, found.table
+        ):
+            pass
+        rows = (folder / "scores.csv").read_text(encoding="utf-8").splitlines()
+        assert len(rows) == 1 + kept
+        # Taken up once more, nothing is different.
+        assert self.take_up(images, folder) == found
+
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ({"model": "xyz"}, "made with another model\n"),
+            ({"batch size": 8, "model": ""}, "made with another batch size, another model\n"),
+            ({"threshold": [0.2, None]}, "made with another threshold\n"),
+            ({"new": 1}, "made with another new\n"),
+        ],
+    )
+    def test_nothing_of_other_settings(
+        self,
+        settings: dict[str, Any],
+        said: str,
+        images: pathlib.Path,
+        folder: pathlib.Path,
+        capsys: pytest.CaptureFixture,
+    ):
+        assert self.take_up(images, folder, **settings) == Kept()
+        assert said in capsys.readouterr().out
+
+    def test_colours_are_kept(self, images: pathlib.Path, folder: pathlib.Path):
+        scale = self.take_up(images, folder).scale
+        maps = np.random.default_rng(0).uniform(1, 9, (BATCH, 32, 32)).astype(np.float32)
+        assert scale == figures.color_scale(maps, np.zeros(BATCH, int))
+
+
+def test_a_broken_image_keeps_the_rows_before_it(
+    model: Detector, images: pathlib.Path, count: Callable[[], int], tmp_path: pathlib.Path
+):
+    whole = (images / "ü/10.png").read_bytes()
+    predict(model, images, tmp_path / "whole")
+    (images / "ü/10.png").write_bytes(whole[:-30])
+    with pytest.raises(UserError, match=r"10\.png"):
+        predict(model, images, tmp_path / "cut")
+    (images / "ü/10.png").write_bytes(whole)
+    count()
+    predict(model, images, tmp_path / "cut")
+    assert count() == 12
+    assert tree(tmp_path / "cut" / "predictions") == tree(tmp_path / "whole" / "predictions")
+
+
+def test_results_are_no_input(model: Detector, images: pathlib.Path, tmp_path: pathlib.Path):
+    """Their pictures would be found, and scored, when the command is given again."""
+    predict(model, images, tmp_path)
+    before = tree(tmp_path / "predictions")
+    with pytest.raises(UserError, match="is of the results in"):
+        predict(model, tmp_path, tmp_path)
+    assert tree(tmp_path / "predictions") == before
+
+
+def test_an_image_that_changes_while_it_is_scored(
+    model: Detector, images: pathlib.Path, tmp_path: pathlib.Path, monkeypatch
+):
+    """A map of the one over a picture of the other would tell lies."""
+    score = detector.score_pixels
+
+    def scored(*args: Any) -> Any:
+        draw(images / "a, b/01.png", 99)
+        return score(*args)
+
+    monkeypatch.setattr(detector, "score_pixels", scored)
+    with pytest.raises(UserError, match=r"01\.png: was written to while it was scored"):
+        predict(model, images, tmp_path)
+
+
+class TestJournal:
+    def test_a_torn_end_is_cut_off(self, tmp_path: pathlib.Path):
+        path = tmp_path / "journal"
+        entries = [{"a": 1}, {"b": "ü\n"}, []]
+        for entry in entries:
+            journal.append(path, entry)
+        whole = path.read_bytes()
+        for end in range(len(whole) + 1):
+            path.write_bytes(whole[:end])
+            found = journal.read(path)
+            assert found == entries[: whole[:end].count(b"\n")]
+            journal.append(path, "next")
+            assert journal.read(path) == [*found, "next"]
+
+    def test_none(self, tmp_path: pathlib.Path):
+        assert journal.read(tmp_path / "journal") == []
