@@ -126,8 +126,9 @@ def _join(launch: Mapping[str, Any], timeout: float) -> None:
     try:
         if launch["process_id"] == 0 and launch["coordinator_address"]:
             # JAX may crash on a port that is taken.
+            host = "127.0.0.1" if launch["coordinator_bind_address"] else ""
             port = launch["coordinator_address"].rpartition(":")[2]
-            socket.create_server(("", int(port))).close()
+            socket.create_server((host, int(port))).close()
         jax.distributed.initialize(
             **launch,
             initialization_timeout=math.ceil(timeout) + 60,
