@@ -70,7 +70,6 @@ import padim_jax
 from padim_jax.config import defaults
 from padim_jax.config import settings as config_lib
 from padim_jax.config.datasets import MVTEC_AD
-from padim_jax.devices import cluster
 from padim_jax.errors import NO_MEMORY, DataWarning, Stopped, UserError, is_out_of_memory
 from padim_jax.pretrain import config as pretrain_config
 from padim_jax.system import paths
@@ -149,11 +148,14 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESSES = flags.DEFINE_integer(
     "processes",
     None,
-    "How many processes run this command; default: as SLURM, Open MPI or the environment "
-    "tells (launch/README.md), else this one alone.",
+    "How many processes run this command (launch/README.md); 1 for this one on its own, "
+    "whatever started it.",
 )
-_PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Which of them this one is, from 0; default: as for --processes."
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Join the processes that SLURM, Open MPI or Kubernetes started, instead of those three.",
 )
 _JOIN_SECONDS = flags.DEFINE_float(
     "join_seconds", 300.0, "How long the processes wait for each other at the start."
@@ -227,15 +229,13 @@ def _run_pretraining() -> None:
             "folder there"
         )
 
-    place = _place()
-    settings = _shared_settings(pretrain_config.to_dict(recipe)) if place else {}
+    settings = _shared_settings(pretrain_config.to_dict(recipe))
 
     # Only now what takes long to import: a mistake should not have to wait for it.
     _import_jax()
-    from padim_jax.devices import distributed
     from padim_jax.pretrain import run
 
-    with distributed.session(place, settings, _JOIN_SECONDS.value), paths.explained():
+    with _joined(settings), paths.explained():
         run.pretrain(recipe, workdir)
 
 
@@ -246,18 +246,17 @@ def _run_experiment(mode: str, overrides: config_lib.Overrides) -> None:
     given = _CHECKPOINT.value
     checkpoint = paths.parse(given) if given else workdir / "checkpoint"
 
-    place = _place()
     nested = config_lib.to_dict(config) if config is not None else dict(overrides)
     # Each machine's own affair.
     nested = {name: x for name, x in nested.items() if name.partition(".")[0] != "cache"}
-    settings = _shared_settings(nested) if place else {}
+    settings = _shared_settings(nested)
 
     # Only now what takes long to import: a mistake should not have to wait for it.
     _import_jax()
-    from padim_jax.devices import distributed, parallel
+    from padim_jax.devices import parallel
     from padim_jax.runs import experiment, sweep, watch
 
-    with distributed.session(place, settings, _JOIN_SECONDS.value), paths.explained():
+    with _joined(settings), paths.explained():
         parallel.every()  # devices that are not there are said first
         if _DOWNLOAD.value:
             from padim_jax.data import download
@@ -305,13 +304,23 @@ def _import_jax() -> None:
         ) from error
 
 
-def _place() -> cluster.Place | None:
+def _joined(settings: Mapping[str, str]) -> contextlib.AbstractContextManager[None]:
+    """Join the processes that run this command, if there are several."""
+    from padim_jax.devices import distributed
+
     if not 0 < _JOIN_SECONDS.value <= _MOST_JOIN_SECONDS:
         raise UserError(
             f"--join_seconds={_JOIN_SECONDS.value}: expected a number of seconds above 0 and "
             f"at most {_MOST_JOIN_SECONDS:g}"
         )
-    return cluster.find(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, os.environ)
+    launch = distributed.arguments(
+        _COORDINATOR.value,
+        _PROCESSES.value,
+        _PROCESS_ID.value,
+        _DISTRIBUTED.value,
+        os.environ,
+    )
+    return distributed.session(launch, settings, _JOIN_SECONDS.value)
 
 
 def _settings() -> Mapping[str, Any] | ml_collections.ConfigDict | None:

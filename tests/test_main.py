@@ -281,8 +281,8 @@ class TestMistakes:
             ([f"--config={ROOT}/configs/demo.py", "--download"], "--download: only for"),
             (["--mode=eval", "--workdir=x", "--download"], "--download: only for"),
             (["--mode=eval", "--workdir=x"], "x/checkpoint: no such checkpoint"),
-            ([MVTEC, "--processes=2", "--process_id=2"], "--process_id=2: expected 0 to 1"),
-            ([MVTEC, "--coordinator=localhost:1"], "--processes: missing"),
+            ([MVTEC, "--processes=2", "--process_id=2"], "the processes cannot be joined"),
+            ([MVTEC, "--distributed"], "the processes cannot be joined"),
             ([MVTEC, "--join_seconds=0"], "--join_seconds=0.0: expected .* above 0"),
             ([MVTEC, "--join_seconds=nan"], "--join_seconds=nan: expected .* above 0"),
             ([MVTEC, "--stopped_code=256"], "--stopped_code=256: .* range .0, 255"),
@@ -311,7 +311,7 @@ class TestMistakes:
                 "--workdir=gs://b/c: .* file systems only",
             ),
             ([*PRETRAIN, "--config.xyz=1"], "'xyz'; .*padim_jax/pretrain/defaults.py"),
-            ([*PRETRAIN, "--processes=2"], "--process_id: missing|--coordinator: missing"),
+            ([*PRETRAIN, "--processes=2"], "the processes cannot be joined"),
             # Of the settings.
             ([MVTEC, "--config.bach_size=4"], "no such setting 'bach_size'; .* 'batch_size'"),
             ([MVTEC, "--config.model.chanels=4"], "no such setting 'chanels'; .* 'channels'"),
@@ -514,8 +514,8 @@ class TestPretrain:
     ):
         compared = []
 
-        def session(place: Any, settings: dict[str, str], _: float) -> Any:
-            compared.append((place.process_id, settings))
+        def session(launch: Any, settings: dict[str, str], _: float) -> Any:
+            compared.append((launch["process_id"], settings))
             return contextlib.nullcontext()
 
         monkeypatch.setattr(distributed, "session", session)

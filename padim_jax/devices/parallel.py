@@ -82,7 +82,8 @@ def every() -> Devices:
     """All devices of all processes that run this program.
 
     Raises:
-      UserError: there are none of the kind that JAX_PLATFORMS asks for.
+      UserError: there are none of the kind that JAX_PLATFORMS asks for, or the processes have
+        different numbers of them.
     """
     platforms = jax.config.jax_platforms
     try:
@@ -96,6 +97,13 @@ def every() -> Devices:
             f"JAX_PLATFORMS={platforms}: JAX cannot use that ({reason}); install its driver "
             'and JAX plugin, as with pip install "padim-jax[cuda12]", or unset JAX_PLATFORMS'
         ) from error
+    counts = [len(jax.local_devices(process)) for process in range(jax.process_count())]
+    if len(set(counts)) > 1:
+        numbers = ", ".join(str(count) for count in counts)
+        raise UserError(
+            f"the processes have different numbers of devices: {numbers}. Give each as many "
+            "with CUDA_VISIBLE_DEVICES or, on CPUs, JAX_NUM_CPU_DEVICES"
+        )
     return Devices(jax.local_device_count(), jax.process_count(), jax.process_index())
 
 

@@ -15,10 +15,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 CODE = 130  # 128 + SIGINT, as shells have it
-# For last words, which may meet a full pipe or a process that does not answer.
+# For last words, which may meet a full pipe.
 _SECONDS = 1.0
-
-_farewells: list[Callable[[], object]] = []
 
 
 def install() -> None:
@@ -33,16 +31,6 @@ def install() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, lambda *_: None)  # its number is in the pipe all the same
     threading.Thread(target=_end_on_interrupt, args=(reader,), daemon=True).start()
-
-
-@contextlib.contextmanager
-def farewell(say: Callable[[], object]) -> Iterator[None]:
-    """In the block, an interrupted process calls `say`, in another thread, before it ends."""
-    _farewells.append(say)
-    try:
-        yield
-    finally:
-        _farewells.remove(say)
 
 
 @contextlib.contextmanager
@@ -67,9 +55,6 @@ def _end_on_interrupt(reader: int) -> None:
     late.start()
     with contextlib.suppress(OSError):
         os.write(2, b"\ninterrupted\n")
-    for say in _farewells:
-        with contextlib.suppress(Exception):
-            say()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
