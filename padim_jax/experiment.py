@@ -1,5 +1,6 @@
 """Train, evaluate, predict: where the stages meet, and where all side effects start."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -523,7 +524,7 @@ def _predict(
         "version of padim_jax": padim_jax.__version__,
         "version of jax": jax.__version__,
     }
-    with predictions.open_journal(growing, settings) as log:
+    with contextlib.closing(predictions.open_journal(growing, settings)) as log:
         start = predictions.resume(log, growing, suffix, source, size, devices)
         with predictions.Writer(
             growing, config.image, suffix, known, detector.calibration, log

@@ -36,9 +36,9 @@ class Row(NamedTuple):
     """What is known of an image that is done.
 
     Attributes:
-      identity: tells the image's content from others.
+      identity: tells its content from others.
       status: "scored" or "refused".
-      fields: what tables say of it, by column; strings, numbers and None.
+      fields: what tables say of it, by column; strings and numbers.
     """
 
     identity: bytes
@@ -47,12 +47,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A file for people that gets a line of each row.
-
-    Attributes:
-      header: its first bytes.
-      encode: the fields of a row -> its line.
-    """
+    """A file for people: its first bytes, and the fields of a row -> a line."""
 
     header: bytes
     encode: Callable[[dict[str, Any]], bytes]
@@ -61,7 +56,7 @@ class Table(NamedTuple):
 class Journal:
     """An SQLite file, and the tables that are written from it.
 
-    The caller makes sure that there is one writer (see `locks`).
+    The caller makes sure that there is one writer (see `locks`), and closes it.
 
     Args:
       path: a local file, which is made where there is none; None keeps the rows in memory.
@@ -87,19 +82,20 @@ class Journal:
         with writing(self._path):
             self._db = sqlite3.connect(self._path, isolation_level=None)
         try:
-            self._open()
+            self.other_settings = self._open()
+            if not self.other_settings:
+                self._append()
         except BaseException:
             self.close()
             raise
 
-    def _open(self) -> None:
-        with writing(self._path):
-            # Not a write-ahead log, whose shared memory network file systems do not have. EXTRA
-            # also makes the end of a transaction outlast a power cut, before rows that depend
-            # on it are appended to tables: FULL might undo it.
-            self._db.execute("PRAGMA journal_mode = DELETE")
-            self._db.execute("PRAGMA synchronous = EXTRA")
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+    def _open(self) -> list[str]:
+        # Not a write-ahead log, whose shared memory network file systems do not have. EXTRA
+        # makes a commit outlast a power cut before its rows are appended to tables; FULL does
+        # not synchronise the removal of SQLite's journal, without which the commit is undone.
+        for pragma in ("journal_mode = DELETE", "synchronous = EXTRA"):
+            next(self._select(f"PRAGMA {pragma}"), None)
+        ((version,),) = self._select("PRAGMA user_version")
         if version == 0:
             with self._transaction():
                 for statement in _SCHEMA:
@@ -111,49 +107,27 @@ class Journal:
                 f"{_VERSION}); use that one, or move {self._path.parent} away, and all images "
                 "are scored again"
             )
-        stored = self.fact("settings")
-        names = sorted(stored.keys() | self._settings.keys())
-        self.other_settings = [x for x in names if stored.get(x) != self._settings.get(x)]
-        if not self.other_settings:
-            self._append()
-
-    def __enter__(self) -> "Journal":
-        """Return itself; it is closed at the end of the block."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Close the file."""
-        self.close()
+        stored, settings = self.fact("settings"), self._settings
+        return [x for x in sorted({*stored, *settings}) if stored.get(x) != settings.get(x)]
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
 
-    def count(self, status: str = "%") -> int:
-        """Return how many images are done, or have a status."""
-        with writing(self._path):
-            query = "SELECT count(*) FROM images WHERE status LIKE ?"
-            return self._db.execute(query, (status,)).fetchone()[0]
-
-    def identities(self) -> Iterator[bytes]:
-        """Yield what tells the images that are done from others, in order."""
-        with writing(self._path):
-            query = "SELECT identity FROM images ORDER BY number"
-            yield from (identity for (identity,) in self._db.execute(query))
+    def count(self) -> int:
+        """Return how many images are done."""
+        return next(self._select("SELECT count(*) FROM images"))[0]
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Yield the rows in the order of `add`, without the first `start`."""
-        with writing(self._path):
-            query = "SELECT identity, status, row FROM images WHERE number > ? ORDER BY number"
-            for identity, status, fields in self._db.execute(query, (start,)):
-                yield Row(identity, status, json.loads(fields))
+        query = "SELECT identity, status, row FROM images WHERE number > ? ORDER BY number"
+        for identity, status, fields in self._select(query, start):
+            yield Row(identity, status, self._decode(fields))
 
     def fact(self, name: str) -> Any:
         """Return what `add` was told by a name; None if nothing."""
-        with writing(self._path):
-            query = "SELECT value FROM facts WHERE name = ?"
-            found = self._db.execute(query, (name,)).fetchone()
-            return None if found is None else json.loads(found[0])
+        value = next(self._select("SELECT value FROM facts WHERE name = ?", name), None)
+        return None if value is None else self._decode(value[0])
 
     def add(self, rows: Sequence[Row], **facts: Any) -> None:
         """Add rows and facts, which are there together or not at all, then to the tables.
@@ -163,13 +137,10 @@ class Journal:
           RemovedError: the file is not there any more.
         """
         sizes = {x.name: x.stat().st_size if x.exists() else 0 for x in self._tables}
-        values = [
-            (row.identity, row.status, json.dumps(row.fields, allow_nan=False)) for row in rows
-        ]
         with self._transaction():
             self._set(**facts, appending={"start": self.count(), "sizes": sizes})
             query = "INSERT INTO images (identity, status, row) VALUES (?, ?, ?)"
-            self._db.executemany(query, values)
+            self._db.executemany(query, [(*row[:2], json.dumps(row.fields)) for row in rows])
         self._append()
 
     def keep(self, count: int) -> None:
@@ -178,10 +149,8 @@ class Journal:
             self._db.execute("DELETE FROM images WHERE number > ?", (count,))
             if not count:
                 self._db.execute("DELETE FROM facts")
-            self._set(
-                settings=self._settings,
-                appending={"start": 0, "sizes": {x.name: 0 for x in self._tables}},
-            )
+            sizes = {path.name: 0 for path in self._tables}
+            self._set(settings=self._settings, appending={"start": 0, "sizes": sizes})
         self.other_settings = []
         self._append()
 
@@ -215,6 +184,14 @@ class Journal:
         pairs = [(name, json.dumps(value)) for name, value in facts.items()]
         self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", pairs)
 
+    def _select(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        with writing(self._path):
+            yield from self._db.execute(query, values)
+
+    def _decode(self, text: str) -> Any:
+        with writing(self._path):
+            return json.loads(text)
+
 
 def is_ours(path: pathlib.Path) -> bool:
     """Return whether a file is a journal, or what a killed process left of a new one."""
@@ -241,23 +218,15 @@ def writing(path: Path) -> Iterator[None]:
     """Tell the user of an error of a file of results, or of the SQLite file there."""
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}). When this is mended, the "
-            "same command goes on"
-        ) from error
-    except (sqlite3.Error, json.JSONDecodeError) as error:
-        is_text = isinstance(error, json.JSONDecodeError)  # in a row, that is
-        name = "SQLITE_CORRUPT" if is_text else getattr(error, "sqlite_errorname", "")
+    except (OSError, sqlite3.Error, json.JSONDecodeError) as error:
+        damaged = isinstance(error, json.JSONDecodeError)  # a row is
+        name = "SQLITE_CORRUPT" if damaged else getattr(error, "sqlite_errorname", "")
         if name == "SQLITE_READONLY_DBMOVED":
             raise RemovedError(
                 f"{path}: was removed while results were written; leave the folder alone until "
                 "they are done. The same command scores the images again"
             ) from error
-        for start, text in _ERRORS.items():
-            if name.startswith(start):
-                raise UserError(f"{path}: {text.format(folder=path.parent)}") from error
-        raise UserError(
-            f"{path}: cannot be read or written ({error}, {name}). When this is mended, the "
-            "same command goes on"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        text = f"cannot be written ({reason}). When this is mended, the same command goes on"
+        text = next((x for start, x in _ERRORS.items() if name.startswith(start)), text)
+        raise UserError(f"{path}: {text.format(folder=path.parent)}") from error

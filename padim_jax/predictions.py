@@ -457,29 +457,30 @@ def resume(
     Returns:
       How many of the first images are scored, with everything written.
     """
-    total, before, kept, reason = len(source.records), journal.count(), 0, ""
+    records, before, kept = source.records, journal.count(), 0
     if journal.other_settings:
         names = ", another ".join(journal.other_settings)
-        reason = f"those were made with another {names}"
-    elif before:
-        kept, reason = _unchanged(journal, folder, map_suffix, source, devices)
-        if kept < before or kept < total:
+        print(f"interrupted predictions are redone: those were made with another {names}")
+    else:
+        kept = _unchanged(journal, folder, map_suffix, source, devices)
+        if not kept == before == len(records):
             kept -= kept % batch_size
-            reason = reason or ("there were other images" if before > total else "")
-            reason = reason or ("more images have come" if kept < before else "")
-    if kept:
-        print(f"going on with interrupted predictions, after {kept} of {total} images")
-    if reason:
-        print(f"interrupted predictions {'behind these ' * bool(kept)}are redone: {reason}")
-    _remove_pictures(folder, map_suffix, source.records[:kept])
+        if kept:
+            print(
+                f"going on with interrupted predictions, after {kept} of {len(records)} images"
+            )
+        if kept < before:
+            behind = f"behind {shown(records[kept - 1].relative_path)} " if kept else ""
+            print(f"interrupted predictions {behind}are redone: images or results have changed")
+    _remove_pictures(folder, map_suffix, records[:kept])
     journal.keep(kept)
     return kept
 
 
 def _unchanged(
     journal: Journal, folder: Path, map_suffix: str, source: Source, devices: Devices
-) -> tuple[int, str]:
-    """How many of the first images are as they were, and what the next one has changed in."""
+) -> int:
+    """How many of the first images are as they were, their pictures included."""
 
     def digest(number: int) -> bytes:
         try:
@@ -487,33 +488,23 @@ def _unchanged(
         except UserError:  # scoring it again will tell
             return b""
 
-    rows, total = journal.rows(), len(source.records)
+    rows, total = journal.rows(), min(journal.count(), len(source.records))
     with (
         progress.bar(total, "compare", devices) as bar,
         concurrent.futures.ThreadPoolExecutor() as threads,
     ):
         for start in range(0, total, _COMPARED):
             numbers = range(start, min(start + _COMPARED, total))
-            for number, found in zip(numbers, threads.map(digest, numbers), strict=True):
-                if (row := next(rows, None)) is None:
-                    return number, ""
-                record = source.records[number]
-                name = shown(record.relative_path)
-                if (row.fields["path"], row.identity) != (record.relative_path, found):
-                    return number, f"images have changed, from {name} on"
-                pictures = files(folder, record.relative_path, map_suffix)
-                if not all(map(_has_content, pictures)):
-                    return number, f"files of {name} are missing"
-                bar.update()
-    return total, ""
-
-
-def _has_content(path: Path) -> bool:
-    assert isinstance(path, pathlib.Path)
-    try:
-        return path.stat().st_size > 0  # a power cut may leave nothing of a file
-    except OSError:
-        return False
+            found = threads.map(digest, numbers)
+            for number, content, row in zip(numbers, found, rows, strict=False):  # rows go on
+                name = source.records[number].relative_path
+                pictures = files(folder, name, map_suffix)
+                if (row.fields["path"], row.identity) != (name, content):
+                    return number
+                if not all(picture.exists() for picture in pictures):
+                    return number
+            bar.update(len(numbers))
+    return total
 
 
 def _remove_pictures(folder: Path, map_suffix: str, records: Sequence[Record]) -> None:

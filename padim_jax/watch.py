@@ -279,7 +279,7 @@ class Delays:
             self._delays.pop(arrival.key, None)
 
 
-class Log:
+class Log(Journal):
     """What is finished of a watched folder: the journal, and the tables that it writes.
 
     Args:
@@ -295,64 +295,50 @@ class Log:
     """
 
     def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any]):
-        path = folder / journal.NAME
+        path, refusal = folder / journal.NAME, ""
         names = {x.name for x in folder.iterdir()} if folder.is_dir() else set()
         if journal.EARLIER in names:
-            raise UserError(f"{folder}: {_NOT_OURS.format('of an earlier version')}")
-        if not journal.is_ours(path) and not all(map(paths.is_system_file, names)):
-            raise UserError(f"{folder}: {_NOT_OURS.format('not of a watched folder')}")
-        paths.make_folder(folder)
-        written = {
-            folder / TABLE: Table(tables.as_csv([COLUMNS]), predictions.encode_row(COLUMNS)),
-            folder / LINES: Table(b"", _json_line),
-        }
-        self._journal = Journal(path, settings, written)
-        if other := ", another ".join(self._journal.other_settings):
-            self.close()
-            raise UserError(f"{folder}: {_NOT_OURS.format(f'of another {other}')}")
-        self.seen = set(self._journal.identities())
-        self._refused = self._journal.count("refused")
-        scale = self._journal.fact("scale")
+            refusal = "of an earlier version"
+        elif not journal.is_ours(path) and not all(map(paths.is_system_file, names)):
+            refusal = "not of a watched folder"
+        else:
+            paths.make_folder(folder)
+            csv = Table(tables.as_csv([COLUMNS]), predictions.encode_row(COLUMNS))
+            lines = Table(b"", _json_line)
+            super().__init__(path, settings, {folder / TABLE: csv, folder / LINES: lines})
+            if self.other_settings:
+                self.close()
+                refusal = f"of another {', another '.join(self.other_settings)}"
+        if refusal:
+            raise UserError(
+                f"{folder}: holds results, {refusal}; move it away or name another --workdir. "
+                "Of one model and folder results are added to"
+            )
+        statuses = {row.identity: row.status for row in self.rows()}
+        self.seen = set(statuses)
+        self._refused = sum(status == "refused" for status in statuses.values())
+        scale = self.fact("scale")
         self.scale = scale and figures.ColorScale(*scale)
-
-    def __enter__(self) -> "Log":
-        """Return itself; the journal is closed at the end of the block."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Close the journal."""
-        self.close()
-
-    def close(self) -> None:
-        """Close the journal."""
-        self._journal.close()
 
     def summary(self) -> str:
         """Return how many images are scored, and how many are not."""
         scored = f"{len(self.seen) - self._refused} images are scored"
         return f"{scored}, {self._refused} refused" if self._refused else scored
 
-    def add(self, results: Sequence[Result], scale: figures.ColorScale | None) -> None:
+    def write(self, results: Sequence[Result], scale: figures.ColorScale | None) -> None:
         """Write what is said of some arrivals, which are seen from now on.
 
         Raises:
           UserError: it cannot be written.
         """
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        rows = [
-            Row(x.arrival.key, "refused" if x.error else "scored", x.fields(when))
-            for x in results
-        ]
+        statuses = ["refused" if x.error else "scored" for x in results]
+        pairs = zip(results, statuses, strict=True)
+        rows = [Row(x.arrival.key, status, x.fields(when)) for x, status in pairs]
         self.scale = self.scale or scale
-        self._journal.add(rows, scale=self.scale and dataclasses.astuple(self.scale))
+        self.add(rows, scale=self.scale and dataclasses.astuple(self.scale))
         self.seen.update(row.identity for row in rows)
-        self._refused += sum(row.status == "refused" for row in rows)
-
-
-_NOT_OURS = (
-    "holds results, {}; move it away or name another --workdir. Of one model and folder "
-    "results are added to"
-)
+        self._refused += statuses.count("refused")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,7 +404,7 @@ def run(
     with (
         locks.held(output),
         _stopping(stop or threading.Event()) as asked,
-        Log(output, settings) as log,
+        contextlib.closing(Log(output, settings)) as log,
     ):
         scale = known.scale or log.scale
         known = dataclasses.replace(known, scale=scale)
@@ -511,7 +497,7 @@ class _Scorer:
             if result.error:
                 print(f"passed over: {result.error}", flush=True)
         if results:
-            self._log.add(results, self._pictures.scale)
+            self._log.write(results, self._pictures.scale)
             self._delays.forget(result.arrival for result in results)
 
     def _score(self, images: Sequence[_Image]) -> list[Result]:

@@ -102,7 +102,7 @@ def test_watch(data: st.DataObject):
     ]
 
     def score(folder: pathlib.Path) -> watch.Log:
-        with watch.Log(folder, {"model": "m"}) as log:
+        with contextlib.closing(watch.Log(folder, {"model": "m"})) as log:
             return score_all(log)
 
     def score_all(log: watch.Log) -> watch.Log:
@@ -120,7 +120,7 @@ def test_watch(data: st.DataObject):
                 if x.key not in log.seen
             ]
             if results:
-                log.add(results, SCALE)
+                log.write(results, SCALE)
         return log
 
     generator = random.Random(data.draw(st.integers(0, 99), "what is lost"))
@@ -161,7 +161,7 @@ def predict(folder: pathlib.Path, records: list[Record], batch: int) -> int:
     """As `experiment.predict` with made-up scores; how many images were scored already."""
     folder.mkdir(exist_ok=True)
     known = predictions.Thresholds()  # the colours are those of the first batch
-    with predictions.open_journal(folder, {"batch": batch}) as opened:
+    with contextlib.closing(predictions.open_journal(folder, {"batch": batch})) as opened:
         source = FolderSource(records)
         kept = predictions.resume(opened, folder, "npy", source, batch, Devices(1))
         with predictions.Writer(folder, CONFIG, "npy", known, None, opened) as writer:

@@ -4,6 +4,7 @@ The store is in memory, behind the interface that gcsfs and s3fs have, and as th
 folders, files that appear whole when they are closed, other errors than the system's.
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -716,7 +717,7 @@ class TestPredictions:
             known = predictions.Thresholds(image=2.0)
             paths.make_folder(place)
             with (
-                predictions.open_journal(place, {}) as journal,
+                contextlib.closing(predictions.open_journal(place, {})) as journal,
                 predictions.Writer(place, IMAGE, "npy", known, None, journal) as writer,
             ):
                 journal.keep(0)

@@ -387,7 +387,7 @@ class TestWriter:
     ) -> Iterator[Writer]:
         folder.mkdir(exist_ok=True)
         with (
-            predictions.open_journal(folder, {}) as journal,
+            contextlib.closing(predictions.open_journal(folder, {})) as journal,
             Writer(folder, config, suffix, known, calibration, journal) as writer,
         ):
             journal.keep(0)

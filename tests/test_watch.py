@@ -208,9 +208,9 @@ class TestDelays:
 
 class TestLog:
     def test_rows_and_lines(self, tmp_path: pathlib.Path):
-        with Log(tmp_path / "out", SAID) as log:
-            log.add([result("a, b.png"), result("ü\n.png")], None)
-            log.add([result("bad\udcff.png", "not an image")], None)
+        with contextlib.closing(Log(tmp_path / "out", SAID)) as log:
+            log.write([result("a, b.png"), result("ü\n.png")], None)
+            log.write([result("bad\udcff.png", "not an image")], None)
         rows, found = table(tmp_path / "out"), lines(tmp_path / "out")
         names = ["a, b.png", "ü\n.png", "bad\udcff.png"]
         assert [line["path"] for line in found] == names
@@ -226,35 +226,35 @@ class TestLog:
 
     def test_the_next_one_knows_what_was_seen(self, tmp_path: pathlib.Path):
         scale = predictions.figures.ColorScale(0.1, 0.3)
-        with Log(tmp_path, SAID) as log:
-            log.add([result("a.png"), result("b.png", "bad")], scale)
+        with contextlib.closing(Log(tmp_path, SAID)) as log:
+            log.write([result("a.png"), result("b.png", "bad")], scale)
             summary = log.summary()
-        with Log(tmp_path, SAID) as again:
+        with contextlib.closing(Log(tmp_path, SAID)) as again:
             assert again.seen == {arrival("a.png").key, arrival("b.png").key}
             assert again.scale == scale
             assert again.summary() == summary == "1 images are scored, 1 refused"
-            again.add([result("c.png")], None)
+            again.write([result("c.png")], None)
         assert [row["path"] for row in table(tmp_path)] == ["a.png", "b.png", "c.png"]
-        with Log(tmp_path, SAID) as again:
+        with contextlib.closing(Log(tmp_path, SAID)) as again:
             assert again.scale == scale
 
     @pytest.mark.parametrize("name", ["scores.csv", "scores.jsonl"])
     def test_a_table_that_is_moved_away_begins_again(self, name: str, tmp_path: pathlib.Path):
-        with Log(tmp_path, SAID) as log:
-            log.add([result("a.png")], None)
+        with contextlib.closing(Log(tmp_path, SAID)) as log:
+            log.write([result("a.png")], None)
             (tmp_path / name).rename(tmp_path / f"{name}.1")
-            log.add([result("b.png")], None)
+            log.write([result("b.png")], None)
         expected = {"scores.csv": ["a.png", "b.png"], "scores.jsonl": ["a.png", "b.png"]}
         expected[name] = ["b.png"]
         assert [row["path"] for row in table(tmp_path)] == expected["scores.csv"]
         assert [line["path"] for line in lines(tmp_path)] == expected["scores.jsonl"]
         # What is seen stays so, and a new process cuts nothing off.
-        with Log(tmp_path, SAID) as log:
+        with contextlib.closing(Log(tmp_path, SAID)) as log:
             assert len(log.seen) == 2
         assert [row["path"] for row in table(tmp_path)] == expected["scores.csv"]
 
     def test_results_of_something_else_are_not_added_to(self, tmp_path: pathlib.Path):
-        with Log(tmp_path / "out", SAID):
+        with contextlib.closing(Log(tmp_path / "out", SAID)):
             pass
         with pytest.raises(UserError, match=r"of another model, another threshold;"):
             Log(tmp_path / "out", {"model": "x", "threshold": (0.4, None)})
