@@ -1,17 +1,14 @@
 """Images without labels: finding them, and writing what the detector says of them."""
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
-from typing import Any, BinaryIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
@@ -22,11 +19,15 @@ from padim_jax.core.calibration import Calibration
 from padim_jax.data import decoding, input_pipeline
 from padim_jax.data.files import (
     read_file,
+    shown,
 )
-from padim_jax.data.records import Record
-from padim_jax.errors import RemovedError, UserError
+from padim_jax.data.records import Record, Source
+from padim_jax.devices.parallel import Devices
+from padim_jax.errors import UserError
 from padim_jax.output import figures, results, tables
-from padim_jax.system import paths
+from padim_jax.system import journal as journal_lib
+from padim_jax.system import paths, progress
+from padim_jax.system.journal import Journal, Row, Table
 from padim_jax.system.paths import Path
 
 TABLE = "scores.csv"
@@ -35,6 +36,7 @@ COLUMNS = ("path", "score", "predicted", "calibrated")
 # Pictures drawn at a time, if there is room for them; see `input_pipeline.ROOM`.
 _THREADS = min(8, os.cpu_count() or 1)
 
+_COMPARED = 256  # images of an interrupted run that are read again together
 _MOST_TURNED = 1 << 20  # pixels of a map that are turned back together
 
 
@@ -236,7 +238,7 @@ class Pictures:
         overlay = figures.overlay(image, full, self.scale, self._thresholds.pixel)
         written = files(self._folder, name, self._suffix)
         path = written[1]
-        with writing(path):
+        with journal_lib.writing(path):
             results.save_map(self._folder / "maps", name, self._suffix, full)
             if isinstance(path, pathlib.Path):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,44 +258,151 @@ def rows(
     scores: Float32[np.ndarray, " n"],
     threshold: float | None,
     calibration: Calibration | None,
-) -> list[tuple[str, np.float32, int | str, str]]:
-    """What a table says of images: `COLUMNS`; "" where there is nothing to compare with."""
+) -> list[dict[str, Any]]:
+    """What a table says of images, by `COLUMNS`; "" where there is nothing to compare with."""
     calibrated: Sequence[str] = [""] * len(scores)
     if calibration is not None:
         levels = calibration.calibrated(scores)
         calibrated = [calibration_lib.shown(float(level)) for level in levels]
     return [
-        (
-            name,
-            score,
-            "" if threshold is None else int(score >= threshold),
-            level,
-        )
+        {
+            "path": name,
+            "score": str(score),  # the shortest digits that are this float32's
+            "predicted": "" if threshold is None else int(score >= threshold),
+            "calibrated": level,
+        }
         for name, score, level in zip(names, scores, calibrated, strict=True)
     ]
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Tells the user of an error in writing there: a full disk, a name that is too long."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}). When this is mended, the "
-            "same command goes on"
-        ) from error
+def encode_row(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], bytes]:
+    """Return what makes a line of a table of the fields of a row."""
+    return lambda fields: tables.as_csv([[fields[column] for column in columns]])
+
+
+_HEADER, _encode = tables.as_csv([COLUMNS]), encode_row(COLUMNS)
+
+
+def open_journal(folder: Path, settings: Mapping[str, Any]) -> Journal:
+    """Open the journal of predictions below a folder, which writes scores.csv as they come.
+
+    An object store can't take a file row by row: there the rows are kept in memory, and
+    scores.csv has its header until `Writer.finish`.
+
+    Args:
+      folder: of the predictions, which is there.
+      settings: see `Journal`.
+
+    Raises:
+      UserError: see `Journal`.
+    """
+    if isinstance(folder, pathlib.Path):
+        table = {folder / TABLE: Table(_HEADER, _encode)}
+        return Journal(folder / journal_lib.NAME, settings, table)
+    (folder / TABLE).write_bytes(_HEADER)
+    return Journal(None, settings)
+
+
+def resume(
+    journal: Journal,
+    folder: Path,
+    map_suffix: str,
+    source: Source,
+    batch_size: int,
+    devices: Devices,
+) -> int:
+    """Keep what an interrupted run left that is what this run would write; remove the rest.
+
+    The files of images that are scored already are read again: their contents count, not
+    their dates.
+
+    Args:
+      journal: of the folder; its rows are those of the first images from now on.
+      folder: of the predictions.
+      map_suffix: of the maps' files.
+      source: the images of this run.
+      batch_size: of this run. Scores depend, in their last bit, on an image's place in its
+        batch: only whole batches are kept.
+      devices: for a progress bar.
+
+    Returns:
+      How many of the first images are scored, with everything written.
+    """
+    records, before, kept = source.records, journal.count(), 0
+    if journal.other_settings:
+        names = ", another ".join(journal.other_settings)
+        print(f"interrupted predictions are redone: those were made with another {names}")
+    else:
+        kept = _unchanged(journal, folder, map_suffix, source, devices)
+        if not kept == before == len(records):
+            kept -= kept % batch_size
+        if kept:
+            print(
+                f"going on with interrupted predictions, after {kept} of {len(records)} images"
+            )
+        if kept < before:
+            behind = f"behind {shown(records[kept - 1].relative_path)} " if kept else ""
+            print(f"interrupted predictions {behind}are redone: images or results have changed")
+    _remove_pictures(folder, map_suffix, records[:kept])
+    journal.keep(kept)
+    return kept
+
+
+def _unchanged(
+    journal: Journal, folder: Path, map_suffix: str, source: Source, devices: Devices
+) -> int:
+    """How many of the first images are as they were, their pictures included."""
+
+    def digest(number: int) -> bytes:
+        try:
+            return hashlib.sha256(source.read(number)[0]).digest()
+        except UserError:  # scoring it again will tell
+            return b""
+
+    rows, total = journal.rows(), min(journal.count(), len(source.records))
+    with (
+        progress.bar(total, "compare", devices.process == 0) as bar,
+        concurrent.futures.ThreadPoolExecutor() as threads,
+    ):
+        for start in range(0, total, _COMPARED):
+            numbers = range(start, min(start + _COMPARED, total))
+            found = threads.map(digest, numbers)
+            for number, content, row in zip(numbers, found, rows, strict=False):  # rows go on
+                name = source.records[number].relative_path
+                pictures = files(folder, name, map_suffix)
+                if (row.fields["path"], row.identity) != (name, content):
+                    return number
+                if not all(picture.exists() for picture in pictures):
+                    return number
+            bar.update(len(numbers))
+    return total
+
+
+def _remove_pictures(folder: Path, map_suffix: str, records: Sequence[Record]) -> None:
+    """Remove what was drawn of images that are not among the records."""
+    known = {path for x in records for path in files(folder, x.relative_path, map_suffix)}
+    for place in (folder / "maps", folder / "overlays"):
+        if paths.is_folder(place):
+            for path in paths.files_below(place):
+                if path not in known and not paths.is_system_file(path.name):
+                    path.unlink()
 
 
 class Writer:
-    """Writes predictions below a folder as they come; a row of an image is its last.
+    """Draws predictions below a folder as they come, and adds their rows to its journal.
 
-    scores.csv gets one row an image, with what share of normal images scores lower where the
-    model has a calibration; `Pictures` draws the rest.
-    An object store can't take a file row by row: there scores.csv has its header at first,
-    and the rows at the end.
-    Images are decoded a second time here: keeping them, at their full size, from the
+    An image's row comes last: where there is one, its pictures are whole. `Pictures` draws
+    them. Images are decoded a second time for it: keeping them, at their full size, from the
     pipeline on would take memory that grows with the batch.
+
+    Args:
+      folder: where they go.
+      config: how images are seen.
+      map_suffix: npy or tiff.
+      thresholds: what predictions are called by; without a scale it is the journal's, and
+        without one there the first batch's.
+      calibration: for the share of normal images that score lower; None for none.
+      journal: see `open_journal`.
     """
 
     def __init__(
@@ -303,96 +412,65 @@ class Writer:
         map_suffix: str,
         thresholds: Thresholds,
         calibration: Calibration | None,
-        kept: int = 0,
+        journal: Journal,
     ):
-        """Begins the table, or goes on with its first `kept` bytes (of a local folder)."""
-        paths.make_folder(folder)
+        if thresholds.scale is None and (scale := journal.fact("scale")) is not None:
+            thresholds = dataclasses.replace(thresholds, scale=figures.ColorScale(*scale))
         self._counts: decoding.Range = config.counts
         self._pictures = Pictures(folder, config, map_suffix, thresholds)
         self._threshold, self._calibration = thresholds.image, calibration
-        self._table = folder / TABLE
-        self._file: BinaryIO
-        with writing(self._table):
-            if isinstance(self._table, pathlib.Path):
-                self._file = self._table.open("r+b" if kept else "wb")
-                self._file.truncate(kept)
-                self._file.seek(kept)
-            else:
-                assert not kept
-                self._file = io.BytesIO()
-            if not kept:
-                self._append([COLUMNS])
-            self._upload()
+        self._table, self._journal = folder / TABLE, journal
         self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS)
 
     def __enter__(self) -> "Writer":
-        """Returns itself; the table is closed at the end of the block."""
+        """Return itself; its threads end with the block."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Closes the table."""
+    def __exit__(self, *error: object) -> None:
+        """End the threads."""
         self._threads.shutdown(cancel_futures=True)
-        try:
-            self._upload()
-        finally:
-            self._file.close()
-
-    @property
-    def scale(self) -> figures.ColorScale | None:
-        """Of the heat maps; None before the first batch, which may set it."""
-        return self._pictures.scale
-
-    @property
-    def size(self) -> int:
-        """Bytes of the table so far."""
-        return self._file.tell()
 
     def add(
         self,
         records: Sequence[Record],
         maps: Float32[np.ndarray, "n h w"],
         scores: Float32[np.ndarray, " n"],
-        digests: UInt8[np.ndarray, "n 32"] | None = None,
+        digests: UInt8[np.ndarray, "n 32"],
     ) -> None:
-        """Writes a batch; without a colour scale the first batch sets it.
+        """Write a batch, all of it or no row.
 
         Args:
           records: the images.
           maps: what the detector says of them.
           scores: and of each as a whole.
-          digests: SHA-256 of the files that it saw; None does not compare.
+          digests: SHA-256 of the files that it saw.
 
         Raises:
           UserError: an image cannot be read again, or is another one by now; or something
-            cannot be written. The table then has the rows before.
+            cannot be written.
         """
         self._pictures.set_scale(maps)
-        expected = [None] * len(records) if digests is None else [x.tobytes() for x in digests]
-        names = [record.relative_path for record in records]
-        written = rows(names, scores, self._threshold, self._calibration)
+        identities = [digest.tobytes() for digest in digests]
         # In threads, since Pillow and NumPy leave Python's lock while they work.
-        drawn = self._threads.map(self._draw, records, maps, expected)
-        done = []
-        try:
-            for row, _ in zip(written, drawn, strict=True):
-                done.append(row)
-        finally:
-            with writing(self._table):
-                self._append(done)
+        list(self._threads.map(self._draw, records, maps, identities))
+        names = [record.relative_path for record in records]
+        fields = rows(names, scores, self._threshold, self._calibration)
+        done = [Row(x, "scored", y) for x, y in zip(identities, fields, strict=True)]
+        assert self._pictures.scale is not None
+        self._journal.add(done, scale=dataclasses.astuple(self._pictures.scale))
+
+    def finish(self) -> None:
+        """Write the table whole, whatever has become of it meanwhile."""
+        self._journal.keep(self._journal.count())
+        if not isinstance(self._table, pathlib.Path):
+            lines = (_encode(row.fields) for row in self._journal.rows())
+            self._table.write_bytes(b"".join((_HEADER, *lines)))
 
     def _draw(
-        self,
-        record: Record,
-        anomaly_map: Float32[np.ndarray, "h w"],
-        digest: bytes | None,
+        self, record: Record, anomaly_map: Float32[np.ndarray, "h w"], digest: bytes
     ) -> None:
         data = read_file(record.image)
-        if digest is not None and hashlib.sha256(data).digest() != digest:
+        if hashlib.sha256(data).digest() != digest:
             raise UserError(
                 f"{record.image}: was written to while it was scored; run the same command "
                 "again when it is whole"
@@ -401,19 +479,3 @@ class Writer:
         with input_pipeline.ROOM.held(input_pipeline.DRAWING * pixels):
             decoded = input_pipeline.decode(data, str(record.image), self._counts)
             self._pictures.draw(record.relative_path, np.asarray(decoded), anomaly_map)
-
-    def _append(self, rows: Iterable[Sequence[Any]]) -> None:
-        local = isinstance(self._table, pathlib.Path)
-        if local and os.fstat(self._file.fileno()).st_nlink == 0:
-            raise RemovedError(
-                f"{self._table}: was removed while predictions were written; leave the folder "
-                "alone until they are done. The same command scores the images again"
-            )
-        self._file.write(tables.as_csv(rows))
-        self._file.flush()
-        if isinstance(self._table, pathlib.Path):
-            os.fsync(self._file.fileno())  # before the journal says so, if there is one
-
-    def _upload(self) -> None:
-        if isinstance(self._file, io.BytesIO):
-            self._table.write_bytes(self._file.getvalue())

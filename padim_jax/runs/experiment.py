@@ -1,11 +1,12 @@
 """Train, evaluate, predict: where the stages meet, and where all side effects start."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.output import predictions, results
-from padim_jax.runs import calibrate, evaluate, grow, results_folder, unfinished
+from padim_jax.runs import calibrate, evaluate, grow, results_folder
 from padim_jax.runs import train as fitting
 from padim_jax.runs import watch as watch_lib
 from padim_jax.runs.train import Backbone
@@ -33,6 +34,9 @@ from padim_jax.store import calibration_file, checkpoint, model_file, statistics
 from padim_jax.store.statistics_store import OnDisk
 from padim_jax.system import compilation_cache, journal, locks, paths
 from padim_jax.system.paths import Path
+
+# Of all files that predictions are in: what `predict` writes, and earlier versions wrote.
+_PREDICTIONS = (".csv", ".jpg", ".jsonl", ".npy", ".tiff", *journal.SUFFIXES)
 
 
 def run(
@@ -450,8 +454,8 @@ def predict(detector: Detector, source: Source, workdir: Path) -> None:
       source: the images; see `listing.find`.
       workdir: results go to `predictions` below it, whose earlier contents they replace
         once all images are scored; until then they are in `predictions.incomplete`, where
-        the next call finds what was done if this one is interrupted (see `unfinished`; not
-        on an object store).
+        the next call finds what was done if this one is interrupted (see `predictions.resume`;
+        not on an object store).
 
     Raises:
       UserError: an unreadable image, or another process is writing there.
@@ -485,56 +489,49 @@ def _predict(
 ) -> None:
     config = detector.config
     folder, growing = workdir / "predictions", workdir / "predictions.incomplete"
-    suffix = _map_suffix(config)
-    journal, kept = None, unfinished.Kept()
-    if devices.process == 0:
-        for place in (folder, growing):
-            table, log = place / predictions.TABLE, place / unfinished.NAME
-            results_folder.require_own(place, predictions.is_table(table) or _is_journal(log))
-            results_folder.require_no_other_files(
-                place, (".csv", ".jpg", ".jsonl", ".npy", ".tiff")
-            )
-            _require_elsewhere(source, place)
-        if isinstance(growing, pathlib.Path):
-            fitting.make_folder(growing)
-            size = passes.batch_size(source, config, devices)
-            settings = _said(detector, known) | {
-                "batch size": size,
-                "version of padim_jax": padim_jax.__version__,
-                "version of jax": jax.__version__,
-            }
-            journal = unfinished.Progress(growing, suffix, settings)
-            kept = journal.take_up(source, size, devices)
-            known = dataclasses.replace(known, scale=known.scale or kept.scale)
-        else:
-            paths.remove_folder(growing)
-            fitting.make_folder(growing)
-    start = parallel.agreed(kept.images)
-    # Not cached: images that are seen once would push out those that are seen again.
-    found = scoring_pass.scores(detector, source, "predict", cache=None, start=start)
-    if devices.process > 0:
-        for _ in found:  # for the first process, which writes
+    suffix, size = _map_suffix(config), passes.batch_size(source, config, devices)
+    if devices.process > 0:  # the first one writes
+        for _ in _scored(detector, source, 0):
             pass
         return
-    with predictions.Writer(
-        growing, config.image, suffix, known, detector.calibration, kept.table
-    ) as writer:
-        done = start
-        for part in found:
-            writer.add(part.records, part.maps, part.scores, part.digests)
-            done += len(part.records)
-            if journal is not None:
-                inputs = unfinished.identity(part.records, map(bytes, part.digests))
-                journal.add(done, inputs, writer.size, writer.scale)
+    for place in (folder, growing):
+        results_folder.require_own(place, _is_predictions(place))
+        results_folder.require_no_other_files(place, _PREDICTIONS)
+        _require_elsewhere(source, place)
+    if not isinstance(growing, pathlib.Path):
+        paths.remove_folder(growing)
+    elif (growing / journal.EARLIER).exists():
+        print("interrupted predictions of an earlier version of padim_jax are redone")
+        paths.remove_folder(growing)
+    fitting.make_folder(growing)
+    settings = _said(detector, known) | {
+        "batch size": size,
+        "format of maps": suffix,
+        "version of padim_jax": padim_jax.__version__,
+        "version of jax": jax.__version__,
+    }
+    with contextlib.closing(predictions.open_journal(growing, settings)) as log:
+        start = predictions.resume(log, growing, suffix, source, size, devices)
+        with predictions.Writer(
+            growing, config.image, suffix, known, detector.calibration, log
+        ) as writer:
+            for part in _scored(detector, source, start):
+                writer.add(part.records, part.maps, part.scores, part.digests)
+            writer.finish()
     results.write_skipped(growing, skipped)
     # Earlier predictions stay until these are whole.
     _remove_predictions(folder)
     paths.move_folder(growing, folder, last=predictions.TABLE)
-    if journal is not None:
-        assert isinstance(folder, pathlib.Path)
-        journal.finish(folder)
+    (folder / journal.NAME).unlink(missing_ok=True)
     left_out = f", {len(skipped)} skipped (see {results.SKIPPED})" if skipped else ""
     print(f"scored {len(source.records)} images{left_out}\nresults: {folder}")
+
+
+def _scored(detector: Detector, source: Source, start: int) -> Iterator[scoring_pass.Part]:
+    """Score images from where the first process says."""
+    start = parallel.agreed(start)
+    # Not cached: images that are seen once would push out those that are seen again.
+    return scoring_pass.scores(detector, source, "predict", cache=None, start=start)
 
 
 def watch(
@@ -595,8 +592,10 @@ def _remove_predictions(folder: Path) -> None:
     results_folder.remove(folder, folder / predictions.TABLE)
 
 
-def _is_journal(path: Path) -> bool:
-    return path.exists() and journal.is_ours(path)
+def _is_predictions(folder: Path) -> bool:
+    log = folder / journal.NAME
+    is_journal = isinstance(log, pathlib.Path) and journal.is_ours(log)
+    return is_journal or predictions.is_table(folder / predictions.TABLE)
 
 
 def _regions(detector: Detector) -> int:

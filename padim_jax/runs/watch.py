@@ -4,9 +4,8 @@ The folder is listed again and again, which works on network shares and in conta
 A file is taken when neither its size nor its date has changed for a while and it can be
 decoded, so that it does not matter how it came: written slowly, copied, or moved in.
 
-What is finished is in a journal. Before a batch's rows are written it says how long the tables
-are, and behind them which files these rows are of: whatever ends the process, or the machine,
-the next one cuts off what is not finished, and no file is scored twice or left out.
+What is finished is in a journal, from which the tables are written (see `journal`): whatever
+ends the process, or the machine, no file is scored twice or left out.
 
 Only what is wrong with a file itself finishes it without a score. Where the machine is at fault
 (too little memory, too many open files, no permission, a disk that does not answer) nothing is
@@ -42,9 +41,10 @@ from padim_jax.errors import DataWarning, MachineError, UserError
 from padim_jax.output import figures, predictions, tables
 from padim_jax.output.predictions import Pictures, Thresholds
 from padim_jax.system import journal, locks, paths
+from padim_jax.system.journal import Journal, Row, Table
 from padim_jax.system.paths import Path
 
-TABLE, LINES, JOURNAL = predictions.TABLE, "scores.jsonl", "journal.jsonl"
+TABLE, LINES = predictions.TABLE, "scores.jsonl"
 COLUMNS = (*predictions.COLUMNS, "error")
 
 # So many are read, drawn and written together, unless their files have more bytes than that:
@@ -100,15 +100,15 @@ class Arrival:
     since: float
 
     @property
-    def key(self) -> int:
+    def key(self) -> bytes:
         """Tells this arrival from all others."""
         return _key(self.name, self.stamp)
 
 
-def _key(name: str, stamp: Stamp) -> int:
+def _key(name: str, stamp: Stamp) -> bytes:
     # Of 128 bits: to be remembered for good, as little as possible of each file.
     data = f"{name}\0{stamp.size}\0{stamp.modified}".encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=16).digest())
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 class Folder:
@@ -125,7 +125,7 @@ class Folder:
         self,
         root: pathlib.Path,
         settle: float,
-        seen: set[int],
+        seen: set[bytes],
         output: pathlib.Path | None = None,
     ):
         self._root, self._settle, self._seen, self._output = root, settle, seen, output
@@ -194,28 +194,25 @@ class Result:
 
     arrival: Arrival
     sha256: str
-    row: tuple[Any, ...] | None
+    row: dict[str, Any] | None
     error: str = ""
 
-    def cells(self) -> tuple[Any, ...]:
-        """Its row of the table."""
-        row = (self.arrival.name, "", "", "") if self.row is None else self.row
-        return (*row, self.error)
-
-    def line(self, when: str) -> dict[str, Any]:
-        """Its line of the JSON lines."""
-        _, score, predicted, calibrated = self.row or (None, "", "", "")
-        return {
-            "path": self.arrival.name,
-            "score": None if score == "" else float(str(score)),
-            "predicted": None if predicted == "" else predicted,
-            "calibrated": None if calibrated == "" else float(calibrated),
-            "error": self.error or None,
-            "sha256": self.sha256 or None,
+    def fields(self, when: str) -> dict[str, Any]:
+        """Return what the journal keeps of it; "" for what is not known."""
+        unknown = dict.fromkeys(predictions.COLUMNS, "") | {"path": self.arrival.name}
+        return (self.row or unknown) | {
+            "error": self.error,
+            "sha256": self.sha256,
             "bytes": max(0, self.arrival.stamp.size),
             "modified_ns": max(0, self.arrival.stamp.modified),
             "time": when,
         }
+
+
+def _json_line(fields: Mapping[str, Any]) -> bytes:
+    values = {name: None if value == "" else value for name, value in fields.items()}
+    values |= {x: float(fields[x]) for x in ("score", "calibrated") if fields[x] != ""}
+    return json.dumps(values, allow_nan=False).encode() + b"\n"
 
 
 @dataclasses.dataclass
@@ -237,7 +234,7 @@ class Delays:
     """When to try the files again that the machine was at fault for."""
 
     def __init__(self):
-        self._delays: dict[int, _Delay] = {}
+        self._delays: dict[bytes, _Delay] = {}
 
     def __len__(self) -> int:
         """How many files wait."""
@@ -275,105 +272,66 @@ class Delays:
             self._delays.pop(arrival.key, None)
 
 
-class Log:
-    """The tables of a watched folder, and the journal of what is finished.
-
-    Each is opened anew for every batch: one that was moved away, as logrotate does, begins
-    again.
+class Log(Journal):
+    """What is finished of a watched folder: the journal, and the tables that it writes.
 
     Args:
       folder: where they are; local.
-      said: all that scores depend on, and the watched folder, by names for a person.
+      settings: all that scores depend on, and the watched folder, by names for a person.
+
+    Attributes:
+      seen: keys of the arrivals that are finished.
+      scale: colours of the heat maps; None as long as there are none.
 
     Raises:
       UserError: what is there is of something else.
     """
 
-    def __init__(self, folder: pathlib.Path, said: Mapping[str, Any]):
-        self._table, self._lines = folder / TABLE, folder / LINES
-        self._journal = folder / JOURNAL
-        self.seen: set[int] = set()
-        self.refused = 0  # of those seen; older versions' journals did not tell
-        self.scale: figures.ColorScale | None = None
-        header = json.loads(json.dumps({**said, journal.FORMAT: 1}))
-        if not journal.is_ours(self._journal):  # reading it would cut it off
-            raise UserError(f"{folder}: {_NOT_OURS.format('not of a watched folder')}")
-        entries = journal.read(self._journal)
-        if not entries:
-            others = folder.iterdir() if folder.is_dir() else ()
-            if any(x != self._journal and not paths.is_system_file(x.name) for x in others):
-                raise UserError(f"{folder}: {_NOT_OURS.format('not of a watched folder')}")
+    def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any]):
+        path, refusal = folder / journal.NAME, ""
+        names = {x.name for x in folder.iterdir()} if folder.is_dir() else set()
+        if journal.EARLIER in names:
+            refusal = "of an earlier version"
+        elif not journal.is_ours(path) and not all(map(paths.is_system_file, names)):
+            refusal = "not of a watched folder"
+        else:
             paths.make_folder(folder)
-            journal.append(self._journal, header)
-            return
-        if (found := entries[0]) != header:
-            known = found if isinstance(found, dict) else {}
-            names = sorted(header.keys() | known.keys())
-            other = ", another ".join(x for x in names if header.get(x) != known.get(x))
-            raise UserError(f"{folder}: {_NOT_OURS.format(f'of another {other}')}")
-        try:
-            self._take_up(entries[1:])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            csv = Table(tables.as_csv([COLUMNS]), predictions.encode_row(COLUMNS))
+            lines = Table(b"", _json_line)
+            super().__init__(path, settings, {folder / TABLE: csv, folder / LINES: lines})
+            if self.other_settings:
+                self.close()
+                refusal = f"of another {', another '.join(self.other_settings)}"
+        if refusal:
             raise UserError(
-                f"{self._journal}: damaged ({type(error).__name__}: {error}); move {folder} "
-                "away, and all images are scored anew"
-            ) from error
-
-    def _take_up(self, entries: Sequence[dict[str, Any]]) -> None:
-        for entry in entries:
-            self.seen.update(int(key, 16) for key in entry.get("done", ()))
-            self.refused += int(entry.get("refused", 0))
-            if "scale" in entry:
-                self.scale = figures.ColorScale(*entry["scale"])
-        if entries and "done" not in entries[-1]:
-            for path, size in self._sizes().items():
-                if size > (before := int(entries[-1][path.name])):
-                    os.truncate(path, before)
-                    paths.sync(path)
-            journal.append(self._journal, {"done": []})
+                f"{folder}: holds results, {refusal}; move it away or name another --workdir. "
+                "Of one model and folder results are added to"
+            )
+        statuses = {row.identity: row.status for row in self.rows()}
+        self.seen = set(statuses)
+        self._refused = sum(status == "refused" for status in statuses.values())
+        scale = self.fact("scale")
+        self.scale = scale and figures.ColorScale(*scale)
 
     def summary(self) -> str:
-        """How many images are scored, and how many are not."""
-        scored = f"{len(self.seen) - self.refused} images are scored"
-        return f"{scored}, {self.refused} refused" if self.refused else scored
+        """Return how many images are scored, and how many are not."""
+        scored = f"{len(self.seen) - self._refused} images are scored"
+        return f"{scored}, {self._refused} refused" if self._refused else scored
 
-    def add(self, results: Sequence[Result], scale: figures.ColorScale | None) -> None:
-        """Writes what is said of some arrivals, which are seen from now on.
+    def write(self, results: Sequence[Result], scale: figures.ColorScale | None) -> None:
+        """Write what is said of some arrivals, which are seen from now on.
 
         Raises:
           UserError: it cannot be written.
         """
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        sizes = self._sizes()
-        table = tables.as_csv(result.cells() for result in results)
-        if not sizes[self._table]:
-            table = tables.as_csv([COLUMNS]) + table
-        lines = "".join(json.dumps(x.line(when), allow_nan=False) + "\n" for x in results)
-        keys = [x.arrival.key for x in results]
-        with predictions.writing(self._journal):
-            journal.append(self._journal, {path.name: size for path, size in sizes.items()})
-            journal.append_bytes(self._table, table)
-            journal.append_bytes(self._lines, lines.encode())
-            done: dict[str, Any] = {"done": [f"{key:x}" for key in keys]}
-            if refused := sum(bool(result.error) for result in results):
-                done["refused"] = refused
-            if scale is not None and self.scale is None:
-                self.scale, done["scale"] = scale, [scale.low, scale.high]
-            journal.append(self._journal, done)
-        self.seen.update(keys)
-        self.refused += refused
-
-    def _sizes(self) -> dict[pathlib.Path, int]:
-        return {
-            path: path.stat().st_size if path.exists() else 0
-            for path in (self._table, self._lines)
-        }
-
-
-_NOT_OURS = (
-    "holds results, {}; move it away or name another --workdir. Of one model and folder "
-    "results are added to"
-)
+        statuses = ["refused" if x.error else "scored" for x in results]
+        pairs = zip(results, statuses, strict=True)
+        rows = [Row(x.arrival.key, status, x.fields(when)) for x, status in pairs]
+        self.scale = self.scale or scale
+        self.add(rows, scale=self.scale and dataclasses.astuple(self.scale))
+        self.seen.update(row.identity for row in rows)
+        self._refused += statuses.count("refused")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -435,8 +393,12 @@ def run(
             f"--workdir: {output} lies in the folder to watch, {folder}, and its pictures "
             "would be scored as well; name a --workdir outside of it"
         )
-    with locks.held(output), _stopping(stop or threading.Event()) as asked:
-        log = Log(output, {**said, "folder": os.fspath(place), "format of maps": map_suffix})
+    settings = {**said, "folder": os.fspath(place), "format of maps": map_suffix}
+    with (
+        locks.held(output),
+        _stopping(stop or threading.Event()) as asked,
+        contextlib.closing(Log(output, settings)) as log,
+    ):
         scale = known.scale or log.scale
         known = dataclasses.replace(known, scale=scale)
         pictures = Pictures(output, detector.config.image, map_suffix, known)
@@ -528,7 +490,7 @@ class _Scorer:
             if result.error:
                 print(f"passed over: {result.error}", flush=True)
         if results:
-            self._log.add(results, self._pictures.scale)
+            self._log.write(results, self._pictures.scale)
             self._delays.forget(result.arrival for result in results)
 
     def _score(self, images: Sequence[_Image]) -> list[Result]:

@@ -1,81 +1,232 @@
-"""A local file of JSON lines, appended to as work is done, that outlives its writer.
+"""The journal of a folder of predictions: which images are done, and what was found of them.
 
-Whatever kills the writer, the lines before the last one are whole; a torn end is cut off.
-What was written outlasts a power cut once the function that wrote it has returned, so that the
-order of calls is the order in which things are on the disk.
+`predict` and `--watch` keep it in an SQLite file. The tables that people read are written from
+its rows, and never read. A row is committed before it is appended to a table, together with
+the sizes of the tables, so that an append that was interrupted is repeated by the next process:
+whatever ends this one, no row is lost and none is there twice.
 """
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from padim_jax.errors import RemovedError, UserError
 from padim_jax.system import paths
+from padim_jax.system.paths import Path
 
-FORMAT = "format of the journal"  # in the first entry of each, whatever else it says
+NAME = "journal.sqlite"
+EARLIER = "journal.jsonl"  # of versions that kept JSON lines
+SUFFIXES = (".sqlite", ".sqlite-journal")  # SQLite has the latter beside it while it commits
+
+_MAGIC, _APPLICATION, _VERSION = b"SQLite format 3\0", 0x5061446D, 1
+_SCHEMA = (
+    f"PRAGMA application_id = {_APPLICATION}",
+    f"PRAGMA user_version = {_VERSION}",
+    "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "CREATE TABLE images (number INTEGER PRIMARY KEY, identity BLOB NOT NULL, "
+    "status TEXT NOT NULL, row TEXT NOT NULL)",
+)
 
 
-def read(path: pathlib.Path) -> list[Any]:
-    """The whole entries from the first on; what follows them is cut off the file.
+class Row(NamedTuple):
+    """What is known of an image that is done.
 
-    Without a file there are none.
+    Attributes:
+      identity: tells its content from others.
+      status: "scored" or "refused".
+      fields: what tables say of it, by column; strings and numbers.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    entries, end = [], 0
-    for line in data.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break
+
+    identity: bytes
+    status: str
+    fields: dict[str, Any]
+
+
+class Table(NamedTuple):
+    """A file for people: its first bytes, and the fields of a row -> a line."""
+
+    header: bytes
+    encode: Callable[[dict[str, Any]], bytes]
+
+
+class Journal:
+    """An SQLite file, and the tables that are written from it.
+
+    The caller makes sure that there is one writer (see `locks`), and closes it.
+
+    Args:
+      path: a local file, which is made where there is none; None keeps the rows in memory.
+      settings: all that rows depend on beside the images, for JSON; keys are names for a
+        person.
+      tables: local files beside it; one that has been moved away begins again.
+
+    Attributes:
+      other_settings: the names of those that the rows were made with others of.
+
+    Raises:
+      UserError: the file is damaged, of another version, in use, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path | None,
+        settings: Mapping[str, Any],
+        tables: Mapping[pathlib.Path, Table] | None = None,
+    ):
+        self._path, self._tables = path or pathlib.Path(":memory:"), tables or {}
+        self._settings = json.loads(json.dumps(settings))  # as it is read again
+        with writing(self._path):
+            self._db = sqlite3.connect(self._path, isolation_level=None)
         try:
-            entries.append(json.loads(line))
-        except ValueError:  # as a power cut may leave it
-            break
-        end += len(line)
-    if end < len(data):
-        with path.open("r+b") as file:
-            file.truncate(end)
-    return entries
+            self.other_settings = self._open()
+            if not self.other_settings:
+                self._append()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> list[str]:
+        # Not a write-ahead log, whose shared memory network file systems do not have. EXTRA
+        # makes a commit outlast a power cut before its rows are appended to tables; FULL does
+        # not synchronise the removal of SQLite's journal, without which the commit is undone.
+        for pragma in ("journal_mode = DELETE", "synchronous = EXTRA"):
+            next(self._select(f"PRAGMA {pragma}"), None)
+        ((version,),) = self._select("PRAGMA user_version")
+        if version == 0:
+            with self._transaction():
+                for statement in _SCHEMA:
+                    self._db.execute(statement)
+                self._set(settings=self._settings)
+        elif version != _VERSION:
+            raise UserError(
+                f"{self._path}: of another version of padim_jax (format {version}, expected "
+                f"{_VERSION}); use that one, or move {self._path.parent} away, and all images "
+                "are scored again"
+            )
+        stored, settings = self.fact("settings"), self._settings
+        return [x for x in sorted({*stored, *settings}) if stored.get(x) != settings.get(x)]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def count(self) -> int:
+        """Return how many images are done."""
+        return next(self._select("SELECT count(*) FROM images"))[0]
+
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        """Yield the rows in the order of `add`, without the first `start`."""
+        query = "SELECT identity, status, row FROM images WHERE number > ? ORDER BY number"
+        for identity, status, fields in self._select(query, start):
+            yield Row(identity, status, self._decode(fields))
+
+    def fact(self, name: str) -> Any:
+        """Return what `add` was told by a name; None if nothing."""
+        value = next(self._select("SELECT value FROM facts WHERE name = ?", name), None)
+        return None if value is None else self._decode(value[0])
+
+    def add(self, rows: Sequence[Row], **facts: Any) -> None:
+        """Add rows and facts, which are there together or not at all, then to the tables.
+
+        Raises:
+          UserError: something cannot be written.
+          RemovedError: the file is not there any more.
+        """
+        sizes = {x.name: x.stat().st_size if x.exists() else 0 for x in self._tables}
+        with self._transaction():
+            self._set(**facts, appending={"start": self.count(), "sizes": sizes})
+            query = "INSERT INTO images (identity, status, row) VALUES (?, ?, ?)"
+            self._db.executemany(query, [(*row[:2], json.dumps(row.fields)) for row in rows])
+        self._append()
+
+    def keep(self, count: int) -> None:
+        """Forget the rows but the first `count`, without any all; write the tables anew."""
+        with self._transaction():
+            self._db.execute("DELETE FROM images WHERE number > ?", (count,))
+            if not count:
+                self._db.execute("DELETE FROM facts")
+            sizes = {path.name: 0 for path in self._tables}
+            self._set(settings=self._settings, appending={"start": 0, "sizes": sizes})
+        self.other_settings = []
+        self._append()
+
+    def _append(self) -> None:
+        """Append to the tables the rows that they lack."""
+        if (appending := self.fact("appending")) is None:
+            return
+        for path, table in self._tables.items():
+            with writing(path), path.open("ab") as file:
+                # Of an append that was interrupted. A table that was moved away is smaller.
+                size = min(file.tell(), appending["sizes"][path.name])
+                file.truncate(size)
+                if not size:
+                    file.write(table.header)
+                for row in self.rows(appending["start"]):
+                    file.write(table.encode(row.fields))
+                file.flush()
+                os.fsync(file.fileno())
+                if not size:
+                    paths.sync(path.parent)
+        with self._transaction():
+            self._set(appending=None)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with writing(self._path), self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+
+    def _set(self, **facts: Any) -> None:
+        pairs = [(name, json.dumps(value)) for name, value in facts.items()]
+        self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", pairs)
+
+    def _select(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        with writing(self._path):
+            yield from self._db.execute(query, values)
+
+    def _decode(self, text: str) -> Any:
+        with writing(self._path):
+            return json.loads(text)
 
 
-def is_ours(path: paths.Path) -> bool:
-    """Return whether a file is a journal, or what a killed writer left of one."""
-    line = paths.first_line(path).strip(b"\0")  # a power cut may leave zeros
-    if not line.endswith(b"\n"):
-        return not line or b'{"'.startswith(line[:2])
+def is_ours(path: pathlib.Path) -> bool:
+    """Return whether a file is a journal, or what a killed process left of a new one."""
     try:
-        header = json.loads(line)
-    except (ValueError, RecursionError):
+        with path.open("rb") as file:
+            start = file.read(100)
+    except (FileNotFoundError, IsADirectoryError):
         return False
-    return isinstance(header, dict) and FORMAT in header
+    ours = start.startswith(_MAGIC) and start[68:72] == _APPLICATION.to_bytes(4)
+    return ours or not start.strip(b"\0")  # zeros are of a power cut
 
 
-def write(path: pathlib.Path, entries: Sequence[Any]) -> None:
-    """Replaces the file, or makes it, at once."""
-    growing = paths.growing_file(path)
-    growing.write_bytes(b"".join(map(_line, entries)))
-    paths.sync(growing)
-    growing.replace(path)
-    paths.sync(path.parent)
+# By the beginning of SQLite's name of an error: what is wrong, and what to do.
+_ERRORS = {
+    "SQLITE_BUSY": "another process uses it; end that one, and give the same command again",
+    "SQLITE_FULL": "cannot be written, the disk is full; make room, and the command goes on",
+    "SQLITE_NOTADB": "damaged; move {folder} away, and all images are scored again",
+    "SQLITE_CORRUPT": "damaged; move {folder} away, and all images are scored again",
+}
 
 
-def append(path: pathlib.Path, entry: Any) -> None:
-    """Adds an entry, in one write."""
-    append_bytes(path, _line(entry))
-
-
-def append_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Append to a file, or make it."""
-    with path.open("ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        is_new = file.tell() == len(data)
-    if is_new:
-        paths.sync(path.parent)
-
-
-def _line(entry: Any) -> bytes:
-    return json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tell the user of an error of a file of results, or of the SQLite file there."""
+    try:
+        yield
+    except (OSError, sqlite3.Error, json.JSONDecodeError) as error:
+        damaged = isinstance(error, json.JSONDecodeError)  # a row is
+        name = "SQLITE_CORRUPT" if damaged else getattr(error, "sqlite_errorname", "")
+        if name == "SQLITE_READONLY_DBMOVED":
+            raise RemovedError(
+                f"{path}: was removed while results were written; leave the folder alone until "
+                "they are done. The same command scores the images again"
+            ) from error
+        reason = getattr(error, "strerror", None) or error
+        text = f"cannot be written ({reason}). When this is mended, the same command goes on"
+        text = next((x for start, x in _ERRORS.items() if name.startswith(start)), text)
+        raise UserError(f"{path}: {text.format(folder=path.parent)}") from error

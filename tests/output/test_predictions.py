@@ -1,10 +1,13 @@
 """Unlabelled images: which are found, and where on them the anomaly map comes to lie."""
 
+import contextlib
 import csv
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -370,7 +373,26 @@ class TestWriter:
             Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(path)
         records = [Record("test", folder / n, None, 0, listing.UNKNOWN, n) for n in sizes]
         maps = np.stack([noise((48, 48)) + number for number in range(len(sizes))])
-        return records, maps, maps.max(axis=(1, 2))
+        digests = [hashlib.sha256((folder / name).read_bytes()).digest() for name in sizes]
+        stacked = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+        return records, maps, maps.max(axis=(1, 2)), stacked
+
+    @contextlib.contextmanager
+    def writer(
+        self,
+        folder: pathlib.Path,
+        suffix: str,
+        known: Thresholds,
+        calibration: Calibration | None,
+        config: ImageConfig = CONFIG,
+    ) -> Iterator[Writer]:
+        folder.mkdir(exist_ok=True)
+        with (
+            contextlib.closing(predictions.open_journal(folder, {})) as journal,
+            Writer(folder, config, suffix, known, calibration, journal) as writer,
+        ):
+            journal.keep(0)
+            yield writer
 
     def rows(self, folder: pathlib.Path) -> list[list[str]]:
         with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
@@ -379,9 +401,9 @@ class TestWriter:
     @pytest.mark.parametrize("suffix", ["npy", "tiff"])
     def test_files_have_the_size_of_their_image(self, suffix: str, tmp_path: pathlib.Path):
         sizes = {"a.png": (70, 90), "Ordner ü/a.png": (20, 300), "Ordner ü/a.bmp": (64, 64)}
-        records, maps, scores = self.batch(tmp_path / "in", sizes)
-        with Writer(tmp_path / "out", self.CONFIG, suffix, Thresholds(), None) as writer:
-            writer.add(records, maps, scores)
+        records, maps, scores, digests = self.batch(tmp_path / "in", sizes)
+        with self.writer(tmp_path / "out", suffix, Thresholds(), None) as writer:
+            writer.add(records, maps, scores, digests)
         for (name, size), anomaly_map in zip(sizes.items(), maps, strict=True):
             path = tmp_path / "out" / "maps" / f"{name}.{suffix}"
             found = np.load(path) if suffix == "npy" else np.asarray(Image.open(path))
@@ -395,7 +417,7 @@ class TestWriter:
         """An interrupted run keeps what it has scored."""
         first = self.batch(tmp_path / "in", {"1.png": (40, 40), "Teil, ü 2.png": (40, 40)})
         second = self.batch(tmp_path / "in", {"3.png": (40, 40)})
-        with Writer(tmp_path, self.CONFIG, "npy", Thresholds(), None) as writer:
+        with self.writer(tmp_path, "npy", Thresholds(), None) as writer:
             writer.add(*first)
             assert [row[0] for row in self.rows(tmp_path)] == ["path", "1.png", "Teil, ü 2.png"]
             writer.add(*second)
@@ -406,27 +428,29 @@ class TestWriter:
         np.testing.assert_array_equal(scores, np.concatenate([first[2], second[2]]))
         assert [row[2:] for row in rows[1:]] == 3 * [["", ""]]  # nothing to compare with
 
-    def test_a_table_that_is_removed_meanwhile(self, tmp_path: pathlib.Path):
+    def test_a_folder_that_is_removed_meanwhile(self, tmp_path: pathlib.Path):
         batch = self.batch(tmp_path / "in", {"1.png": (40, 40)})
         folder = tmp_path / "out"
-        with Writer(folder, self.CONFIG, "npy", Thresholds(), None) as writer:
+        with self.writer(folder, "npy", Thresholds(), None) as writer:
             shutil.rmtree(folder)
-            with pytest.raises(UserError, match=r"scores\.csv: was removed while"):
+            with pytest.raises(UserError, match=r"journal\.sqlite: was removed while"):
                 writer.add(*batch)
 
     def test_predicted_from_the_threshold_on(self, tmp_path: pathlib.Path):
         sizes = {f"{number}.png": (40, 40) for number in range(3)}
-        records, maps, scores = self.batch(tmp_path, sizes)
+        records, maps, scores, digests = self.batch(tmp_path, sizes)
         known = Thresholds(float(scores[1]), None, figures.ColorScale(0.0, 9.0))
-        with Writer(tmp_path, self.CONFIG, "npy", known, None) as writer:
-            writer.add(records, maps, scores)
+        with self.writer(tmp_path, "npy", known, None) as writer:
+            writer.add(records, maps, scores, digests)
         assert [row[2] for row in self.rows(tmp_path)[1:]] == ["0", "1", "1"]
 
     def test_calibrated(self, tmp_path: pathlib.Path):
-        records, maps, _ = self.batch(tmp_path, {f"{n}.png": (40, 40) for n in range(3)})
+        records, maps, _, digests = self.batch(
+            tmp_path, {f"{n}.png": (40, 40) for n in range(3)}
+        )
         scores, known = np.array([1.9, 2.5, 30], np.float32), calibration()
-        with Writer(tmp_path, self.CONFIG, "npy", thresholds(known), known) as writer:
-            writer.add(records, maps, scores)
+        with self.writer(tmp_path, "npy", thresholds(known), known) as writer:
+            writer.add(records, maps, scores, digests)
         rows = self.rows(tmp_path)[1:]
         assert [row[2] for row in rows] == ["0", "0", "1"]
         # None of 40 lower, half of them, and as far beyond as it may be.
@@ -441,16 +465,16 @@ class TestWriter:
         batches = [self.batch(tmp_path, {name: (48, 48)}) for name in ("1.png", "2.png")]
         config = preprocessing((48, 48), None)
         known = Thresholds(None, None, scale)
-        with Writer(tmp_path / "one", config, "npy", known, None) as writer:
-            for records, maps, scores in batches:
-                writer.add(records, maps, scores)
+        with self.writer(tmp_path / "one", "npy", known, None, config=config) as writer:
+            for batch in batches:
+                writer.add(*batch)
         overlays = [tmp_path / "one" / "overlays" / f"{n}.png.jpg" for n in (1, 2)]
         assert overlays[0].read_bytes() == overlays[1].read_bytes()
         # Another map in the second batch shows: with a scale of its own it would not.
-        records, maps, scores = batches[1]
-        with Writer(tmp_path / "two", config, "npy", known, None) as writer:
+        records, maps, scores, digests = batches[1]
+        with self.writer(tmp_path / "two", "npy", known, None, config=config) as writer:
             writer.add(*batches[0])
-            writer.add(records, 3 * maps, 3 * scores)
+            writer.add(records, 3 * maps, 3 * scores, digests)
         overlays = [tmp_path / "two" / "overlays" / f"{n}.png.jpg" for n in (1, 2)]
         assert overlays[0].read_bytes() != overlays[1].read_bytes()
 
@@ -459,15 +483,13 @@ class TestWriter:
         batch = self.batch(tmp_path / "in", sizes)
         for threads in (1, 7):
             monkeypatch.setattr(predictions, "_THREADS", threads)
-            with Writer(
-                tmp_path / str(threads), self.CONFIG, "npy", Thresholds(), None
-            ) as writer:
+            with self.writer(tmp_path / str(threads), "npy", Thresholds(), None) as writer:
                 writer.add(*batch)
         one, many = (
             {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.*")}
             for folder in (tmp_path / "1", tmp_path / "7")
         )
-        assert len(one) == 2 * 20 + 1
+        assert len(one) == 2 * 20 + 2
         assert many == one
         assert [row[0] for row in self.rows(tmp_path / "7")[1:]] == list(sizes)
 
@@ -476,9 +498,8 @@ class TestWriter:
         batch[0][9].image.unlink()
         with (
             pytest.raises(UserError, match=r"9\.png: cannot be read"),
-            Writer(tmp_path / "out", self.CONFIG, "npy", Thresholds(), None) as writer,
+            self.writer(tmp_path / "out", "npy", Thresholds(), None) as writer,
         ):
             writer.add(*batch)
-        # What was written before is told.
-        rows = [row[0] for row in self.rows(tmp_path / "out")]
-        assert rows == ["path", *(f"{number}.png" for number in range(9))]
+        # None of the batch is told.
+        assert len(self.rows(tmp_path / "out")) == 1

@@ -158,7 +158,7 @@ def test_killed_ten_times(start: Start, images: pathlib.Path, tmp_path: pathlib.
     assert start(some, cut).wait(120) == 0
     output = (tmp_path / "output").read_text()
     assert "Traceback" not in output
-    # Rows come just before the journal's line; the first of the eight may have none.
+    # The first of the eight may have none.
     assert output.count("going on with interrupted predictions") >= 6
     assert tree(cut / "predictions") == tree(tmp_path / "whole" / "predictions")
 

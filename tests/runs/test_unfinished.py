@@ -1,5 +1,7 @@
 """Predictions that are interrupted, at any moment: in the end nothing tells that they were."""
 
+import contextlib
+import csv
 import hashlib
 import os
 import pathlib
@@ -21,9 +23,8 @@ from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.output import figures, predictions, results
-from padim_jax.runs import experiment, unfinished
-from padim_jax.runs.unfinished import Kept
-from padim_jax.system import journal
+from padim_jax.runs import experiment
+from padim_jax.system.journal import Journal
 
 CONFIG = ImageConfig(
     (32, 32), "bilinear", None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 0.0, "centre", 0
@@ -111,8 +112,8 @@ def crash_at(call: int, place: Any, name: str, monkeypatch: pytest.MonkeyPatch) 
         calls += 1
         if calls == call:
             for path in (x for x in args if isinstance(x, pathlib.Path) and x.is_file()):
-                with path.open("ab") as file:  # a torn line
-                    file.write(b'{"images":9')
+                with path.open("ab") as file:
+                    file.write(b"half")
             raise Crash
         return function(*args, **keywords)
 
@@ -136,9 +137,10 @@ def interrupt(
 @pytest.mark.parametrize(
     ("call", "place", "name", "redone"),
     [
-        (1, journal, "append", IMAGES),  # before there is anything
+        (1, Journal, "keep", IMAGES),  # before there is anything
         (11, results, "save_map", IMAGES - 8),
-        (4, journal, "append", IMAGES - 8),
+        (3, Journal, "add", IMAGES - 8),
+        (5, Journal, "_append", IMAGES - 12),  # in the journal, and not in the table
         (1, experiment, "_remove_predictions", 0),
     ],
 )
@@ -189,100 +191,91 @@ def test_killed_while_earlier_ones_are_removed(
 Change = Callable[[pathlib.Path, pathlib.Path], object]
 
 
-def rewrite(path: pathlib.Path, old: bytes, new: bytes) -> None:
-    data = path.read_bytes()
-    assert old in data
-    path.write_bytes(data.replace(old, new))
-
-
 class TestWhatIsKept:
     """Without a detector: of 18 images three batches are done, 0-3, 4-7 and 8-11."""
 
     def source(self, images: pathlib.Path) -> FolderSource:
         return FolderSource(listing.find(str(images)))
 
-    def take_up(self, images: pathlib.Path, folder: pathlib.Path, **settings: Any) -> Kept:
-        said = {"model": "abc", "batch size": BATCH, "threshold": [0.1, None], **settings}
-        progress = unfinished.Progress(folder, "tiff", said)
-        return progress.take_up(self.source(images), BATCH, parallel.Devices(1))
+    def open(self, folder: pathlib.Path, **settings: Any) -> Journal:
+        values = {"model": "abc", "batch size": BATCH, "threshold": (0.1, None), **settings}
+        return predictions.open_journal(folder, values)
+
+    def resume(self, images: pathlib.Path, folder: pathlib.Path, **settings: Any) -> int:
+        with contextlib.closing(self.open(folder, **settings)) as opened:
+            source = self.source(images)
+            return predictions.resume(
+                opened, folder, "tiff", source, BATCH, parallel.Devices(1)
+            )
 
     @pytest.fixture
     def folder(self, images: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
         folder, source = tmp_path / "out", self.source(images)
-        said = {"model": "abc", "batch size": BATCH, "threshold": (0.1, None)}
         folder.mkdir()
-        progress = unfinished.Progress(folder, "tiff", said)
-        assert progress.take_up(source, BATCH, parallel.Devices(1)) == Kept()
-        with predictions.Writer(
-            folder, CONFIG, "tiff", predictions.Thresholds(), None
-        ) as writer:
+        assert self.resume(images, folder) == 0
+        with (
+            contextlib.closing(self.open(folder)) as opened,
+            predictions.Writer(
+                folder, CONFIG, "tiff", predictions.Thresholds(), None, opened
+            ) as writer,
+        ):
             for start in (0, 4, 8):
                 records = source.records[start : start + BATCH]
                 maps = np.random.default_rng(start).uniform(1, 9, (BATCH, 32, 32))
                 maps = maps.astype(np.float32)
-                writer.add(records, maps, maps.max((1, 2)))
                 digests = [hashlib.sha256(x.image.read_bytes()).digest() for x in records]
-                inputs = unfinished.identity(records, digests)
-                progress.add(start + BATCH, inputs, writer.size, writer.scale)
-            # And what a killed process may leave of the next one.
-            writer.add(source.records[12:14], maps[:2], maps.max((1, 2))[:2])
+                stacked = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+                writer.add(records, maps, maps.max((1, 2)), stacked)
+        # And what a killed process may leave of the next one.
+        (folder / "maps/ü/12.png.tiff").write_bytes(b"half")
+        with (folder / "scores.csv").open("ab") as table:
+            table.write(b"\xc3\xbc/12.png,0.")
         return folder
 
     @pytest.mark.parametrize(
-        ("change", "kept", "said"),
+        ("change", "kept"),
         [
-            (lambda i, o: None, 12, ""),
-            (lambda i, o: draw(i / "ü/09.png", 99), 8, "have changed, among ü/08.png to ü/11"),
-            (lambda i, o: draw(i / "a, b/02.png", 99), 0, "have changed, among a, b/00.png"),
-            (lambda i, o: (i / "ü/06.png").unlink(), 4, "images have changed"),
-            (lambda i, o: draw(i / "A.png", 99), 0, "images have changed"),  # a new first
-            (lambda i, o: draw(i / "ü/99.png", 99), 12, ""),
-            (lambda i, o: [x.unlink() for x in i.glob("ü/1*")], 8, "there were other images"),
-            (lambda i, o: os.utime(i / "ü/09.png", (0, 0)), 12, ""),  # the same content
-            (lambda i, o: (o / "maps/ü/05.png.tiff").unlink(), 4, "files of ü/05.png are"),
+            (lambda i, o: None, 12),
+            (lambda i, o: draw(i / "ü/09.png", 99), 8),
+            (lambda i, o: draw(i / "a, b/02.png", 99), 0),
+            (lambda i, o: (i / "ü/06.png").unlink(), 4),
+            (lambda i, o: draw(i / "A.png", 99), 0),  # a new first
+            (lambda i, o: draw(i / "ü/99.png", 99), 12),
+            (lambda i, o: [x.unlink() for x in i.glob("ü/1*")], 8),
+            (lambda i, o: os.utime(i / "ü/09.png", (0, 0)), 12),  # the same content
+            (lambda i, o: (o / "maps/ü/05.png.tiff").unlink(), 4),
+            (lambda i, o: (o / "overlays/ü/08.png.jpg").unlink(), 8),
             # As a power cut leaves them.
-            (lambda i, o: (o / "overlays/ü/08.png.jpg").write_bytes(b""), 8, "ü/08.png are"),
-            (lambda i, o: os.truncate(o / "scores.csv", 100), 0, "rows of"),
-            (lambda i, o: rewrite(o / "scores.csv", b"/07.png,", b"/07.png,1"), 4, "rows of"),
-            (lambda i, o: (o / "scores.csv").unlink(), 0, "rows of"),
-            (lambda i, o: rewrite(o / "journal.jsonl", b'{"images":8,', b"\0" * 12), 4, ""),
-            # As nothing leaves them.
-            (lambda i, o: rewrite(o / "journal.jsonl", b":8,", b":[],"), 4, "is damaged"),
-            (lambda i, o: rewrite(o / "journal.jsonl", b":8,", b":-8,"), 4, "other images"),
-            (lambda i, o: rewrite(o / "journal.jsonl", b":8,", b":999,"), 4, "other images"),
-            (lambda i, o: rewrite(o / "journal.jsonl", b":8,", b":7,"), 4, "more images"),
-            (lambda i, o: (o / "journal.jsonl").write_bytes(b"[]\n"), 0, ""),
-            (lambda i, o: (o / "journal.jsonl").unlink(), 0, ""),
+            (lambda i, o: os.truncate(o / "scores.csv", 100), 12),
+            (lambda i, o: (o / "scores.csv").unlink(), 12),
+            (lambda i, o: (o / "journal.sqlite").write_bytes(b""), 0),
+            (lambda i, o: (o / "journal.sqlite").unlink(), 0),
         ],
     )
     def test_up_to_what_has_changed(
         self,
         change: Change,
         kept: int,
-        said: str,
         images: pathlib.Path,
         folder: pathlib.Path,
         capsys: pytest.CaptureFixture,
     ):
         change(images, folder)
+        with contextlib.closing(self.open(folder)) as opened:
+            before = opened.count()
         capsys.readouterr()
-        found, out = self.take_up(images, folder), capsys.readouterr().out
-        assert found.images == kept
-        assert said in out
+        assert self.resume(images, folder) == kept
+        out = capsys.readouterr().out
         assert (f"after {kept} of " in out) == (kept > 0)
-        assert ("redone" in out) == bool(said)
-        # Pictures of these images only, whole; the table is cut by the writer.
+        assert ("are redone: images or results have changed" in out) == (kept < before)
+        # Pictures and rows of these images only, whole.
         names = [record.relative_path for record in self.source(images).records[:kept]]
         expected = {f"maps/{x}.tiff" for x in names} | {f"overlays/{x}.jpg" for x in names}
         assert {x for x in tree(folder) if "/" in x} == expected
-        with predictions.Writer(
-            folder, CONFIG, "tiff", predictions.Thresholds(), None, found.table
-        ):
-            pass
-        rows = (folder / "scores.csv").read_text(encoding="utf-8").splitlines()
-        assert len(rows) == 1 + kept
-        # Taken up once more, nothing is different.
-        assert self.take_up(images, folder) == found
+        with (folder / "scores.csv").open(encoding="utf-8", newline="") as table:
+            assert [row["path"] for row in csv.DictReader(table)] == names
+        # Once more, nothing is different.
+        assert self.resume(images, folder) == kept
 
     @pytest.mark.parametrize(
         ("settings", "said"),
@@ -301,11 +294,15 @@ class TestWhatIsKept:
         folder: pathlib.Path,
         capsys: pytest.CaptureFixture,
     ):
-        assert self.take_up(images, folder, **settings) == Kept()
+        assert self.resume(images, folder, **settings) == 0
         assert said in capsys.readouterr().out
+        assert self.resume(images, folder, **settings) == 0
+        assert "redone" not in capsys.readouterr().out
 
     def test_colours_are_kept(self, images: pathlib.Path, folder: pathlib.Path):
-        scale = self.take_up(images, folder).scale
+        self.resume(images, folder)
+        with contextlib.closing(self.open(folder)) as opened:
+            scale = figures.ColorScale(*opened.fact("scale"))
         maps = np.random.default_rng(0).uniform(1, 9, (BATCH, 32, 32)).astype(np.float32)
         assert scale == figures.color_scale(maps, np.zeros(BATCH, int))
 
@@ -349,19 +346,29 @@ def test_an_image_that_changes_while_it_is_scored(
         predict(model, images, tmp_path)
 
 
-class TestJournal:
-    def test_a_torn_end_is_cut_off(self, tmp_path: pathlib.Path):
-        path = tmp_path / "journal"
-        entries = [{"a": 1}, {"b": "ü\n"}, []]
-        for entry in entries:
-            journal.append(path, entry)
-        whole = path.read_bytes()
-        for end in range(len(whole) + 1):
-            path.write_bytes(whole[:end])
-            found = journal.read(path)
-            assert found == entries[: whole[:end].count(b"\n")]
-            journal.append(path, "next")
-            assert journal.read(path) == [*found, "next"]
+def test_a_table_that_is_removed_meanwhile_is_whole_in_the_end(
+    model: Detector, images: pathlib.Path, tmp_path: pathlib.Path, monkeypatch
+):
+    predict(model, images, tmp_path / "whole")
+    score = detector.score_pixels
 
-    def test_none(self, tmp_path: pathlib.Path):
-        assert journal.read(tmp_path / "journal") == []
+    def scored(*args: Any) -> Any:
+        (tmp_path / "cut" / "predictions.incomplete" / "scores.csv").unlink()
+        return score(*args)
+
+    monkeypatch.setattr(detector, "score_pixels", scored)
+    predict(model, images, tmp_path / "cut")
+    assert tree(tmp_path / "cut" / "predictions") == tree(tmp_path / "whole" / "predictions")
+
+
+def test_an_earlier_version_was_interrupted(
+    model: Detector, images: pathlib.Path, tmp_path: pathlib.Path, capsys
+):
+    predict(model, images, tmp_path / "whole")
+    growing = tmp_path / "out" / "predictions.incomplete"
+    growing.mkdir(parents=True)
+    (growing / "journal.jsonl").write_text('{"model":"m","format of the journal":1}\n')
+    (growing / "scores.csv").write_text("path,score,predicted,calibrated\nx.png,1,,\n")
+    predict(model, images, tmp_path / "out")
+    assert "of an earlier version of padim_jax are redone\n" in capsys.readouterr().out
+    assert tree(tmp_path / "out" / "predictions") == tree(tmp_path / "whole" / "predictions")

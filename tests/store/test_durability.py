@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import json
 import os
 import pathlib
@@ -22,7 +23,9 @@ from padim_jax.data.input_pipeline import FolderSource
 from padim_jax.data.records import Record
 from padim_jax.devices.parallel import Devices
 from padim_jax.output import figures, predictions
-from padim_jax.runs import unfinished, watch
+from padim_jax.runs import watch
+from padim_jax.system import journal
+from padim_jax.system.journal import Journal
 
 SETTINGS = hypothesis.settings(
     max_examples=20,
@@ -38,24 +41,30 @@ class PowerCut(BaseException):
 
 
 class Disk:
-    """A folder of which only what was synchronised is sure to outlast a power cut."""
+    """A folder of which only what was synchronised is sure to outlast a power cut.
+
+    SQLite's own files are: that what it has committed is there, and nothing else of it, is its
+    promise (`PRAGMA synchronous`). The power is cut before its transactions as well.
+    """
 
     def __init__(self, root: pathlib.Path):
         self._root, self._safe = root, {}
         self.left = 10**9  # calls of fsync until the power is cut
 
-    def fsync(self, opened: int, really: Callable[[int], None] = os.fsync) -> None:
+    def fsync(self, opened: int | None, really: Callable[[int], None] = os.fsync) -> None:
         del really  # the machine that runs the test keeps its power
         self.left -= 1
         if self.left < 0:
             raise PowerCut
+        if opened is None:
+            return
         status = os.fstat(opened)
         self._safe[status.st_ino] = status.st_size
 
     def cut(self, generator: random.Random) -> None:
         """Takes from every file a part of what need not be there, from none to all."""
         for path in sorted(self._root.rglob("*")):
-            if path.is_file():
+            if path.is_file() and path.suffix not in journal.SUFFIXES:
                 status = path.stat()
                 safe = min(self._safe.get(status.st_ino, 0), status.st_size)
                 os.truncate(
@@ -70,12 +79,18 @@ def disk() -> Iterator[tuple[pathlib.Path, Disk]]:
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         made = Disk(root)
-        before = os.fsync
-        os.fsync = made.fsync  # pytest's monkeypatch is not for the many examples of a test
+        before, transaction = os.fsync, Journal._transaction
+
+        def begin(self: Journal) -> Any:
+            made.fsync(None)
+            return transaction(self)
+
+        # pytest's monkeypatch is not for the many examples of a test
+        os.fsync, Journal._transaction = made.fsync, begin
         try:
             yield root, made
         finally:
-            os.fsync = before
+            os.fsync, Journal._transaction = before, transaction
 
 
 @SETTINGS
@@ -90,20 +105,25 @@ def test_watch(data: st.DataObject):
     ]
 
     def score(folder: pathlib.Path) -> watch.Log:
-        log = watch.Log(folder, {"model": "m"})
+        with contextlib.closing(watch.Log(folder, {"model": "m"})) as log:
+            return score_all(log)
+
+    def score_all(log: watch.Log) -> watch.Log:
         start = 0
         for count in arriving:
             batch = arrivals[start : start + count]
             start += count
             results = [
-                watch.Result(x, "ab", (x.name, np.float32(0.5), 1, ""))
+                watch.Result(
+                    x, "ab", dict(zip(predictions.COLUMNS, (x.name, "0.5", 1, ""), strict=True))
+                )
                 if x.stamp.size % 3
                 else watch.Result(x, "", None, "no image")
                 for x in batch
                 if x.key not in log.seen
             ]
             if results:
-                log.add(results, SCALE)
+                log.write(results, SCALE)
         return log
 
     generator = random.Random(data.draw(st.integers(0, 99), "what is lost"))
@@ -114,15 +134,14 @@ def test_watch(data: st.DataObject):
             with contextlib.suppress(PowerCut):
                 score(root / "out")
             device.cut(generator)
-            # A power cut that leaves nothing of the journal has left no rows either, so that
-            # there is nothing which could be taken for somebody else's.
         log = score(root / "out")
         with (root / "out" / watch.TABLE).open(newline="") as table:
             rows = [row["path"] for row in csv.DictReader(table)]
         lines = (root / "out" / watch.LINES).read_text().splitlines()
     names = [arrival.name for arrival in arrivals]
     assert rows == [json.loads(line)["path"] for line in lines] == names
-    assert log.refused == len(range(0, len(names), 3))
+    bad = len(range(0, len(names), 3))
+    assert log.summary() == f"{len(names) - bad} images are scored, {bad} refused"
     assert len(log.seen) == len(names)
 
 
@@ -144,24 +163,24 @@ def draw_images(folder: pathlib.Path, count: int) -> list[Record]:
 def predict(folder: pathlib.Path, records: list[Record], batch: int) -> int:
     """As `experiment.predict` with made-up scores; how many images were scored already."""
     folder.mkdir(exist_ok=True)
-    journal = unfinished.Progress(folder, "npy", {"batch": batch})
-    kept = journal.take_up(FolderSource(records), batch, Devices(1))
-    # Without thresholds: the colours are those of the first batch.
-    known = predictions.Thresholds(scale=kept.scale)
-    with predictions.Writer(folder, CONFIG, "npy", known, None, kept.table) as writer:
-        for start in range(kept.images, len(records), batch):
-            part = records[start : start + batch]
-            scores = np.asarray([int(x.relative_path[:-4]) for x in part], np.float32)
-            maps = scores[:, None, None] + np.arange(16, dtype=np.float32).reshape(4, 4)
-            writer.add(part, maps, scores)
-            digests = [unfinished.hashlib.sha256(x.image.read_bytes()).digest() for x in part]
-            inputs = unfinished.identity(part, digests)
-            journal.add(start + len(part), inputs, writer.size, writer.scale)
-    return kept.images
+    known = predictions.Thresholds()  # the colours are those of the first batch
+    with contextlib.closing(predictions.open_journal(folder, {"batch": batch})) as opened:
+        source = FolderSource(records)
+        kept = predictions.resume(opened, folder, "npy", source, batch, Devices(1))
+        with predictions.Writer(folder, CONFIG, "npy", known, None, opened) as writer:
+            for start in range(kept, len(records), batch):
+                part = records[start : start + batch]
+                scores = np.asarray([int(x.relative_path[:-4]) for x in part], np.float32)
+                maps = scores[:, None, None] + np.arange(16, dtype=np.float32).reshape(4, 4)
+                files = [hashlib.sha256(x.image.read_bytes()).digest() for x in part]
+                digests = np.frombuffer(b"".join(files), np.uint8).reshape(-1, 32)
+                writer.add(part, maps, scores, digests)
+            writer.finish()
+    return kept
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
+    files = (x for x in folder.rglob("*") if x.is_file() and x.suffix not in journal.SUFFIXES)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 

@@ -4,8 +4,10 @@ The store is in memory, behind the interface that gcsfs and s3fs have, and as th
 folders, files that appear whole when they are closed, other errors than the system's.
 """
 
+import contextlib
 import csv
 import dataclasses
+import hashlib
 import importlib
 import io
 import json
@@ -716,13 +718,23 @@ class TestPredictions:
         for source, place in places.items():
             records = listing.find(str(source))
             known = predictions.Thresholds(image=2.0)
-            with predictions.Writer(place, IMAGE, "npy", known, None) as writer:
+            paths.make_folder(place)
+            with (
+                contextlib.closing(predictions.open_journal(place, {})) as journal,
+                predictions.Writer(place, IMAGE, "npy", known, None, journal) as writer,
+            ):
+                journal.keep(0)
                 for i in range(3):
                     part = slice(i, i + 1)
-                    writer.add(records[part], maps[part], maps.max((1, 2))[part])
+                    digest = hashlib.sha256(records[i].image.read_bytes()).digest()
+                    digests = np.frombuffer(digest, np.uint8)[None]
+                    writer.add(records[part], maps[part], maps.max((1, 2))[part], digests)
                     # From the first batch on: a sign whose folder this is.
                     assert contents(place)["scores.csv"].startswith(b"path,score,predicted")
-            written.append(contents(place))
+                writer.finish()
+            found = contents(place)
+            found.pop("journal.sqlite", None)
+            written.append(found)
         assert written[0] == written[1]
         rows = list(csv.reader(io.StringIO(written[1]["scores.csv"].decode())))
         assert [row[0] for row in rows] == ["path", "a b/0.png", "a b/1.png", "a b/2.png"]
