@@ -26,7 +26,8 @@ TIMEOUT = 120
 # adds up a one from every device of every process, does what ACTION says, and adds up again.
 WORKER = """
 import os, signal, sys, time
-from padim_jax import distributed, interrupts
+from padim_jax.devices import distributed
+from padim_jax.system import interrupts
 from padim_jax.errors import Stopped, UserError
 
 action, *flags = [a for a in sys.argv[1:] if a not in ("-m", "padim_jax.main")]
