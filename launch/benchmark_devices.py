@@ -37,7 +37,7 @@ from padim_jax.detector import detector
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.models.weights import pretrained
-from padim_jax.runs import train as fitting
+from padim_jax.runs import fitting
 from padim_jax.store import checkpoint
 
 _BATCHES = 3  # that devices are compared with one device on

@@ -40,7 +40,7 @@ from padim_jax.devices.parallel import Devices
 from padim_jax.models.network import build
 from padim_jax.models.weights import pretrained
 from padim_jax.output import figures, results
-from padim_jax.runs import experiment
+from padim_jax.runs import loading
 from padim_jax.store import checkpoint
 
 _BATCHES = 4  # that are decoded: as many different images as the stages meet
@@ -129,7 +129,7 @@ def configuration(options: argparse.Namespace) -> Config:
 
 def score(path: pathlib.Path, seconds: float) -> dict[str, Any]:
     """Times a fitted model on images in memory: batches of 32, and single images."""
-    fitted = experiment.load(path)
+    fitted = loading.load(path)
     shape = (32, *fitted.config.image.size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 

@@ -26,7 +26,7 @@ from padim_jax.detector.detector import Anomalies
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.output import results
-from padim_jax.runs import calibrate, experiment, grow, train
+from padim_jax.runs import calibrate, export, fitting, grow, loading
 from padim_jax.runs import evaluate as evaluation
 from padim_jax.store import calibration_file, checkpoint, statistics_store
 from padim_jax.store.checkpoint import Fitted
@@ -174,9 +174,9 @@ class Detector(detector_lib.Detector):
             statistics = detector_lib.extend(fitted.statistics, shapes, total, model.statistics)
             fitted = dataclasses.replace(fitted, statistics=statistics)
             part = sampling.part(source, new)
-            fitted = train.add_images(fitted, part, 0, config, self.variables, devices)
+            fitted = fitting.add_images(fitted, part, 0, config, self.variables, devices)
             store = InMemory.keep(fitted, devices)
-            detector = train.finalize(fitted, store.identity, part, config, self.variables)
+            detector = fitting.finalize(fitted, store.identity, part, config, self.variables)
             if thresholds is not None:
                 detector = calibrate.find(
                     detector, image_inputs.source(thresholds), "held_out", store
@@ -204,7 +204,7 @@ class Detector(detector_lib.Detector):
                     "overwrite=True"
                 )
             fitted = _fitted(self)
-            train.make_folder(place.parent)
+            fitting.make_folder(place.parent)
             checkpoint.save(place, fitted, devices)
             if self.calibration is not None:
                 mark = detector_lib.fingerprint(self)
@@ -220,7 +220,7 @@ class Detector(detector_lib.Detector):
           UserError: the file cannot be written.
         """
         with progress_lib.showing(lines=False, bars=False):
-            experiment.export(self, paths.parse(os.fspath(path)))
+            export.export(self, paths.parse(os.fspath(path)))
 
 
 detector_lib.register(Detector)
@@ -279,21 +279,21 @@ def fit(
         source = copies.distinct(image_inputs.source(images), devices)
         if (count := len(source.records)) < 2:
             raise UserError(f"{count} normal image(s) to fit; a covariance needs at least 2")
-        chosen = train.with_range(chosen, source)
+        chosen = fitting.with_range(chosen, source)
         memory.require(chosen, count, devices, kept=True)
         leave_out = normal == "leave_one_out" and count >= 3
         if leave_out:
             calibrate.require_groups(chosen, source)
-        backbone = train.load_backbone(chosen.model, devices)
-        fitted = train.begin(chosen, source, backbone, devices)
+        backbone = fitting.load_backbone(chosen.model, devices)
+        fitted = fitting.begin(chosen, source, backbone, devices)
         variables = parallel.replicate(
             detector_lib.with_projection(backbone[0], fitted.projection), devices
         )
-        fitted = train.add_images(fitted, source, 0, chosen, variables, devices)
+        fitted = fitting.add_images(fitted, source, 0, chosen, variables, devices)
         fitted = dataclasses.replace(fitted, unfinished=None)
         store = InMemory.keep(fitted, devices)
         left_out = int(leave_out and not chosen.threshold.groups)
-        detector = train.finalize(fitted, store.identity, source, chosen, variables, left_out)
+        detector = fitting.finalize(fitted, store.identity, source, chosen, variables, left_out)
         if leave_out:
             detector = calibrate.find(detector, source, "leave_one_out", store)
         elif normal == "held_out":
@@ -315,14 +315,14 @@ def load(
 
     Args:
       path: a checkpoint's folder, or a model file.
-      config: None takes the model's own; see `experiment.load`.
+      config: None takes the model's own; see `loading.load`.
       weights: where the backbone's weights are now, if not where they were.
 
     Raises:
       UserError: no model there, or one that is fitted with something else than asked for.
     """
     place = paths.parse(os.fspath(path))
-    detector = experiment.load(place, config, weights)
+    detector = loading.load(place, config, weights)
     return _public(detector, None if place.is_file() else OnDisk(place))
 
 
@@ -358,7 +358,7 @@ def merge(
     with progress_lib.showing(lines=False, bars=False):
         devices = _one_process("merge")
         detectors = [model if isinstance(model, Detector) else load(model) for model in models]
-        fitted, _ = train.join([_store(detector) for detector in detectors])
+        fitted, _ = fitting.join([_store(detector) for detector in detectors])
         store = InMemory.keep(fitted, devices)
         first = detectors[0]
         merged = statistics_store.ready(fitted, store.identity, first.config, first.variables)

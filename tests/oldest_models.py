@@ -110,11 +110,8 @@ def tested() -> list[np.ndarray]:
     return [image(50 + i) for i in range(TEST)] + [image(80 + i, True) for i in range(TEST)]
 
 
-def settings(root: pathlib.Path, weights: pathlib.Path, form: str) -> Any:
-    """Return the configuration of the models."""
-    from padim_jax.config import defaults
-
-    values = defaults.get_config()
+def settings(values: Any, root: pathlib.Path, weights: pathlib.Path, form: str) -> Any:
+    """Return the configuration of the models, made of that version's defaults."""
     values.update_from_flattened_dict(
         {
             "category": "part",
@@ -138,9 +135,7 @@ def settings(root: pathlib.Path, weights: pathlib.Path, form: str) -> Any:
 
 def main(folder: pathlib.Path) -> None:
     """Make the models."""
-    from padim_jax.config import settings as config
-    from padim_jax.detector import detector
-    from padim_jax.runs import experiment
+    from padim_jax import config, defaults, detector, experiment  # where that version has them
 
     work = pathlib.Path(tempfile.mkdtemp())
     root, weights = write_dataset(work / "data"), write_weights(work / "weights.safetensors")
@@ -149,9 +144,10 @@ def main(folder: pathlib.Path) -> None:
         "images": hashlib.sha256(np.stack(tested()).tobytes()).hexdigest(),
     }
     first: Any = experiment  # as that version has it
-    dataset = first.open_dataset(config.validate(settings(root, weights, "auto")))
+    plain = defaults.get_config
+    dataset = first.open_dataset(config.validate(settings(plain(), root, weights, "auto")))
     for form in FORMS:
-        wanted = config.validate(settings(root, weights, form))
+        wanted = config.validate(settings(plain(), root, weights, form))
         experiment.train(wanted, dataset, folder / form)
     model = experiment.load(folder / "samples")
     for kind in FILES:

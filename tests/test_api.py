@@ -19,7 +19,7 @@ from padim_jax.config import defaults
 from padim_jax.config import settings as config
 from padim_jax.data import dataset_splits
 from padim_jax.data.layouts.synthetic import generate
-from padim_jax.runs import experiment
+from padim_jax.runs import train
 
 SIZE = 64
 # Batches of four, whatever is fitted: few programs to compile.
@@ -68,7 +68,7 @@ class TestFit:
         )
         valid = config.validate(values)
         splits = dataset_splits.open_dataset(valid)
-        expected = experiment.train(valid, splits, tmp_path / "model")
+        expected = train.train(valid, splits, tmp_path / "model")
         found = padim_jax.fit(part / "train" / "good", **SETTINGS)
         assert found.identity == expected.identity
         assert found.thresholds == expected.calibration

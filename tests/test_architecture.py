@@ -145,8 +145,8 @@ def test_pretraining_stands_apart():
     ("imported", "owners"),
     [
         ("absl.app", "main"),
-        ("absl.flags", "main"),
-        ("ml_collections.config_flags", "main"),
+        ("absl.flags", "runs"),
+        ("ml_collections.config_flags", "runs"),
         ("filelock", "system"),
         ("optax", "pretrain"),
         ("orbax", "store pretrain"),

@@ -36,7 +36,7 @@ from padim_jax.devices import distributed
 from padim_jax.errors import Stopped, UserError
 from padim_jax.models.weights import pretrained
 from padim_jax.pretrain import run as pretrain_run
-from padim_jax.runs import evaluate, experiment
+from padim_jax.runs import evaluate, loading
 
 # Of ml_collections, which loads configuration files so.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
@@ -1240,7 +1240,7 @@ class TestPythonApi:
 
     def test_experiment_is_what_the_command_runs(self, run: Run):
         """From a notebook, without a command line: the same numbers."""
-        detector = experiment.load(run.workdir / "checkpoint")
+        detector = loading.load(run.workdir / "checkpoint")
         dataset = dataset_splits.open_dataset(detector.config)
         again = run.workdir.parent / "again"
         measured = evaluate.evaluate(detector.config, detector, dataset["test"], again)

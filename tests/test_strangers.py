@@ -36,7 +36,7 @@ from padim_jax.data.records import Record
 from padim_jax.errors import DataWarning, UserError
 from padim_jax.models.weights import pretrained
 from padim_jax.output import results, tables
-from padim_jax.runs import experiment, train
+from padim_jax.runs import fitting, loading, train
 from padim_jax.store import calibration_file, checkpoint, model_file, statistics_store
 from padim_jax.system import paths
 
@@ -348,7 +348,7 @@ class TestModels:
             cache=dataclasses.replace(config.cache, dir=outside / "cache"),
         )
         checkpoint.save(tmp_path / "a", dataclasses.replace(fitted, config=config), ONE)
-        experiment.load(tmp_path / "a")
+        loading.load(tmp_path / "a")
         assert not outside.exists()
 
 
@@ -455,7 +455,7 @@ class TestResults:
             (workdir / name).symlink_to(elsewhere)
             config = make_config(root)
             with pytest.raises(UserError, match="is a link to"):
-                experiment.train_and_eval(config, workdir, workdir / "checkpoint")
+                train.train_and_eval(config, workdir, workdir / "checkpoint")
         assert {path.name for path in elsewhere.iterdir()} == {"precious.txt"}
 
     def test_links_in_a_dataset(self, tmp_path: pathlib.Path):
@@ -469,13 +469,13 @@ class TestResults:
         records = LAYOUTS["folder"].records(root, "", 0)
         assert len(records) == 4
         config = make_config(root)
-        train.train(config, FolderSource(records), tmp_path / "a")
+        fitting.train(config, FolderSource(records), tmp_path / "a")
         secret = tmp_path / "secret"
         secret.write_text("root:x:0:0")
         (root / "train" / "good" / "x.png").symlink_to(secret)
         records = LAYOUTS["folder"].records(root, "", 0)
         with pytest.raises(UserError, match=r"x\.png"):
-            train.train(config, FolderSource(records), tmp_path / "b")
+            fitting.train(config, FolderSource(records), tmp_path / "b")
 
 
 # Numbers that are none.
@@ -516,16 +516,16 @@ class TestNumbers:
         config = make_config(root, **settings)
         records = LAYOUTS["folder"].records(root, "", 0)
         with pytest.raises(UserError) as caught:
-            train.train(config, FolderSource(records), tmp_path / "a")
+            fitting.train(config, FolderSource(records), tmp_path / "a")
         assert str(caught.value).startswith(f"{root / 'train' / 'good' / '3.png'}: ")
         assert "not finite" in str(caught.value)
         assert "rows" in str(caught.value)
         assert not list((tmp_path / "a").glob("[0-9]*"))  # no model is left
         # Without it there is a model, which says so of the image when it is to score it.
         good = [record for record in records if record.image.name != "3.png"]
-        detector = train.train(config, FolderSource(good), tmp_path / "b")
+        detector = fitting.train(config, FolderSource(good), tmp_path / "b")
         with pytest.raises(UserError, match=r"3\.png: a score of (nan|inf)"):
-            experiment.detector_lib.score(detector, [records[0].image, records[3].image])
+            loading.detector_lib.score(detector, [records[0].image, records[3].image])
 
     @pytest.mark.parametrize("statistics", ["moments", "samples"])
     @pytest.mark.parametrize("level", [0, 99])
@@ -541,12 +541,12 @@ class TestNumbers:
         records = LAYOUTS["folder"].records(root, "", 0)
         said = f"all 4 images are the same, pixel for pixel, as {records[0].image}"
         with pytest.warns(DataWarning, match=re.escape(said)):
-            detector = train.train(config, FolderSource(records), tmp_path / "a")
+            detector = fitting.train(config, FolderSource(records), tmp_path / "a")
         other = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
         same = np.full((32, 32, 3), level, np.uint8)
-        found = experiment.detector_lib.score(detector, [same, other])
+        found = loading.detector_lib.score(detector, [same, other])
         assert found.scores[0] < 1e-3
-        lib = experiment.detector_lib
+        lib = loading.detector_lib
         embeddings = lib.embedding.concatenate(
             lib.extract(
                 detector.variables,
@@ -569,7 +569,7 @@ class TestNumbers:
             with Image.open(path) as image:
                 image.save(path, dpi=(100 + i, 100))
         records = LAYOUTS["folder"].records(tmp_path, "", 0)
-        train.train(make_config(tmp_path), FolderSource(records), tmp_path / "a")
+        fitting.train(make_config(tmp_path), FolderSource(records), tmp_path / "a")
         assert "warning" not in capsys.readouterr().out
 
 

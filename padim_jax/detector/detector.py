@@ -809,7 +809,7 @@ def score_pixels(
       UserError: a score is not finite (the image is named), or this process was forked
         from the one that loaded the detector.
       ValueError: fewer than two images are left: one alone has no covariance; or the detector
-        was given up by `experiment.calibrate`.
+        was given up by `calibrate.calibrate`.
     """
     _require_usable(detector)
     config, devices = detector.config, len(detector.gaussian.mean[0])
@@ -888,7 +888,7 @@ def _require_usable(detector: Detector) -> None:
     if any(x.is_deleted() for x in arrays):
         raise ValueError(
             "the detector was given up to find thresholds; go on with the one that "
-            "experiment.calibrate returned, or load the checkpoint again"
+            "calibrate.calibrate returned, or load the checkpoint again"
         )
 
 

@@ -24,7 +24,7 @@ from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.errors import DataWarning, UserError
 from padim_jax.output import results
-from padim_jax.runs import calibrate, train
+from padim_jax.runs import calibrate, fitting
 from padim_jax.store import calibration_file
 from padim_jax.store.statistics_store import OnDisk, Store
 from padim_jax.system import compilation_cache, locks, paths, progress
@@ -68,7 +68,7 @@ def update(
         splits = _without_fitted(used, splits or _dataset_at_hand(used), images)
 
     with locks.held(path, parallel.every().process):
-        extended = train.update(path, source, config, weights, check)
+        extended = fitting.update(path, source, config, weights, check)
         detector = extended.detector
         with compilation_cache.enabled(detector.config.cache.programs):
             if not extended.added:  # an update that was killed may lack its thresholds
@@ -107,7 +107,7 @@ def merge(
     """
     place = paths.parse(os.fspath(destination))
     with locks.held(place, parallel.every().process):
-        detector, configs = train.merge(models, place)
+        detector, configs = fitting.merge(models, place)
         with compilation_cache.enabled(detector.config.cache.programs):
             datasets = [_dataset_at_hand(config) for config in configs]
             if any(datasets):
@@ -132,7 +132,7 @@ def _with_backbone(detector: Detector, path: Path) -> tuple[Detector, bool]:
     """The same detector with its backbone's variables, and whether they can be had."""
     variables, loaded = {}, True
     try:
-        variables = train.load_weights(path, detector.weights, detector.config, None)
+        variables = fitting.load_weights(path, detector.weights, detector.config, None)
     except UserError as error:
         progress.say(f"thresholds: no image can be scored ({error})")
         loaded = False

@@ -14,7 +14,7 @@ from padim_jax.data.records import Source
 from padim_jax.devices import parallel
 from padim_jax.errors import RemovedError, UserError
 from padim_jax.output import results
-from padim_jax.runs import train
+from padim_jax.runs import fitting
 from padim_jax.store import checkpoint
 from padim_jax.system import locks, paths
 from padim_jax.system.paths import Path
@@ -49,7 +49,7 @@ def writing_results(workdir: Path) -> Iterator[None]:
     process = parallel.every().process
     with locks.held(workdir / "results", process):
         if process == 0:
-            train.make_folder(workdir)
+            fitting.make_folder(workdir)
             require_own_results(workdir)
             results.require_own_suspects(workdir)
         yield

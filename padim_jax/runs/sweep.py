@@ -29,8 +29,8 @@ from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import NO_MEMORY, Stopped, UserError, is_out_of_memory
 from padim_jax.output import html, sweep_table
-from padim_jax.runs import experiment, results_folder, train
-from padim_jax.runs.train import Backbone
+from padim_jax.runs import fitting, results_folder, train
+from padim_jax.runs.fitting import Backbone
 from padim_jax.system import compilation_cache, locks, paths, progress
 from padim_jax.system.paths import Path
 
@@ -144,13 +144,13 @@ def run(config: Config, workdir: Path, overwrite: bool = False) -> None:
         for one in runs:
             _require_same(one)
     if devices.process == 0:
-        train.make_folder(workdir)
+        fitting.make_folder(workdir)
     failures = _Failures()
     with (
         compilation_cache.enabled(config.cache.programs),
         progress.bar(len(runs), "sweep", devices.process == 0, unit="run") as bar,
     ):
-        backbone = train.load_backbone(config.model, devices)
+        backbone = fitting.load_backbone(config.model, devices)
         progress.say(f"weights: {backbone[1].origin}")
         reasons = {}
         if not overwrite:
@@ -275,14 +275,14 @@ def _run(one: Run, backbone: Backbone, overwrite: bool, devices: Devices) -> str
 def _train_and_eval(one: Run, backbone: Backbone, overwrite: bool, devices: Devices) -> str:
     started = time.monotonic()
     if devices.process == 0:
-        train.make_folder(one.workdir)
+        fitting.make_folder(one.workdir)
         # If it is interrupted, it is neither failed nor finished.
         for name in (_ERROR, _METRICS):
             (one.workdir / name).unlink(missing_ok=True)
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
-            measured = experiment.train_and_eval(
+            measured = train.train_and_eval(
                 one.config, one.workdir, one.workdir / "checkpoint", backbone, overwrite
             )
     finally:

@@ -35,11 +35,13 @@ from padim_jax import errors
 from padim_jax.data import decoding, input_pipeline
 from padim_jax.data.files import read_file, shown, walk
 from padim_jax.detector import detector as detector_lib
+from padim_jax.detector import scoring_pass
 from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.errors import DataWarning, MachineError, UserError
 from padim_jax.output import figures, predictions, tables
 from padim_jax.output.predictions import Pictures, Thresholds
+from padim_jax.runs import predict
 from padim_jax.system import journal, locks, paths
 from padim_jax.system.journal import Journal, Row, Table
 from padim_jax.system.paths import Path
@@ -344,6 +346,26 @@ class _Image:
 
 class _GoneError(Exception):
     """The file is not there any more, or not as it was found."""
+
+
+def watch(detector: Detector, folder: pathlib.Path, workdir: Path, timing: Timing) -> None:
+    """Score images as they arrive in a folder, until SIGTERM; see `run`.
+
+    Thresholds and colours are those of `predict`.
+
+    Args:
+      detector: fitted.
+      folder: the images come there, and to folders in it.
+      workdir: results go to `watch` below it, where those before stay.
+      timing: how often to look, and how long to wait.
+
+    Raises:
+      UserError: see `run`.
+    """
+    known = predict.known_thresholds(detector, workdir)
+    detector = scoring_pass.for_new_images(detector)
+    suffix, said = predict.map_suffix(detector.config), predict.dependencies(detector, known)
+    run(detector, known, folder, workdir / "watch", suffix, said, timing)
 
 
 def run(

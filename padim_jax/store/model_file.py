@@ -54,7 +54,7 @@ class Model:
       images: SHA-256 of every file fitted.
       half: whether the file holds the factorisation in float16.
       comparison: of a half-size form: metrics of both forms on the test set; see
-        `experiment.export`.
+        `export.export`.
       calibration: thresholds from normal images; see `calibration.to_dict`.
       projection: the matrix of a reduction by one.
     """

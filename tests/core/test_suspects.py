@@ -17,7 +17,7 @@ from padim_jax.data import dataset_splits
 from padim_jax.data.layouts.synthetic import generate
 from padim_jax.errors import UserError
 from padim_jax.output import results
-from padim_jax.runs import experiment
+from padim_jax.runs import train
 
 NORMAL = (20 - 5 * np.log1p(-(np.arange(60) + 0.5) / 60)).astype(np.float32)  # quantiles
 
@@ -118,7 +118,7 @@ def test_a_fit_names_them_and_goes_without(
 ):
     path = "part/train/good/odd.png"
     config = validate(settings(root))
-    measured = experiment.train_and_eval(config, tmp_path, tmp_path / "checkpoint")
+    measured = train.train_and_eval(config, tmp_path, tmp_path / "checkpoint")
     rows = read(tmp_path)
     assert len(rows) == 25
     assert (rows[0]["path"], rows[0]["suspect"]) == (path, "1")
@@ -134,7 +134,7 @@ def test_a_fit_names_them_and_goes_without(
     option = said.partition("dataset.exclude=")[2].split("\n")[0]
     value = ast.literal_eval(shlex.split(option)[0])
     config = validate(settings(root, exclude=value))
-    again = experiment.train_and_eval(config, tmp_path, tmp_path / "checkpoint")
+    again = train.train_and_eval(config, tmp_path, tmp_path / "checkpoint")
     assert "suspects" not in again
     normal = again["normal_threshold"]
     assert normal["image_threshold"] == pytest.approx(stored["threshold_without"], rel=0.1)

@@ -39,8 +39,7 @@ from padim_jax.data.layouts.folder import folder
 from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.errors import DataWarning, UserError
-from padim_jax.runs import evaluate, experiment
-from padim_jax.runs import train as fitting
+from padim_jax.runs import evaluate, fitting, loading, modes, predict, train
 
 # Of metadata that are damaged; without the name of the file it is of no use to anyone.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -147,10 +146,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, unreadable: None) -> Any:
         patch.setattr(input_pipeline, "open_rgb", counting)
         patch.setattr("builtins.print", lambda *given, **_: printed.append(" ".join(given)))
         config, workdir = validate(settings(root)), root / "results"
-        measured = experiment.train_and_eval(config, workdir, workdir / "checkpoint")
+        measured = train.train_and_eval(config, workdir, workdir / "checkpoint")
         done = list(decoded)
-        detector = experiment.load(workdir / "checkpoint")
-        experiment.predict(detector, FolderSource(listing.find(str(inputs))), workdir)
+        detector = loading.load(workdir / "checkpoint")
+        predict.predict(detector, FolderSource(listing.find(str(inputs))), workdir)
 
     said = {one["path"]: one["reason"] for one in measured["skipped"]}
     with (workdir / "predictions" / "skipped.csv").open(newline="", encoding="utf-8") as file:
@@ -320,13 +319,13 @@ class TestStops:
         for bad in ("train/good", "val/good"):
             (root / bad / "1.png").write_bytes(f"text of {bad}".encode())
         with pytest.raises(UserError, match=r"train/good/1\.png: not an image"):
-            experiment.train_and_eval(config, root / "results", root / "checkpoint")
+            train.train_and_eval(config, root / "results", root / "checkpoint")
         assert not (root / "results/metrics.json").exists()
         # The same settings but for that go on.
         values = settings(root)
         values.batch_size = 1
         config = validate(values)
-        measured = experiment.train_and_eval(config, root / "results", root / "checkpoint")
+        measured = train.train_and_eval(config, root / "results", root / "checkpoint")
         skipped = [one["path"] for one in measured["skipped"]]
         assert skipped == ["train/good/1.png", "val/good/1.png"]
         assert measured["test_images"] == 5
@@ -346,7 +345,7 @@ class TestStops:
         detector = dataclasses.replace(run.detector, config=config)
         source = FolderSource(listing.find(str(root / "val")))
         with pytest.raises(UserError, match=r"val/good/1\.png: not an image"):
-            experiment.predict(detector, source, root / "results")
+            predict.predict(detector, source, root / "results")
         assert not (root / "results/predictions").exists()
 
     @pytest.mark.parametrize("split", ["train", "test"])
@@ -355,7 +354,7 @@ class TestStops:
         for path in (root / ("train" if split == "train" else "val")).rglob("*.png"):
             path.write_bytes(b"")
         with pytest.raises(UserError, match=rf"all \d {split} images .* an empty file"):
-            experiment.train_and_eval(
+            train.train_and_eval(
                 validate(settings(root)), root / "results", root / "checkpoint"
             )
 
@@ -366,7 +365,7 @@ class TestStops:
         values = settings(root)
         values.batch_size = 1
         config = validate(values)
-        experiment.run("train", config, root / "results", root / "checkpoint")
+        modes.run("train", config, root / "results", root / "checkpoint")
         listed = (root / "results/skipped.csv").read_text(encoding="utf-8")
         assert listed.count("not an image") == 1
         assert "train/good/1.png" in listed
@@ -375,7 +374,7 @@ class TestStops:
         Image.fromarray(bad_inputs.noise(seed=9)).save(root / "val/good/0.png")
         source = FolderSource(listing.find(str(root / "val")))
         fitting.update(root / "checkpoint", source)
-        assert experiment.load(root / "checkpoint").count == 2 + 5
+        assert loading.load(root / "checkpoint").count == 2 + 5
 
 
 def test_processes_agree(run: Run, monkeypatch: pytest.MonkeyPatch):

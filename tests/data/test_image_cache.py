@@ -27,7 +27,7 @@ from padim_jax.data.image_cache import (
     open_cache,
 )
 from padim_jax.data.layouts.synthetic import generate
-from padim_jax.runs import experiment
+from padim_jax.runs import modes
 
 HUGE = 10**9
 
@@ -407,7 +407,7 @@ class TestRuns:
     def run(self, mode: str, config: Config, workdir: pathlib.Path) -> None:
         pattern = str(config.dataset.root / "part" / "test") if mode == "predict" else None
         checkpoint = workdir / "checkpoint"
-        experiment.run(mode, config, workdir, checkpoint, pattern)
+        modes.run(mode, config, workdir, checkpoint, pattern)
 
     def test_a_second_run_decodes_nothing(self, config, tmp_path, monkeypatch):
         for place in ("first", "second"):

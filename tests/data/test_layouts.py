@@ -16,7 +16,7 @@ from padim_jax.data.input_pipeline import FolderSource
 from padim_jax.data.layouts import LAYOUTS
 from padim_jax.data.records import Record
 from padim_jax.errors import DataWarning, UserError
-from padim_jax.runs import experiment
+from padim_jax.runs import train
 
 
 def records(name: str, root: pathlib.Path, category: str, seed: int = 0) -> list[Record]:
@@ -488,7 +488,7 @@ class TestUnused:
             pytest.warns(DataWarning, match=f"lie in {other};"),
             pytest.raises(UserError, match="no test images") as caught,
         ):
-            experiment.train_and_eval(settings, tmp_path / "a", tmp_path / "b")
+            train.train_and_eval(settings, tmp_path / "a", tmp_path / "b")
         message = str(caught.value)
         assert f"{tmp_path / 'part'} holds {', '.join(sorted(['train', other]))}" in message
         assert "test/good and test/<defect type> (config.dataset.name=mvtec_ad)" in message

@@ -16,7 +16,7 @@ from padim_jax.config.settings import validate
 from padim_jax.data import dataset_splits, decoding
 from padim_jax.detector.detector import Detector
 from padim_jax.errors import DataWarning, UserError
-from padim_jax.runs import experiment, train
+from padim_jax.runs import fitting, loading, train
 
 RANDOM = np.random.default_rng(0)
 
@@ -40,7 +40,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Dete
         pixels[0, 0] = 65535  # a hot pixel
         Image.fromarray(pixels).save(root / f"train/good/{number}.png")
     config = settings(root, "train")
-    detector = experiment.train(config, dataset_splits.open_dataset(config), root / "model")
+    detector = train.train(config, dataset_splits.open_dataset(config), root / "model")
     return root, detector
 
 
@@ -53,11 +53,11 @@ def test_numbers_of_the_training_images_are_kept(fitted):
     assert 23030 < high <= 23040
     # The model's own, and those of a configuration that asks for the same again.
     for config in (None, settings(root, "train"), settings(root, (int(low), int(high)))):
-        loaded = experiment.load(root / "model", config)
+        loaded = loading.load(root / "model", config)
         assert loaded.config.image.range == (low, high)
     for other in ("full", (0, 65535)):
         with pytest.raises(UserError, match=r"config\.image\.range"):
-            experiment.load(root / "model", settings(root, other))
+            loading.load(root / "model", settings(root, other))
 
 
 def test_counting_values_takes_one_table_at_a_time():
@@ -80,16 +80,16 @@ def test_models_of_other_ranges_are_not_merged(fitted, tmp_path):
     config = settings(root, (0, 65535))
     other = tmp_path / "other"
     with pytest.warns(DataWarning, match="grey levels"):
-        experiment.train(config, dataset_splits.open_dataset(config), other)
+        train.train(config, dataset_splits.open_dataset(config), other)
     with pytest.raises(UserError, match="the same pixels mean other values"):
-        train.merge([root / "model", other], tmp_path / "merged")
+        fitting.merge([root / "model", other], tmp_path / "merged")
 
 
 def test_lost_levels_are_told_once(fitted, tmp_path):
     root, _ = fitted
     config = settings(root, "full")
     with pytest.warns(DataWarning, match=r"4 of 4 images keep fewer than 32") as caught:
-        experiment.train(config, dataset_splits.open_dataset(config), tmp_path / "model")
+        train.train(config, dataset_splits.open_dataset(config), tmp_path / "model")
     assert len(caught) == 1
 
 

@@ -19,7 +19,7 @@ from padim_jax.detector import memory
 from padim_jax.errors import DataWarning, UserError
 from padim_jax.output import predictions
 from padim_jax.runs import evaluate as evaluation
-from padim_jax.runs import experiment
+from padim_jax.runs import loading, train
 
 
 def file(name: str, content: int, kind: str = "good", mode: str = "RGB 8 bit") -> File:
@@ -229,7 +229,7 @@ def write_part(root: pathlib.Path, defects: list[np.ndarray], inverted: bool = F
 
 def evaluate(root: pathlib.Path, workdir: pathlib.Path, **given: Any) -> dict[str, Any]:
     config = validate(settings(root, **given))
-    return experiment.train_and_eval(config, workdir, workdir / "checkpoint")
+    return train.train_and_eval(config, workdir, workdir / "checkpoint")
 
 
 class TestRuns:
@@ -255,7 +255,7 @@ class TestRuns:
         assert full["pixel_auroc"] != measured["pixel_auroc"]
         # Against all pixels in memory.
         config = validate(settings(tmp_path))
-        detector = experiment.load(tmp_path / "full" / "checkpoint")
+        detector = loading.load(tmp_path / "full" / "checkpoint")
         source = dataset_splits.open_dataset(config)["test"]
         scored, _ = evaluation.score(detector, source)
         assert scored is not None
@@ -361,7 +361,7 @@ class TestRuns:
             measured = evaluate(tmp_path, tmp_path / "results")
         assert measured["leaks"] == ["part/test/good/000.png"]
         assert measured["data"]["shared"] == {"train, test": ["part/test/good/000.png"]}
-        detector = experiment.load(tmp_path / "results" / "checkpoint")
+        detector = loading.load(tmp_path / "results" / "checkpoint")
         source = dataset_splits.open_dataset(detector.config)["test"]
         with pytest.warns(DataWarning, match="that the model was fitted to as well"):
             evaluation.evaluate(detector.config, detector, source, tmp_path / "results")

@@ -18,7 +18,7 @@ from padim_jax.core.types import Gaussian, LowRank
 from padim_jax.data import dataset_splits, input_pipeline
 from padim_jax.detector import detector
 from padim_jax.devices import parallel
-from padim_jax.runs import experiment
+from padim_jax.runs import loading, modes
 
 # The golden presets by ours; metrics and their tolerances as agreed with the goldens'
 # authors: float32 rounding may swap two nearly equal scores.
@@ -67,8 +67,8 @@ class Run:
         self.config: Config = validate(values)
         self.workdir = workdir
         self.checkpoint = workdir / "checkpoint"
-        experiment.run("train_and_eval", self.config, workdir, self.checkpoint)
-        self.detector = experiment.load(self.checkpoint)
+        modes.run("train_and_eval", self.config, workdir, self.checkpoint)
+        self.detector = loading.load(self.checkpoint)
         assert isinstance(self.detector.gaussian, LowRank if form == "samples" else Gaussian)
         index = self.detector.index.tolist()
         self.pyramid = detector.pyramid(self.config.image, self.config.model, index)

@@ -17,7 +17,7 @@ from padim_jax.config.settings import Config, validate
 from padim_jax.data.layouts.synthetic import generate
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
-from padim_jax.runs import experiment
+from padim_jax.runs import modes
 from padim_jax.store import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -52,7 +52,7 @@ def one(root: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib
     workdir = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "every", lambda: Devices(1))
-        experiment.run("train_and_eval", make_config(root), workdir, workdir / "checkpoint")
+        modes.run("train_and_eval", make_config(root), workdir, workdir / "checkpoint")
     return workdir
 
 
@@ -89,7 +89,7 @@ def test_devices(
 ):
     monkeypatch.setattr(parallel, "every", lambda: Devices(count))
     model = tmp_path / "checkpoint"
-    experiment.run("train_and_eval", make_config(root), tmp_path, model)
+    modes.run("train_and_eval", make_config(root), tmp_path, model)
     require_same_results(tmp_path, one)
     # The same images are known of it, in the same order.
     found, expected = (
@@ -131,7 +131,7 @@ def test_processes(launch: Any, root: pathlib.Path, one: pathlib.Path, tmp_path:
     # What two processes wrote one reads, and the other way round.
     again = tmp_path / "again"
     config = make_config(root)
-    experiment.run("eval", config, again, tmp_path / "checkpoint")
+    modes.run("eval", config, again, tmp_path / "checkpoint")
     require_same_results(again, one)
     process = launch("eval", tmp_path / "eval", f"--checkpoint={one / 'checkpoint'}")
     _, errors = process.communicate(timeout=240)

@@ -23,14 +23,14 @@ CODE = """
 import json, pathlib, re, sys, warnings
 from padim_jax.config import settings as config
 from padim_jax.config import defaults
-from padim_jax.runs import experiment
+from padim_jax.runs import loading, predict, train
 warnings.simplefilter("ignore")  # of random images
 values = defaults.get_config()
 settings = json.loads(sys.argv[2])
 values.update_from_flattened_dict({k: tuple(v) if isinstance(v, list) else v
     for k, v in settings.items()})
 work = pathlib.Path(sys.argv[1])
-experiment.train_and_eval(config.validate(values), work / "results", work / "checkpoint")
+train.train_and_eval(config.validate(values), work / "results", work / "checkpoint")
 status = pathlib.Path("/proc/self/status").read_text()
 print("peak", 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]))
 """
@@ -131,23 +131,23 @@ import json, pathlib, sys, warnings
 from padim_jax.config import settings as config
 from padim_jax.data import dataset_splits
 from padim_jax.config import defaults
-from padim_jax.runs import experiment
+from padim_jax.runs import loading, predict, train
 warnings.simplefilter("ignore")  # of random images
 values = defaults.get_config()
 values.update_from_flattened_dict({k: tuple(v) if isinstance(v, list) else v
     for k, v in json.loads(sys.argv[2]).items()})
 valid = config.validate(values)
 path = pathlib.Path(sys.argv[1]) / "checkpoint"
-experiment.train(valid, dataset_splits.open_dataset(valid), path)
+train.train(valid, dataset_splits.open_dataset(valid), path)
 """
 PREDICTING = """
 import pathlib, re, sys, warnings
-from padim_jax.runs import experiment; from padim_jax.output import predictions
+from padim_jax.runs import loading, predict, train; from padim_jax.output import predictions
 from padim_jax.data.input_pipeline import FolderSource
 warnings.simplefilter("ignore")
 work = pathlib.Path(sys.argv[1])
 source = FolderSource(listing.find(str(work / "data/part/test")))
-experiment.predict(experiment.load(work / "checkpoint"), source, work)
+predict.predict(loading.load(work / "checkpoint"), source, work)
 status = pathlib.Path("/proc/self/status").read_text()
 print("peak", 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]))
 """

@@ -24,7 +24,7 @@ from PIL import Image
 from padim_jax.config import defaults, settings
 from padim_jax.data import dataset_splits
 from padim_jax.data.layouts.synthetic import generate
-from padim_jax.runs import experiment
+from padim_jax.runs import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 IMAGES = 5000
@@ -51,7 +51,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         }
     )
     valid = settings.validate(values)
-    experiment.train(valid, dataset_splits.open_dataset(valid), root / "checkpoint")
+    train.train(valid, dataset_splits.open_dataset(valid), root / "checkpoint")
     return root
 
 

@@ -26,7 +26,7 @@ from padim_jax.data.synthetic_part import DEFECTS
 from padim_jax.detector import detector
 from padim_jax.devices import parallel
 from padim_jax.errors import DataWarning, UserError
-from padim_jax.runs import evaluate, experiment, results_folder, train
+from padim_jax.runs import evaluate, fitting, loading, modes, results_folder, train
 from padim_jax.store import checkpoint
 
 
@@ -54,7 +54,7 @@ def run(values: Any, workdir: pathlib.Path, images: int | None = None) -> dict[s
     config = validate(values)
     dataset = dataset_splits.open_dataset(config)
     training = FolderSource(dataset["train"].records[:images])
-    fitted = train.train(config, training, workdir / "checkpoint")
+    fitted = fitting.train(config, training, workdir / "checkpoint")
     return evaluate.evaluate(config, fitted, dataset["test"], workdir)
 
 
@@ -95,7 +95,7 @@ def test_normal_test_images_that_are_unlike_the_training_images(
         Image.fromarray(image // 3).save(folder / "part/test/good" / f"dark_{path.name}")
     said = "normal test images are unlike the training images"
     with pytest.warns(DataWarning, match=said):
-        measured = experiment.train_and_eval(
+        measured = train.train_and_eval(
             validate(settings(folder)), tmp_path / "run", tmp_path / "checkpoint"
         )
     transfer = measured["transfer"]
@@ -113,7 +113,7 @@ def test_pictures_keep_the_proportions_of_the_files(root: pathlib.Path, tmp_path
         flat.parent.mkdir(parents=True, exist_ok=True)
         Image.open(path).resize((96, 48), Image.Resampling.NEAREST).save(flat)
     config = validate(settings(tmp_path / "data"))
-    experiment.train_and_eval(config, tmp_path, tmp_path / "checkpoint")
+    train.train_and_eval(config, tmp_path, tmp_path / "checkpoint")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     cards, pairs = (
         re.findall(rf'<li class="{name}".*?</li>', page, re.DOTALL) for name in ("card", "pair")
@@ -181,7 +181,7 @@ def test_the_form_follows_the_number_of_images(
     values = settings(root, channels=channels)
     config = validate(values)
     training = FolderSource(dataset_splits.open_dataset(config)["train"].records[:images])
-    train.train(config, training, tmp_path / "checkpoint")
+    fitting.train(config, training, tmp_path / "checkpoint")
     name = form.__name__.lower()
     said = f"fitted {images} images, 16x16 patches of {channels} channels ({name}) -> "
     assert said in capsys.readouterr().out
@@ -191,7 +191,7 @@ def test_the_form_follows_the_number_of_images(
     # Which form it is, is the checkpoint's: any configuration may use it.
     for statistics in ("auto", "moments", "samples"):
         values.model.statistics = statistics
-        experiment.load(tmp_path / "checkpoint", validate(values))
+        loading.load(tmp_path / "checkpoint", validate(values))
 
 
 @pytest.mark.parametrize("form", ["moments", "samples"])
@@ -243,8 +243,8 @@ def test_thresholds_of_images_held_back(root: pathlib.Path, tmp_path: pathlib.Pa
     values.threshold.normal, values.threshold.held_out = "held_out", 0.3
     config = validate(values)
     every = dataset_splits.open_dataset(config)["train"].records
-    experiment.train_and_eval(config, tmp_path, tmp_path / "checkpoint")
-    fitted = experiment.load(tmp_path / "checkpoint")
+    train.train_and_eval(config, tmp_path, tmp_path / "checkpoint")
+    fitted = loading.load(tmp_path / "checkpoint")
     assert fitted.count == 7
     assert fitted.calibration is not None
     assert (fitted.calibration.origin, fitted.calibration.images) == ("held_out", 3)
@@ -291,7 +291,7 @@ def test_left_out_thresholds_are_those_of_fits_without_the_group(
     values.threshold.image_rate, values.threshold.pixel_rate = 0.3, 0.3
     source = in_groups(root, tmp_path, [1, 2, 2, 5])
     dataset = {"train": source, "validation": FolderSource([])}
-    whole = experiment.train(validate(values), dataset, tmp_path / "whole")
+    whole = train.train(validate(values), dataset, tmp_path / "whole")
     assert whole.calibration is not None
     assert (whole.calibration.images, whole.calibration.groups) == (10, 4)
     highest = []
@@ -300,7 +300,7 @@ def test_left_out_thresholds_are_those_of_fits_without_the_group(
         ours = [r for r in source.records if f"part{group}" in r.relative_path]
         others = [r for r in source.records if r not in ours]
         dataset["train"] = FolderSource(others)
-        model = experiment.train(validate(values), dataset, tmp_path / f"without{group}")
+        model = train.train(validate(values), dataset, tmp_path / f"without{group}")
         scores = detector.score(model, [record.image for record in ours]).scores
         highest.append(float(scores.max()))
     # Of four, at 30 %: the highest. Roundoffs of two computations; measured 2e-5.
@@ -309,7 +309,7 @@ def test_left_out_thresholds_are_those_of_fits_without_the_group(
     # And the detector scores new images as one that left nothing out.
     values.threshold.normal = "none"
     dataset["train"] = source
-    plain = experiment.train(validate(values), dataset, tmp_path / "plain")
+    plain = train.train(validate(values), dataset, tmp_path / "plain")
     images = [record.image for record in source.records]
     found, alone = (detector.score(model, images) for model in (whole, plain))
     np.testing.assert_array_equal(found.maps, alone.maps)
@@ -319,10 +319,10 @@ def test_too_few_groups_are_told_before_the_fit(root: pathlib.Path, tmp_path: pa
     values = settings(root)
     values.threshold.groups = "good"
     with pytest.raises(UserError, match=r"groups='good': 1 group\(s\) of 10 normal images"):
-        experiment.run("train", validate(values), tmp_path, tmp_path / "checkpoint")
+        modes.run("train", validate(values), tmp_path, tmp_path / "checkpoint")
     values.threshold.groups = "part[0-9]+_"
     with pytest.raises(UserError, match=r"groups='part.*not found in part/train/good/000\.png"):
-        experiment.run("train", validate(values), tmp_path, tmp_path / "checkpoint")
+        modes.run("train", validate(values), tmp_path, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
 
 
@@ -332,7 +332,7 @@ def test_groups_are_held_back_whole(root: pathlib.Path, tmp_path: pathlib.Path):
     values.threshold.held_out = 0.6
     source = in_groups(root, tmp_path, [2, 2, 2, 2, 2])
     dataset = {"train": source, "validation": FolderSource([])}
-    fitted = experiment.train(validate(values), dataset, tmp_path / "model")
+    fitted = train.train(validate(values), dataset, tmp_path / "model")
     known = {bytes(digest) for digest in fitted.images}
     left = [
         record.relative_path[2:]
@@ -357,18 +357,18 @@ def test_copies_change_nothing(root: pathlib.Path, tmp_path: pathlib.Path):
         ]
         dataset = {"train": FolderSource(records), "validation": FolderSource([])}
         if times == 1:
-            models.append(experiment.train(config, dataset, tmp_path / name))
+            models.append(train.train(config, dataset, tmp_path / name))
             continue
         with pytest.warns(DataWarning, match="^20 of 30 images are copies of others") as seen:
-            models.append(experiment.train(config, dataset, tmp_path / name))
+            models.append(train.train(config, dataset, tmp_path / name))
         assert len(seen) == 1
     once, thrice = models
     assert thrice.identity == once.identity
     assert thrice.calibration == once.calibration
     new = FolderSource(dataset["train"].records[::-1])
     with pytest.warns(DataWarning, match="^20 of 30"):
-        train.update(tmp_path / "once", new)
-    assert experiment.load(tmp_path / "once").count == 10
+        fitting.update(tmp_path / "once", new)
+    assert loading.load(tmp_path / "once").count == 10
 
 
 def test_too_little_memory(root: pathlib.Path, tmp_path: pathlib.Path):
@@ -376,7 +376,7 @@ def test_too_little_memory(root: pathlib.Path, tmp_path: pathlib.Path):
     values = settings(root, channels=448)
     values.image.resize = (16_000, 16_000)
     with pytest.raises(UserError, match=r"not enough memory"):
-        experiment.run("train", validate(values), tmp_path, tmp_path / "checkpoint")
+        modes.run("train", validate(values), tmp_path, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
 
 
@@ -386,7 +386,7 @@ def test_less_memory_than_estimated(
     # As where a batch takes more than is left: 35 TB, which XLA refuses in its own words.
     monkeypatch.setattr(detector, "fit_batch", lambda *_, **__: jnp.zeros(2**45, jnp.uint8))
     with pytest.raises(UserError, match=r"not enough memory.*config\.model\.channels"):
-        experiment.run("train", validate(settings(root)), tmp_path, tmp_path / "checkpoint")
+        modes.run("train", validate(settings(root)), tmp_path, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
 
 

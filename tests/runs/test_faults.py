@@ -29,7 +29,7 @@ from padim_jax.detector import detector, memory
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
 from padim_jax.output import results
-from padim_jax.runs import evaluate, experiment, sweep, train
+from padim_jax.runs import evaluate, fitting, loading, modes, sweep, train
 from padim_jax.store import checkpoint
 from padim_jax.system import library_logs, locks, paths, progress
 
@@ -72,7 +72,7 @@ def finished(root: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pa
 def run(mode: str, config: Config | None, workdir: pathlib.Path, **options: Any) -> None:
     """As the command line does."""
     with paths.explained():
-        experiment.run(mode, config, workdir, workdir / "checkpoint", **options)
+        modes.run(mode, config, workdir, workdir / "checkpoint", **options)
 
 
 def content(folder: pathlib.Path) -> dict[str, bytes]:
@@ -133,7 +133,7 @@ class TestFullDisk:
         shutil.copytree(finished, workdir)
         before = content(workdir)
         other = settings(root, **{"map.sigma": 1.0, "outputs.figures": "none"})
-        fitted = experiment.load(workdir / "checkpoint", other)
+        fitted = loading.load(workdir / "checkpoint", other)
         source = dataset_splits.open_dataset(other)["test"]
         with full_disk(10**6) as names:
             evaluate.evaluate(other, fitted, source, tmp_path / "all")
@@ -234,7 +234,7 @@ class TestFullDisk:
                 patch.setattr(kind, "write_bytes", write_bytes)
             source = dataset_splits.open_dataset(config)["train"]
             with compilation_cache.enabled(config.cache.programs):
-                train.train(config, source, tmp_path / "c")
+                fitting.train(config, source, tmp_path / "c")
         told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning")]
         assert len(told) == 2
         assert all("cannot be kept for the next run (" in line for line in told)
@@ -363,7 +363,7 @@ class TestFilesOfOthers:
             run("train", settings(root), workdir)
             run("eval", None, workdir)
             run("predict", None, workdir, pattern=f"{root}/part/test/good")
-        assert experiment.load(workdir / "checkpoint").count == 5
+        assert loading.load(workdir / "checkpoint").count == 5
         for name in ("scores.csv", "predictions/scores.csv"):
             assert (workdir / name).exists()
         assert sorted((workdir / "maps").rglob("*.npy"))
@@ -515,7 +515,7 @@ def test_names_with_spaces_and_of_other_languages(
     run("export", None, workdir)
     run("predict", None, workdir, pattern=str(place / "Teile ß" / "part" / "test" / "*" / "*"))
     assert (workdir / "scores.csv").read_bytes() == (finished / "scores.csv").read_bytes()
-    assert experiment.load(workdir / "model.safetensors").count == 5
+    assert loading.load(workdir / "model.safetensors").count == 5
     assert len((workdir / "predictions" / "scores.csv").read_text().splitlines()) == 8
 
 
@@ -608,7 +608,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
         results.write_json(workdir / "metrics.json", found)
         return found
 
-    monkeypatch.setattr(experiment, "train_and_eval", pretend)
+    monkeypatch.setattr(train, "train_and_eval", pretend)
 
 
 class TestClock:
@@ -635,8 +635,8 @@ class TestClock:
         monkeypatch.setattr(detector, "fit_batch", jump)
         monkeypatch.setattr(time, "time", lambda: real() + offset)
         for seconds, expected in ((1e5, 0), (0.0, 1)):
-            config = settings(root, **{"train.checkpoint_every": seconds})
-            train.train(config, dataset_splits.open_dataset(config)["train"], tmp_path / "c")
+            config = settings(root, **{"fitting.checkpoint_every": seconds})
+            fitting.train(config, dataset_splits.open_dataset(config)["train"], tmp_path / "c")
             assert len(saves) == expected
         found = checkpoint.load(tmp_path / "c", Devices(1))[1]
         assert found == checkpoint.load(finished / "checkpoint", Devices(1))[1]
@@ -696,7 +696,7 @@ def test_half_done_again_is_not_finished(
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "train_and_eval", killed)
+        patch.setattr(train, "train_and_eval", killed)
         with pytest.raises(KilledError):
             sweep.run(config, tmp_path, overwrite=True)
     assert not (tmp_path / "part" / "metrics.json").exists()

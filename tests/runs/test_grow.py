@@ -22,8 +22,7 @@ from padim_jax.detector import detector
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import DataWarning, UserError
-from padim_jax.runs import calibrate, experiment, grow
-from padim_jax.runs import train as fitting
+from padim_jax.runs import calibrate, export, fitting, grow, loading, modes, train
 from padim_jax.store import calibration_file, statistics_store
 from padim_jax.store.statistics_store import OnDisk
 
@@ -76,15 +75,15 @@ def with_validation(root: pathlib.Path, copies: int, others: int) -> pathlib.Pat
     return root
 
 
-def train(config: Config, path: pathlib.Path, source: FolderSource | None = None) -> None:
+def fit_model(config: Config, path: pathlib.Path, source: FolderSource | None = None) -> None:
     dataset = dataset_splits.open_dataset(config)
     if source is not None:
         dataset = {"train": source, "validation": FolderSource([]), "test": FolderSource([])}
-    experiment.train(config, dataset, path)
+    train.train(config, dataset, path)
 
 
 def thresholds(path: pathlib.Path) -> Any:
-    return experiment.load(path).calibration
+    return loading.load(path).calibration
 
 
 class TestImagesThatWereFitted:
@@ -96,19 +95,19 @@ class TestImagesThatWereFitted:
     ):
         config = self.loco(with_validation(root, copies=3, others=4))
         with pytest.warns(DataWarning, match=r"3 of 7 validation images .*copy_000\.png"):
-            train(config, tmp_path / "model")
+            fit_model(config, tmp_path / "model")
         found = thresholds(tmp_path / "model")
         assert (found.origin, found.images) == ("held_out", 4)
         # As if the copies had never been there.
         for copy in (root / "part" / "validation" / "good").glob("copy_*"):
             copy.unlink()
-        train(config, tmp_path / "model")
+        fit_model(config, tmp_path / "model")
         assert thresholds(tmp_path / "model") == found
 
     def test_too_few_others(self, root: pathlib.Path, tmp_path: pathlib.Path):
         config = self.loco(with_validation(root, copies=12, others=2))
         with pytest.raises(UserError, match=r"12 of 14 validation .*; 2 are left.*at least 3"):
-            train(config, tmp_path / "model")
+            fit_model(config, tmp_path / "model")
         assert not (tmp_path / "model").exists()
 
     def test_strict_ends_before_the_fit(
@@ -117,7 +116,7 @@ class TestImagesThatWereFitted:
         """Training, alone and in a sweep, updates by configuration and folder, calibration."""
         config, path = self.loco(with_validation(root, copies=0, others=4)), tmp_path / "model"
         dataset = dict(dataset_splits.open_dataset(config))
-        train(config, path, FolderSource(dataset["train"].records[:6]))
+        fit_model(config, path, FolderSource(dataset["train"].records[:6]))
         with_copies = self.loco(root)
         folder = root / "part" / "validation" / "good"
         for record in dataset["train"].records[6:8]:
@@ -137,18 +136,18 @@ class TestImagesThatWereFitted:
                 ("update", path, f"{root}/part/train/good"),
             ):
                 with pytest.raises(UserError, match=match):
-                    experiment.run(mode, with_copies, tmp_path / "run", place, given)
+                    modes.run(mode, with_copies, tmp_path / "run", place, given)
             with pytest.raises(UserError, match=match):
-                experiment.run("update", None, tmp_path, path, f"{root}/part/train/good")
+                modes.run("update", None, tmp_path, path, f"{root}/part/train/good")
         monkeypatch.setattr(calibrate.scoring_pass, "scores", too_late)
         with pytest.raises(UserError, match="is one of the images that the model was fitted"):
-            experiment.run("calibrate", None, tmp_path, path, f"{root}/part/train/good")
+            modes.run("calibrate", None, tmp_path, path, f"{root}/part/train/good")
         assert not other.exists()
-        assert experiment.load(path).count == 6
+        assert loading.load(path).count == 6
 
     def test_those_that_are_given_are_refused(self, root: pathlib.Path, tmp_path: pathlib.Path):
-        train(make_config(root), tmp_path / "model")
-        fitted = experiment.load(tmp_path / "model")
+        fit_model(make_config(root), tmp_path / "model")
+        fitted = loading.load(tmp_path / "model")
         with pytest.raises(UserError, match=r"--input: .*000\.png is one of the images that"):
             calibrate.calibrate(fitted, normal(root, 0, 3), "given", tmp_path / "model")
 
@@ -156,8 +155,8 @@ class TestImagesThatWereFitted:
         self, root: pathlib.Path, tmp_path: pathlib.Path
     ):
         path = tmp_path / "model"
-        train(make_config(root), path, normal(root, 0, 10))
-        fitted, before = experiment.load(path), (path / "calibration.json").read_bytes()
+        fit_model(make_config(root), path, normal(root, 0, 10))
+        fitted, before = loading.load(path), (path / "calibration.json").read_bytes()
         first = normal(root, 0, 10)
         image = np.zeros((1, 64, 64, 3), np.uint8)
         for records, message in (
@@ -177,8 +176,8 @@ class TestImagesThatWereFitted:
 
     def test_part_of_the_fitted_images(self, root: pathlib.Path, tmp_path: pathlib.Path):
         path = tmp_path / "model"
-        train(make_config(root), path)
-        fitted = experiment.load(path)
+        fit_model(make_config(root), path)
+        fitted = loading.load(path)
         found = calibrate.calibrate(fitted, normal(root, 3, 9), "leave_some_out", path)
         assert found.calibration is not None
         assert found.calibration.images == 6
@@ -192,13 +191,13 @@ def test_scores_of_samples_are_those_of_the_files(
     config = make_config(root, "samples")
     source = normal(root, 0, 14)
     fitting.train(config, source, tmp_path / "model")
-    batch = next(experiment.input_pipeline.batches(source, config.image, 14))
+    batch = next(train.input_pipeline.batches(source, config.image, 14))
     store = OnDisk(tmp_path / "model")
-    left_out = statistics_store.refinalize(experiment.load(store.path), store, 1)
+    left_out = statistics_store.refinalize(loading.load(store.path), store, 1)
     expected = detector.score_pixels(left_out, batch.images)
     for devices in (1, 4):
         monkeypatch.setattr(parallel, "every", lambda devices=devices: Devices(devices))
-        fitted = statistics_store.refinalize(experiment.load(store.path), store, 1)
+        fitted = statistics_store.refinalize(loading.load(store.path), store, 1)
         parts = list(detector.score_samples(fitted))
         maps = np.concatenate([found.maps[valid] for found, valid in parts])
         scores = np.concatenate([found.scores[valid] for found, valid in parts])
@@ -225,11 +224,11 @@ class TestFramesOfParts:
     def test_without_groups_a_warning(self, root: pathlib.Path, tmp_path: pathlib.Path):
         path, source = tmp_path / "model", frames(tmp_path, 0, 12)
         with pytest.warns(DataWarning, match="36 of 36 normal images are near copies"):
-            train(make_config(root), path, source)
+            fit_model(make_config(root), path, source)
         assert thresholds(path).warning.startswith("36 of 36 normal images are near copies")
         given = frames(tmp_path, 12, 18)
         with pytest.warns(DataWarning, match="of 18 normal images are near copies"):
-            calibrate.calibrate(experiment.load(path), given, "given", path)
+            calibrate.calibrate(loading.load(path), given, "given", path)
 
     def test_with_groups_the_promise_holds(self, root: pathlib.Path, tmp_path: pathlib.Path):
         source, new = frames(tmp_path, 0, 12), frames(tmp_path, 12, 24)
@@ -239,8 +238,8 @@ class TestFramesOfParts:
             config = make_config(root, **{"threshold.groups": pattern})
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DataWarning)  # see above
-                train(config, path, source)
-            scores = detector.score_pixels(experiment.load(path), images).scores
+                fit_model(config, path, source)
+            scores = detector.score_pixels(loading.load(path), images).scores
             called = scores >= np.float32(thresholds(path).image_threshold)
             shares.append(np.mean(called.reshape(-1, 3).any(axis=1)))
         assert shares[0] > 0.5  # of parts, where a fifth was asked for
@@ -254,7 +253,7 @@ class TestFramesOfParts:
         parts = [FolderSource(source.records[:15]), FolderSource(source.records[15:])]
         for name, part in zip("ab", parts, strict=True):
             with pytest.warns(DataWarning, match="of 15 normal images are near copies"):
-                train(config, tmp_path / name, part)
+                fit_model(config, tmp_path / name, part)
         with pytest.warns(
             DataWarning, match=r"of 30 normal images are near copies.*\(image \d+ = image "
         ):
@@ -269,10 +268,10 @@ class TestFramesOfParts:
     ):
         path, source = tmp_path / "model", frames(tmp_path, 0, 6)
         config = make_config(root, **{"threshold.groups": "part[0-9]+"})
-        train(config, path, FolderSource(source.records[:10]))
+        fit_model(config, path, FolderSource(source.records[:10]))
         some = FolderSource(source.records[:8])
         with pytest.raises(UserError, match=r"8 of the 10 images that were fitted.*groups="):
-            calibrate.calibrate(experiment.load(path), some, "leave_some_out", path)
+            calibrate.calibrate(loading.load(path), some, "leave_some_out", path)
         with pytest.warns(DataWarning, match="8 of the 18 .* at hand, and of which groups"):
             grow.update(path, FolderSource(source.records[10:]))
         assert thresholds(path) is None
@@ -285,8 +284,8 @@ class TestFramesOfParts:
         with monkeypatch.context() as patch:
             patch.setattr(fitting.copies, "distinct", as_it_is)
             config = make_config(root, **{"threshold.normal": "none"})
-            train(config, tmp_path / "model", FolderSource([*records, records[0]]))
-        fitted = experiment.load(tmp_path / "model")
+            fit_model(config, tmp_path / "model", FolderSource([*records, records[0]]))
+        fitted = loading.load(tmp_path / "model")
         with pytest.warns(DataWarning, match="1 of the 11 images that were fitted are copies"):
             calibrate.calibrate(
                 fitted, FolderSource(records), "leave_one_out", tmp_path / "model"
@@ -311,8 +310,8 @@ class TestUpdate:
         self, form: str, root: pathlib.Path, tmp_path: pathlib.Path
     ):
         config = make_config(root, form)
-        train(config, tmp_path / "whole")
-        train(config, tmp_path / "grown", normal(root, 0, 9))
+        fit_model(config, tmp_path / "whole")
+        fit_model(config, tmp_path / "grown", normal(root, 0, 9))
         grown = grow.update(tmp_path / "grown", normal(root, 9, 14))
         found = thresholds(tmp_path / "grown")
         assert found == grown.calibration
@@ -320,25 +319,25 @@ class TestUpdate:
 
     def test_samples_need_no_files(self, root: pathlib.Path, tmp_path: pathlib.Path):
         config = make_config(root, "samples")
-        train(config, tmp_path / "whole")
-        train(config, tmp_path / "grown", normal(root, 0, 9))
+        fit_model(config, tmp_path / "whole")
+        fit_model(config, tmp_path / "grown", normal(root, 0, 9))
         more = tmp_path / "more"
         shutil.move(root / "part" / "train" / "good", more)
         for file in sorted(more.iterdir())[:9]:
             file.unlink()
-        experiment.run("update", None, tmp_path, tmp_path / "grown", str(more))
+        modes.run("update", None, tmp_path, tmp_path / "grown", str(more))
         same(thresholds(tmp_path / "grown"), thresholds(tmp_path / "whole"))
 
     def test_moments_take_the_images_at_hand(
         self, root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
     ):
-        train(make_config(root), tmp_path / "model", normal(root, 0, 9))
+        fit_model(make_config(root), tmp_path / "model", normal(root, 0, 9))
         more = tmp_path / "more"
         shutil.move(root / "part" / "train" / "good", more)
         for file in sorted(more.iterdir())[:9]:
             file.unlink()
         capsys.readouterr()
-        experiment.run("update", None, tmp_path, tmp_path / "model", str(more))
+        modes.run("update", None, tmp_path, tmp_path / "model", str(more))
         found = thresholds(tmp_path / "model")
         assert (found.origin, found.images) == ("leave_some_out", 5)
         out = capsys.readouterr().out
@@ -346,50 +345,50 @@ class TestUpdate:
         assert "thresholds of 5 normal images (some of the training images" in out
 
     def test_too_few_at_hand(self, root: pathlib.Path, tmp_path: pathlib.Path):
-        train(make_config(root), tmp_path / "model", normal(root, 0, 9))
+        fit_model(make_config(root), tmp_path / "model", normal(root, 0, 9))
         more = tmp_path / "more"
         shutil.move(root / "part" / "train" / "good", more)
         for file in sorted(more.iterdir())[:12]:
             file.unlink()
         with pytest.warns(DataWarning, match=r"no thresholds now: 2 of the 11 .*calibrate"):
-            experiment.run("update", None, tmp_path, tmp_path / "model", str(more))
+            modes.run("update", None, tmp_path, tmp_path / "model", str(more))
         assert thresholds(tmp_path / "model") is None
 
     def test_validation_images(self, root: pathlib.Path, tmp_path: pathlib.Path):
         """Those of the model's dataset, without any that are fitted now."""
         with_validation(root, copies=0, others=5)
         config = make_config(root, **{"dataset.name": "mvtec_loco"})
-        train(config, tmp_path / "model")
+        fit_model(config, tmp_path / "model")
         assert thresholds(tmp_path / "model").images == 5
         more = tmp_path / "more"
         more.mkdir()
         for file in sorted((root / "part" / "validation" / "good").iterdir())[:2]:
             shutil.copy(file, more)
         with pytest.warns(DataWarning, match="2 of 5 validation images are copies"):
-            experiment.run("update", None, tmp_path, tmp_path / "model", str(more))
+            modes.run("update", None, tmp_path, tmp_path / "model", str(more))
         found = thresholds(tmp_path / "model")
         assert (found.origin, found.images) == ("held_out", 3)
 
     def test_the_configurations_images(self, root: pathlib.Path, tmp_path: pathlib.Path):
         config = make_config(root)
-        train(config, tmp_path / "model", normal(root, 0, 9))
-        experiment.run("update", config, tmp_path, tmp_path / "model")
+        fit_model(config, tmp_path / "model", normal(root, 0, 9))
+        modes.run("update", config, tmp_path, tmp_path / "model")
         found = thresholds(tmp_path / "model")
         assert (found.origin, found.images) == ("leave_one_out", 14)
 
     def test_images_held_back_are_not_added(self, root: pathlib.Path, tmp_path: pathlib.Path):
         config = make_config(root, **{"threshold.normal": "held_out"})
-        train(config, tmp_path / "model")
-        fitted, before = experiment.load(tmp_path / "model"), thresholds(tmp_path / "model")
-        experiment.run("update", config, tmp_path, tmp_path / "model")
-        after = experiment.load(tmp_path / "model")
+        fit_model(config, tmp_path / "model")
+        fitted, before = loading.load(tmp_path / "model"), thresholds(tmp_path / "model")
+        modes.run("update", config, tmp_path, tmp_path / "model")
+        after = loading.load(tmp_path / "model")
         assert after.identity == fitted.identity
         assert after.calibration == before
 
     def test_an_update_that_was_killed_before_its_thresholds(
         self, root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     ):
-        train(make_config(root), tmp_path / "model", normal(root, 0, 9))
+        fit_model(make_config(root), tmp_path / "model", normal(root, 0, 9))
         more = normal(root, 9, 14)
 
         def killed(*_: Any) -> None:
@@ -411,9 +410,9 @@ class TestUpdate:
         self, root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
     ):
         config = make_config(root, **{"threshold.normal": "none"})
-        train(config, tmp_path / "model", normal(root, 0, 6))
+        fit_model(config, tmp_path / "model", normal(root, 0, 6))
         calibrate.calibrate(
-            experiment.load(tmp_path / "model"),
+            loading.load(tmp_path / "model"),
             normal(root, 10, 14),
             "given",
             tmp_path / "model",
@@ -427,7 +426,7 @@ class TestUpdate:
     def test_random_views_of_fitted_images(self, root: pathlib.Path, tmp_path: pathlib.Path):
         """They depend on the names: of moments nothing can be left out from new ones."""
         config = make_config(root, "moments", **{"image.rotation": 5.0})
-        train(config, tmp_path / "model", normal(root, 0, 9))
+        fit_model(config, tmp_path / "model", normal(root, 0, 9))
         with pytest.warns(DataWarning, match="no thresholds now: random views"):
             grow.update(tmp_path / "model", normal(root, 9, 14))
 
@@ -444,28 +443,28 @@ class TestSuspects:
     @pytest.mark.parametrize("form", ["moments", "samples"])
     def test_is_that_of_one_fit(self, form: str, root: pathlib.Path, tmp_path: pathlib.Path):
         config = make_config(root, form)
-        experiment.run("train", config, tmp_path / "whole", tmp_path / "whole" / "model")
+        modes.run("train", config, tmp_path / "whole", tmp_path / "whole" / "model")
         expected = suspects(tmp_path / "whole")
         workdir = tmp_path / "grown"
-        train(config, workdir / "model", normal(root, 0, 9))
-        experiment.run("update", config, workdir, workdir / "model")
+        fit_model(config, workdir / "model", normal(root, 0, 9))
+        modes.run("update", config, workdir, workdir / "model")
         # Up to the rounding of a model that has grown.
         assert suspects(workdir) == pytest.approx(expected, rel=1e-3)
         before = (workdir / "suspects.csv").stat().st_mtime_ns
-        experiment.run("update", config, workdir, workdir / "model")  # nothing to add
+        modes.run("update", config, workdir, workdir / "model")  # nothing to add
         assert (workdir / "suspects.csv").stat().st_mtime_ns == before
 
         for name, (start, stop) in {"a": (0, 6), "b": (6, 14)}.items():
-            train(config, tmp_path / name, normal(root, start, stop))
+            fit_model(config, tmp_path / name, normal(root, start, stop))
         models = [str(tmp_path / "a"), str(tmp_path / "b")]
         (workdir / "suspects.csv").unlink()
-        experiment.run("merge", None, workdir, workdir / "model", models=models)
+        modes.run("merge", None, workdir, workdir / "model", models=models)
         assert suspects(workdir) == pytest.approx(expected, rel=1e-3)
         # Without the images their names are not known.
         shutil.rmtree(root)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DataWarning)  # of moments: no thresholds
-            experiment.run("merge", None, workdir, workdir / "model", models=models)
+            modes.run("merge", None, workdir, workdir / "model", models=models)
         assert not (workdir / "suspects.csv").exists()
 
     @pytest.mark.parametrize("normal_images", ["none", "held_out"])
@@ -473,12 +472,12 @@ class TestSuspects:
         self, normal_images: str, root: pathlib.Path, tmp_path: pathlib.Path
     ):
         config = make_config(root)
-        train(config, tmp_path / "model", normal(root, 0, 9))
-        experiment.run("update", config, tmp_path, tmp_path / "model")
+        fit_model(config, tmp_path / "model", normal(root, 0, 9))
+        modes.run("update", config, tmp_path, tmp_path / "model")
         assert len(suspects(tmp_path)) == 14
         other = make_config(root, **{"threshold.normal": normal_images})
-        train(config, tmp_path / "model", normal(root, 0, 5))
-        experiment.run("update", other, tmp_path, tmp_path / "model")
+        fit_model(config, tmp_path / "model", normal(root, 0, 5))
+        modes.run("update", other, tmp_path, tmp_path / "model")
         assert not (tmp_path / "suspects.csv").exists()
 
     @pytest.mark.parametrize("mode", ["train", "train_and_eval", "update"])
@@ -488,7 +487,7 @@ class TestSuspects:
         (tmp_path / "suspects.csv").write_text("name,alibi\n")
         config = make_config(root)
         with pytest.raises(UserError, match=r"suspects\.csv: exists and is not from an"):
-            experiment.run(mode, config, tmp_path, tmp_path / "model")
+            modes.run(mode, config, tmp_path, tmp_path / "model")
         assert (tmp_path / "suspects.csv").read_text() == "name,alibi\n"
         assert not (tmp_path / "model").exists()
 
@@ -499,20 +498,20 @@ def test_models_of_settings_that_are_refused_now(root: pathlib.Path, tmp_path: p
     image = dataclasses.replace(config.image, std=(58.0, 57.0, 57.5))
     old = dataclasses.replace(config, image=image)
     for name, start in (("a", 0), ("b", 5)):
-        train(old, tmp_path / name, normal(root, start, start + 5))
+        fit_model(old, tmp_path / name, normal(root, start, start + 5))
     match = r"config\.image\.std=\(58\.0, .*divided by 255"
     with pytest.warns(DataWarning, match=match):
-        fitted = experiment.load(tmp_path / "a", {"outputs.figures": "none"})
+        fitted = loading.load(tmp_path / "a", {"outputs.figures": "none"})
     assert fitted.config.image.std == image.std
-    experiment.export(fitted, tmp_path / "model.safetensors")
+    export.export(fitted, tmp_path / "model.safetensors")
     with pytest.warns(DataWarning, match=match):
-        assert experiment.load(tmp_path / "model.safetensors").config.image == image
+        assert loading.load(tmp_path / "model.safetensors").config.image == image
     with pytest.warns(DataWarning, match=match):
         grow.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
     with pytest.warns(DataWarning, match=match):
         assert grow.update(tmp_path / "a", normal(root, 10, 12)).count == 7
     # Fitted anew without a word about the model that is replaced.
-    train(config, tmp_path / "b", normal(root, 5, 10))
+    fit_model(config, tmp_path / "b", normal(root, 5, 10))
     values = config_lib.to_dict(old)
     with pytest.raises(UserError, match=r"config\.image\.std=.*divide those of 0\.\.255"):
         validate(values)
@@ -522,10 +521,10 @@ def test_models_of_settings_that_are_refused_now(root: pathlib.Path, tmp_path: p
 
 class TestMerge:
     def models(self, root: pathlib.Path, config: Config, tmp_path: pathlib.Path) -> list:
-        train(config, tmp_path / "whole")
+        fit_model(config, tmp_path / "whole")
         paths = [tmp_path / "a", tmp_path / "b"]
         for path, (start, stop) in zip(paths, ((0, 6), (6, 14)), strict=True):
-            train(config, path, normal(root, start, stop))
+            fit_model(config, path, normal(root, start, stop))
         return paths
 
     def test_samples_need_no_files(self, root: pathlib.Path, tmp_path: pathlib.Path):

@@ -25,7 +25,7 @@ from padim_jax.detector import detector
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import Stopped, UserError
-from padim_jax.runs import experiment, train
+from padim_jax.runs import fitting, loading
 from padim_jax.store import checkpoint, statistics_store
 from padim_jax.store.checkpoint import Fitted
 
@@ -76,7 +76,7 @@ SMALL = {
     "model.weights": "random",
     "model.channels": 12,
     "batch_size": 16,
-    "train.checkpoint_every": 0.0,
+    "fitting.checkpoint_every": 0.0,
 }
 
 
@@ -94,7 +94,7 @@ def normal(config: Config) -> FolderSource:
 
 
 def fit(config: Config, path: pathlib.Path, source: FolderSource | None = None) -> None:
-    train.train(config, source or normal(config), path)
+    fitting.train(config, source or normal(config), path)
 
 
 class Crash(BaseException):
@@ -251,7 +251,7 @@ def test_saved_by_the_clock(
         return save(path, fitted, devices)
 
     monkeypatch.setattr(checkpoint, "save", counted)
-    config = make_config(root, "moments", **{"train.checkpoint_every": seconds})
+    config = make_config(root, "moments", **{"fitting.checkpoint_every": seconds})
     fit(config, tmp_path / "checkpoint")
     assert saves == expected
 
@@ -277,7 +277,7 @@ class TestTerminated:
         tmp_path: pathlib.Path,
         monkeypatch: pytest.MonkeyPatch,
     ):
-        config = make_config(root, form, **{"train.checkpoint_every": 1e6})
+        config = make_config(root, form, **{"fitting.checkpoint_every": 1e6})
         path, fit_batch = tmp_path / "checkpoint", detector.fit_batch
 
         def terminated(*args: Any) -> Any:
@@ -305,14 +305,14 @@ class TestTerminated:
         monkeypatch: pytest.MonkeyPatch,
     ):
         config, path = make_config(root), tmp_path / "checkpoint"
-        open_cache = train.image_cache.open_cache
+        open_cache = fitting.image_cache.open_cache
 
         def terminated(*args: Any) -> Any:
             terminate()
             return open_cache(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train.image_cache, "open_cache", terminated)
+            patch.setattr(fitting.image_cache, "open_cache", terminated)
             with pytest.raises(Stopped) as caught:
                 fit(config, path)
         assert f"after 0 of {IMAGES} images" in str(caught.value)
@@ -412,7 +412,7 @@ class TestAnother:
         self, root: pathlib.Path, path: pathlib.Path, uninterrupted: dict[str, Saved]
     ):
         config = make_config(
-            root, "moments", **{"map.sigma": 2.0, "train.checkpoint_every": 1e6}
+            root, "moments", **{"map.sigma": 2.0, "fitting.checkpoint_every": 1e6}
         )
         fit(config, path)
         found = saved(path).statistics
@@ -421,7 +421,7 @@ class TestAnother:
 
     def test_no_model_yet(self, path: pathlib.Path):
         with pytest.raises(UserError, match="holds a fit that was interrupted"):
-            experiment.load(path)
+            loading.load(path)
 
 
 @both_forms
@@ -442,13 +442,13 @@ class TestUpdate:
         for path in paths:
             fit(config, path, FolderSource(source.records[:3]))
         before = saved(paths[1])
-        train.update(paths[0], source)
+        fitting.update(paths[0], source)
         with monkeypatch.context() as patch:
             at_save(batches, crash, patch)
             with pytest.raises(Crash):
-                train.update(paths[1], source)
+                fitting.update(paths[1], source)
         require_identical(saved(paths[1]), before)
-        train.update(paths[1], source)
+        fitting.update(paths[1], source)
         done, new = 16 * batches, IMAGES - 3
         assert f"{GOING_ON} update, after {done} of {new} images" in capsys.readouterr().out
         require_identical(saved(paths[1]), saved(paths[0]))

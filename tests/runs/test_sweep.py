@@ -19,7 +19,7 @@ from padim_jax.data import dataset_splits, inputs
 from padim_jax.data.layouts.synthetic import generate
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
-from padim_jax.runs import experiment, sweep
+from padim_jax.runs import sweep, train
 from padim_jax.system import paths
 
 CATEGORIES = ("bolt", "nut", "washer")
@@ -61,7 +61,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise UserError("an image is broken")
         return finish(config, workdir, *given)
 
-    monkeypatch.setattr(experiment, "train_and_eval", pretend)
+    monkeypatch.setattr(train, "train_and_eval", pretend)
     return names
 
 
@@ -133,7 +133,7 @@ def test_all_categories_equal_single_runs(
     config = settings(root)
     single = settings(root, category="nut")
     alone = tmp_path / "alone"
-    experiment.train_and_eval(single, alone, alone / "checkpoint")
+    train.train_and_eval(single, alone, alone / "checkpoint")
     with jax.log_compiles():
         sweep.run(config, tmp_path / "all")
     # Compiled once for all of them, by the name that JAX gives what is mapped over devices.
@@ -209,7 +209,7 @@ def test_a_bug_stops_no_other_either(
             raise IndexError("a bug")
         return finish(config, workdir)
 
-    monkeypatch.setattr(experiment, "train_and_eval", pretend)
+    monkeypatch.setattr(train, "train_and_eval", pretend)
     with pytest.raises(IndexError, match="a bug"):
         sweep.run(settings(root), tmp_path)
     assert (tmp_path / "washer" / "metrics.json").exists()
@@ -237,7 +237,7 @@ def test_what_another_process_is_at_is_left_to_it(
 SLOW = """
 import pathlib, sys, time
 sys.path[:0] = {path!r}
-from padim_jax.runs import experiment; from padim_jax.runs import sweep
+from padim_jax.runs import train; from padim_jax.runs import sweep
 from tests.test_sweep import finish, settings
 
 def pretend(config, workdir, *given):
@@ -246,7 +246,7 @@ def pretend(config, workdir, *given):
     time.sleep(0.2)
     return finish(config, workdir, *given)
 
-experiment.train_and_eval = pretend
+train.train_and_eval = pretend
 pathlib.Path({log!r} + sys.argv[1]).touch()
 while len(list(pathlib.Path({log!r}).parent.glob("log?"))) < 2:
     time.sleep(0.01)
@@ -339,7 +339,7 @@ def test_what_killed_processes_left_is_done(root: pathlib.Path, tmp_path: pathli
     script = """
 import pathlib, sys, time
 sys.path[:0] = {path!r}
-from padim_jax.runs import experiment; from padim_jax.runs import sweep
+from padim_jax.runs import train; from padim_jax.runs import sweep
 from tests.test_sweep import finish, settings
 folder, name = pathlib.Path({folder!r}), sys.argv[1]
 
@@ -349,7 +349,7 @@ def pretend(config, workdir, *given):
         time.sleep(0.01)
     return finish(config, workdir, *given)
 
-experiment.train_and_eval = pretend
+train.train_and_eval = pretend
 sweep.run(settings({root!r}), folder / "results")
 """
     script = script.format(
@@ -384,7 +384,7 @@ def test_failures_count_where_nothing_can_be_written(
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
 
     monkeypatch.setattr(paths, "write", full)
-    monkeypatch.setattr(experiment, "train_and_eval", full)
+    monkeypatch.setattr(train, "train_and_eval", full)
     with pytest.raises(UserError, match=r"3 of 3 runs failed:\n  bolt: somewhere: .*room"):
         sweep.run(settings(root), tmp_path)
     assert "Traceback" not in capsys.readouterr().err

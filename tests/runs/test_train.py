@@ -22,7 +22,7 @@ from padim_jax.detector import detector
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import DataWarning, UserError
-from padim_jax.runs import experiment, train
+from padim_jax.runs import export, fitting, loading
 from padim_jax.store import checkpoint
 from padim_jax.store.checkpoint import Fitted
 
@@ -53,7 +53,7 @@ def images(config: Config, start: int, stop: int) -> FolderSource:
 
 
 def fit(config: Config, start: int, stop: int, path: pathlib.Path) -> pathlib.Path:
-    train.train(config, images(config, start, stop), path)
+    fitting.train(config, images(config, start, stop), path)
     return path
 
 
@@ -73,7 +73,7 @@ def require_same_model(path: pathlib.Path, expected: pathlib.Path) -> None:
     source = dataset_splits.open_dataset(one.config)["test"]
     pixels = next(input_pipeline.batches(source, one.config.image, 8)).images
     maps = [
-        experiment.detector_lib.score_pixels(experiment.load(model), pixels).maps
+        loading.detector_lib.score_pixels(loading.load(model), pixels).maps
         for model in (path, expected)
     ]
     np.testing.assert_allclose(maps[0], maps[1], rtol=1e-4)
@@ -95,7 +95,7 @@ def test_extended_is_fitted_at_once(name: str, root: pathlib.Path, tmp_path: pat
     path, whole = tmp_path / "grown", tmp_path / "whole"
     fit(config, 0, first, path)
     assert isinstance(read(path).statistics, before)
-    train.update(path, images(config, first, 12))
+    fitting.update(path, images(config, first, 12))
     assert isinstance(read(path).statistics, after)
     require_same_model(path, fit(config, 0, 12, whole))
 
@@ -107,7 +107,7 @@ def test_merged_is_fitted_at_once(name: str, root: pathlib.Path, tmp_path: pathl
     parts = [(0, first), (first, first + 2), (first + 2, 12)]
     models = [fit(config, a, b, tmp_path / str(a)) for a, b in parts]
     merged = tmp_path / "merged"
-    train.merge(models, merged)
+    fitting.merge(models, merged)
     assert [type(read(path).statistics) for path in (models[0], merged)] == forms
     require_same_model(merged, fit(config, 0, 12, tmp_path / "whole"))
 
@@ -117,15 +117,15 @@ def test_moments_and_samples_merge(root: pathlib.Path, tmp_path: pathlib.Path):
     b = fit(make_config(root, statistics="samples"), 7, 12, tmp_path / "b")
     whole = fit(make_config(root, statistics="moments"), 0, 12, tmp_path / "whole")
     for order in ([a, b], [b, a]):
-        train.merge(order, tmp_path / "merged")
+        fitting.merge(order, tmp_path / "merged")
         require_same_model(tmp_path / "merged", whole)
 
 
 def test_a_merged_model_grows_on(root: pathlib.Path, tmp_path: pathlib.Path):
     config = make_config(root)
     parts = [fit(config, a, b, tmp_path / str(a)) for a, b in ((0, 4), (4, 8))]
-    train.merge(parts, parts[0])  # in the place of one of them
-    train.update(parts[0], images(config, 8, 12))
+    fitting.merge(parts, parts[0])  # in the place of one of them
+    fitting.update(parts[0], images(config, 8, 12))
     require_same_model(parts[0], fit(config, 0, 12, tmp_path / "whole"))
 
 
@@ -139,9 +139,9 @@ def test_devices_may_change_meanwhile(
         monkeypatch.setattr(parallel, "every", lambda count=count: Devices(count))
         models.append(fit(config, *part, tmp_path / str(count)))
     monkeypatch.setattr(parallel, "every", lambda: Devices(4))
-    train.merge(models, tmp_path / "merged")
+    fitting.merge(models, tmp_path / "merged")
     monkeypatch.setattr(parallel, "every", lambda: Devices(3))  # which divide nothing here
-    train.update(tmp_path / "merged", images(config, 8, 12))
+    fitting.update(tmp_path / "merged", images(config, 8, 12))
     monkeypatch.setattr(parallel, "every", lambda: ONE)
     require_same_model(tmp_path / "merged", fit(config, 0, 12, tmp_path / "whole"))
 
@@ -157,7 +157,7 @@ def test_images_that_are_known_are_left_out(
     records = [dataclasses.replace(source.records[0], image=renamed), *source.records]
     capsys.readouterr()
     with pytest.warns(DataWarning, match="^1 of 13 images is a copy of others"):
-        train.update(path, FolderSource(records))
+        fitting.update(path, FolderSource(records))
     assert f"8 of 12 images are in {path} already" in capsys.readouterr().out
     require_same_model(path, fit(config, 0, 12, tmp_path / "whole"))
 
@@ -168,7 +168,7 @@ def test_nothing_new_changes_nothing(
     config = make_config(root)
     path = fit(config, 0, 8, tmp_path / "model")
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    train.update(path, images(config, 2, 5))
+    fitting.update(path, images(config, 2, 5))
     assert "nothing to add" in capsys.readouterr().out
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 
@@ -188,9 +188,9 @@ def test_models_that_do_not_go_together(root: pathlib.Path, tmp_path: pathlib.Pa
         other = fit(make_config(root, **changed), 4, 8, tmp_path / name)
         for order in ([model, other], [other, model]):
             with pytest.raises(UserError, match=message):
-                train.merge(order, tmp_path / "merged")
+                fitting.merge(order, tmp_path / "merged")
         with pytest.raises(UserError, match=message):
-            train.update(model, images(config, 4, 8), make_config(root, **changed))
+            fitting.update(model, images(config, 4, 8), make_config(root, **changed))
     assert not (tmp_path / "merged").exists()
 
 
@@ -205,13 +205,13 @@ def test_channels_and_weights_are_compared(root: pathlib.Path, tmp_path: pathlib
     other = read(fit(config, 4, 8, tmp_path / "other"))
     index = altered(other, tmp_path / "index", index=other.index[::-1].copy())
     with pytest.raises(UserError, match=r"index: the model is broken .*channels"):
-        train.merge([model, index], tmp_path / "merged")
+        fitting.merge([model, index], tmp_path / "merged")
     weights = dataclasses.replace(other.weights, sha256="0" * 64, origin="elsewhere")
     changed = altered(other, tmp_path / "weights", weights=weights)
     with pytest.raises(UserError, match=r"weights: fitted with the weights elsewhere"):
-        train.merge([model, changed], tmp_path / "merged")
+        fitting.merge([model, changed], tmp_path / "merged")
     with pytest.raises(UserError, match=r"other weights .* than the model"):
-        train.update(changed, images(config, 8, 12))
+        fitting.update(changed, images(config, 8, 12))
 
 
 def test_images_count_once(root: pathlib.Path, tmp_path: pathlib.Path):
@@ -219,24 +219,24 @@ def test_images_count_once(root: pathlib.Path, tmp_path: pathlib.Path):
     a = fit(config, 0, 5, tmp_path / "a")
     b = fit(config, 3, 8, tmp_path / "b")
     with pytest.raises(UserError, match=r"b: 2 of its 5 images are in .*a as well"):
-        train.merge([a, b], tmp_path / "merged")
+        fitting.merge([a, b], tmp_path / "merged")
     with pytest.raises(UserError, match=r"5 of its 5 images"):
-        train.merge([a, a], tmp_path / "merged")
+        fitting.merge([a, a], tmp_path / "merged")
 
 
 def test_only_statistics_can_be_merged_or_extended(root: pathlib.Path, tmp_path: pathlib.Path):
     config = make_config(root)
     model = fit(config, 0, 4, tmp_path / "model")
     exported = tmp_path / "model.safetensors"
-    experiment.export(experiment.load(model), exported)
+    export.export(loading.load(model), exported)
     with pytest.raises(UserError, match=r"model\.safetensors"):
-        train.merge([model, exported], tmp_path / "merged")
+        fitting.merge([model, exported], tmp_path / "merged")
     with pytest.raises(UserError, match=r"model\.safetensors"):
-        train.update(exported, images(config, 4, 8))
+        fitting.update(exported, images(config, 4, 8))
     with pytest.raises(UserError, match="at least 2"):
-        train.merge([model], tmp_path / "merged")
+        fitting.merge([model], tmp_path / "merged")
     with pytest.raises(UserError, match="no such checkpoint"):
-        train.merge([model, tmp_path / "nowhere"], tmp_path / "merged")
+        fitting.merge([model, tmp_path / "nowhere"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
@@ -248,7 +248,7 @@ def test_processes_that_see_different_images(
     gather = parallel.gather
     monkeypatch.setattr(parallel, "gather", lambda x: np.concatenate([gather(x), 1 + x]))
     with pytest.raises(UserError, match="sees 4 images, and another process other ones"):
-        train.train(config, images(config, 0, 4), tmp_path / "model")
+        fitting.train(config, images(config, 0, 4), tmp_path / "model")
 
 
 PCA = {"reduction": "pca", "channels": 8, "pooling": 3}
@@ -258,7 +258,7 @@ def principal_components(config: Config, source: FolderSource) -> np.ndarray:
     """Of all patches' embeddings of all channels, in float64; all of them, the last first."""
     model = dataclasses.replace(config.model, reduction="none", channels=448)
     index = tuple(range(448))
-    variables, _ = train.load_backbone(model, ONE)
+    variables, _ = fitting.load_backbone(model, ONE)
     pixels = next(input_pipeline.batches(source, config.image, len(source.records))).images
     levels = detector.extract(
         variables, jnp.asarray(pixels), image=config.image, model=model, index=index
@@ -305,14 +305,14 @@ class TestPrincipalComponents:
     ):
         path = tmp_path / "model"
         shutil.copytree(reduced, path)
-        train.update(path, images(make_config(root), 8, 12))
+        fitting.update(path, images(make_config(root), 8, 12))
         np.testing.assert_array_equal(projection(path), projection(reduced))
         assert len(read(path).images) == 12
 
     def test_a_model_file_has_them(self, reduced: pathlib.Path, tmp_path: pathlib.Path):
-        loaded = experiment.load(reduced)
-        experiment.export(loaded, tmp_path / "model.safetensors")
-        again = experiment.load(tmp_path / "model.safetensors")
+        loaded = loading.load(reduced)
+        export.export(loaded, tmp_path / "model.safetensors")
+        again = loading.load(tmp_path / "model.safetensors")
         pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)
         maps = [detector.score_pixels(x, pixels).maps for x in (loaded, again)]
         np.testing.assert_array_equal(maps[0], maps[1])
@@ -322,7 +322,7 @@ class TestPrincipalComponents:
     ):
         other = fit(make_config(root, **PCA), 8, 12, tmp_path / "other")
         with pytest.raises(UserError, match=r"other: other principal .*--mode=update"):
-            train.merge([reduced, other], tmp_path / "merged")
+            fitting.merge([reduced, other], tmp_path / "merged")
 
     def test_an_interrupted_fit_has_them_already(
         self,
@@ -339,7 +339,7 @@ class TestPrincipalComponents:
             patch.setattr(detector, "fit_batch", lambda *given: next(batches)(*given))
             with pytest.raises(StopIteration):
                 fit(config, 0, 8, tmp_path / "model")
-        monkeypatch.setattr(train, "_scatter", None)
+        monkeypatch.setattr(fitting, "_scatter", None)
         fit(config, 0, 8, tmp_path / "model")
         np.testing.assert_array_equal(projection(tmp_path / "model"), projection(reduced))
         require_same_model(tmp_path / "model", reduced)
@@ -348,7 +348,7 @@ class TestPrincipalComponents:
 def test_models_of_one_projection_merge(root: pathlib.Path, tmp_path: pathlib.Path):
     config = make_config(root, reduction="semi_orthogonal", upsample="bilinear")
     parts = [fit(config, a, b, tmp_path / str(a)) for a, b in ((0, 4), (4, 12))]
-    train.merge(parts, tmp_path / "merged")
+    fitting.merge(parts, tmp_path / "merged")
     require_same_model(tmp_path / "merged", fit(config, 0, 12, tmp_path / "whole"))
 
 
@@ -376,7 +376,7 @@ def test_what_must_be_the_same(
         model=dataclasses.replace(fitted.model, **model),
     )
     if problem is None:
-        train.require_same(root, fitted, wanted)
+        fitting.require_same(root, fitted, wanted)
         return
     with pytest.raises(UserError, match=problem):
-        train.require_same(root, fitted, wanted)
+        fitting.require_same(root, fitted, wanted)

@@ -23,7 +23,7 @@ from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.output import figures, predictions, results
-from padim_jax.runs import experiment
+from padim_jax.runs import predict, train
 from padim_jax.system.journal import Journal
 
 CONFIG = ImageConfig(
@@ -56,7 +56,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Detector:
         }
     )
     valid = config.validate(values)
-    return experiment.train(valid, dataset_splits.open_dataset(valid), root / "checkpoint")
+    return train.train(valid, dataset_splits.open_dataset(valid), root / "checkpoint")
 
 
 def draw(path: pathlib.Path, seed: int) -> None:
@@ -72,8 +72,8 @@ def images(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "in"
 
 
-def predict(model: Detector, images: pathlib.Path, workdir: pathlib.Path) -> None:
-    experiment.predict(model, FolderSource(listing.find(str(images))), workdir)
+def run_predict(model: Detector, images: pathlib.Path, workdir: pathlib.Path) -> None:
+    predict.predict(model, FolderSource(listing.find(str(images))), workdir)
 
 
 def tree(folder: pathlib.Path) -> dict[str, bytes]:
@@ -131,7 +131,7 @@ def interrupt(
     with pytest.MonkeyPatch.context() as patch:
         crash_at(call, place, name, patch)
         with pytest.raises(Crash):
-            predict(model, images, workdir)
+            run_predict(model, images, workdir)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def interrupt(
         (11, results, "save_map", IMAGES - 8),
         (3, Journal, "add", IMAGES - 8),
         (5, Journal, "_append", IMAGES - 12),  # in the journal, and not in the table
-        (1, experiment, "_remove_predictions", 0),
+        (1, predict, "_remove_predictions", 0),
     ],
 )
 def test_goes_on_to_the_same_results(
@@ -154,10 +154,10 @@ def test_goes_on_to_the_same_results(
     count: Callable[[], int],
     tmp_path: pathlib.Path,
 ):
-    predict(model, images, tmp_path / "whole")
+    run_predict(model, images, tmp_path / "whole")
     interrupt(call, place, name, model, images, tmp_path / "cut")
     count()
-    predict(model, images, tmp_path / "cut")
+    run_predict(model, images, tmp_path / "cut")
     # Padded to whole batches.
     assert count() == -(-redone // BATCH) * BATCH
     assert tree(tmp_path / "cut" / "predictions") == tree(tmp_path / "whole" / "predictions")
@@ -167,11 +167,11 @@ def test_goes_on_to_the_same_results(
 def test_interrupted_again_and_again(
     model: Detector, images: pathlib.Path, count: Callable[[], int], tmp_path: pathlib.Path
 ):
-    predict(model, images, tmp_path / "whole")
+    run_predict(model, images, tmp_path / "whole")
     for _ in range(3):  # each gets one batch further
         interrupt(2 * BATCH, results, "save_map", model, images, tmp_path / "cut")
     count()
-    predict(model, images, tmp_path / "cut")
+    run_predict(model, images, tmp_path / "cut")
     assert count() == 8
     assert tree(tmp_path / "cut" / "predictions") == tree(tmp_path / "whole" / "predictions")
 
@@ -180,11 +180,11 @@ def test_killed_while_earlier_ones_are_removed(
     model: Detector, images: pathlib.Path, tmp_path: pathlib.Path
 ):
     """What is left of them is still known to be ours."""
-    predict(model, images, tmp_path)
+    run_predict(model, images, tmp_path)
     before = tree(tmp_path / "predictions")
-    interrupt(3, experiment.paths, "remove_folder", model, images, tmp_path)
+    interrupt(3, predict.paths, "remove_folder", model, images, tmp_path)
     assert set(tree(tmp_path / "predictions")) == {"scores.csv"}
-    predict(model, images, tmp_path)
+    run_predict(model, images, tmp_path)
     assert tree(tmp_path / "predictions") == before
 
 
@@ -311,23 +311,23 @@ def test_a_broken_image_keeps_the_rows_before_it(
     model: Detector, images: pathlib.Path, count: Callable[[], int], tmp_path: pathlib.Path
 ):
     whole = (images / "ü/10.png").read_bytes()
-    predict(model, images, tmp_path / "whole")
+    run_predict(model, images, tmp_path / "whole")
     (images / "ü/10.png").write_bytes(whole[:-30])
     with pytest.raises(UserError, match=r"10\.png"):
-        predict(model, images, tmp_path / "cut")
+        run_predict(model, images, tmp_path / "cut")
     (images / "ü/10.png").write_bytes(whole)
     count()
-    predict(model, images, tmp_path / "cut")
+    run_predict(model, images, tmp_path / "cut")
     assert count() == 12
     assert tree(tmp_path / "cut" / "predictions") == tree(tmp_path / "whole" / "predictions")
 
 
 def test_results_are_no_input(model: Detector, images: pathlib.Path, tmp_path: pathlib.Path):
     """Their pictures would be found, and scored, when the command is given again."""
-    predict(model, images, tmp_path)
+    run_predict(model, images, tmp_path)
     before = tree(tmp_path / "predictions")
     with pytest.raises(UserError, match="is of the results in"):
-        predict(model, tmp_path, tmp_path)
+        run_predict(model, tmp_path, tmp_path)
     assert tree(tmp_path / "predictions") == before
 
 
@@ -343,13 +343,13 @@ def test_an_image_that_changes_while_it_is_scored(
 
     monkeypatch.setattr(detector, "score_pixels", scored)
     with pytest.raises(UserError, match=r"01\.png: was written to while it was scored"):
-        predict(model, images, tmp_path)
+        run_predict(model, images, tmp_path)
 
 
 def test_a_table_that_is_removed_meanwhile_is_whole_in_the_end(
     model: Detector, images: pathlib.Path, tmp_path: pathlib.Path, monkeypatch
 ):
-    predict(model, images, tmp_path / "whole")
+    run_predict(model, images, tmp_path / "whole")
     score = detector.score_pixels
 
     def scored(*args: Any) -> Any:
@@ -357,18 +357,18 @@ def test_a_table_that_is_removed_meanwhile_is_whole_in_the_end(
         return score(*args)
 
     monkeypatch.setattr(detector, "score_pixels", scored)
-    predict(model, images, tmp_path / "cut")
+    run_predict(model, images, tmp_path / "cut")
     assert tree(tmp_path / "cut" / "predictions") == tree(tmp_path / "whole" / "predictions")
 
 
 def test_an_earlier_version_was_interrupted(
     model: Detector, images: pathlib.Path, tmp_path: pathlib.Path, capsys
 ):
-    predict(model, images, tmp_path / "whole")
+    run_predict(model, images, tmp_path / "whole")
     growing = tmp_path / "out" / "predictions.incomplete"
     growing.mkdir(parents=True)
     (growing / "journal.jsonl").write_text('{"model":"m","format of the journal":1}\n')
     (growing / "scores.csv").write_text("path,score,predicted,calibrated\nx.png,1,,\n")
-    predict(model, images, tmp_path / "out")
+    run_predict(model, images, tmp_path / "out")
     assert "of an earlier version of padim_jax are redone\n" in capsys.readouterr().out
     assert tree(tmp_path / "out" / "predictions") == tree(tmp_path / "whole" / "predictions")

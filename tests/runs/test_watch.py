@@ -29,7 +29,7 @@ from padim_jax.detector.detector import Detector, score
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.output import predictions
-from padim_jax.runs import experiment, watch
+from padim_jax.runs import train, watch
 from padim_jax.runs.watch import Arrival, Delays, Folder, Log, Result, Stamp, Timing
 
 
@@ -283,7 +283,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Detector:
         }
     )
     valid = settings.validate(values)
-    return experiment.train(valid, dataset_splits.open_dataset(valid), root / "checkpoint")
+    return train.train(valid, dataset_splits.open_dataset(valid), root / "checkpoint")
 
 
 Watching = Callable[..., Any]
@@ -565,7 +565,7 @@ class TestRun:
 
         thread = threading.Thread(target=kill)
         thread.start()
-        experiment.watch(model, tmp_path / "in", tmp_path / "work", FAST)
+        watch.watch(model, tmp_path / "in", tmp_path / "work", FAST)
         thread.join()
         assert signal.getsignal(signal.SIGTERM) == before
         assert capsys.readouterr().out.endswith("stopped, 1 images are scored\n")

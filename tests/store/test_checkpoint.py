@@ -34,7 +34,7 @@ from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
 from padim_jax.models.weights import pretrained
 from padim_jax.models.weights.pretrained import WeightsIdentity
-from padim_jax.runs import experiment
+from padim_jax.runs import loading
 from padim_jax.store import checkpoint
 from padim_jax.store.checkpoint import Fitted, ocp
 
@@ -1014,7 +1014,7 @@ class TestWholeDetector:
         group, field = name.split(".")
         theirs, ours = (getattr(getattr(c, group), field) for c in (make_config(), wanted))
         with pytest.raises(UserError) as caught:
-            experiment.load(whole, wanted)
+            loading.load(whole, wanted)
         for part in (f"config.{name}={ours}", str(whole), str(theirs)):
             assert part in str(caught.value)
 
@@ -1028,7 +1028,7 @@ class TestWholeDetector:
                 "outputs.maps": "npy",
             }
         )
-        assert experiment.load(whole, wanted).config == wanted
+        assert loading.load(whole, wanted).config == wanted
 
     def test_weights_that_moved(self, tmp_path: pathlib.Path):
         """The file is named by its contents, and --weights tells where it is now."""
@@ -1049,12 +1049,12 @@ class TestWholeDetector:
         save(path, fitted)
         (tmp_path / "was.npz").rename(tmp_path / "is.npz")
         with pytest.raises(UserError) as caught:
-            experiment.load(path)
+            loading.load(path)
         for said in ("was.npz", identity.sha256[:12], "--weights"):
             assert said in str(caught.value)
-        assert experiment.load(path, weights=str(tmp_path / "is.npz")).weights == identity
+        assert loading.load(path, weights=str(tmp_path / "is.npz")).weights == identity
         with pytest.raises(UserError, match="other weights"):
-            experiment.load(path, weights="random")
+            loading.load(path, weights="random")
 
     def test_other_weights_are_refused(self, tmp_path: pathlib.Path):
         fitted = make_fitted(weights=WEIGHTS, statistics=make_moments(make_config()))

@@ -161,7 +161,7 @@ def draw_images(folder: pathlib.Path, count: int) -> list[Record]:
 
 
 def predict(folder: pathlib.Path, records: list[Record], batch: int) -> int:
-    """As `experiment.predict` with made-up scores; how many images were scored already."""
+    """As `predict.predict` with made-up scores; how many images were scored already."""
     folder.mkdir(exist_ok=True)
     known = predictions.Thresholds()  # the colours are those of the first batch
     with contextlib.closing(predictions.open_journal(folder, {"batch": batch})) as opened:

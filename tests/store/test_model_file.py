@@ -32,7 +32,7 @@ from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
 from padim_jax.models.weights.pretrained import WeightsIdentity
-from padim_jax.runs import evaluate, experiment, train
+from padim_jax.runs import evaluate, export, fitting, loading
 from padim_jax.store import model_file
 from padim_jax.store.model_file import Model
 
@@ -489,8 +489,8 @@ def fits(root: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         )
         dataset: Any = dataset_splits.open_dataset(config)
         place = tmp_path_factory.mktemp(form) / "checkpoint"
-        train.train(config, dataset["train"], place)
-        found[form] = Fit(experiment.load(place), place, dataset["test"])
+        fitting.train(config, dataset["train"], place)
+        found[form] = Fit(loading.load(place), place, dataset["test"])
     return found
 
 
@@ -506,7 +506,7 @@ class TestExport:
         monkeypatch: pytest.MonkeyPatch,
     ):
         fit, path = fits[form], tmp_path / "new" / "model.safetensors"
-        experiment.export(fit.detector, path, half, fit.test)
+        export.export(fit.detector, path, half, fit.test)
         exported = fit.detector
         if half:
             rounded = model_file.rounded(exported.gaussian)
@@ -534,11 +534,11 @@ class TestExport:
         """The exact file its checkpoint's, the half-size one none of another's."""
         found = {}
         for form, fit in fits.items():
-            found[form] = {detector.fingerprint(experiment.load(fit.checkpoint))}
+            found[form] = {detector.fingerprint(loading.load(fit.checkpoint))}
             for half in (False, True):
                 path = tmp_path / f"{form} {half}.safetensors"
-                experiment.export(fit.detector, path, half, fit.test)
-                found[form, half] = {detector.fingerprint(experiment.load(path))}
+                export.export(fit.detector, path, half, fit.test)
+                found[form, half] = {detector.fingerprint(loading.load(path))}
             assert found[form] == found[form, False] != found[form, True]
         assert len(set.union(*found.values())) == 4
 
@@ -548,18 +548,18 @@ class TestExport:
         """Of one file, loaded by a program that has 1, 2 or 4 devices."""
         for form, fit in fits.items():
             path = tmp_path / f"{form}.safetensors"
-            experiment.export(fit.detector, path)
+            export.export(fit.detector, path)
             expected = detector.score(fit.detector, fit.images)
             for count in (1, 2, 4):
                 with monkeypatch.context() as patch:
                     patch.setattr(parallel, "every", lambda count=count: Devices(count))
-                    found = detector.score(experiment.load(path), fit.images)
+                    found = detector.score(loading.load(path), fit.images)
                 # Images are batched otherwise: float32 sums in another order.
                 np.testing.assert_allclose(found.maps, expected.maps, rtol=1e-4)
 
     def test_both_kinds_as_text_or_path(self, fits: dict[str, Fit], tmp_path: pathlib.Path):
         fit, path = fits["samples"], tmp_path / "model.safetensors"
-        experiment.export(fit.detector, path)
+        export.export(fit.detector, path)
         expected = padim_jax.score(fit.detector, fit.images).scores
         for given in (path, str(path), fit.checkpoint, str(fit.checkpoint)):
             found = padim_jax.score(padim_jax.load(given), fit.images).scores
@@ -590,11 +590,11 @@ class TestExport:
     ):
         """Printed and stored, the metrics that evaluating both models gives."""
         fit, path = fits[form], tmp_path / "model.safetensors"
-        experiment.export(fit.detector, path, half=True, test=fit.test)
+        export.export(fit.detector, path, half=True, test=fit.test)
         out = capsys.readouterr().out
         stored: Any = load(path).comparison
         assert stored["images"] == len(fit.test.records) == 7
-        found = {"exact": fit.detector, "half": experiment.load(path)}
+        found = {"exact": fit.detector, "half": loading.load(path)}
         maps = {}
         for name, each in found.items():
             measured = evaluate.evaluate(each.config, each, fit.test, tmp_path / name)
@@ -622,7 +622,7 @@ class TestExport:
         capsys: pytest.CaptureFixture[str],
     ):
         path = tmp_path / "model.safetensors"
-        experiment.export(fits["samples"].detector, path)
+        export.export(fits["samples"].detector, path)
         assert load(path).comparison is None
         assert capsys.readouterr().out.count("\n") == 1
 
@@ -631,7 +631,7 @@ class TestExport:
         self, test: FolderSource | None, fits: dict[str, Fit], tmp_path: pathlib.Path
     ):
         with pytest.raises(UserError, match=r"--half: no test images"):
-            experiment.export(fits["samples"].detector, tmp_path / "a", True, test)
+            export.export(fits["samples"].detector, tmp_path / "a", True, test)
         assert [path.name for path in tmp_path.iterdir()] == [".locks"]
 
     def test_half_of_numbers_too_large(self, fits: dict[str, Fit], tmp_path: pathlib.Path):
@@ -643,9 +643,9 @@ class TestExport:
             gaussian=dataclasses.replace(fit.detector.gaussian, deviations=deviations),
         )
         with pytest.raises(UserError, match=r"--half: .*float16; export without --half"):
-            experiment.export(large, tmp_path / "a", True, fit.test)
+            export.export(large, tmp_path / "a", True, fit.test)
         assert [path.name for path in tmp_path.iterdir()] == [".locks"]
-        experiment.export(large, tmp_path / "a")
+        export.export(large, tmp_path / "a")
 
     def test_a_place_that_cannot_be_written(self, fits: dict[str, Fit], tmp_path: pathlib.Path):
         (tmp_path / "file").write_text("mine")
@@ -656,14 +656,14 @@ class TestExport:
         }
         for place, reason in reasons.items():
             with pytest.raises(UserError, match=reason):
-                experiment.export(fits["samples"].detector, tmp_path / place)
+                export.export(fits["samples"].detector, tmp_path / place)
 
 
 @pytest.fixture(scope="module")
 def path(fits: dict[str, Fit], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A model file whose backbone's weights can be had."""
     path = tmp_path_factory.mktemp("whole") / "model.safetensors"
-    experiment.export(fits["samples"].detector, path)
+    export.export(fits["samples"].detector, path)
     return path
 
 
@@ -685,20 +685,20 @@ class TestWholeDetector:
     )
     def test_other_settings(self, setting: str, value: Any, path: pathlib.Path):
         group, _, field = setting.partition(".")
-        config: Any = experiment.load(path).config
+        config: Any = loading.load(path).config
         other = dataclasses.replace(getattr(config, group), **{field: value})
         with pytest.raises(UserError) as caught:
-            experiment.load(path, dataclasses.replace(config, **{group: other}))
+            loading.load(path, dataclasses.replace(config, **{group: other}))
         message = str(caught.value)
         assert message.startswith(f"config.{setting}={value}: the model {path} was fitted with")
         assert "checkpoint" not in message
 
     def test_settings_that_may_differ(self, path: pathlib.Path, fits: dict[str, Fit]):
-        config = experiment.load(path).config
+        config = loading.load(path).config
         other = dataclasses.replace(
             config, batch_size=2, model=dataclasses.replace(config.model, statistics="moments")
         )
-        found = detector.score(experiment.load(path, other), fits["samples"].images)
+        found = detector.score(loading.load(path, other), fits["samples"].images)
         expected = detector.score(fits["samples"].detector, fits["samples"].images)
         # Batches of another size: float32 sums in another order.
         np.testing.assert_allclose(found.maps, expected.maps, rtol=1e-4)
@@ -706,7 +706,7 @@ class TestWholeDetector:
     def test_other_weights(self, altered):
         path = altered(weights=WeightsIdentity("resnet18.npz", "ab" * 32))
         with pytest.raises(UserError) as caught:
-            experiment.load(path)
+            loading.load(path)
         message = str(caught.value)
         assert message.startswith("weights random: other weights")
         assert f"the model {path} was fitted with (resnet18.npz, sha256 abab" in message
@@ -714,17 +714,17 @@ class TestWholeDetector:
         assert "checkpoint" not in message
 
     def test_weights_that_are_gone(self, path: pathlib.Path, altered):
-        config = experiment.load(path).config
+        config = loading.load(path).config
         model = dataclasses.replace(config.model, weights="/gone/resnet18.npz")
         gone = altered(config=dataclasses.replace(config, model=model))
         with pytest.raises(UserError) as caught:
-            experiment.load(gone)
+            loading.load(gone)
         message = str(caught.value)
         assert "/gone/resnet18.npz" in message
         assert f"(The model {gone} was fitted with random" in message
         assert "checkpoint" not in message
         # Named anew, it is the same again.
-        assert experiment.load(gone, weights="random").weights.origin.startswith("random")
+        assert loading.load(gone, weights="random").weights.origin.startswith("random")
 
     def test_from_another_folder(self, path: pathlib.Path, monkeypatch, fits: dict[str, Fit]):
         monkeypatch.chdir(path.parent)

@@ -13,7 +13,7 @@ import numpy as np
 import oldest_models
 import pytest
 
-from padim_jax.config import settings
+from padim_jax.config import defaults, settings
 from padim_jax.config.settings import Config
 from padim_jax.data import dataset_splits
 from padim_jax.data.input_pipeline import FolderSource
@@ -21,7 +21,7 @@ from padim_jax.detector import detector
 from padim_jax.detector.detector import Detector
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
-from padim_jax.runs import experiment, train
+from padim_jax.runs import fitting, loading
 from padim_jax.store import calibration_file, checkpoint
 
 EXPECTED = json.loads((oldest_models.FOLDER / "expected.json").read_text(encoding="utf-8"))
@@ -30,6 +30,10 @@ MODELS = (*oldest_models.FORMS, *(f"{kind}.safetensors" for kind in oldest_model
 # of XLA and of linear algebra by some times that; half the numbers' bits change 1.8e-4.
 TOLERANCE = 5e-5
 ONE = Devices(1)
+
+
+def make_settings(root: pathlib.Path, weights: pathlib.Path, form: str) -> Any:
+    return oldest_models.settings(defaults.get_config(), root, weights, form)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,7 @@ def models(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def load(path: pathlib.Path, weights: pathlib.Path, wanted: Config | None = None) -> Detector:
-    return experiment.load(path, wanted, str(weights))
+    return loading.load(path, wanted, str(weights))
 
 
 def scores(model: Detector) -> np.ndarray:
@@ -70,7 +74,7 @@ def test_scores_and_thresholds(name: str, weights: pathlib.Path):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_settings_are_accepted(name: str, root: pathlib.Path, weights: pathlib.Path):
     form = name if name in oldest_models.FORMS else "samples"
-    wanted = settings.validate(oldest_models.settings(root, weights, form))
+    wanted = settings.validate(make_settings(root, weights, form))
     model = load(oldest_models.FOLDER / name, weights, wanted)
     assert model.calibration is not None  # of these settings, too
     other = dataclasses.replace(wanted.map, sigma=2.0)
@@ -86,12 +90,12 @@ def test_checkpoints_are_extended(
     form: str, models: pathlib.Path, root: pathlib.Path, weights: pathlib.Path
 ):
     # Once by itself, and once by a model that is fitted now: the same in the end.
-    values = oldest_models.settings(root, weights, form)
+    values = make_settings(root, weights, form)
     dataset = dataset_splits.open_dataset(settings.validate(values))
     others = FolderSource([r for r in dataset["test"].records if not r.label])
-    train.train(settings.validate(values), others, models / "new")
-    train.merge([models / form, models / "new"], models / "merged")
-    train.update(models / form, others, weights=str(weights))
+    fitting.train(settings.validate(values), others, models / "new")
+    fitting.merge([models / form, models / "new"], models / "merged")
+    fitting.update(models / form, others, weights=str(weights))
     merged, updated = load(models / "merged", weights), load(models / form, weights)
     assert merged.count == updated.count == oldest_models.FITTED + oldest_models.TEST
     np.testing.assert_allclose(scores(updated), scores(merged), rtol=TOLERANCE)
@@ -118,7 +122,7 @@ def with_setting(values: dict[str, Any], name: str, value: Any) -> dict[str, Any
 
 @pytest.fixture
 def stored(root: pathlib.Path, weights: pathlib.Path) -> dict[str, Any]:
-    wanted = settings.validate(oldest_models.settings(root, weights, "moments"))
+    wanted = settings.validate(make_settings(root, weights, "moments"))
     return settings.to_stored(wanted)
 
 
@@ -169,7 +173,7 @@ class Whole(Config):
 
 def test_a_new_setting_that_changes_nothing(root: pathlib.Path, weights: pathlib.Path):
     """It is neither stored nor part of a fingerprint; with another value it is both."""
-    was = settings.validate(oldest_models.settings(root, weights, "auto"))
+    was = settings.validate(make_settings(root, weights, "auto"))
     parts: Any = {field.name: getattr(was, field.name) for field in dataclasses.fields(was)}
 
     def later(shares: tuple[float, ...], size: int) -> Whole:

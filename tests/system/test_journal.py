@@ -79,7 +79,7 @@ def test_only_the_first_rows_are_kept(path: pathlib.Path):
 CHILD = """
 import os, pathlib, signal, sqlite3, sys
 from contextlib import closing
-from padim_jax import journal
+from padim_jax.system import journal
 from padim_jax.system.journal import Journal, Row, Table
 left = 0
 

@@ -49,7 +49,7 @@ from padim_jax.errors import UserError
 from padim_jax.models.weights.pretrained import WeightsIdentity
 from padim_jax.output import predictions, results
 from padim_jax.output.results import Scored
-from padim_jax.runs import experiment, sweep
+from padim_jax.runs import sweep, train
 from padim_jax.store import checkpoint, model_file
 from padim_jax.system import compilation_cache, paths
 
@@ -451,9 +451,9 @@ class TestDatasets:
     @layouts
     def test_no_question_a_file(self, layout: str, store: Any, tmp_path: pathlib.Path):
         asked = []
-        for train in (2, 40):
-            DRAWN[layout](tmp_path / str(train), train)
-            remote = upload(tmp_path / str(train), f"{store.url}/{train}")
+        for count in (2, 40):
+            DRAWN[layout](tmp_path / str(count), count)
+            remote = upload(tmp_path / str(count), f"{store.url}/{count}")
             before = store.asked
             LAYOUTS[layout].records(remote, "die Flasche", 0)
             asked.append(store.asked - before)
@@ -647,7 +647,7 @@ class TestSweep:
             paths.write(workdir / "metrics.json", json.dumps(found).encode())
             return found
 
-        monkeypatch.setattr(experiment, "train_and_eval", pretend)
+        monkeypatch.setattr(train, "train_and_eval", pretend)
         values: Any = defaults.get_config()
         values.dataset.root, values.category, values.repeats = str(tmp_path / "root"), "all", 2
         values.model.weights = "random"
