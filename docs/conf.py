@@ -30,7 +30,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
 napoleon_attr_annotations = False
 python_maximum_signature_line_length = 88
 
