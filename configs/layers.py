@@ -8,7 +8,7 @@ Commands:
 
 The comparison of the paper's section V-A. Any set of layers is a preset, as in layer2+layer3.
 
-Expected for bottle (ResNet-18): see README.md, "What the choices cost".
+Expected for bottle (ResNet-18): see docs/results.md, "What the choices cost".
 
 Every setting is explained in padim_jax/config/defaults.py.
 """

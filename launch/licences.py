@@ -37,7 +37,12 @@ ALLOWED = {
     "Zlib",
 }
 # What is accepted although its licence is none of these: distribution -> (licence, why).
-EXCEPTIONS: dict[str, tuple[str, str]] = {}
+EXCEPTIONS: dict[str, tuple[str, str]] = {
+    "docutils": (
+        "Public Domain AND BSD AND GNU General Public License (GPL)",
+        "builds the documentation; the GPL is that of an Emacs mode, which the wheel lacks",
+    ),
+}
 # How distributions write it -> SPDX: the beginning of their licence field, of its text, or of
 # a classifier, in small letters and without punctuation.
 SPELLINGS = {
@@ -66,6 +71,8 @@ def stated(metadata: importlib.metadata.PackageMetadata) -> str:
     ]
     if expression:
         return expression
+    if field.strip() == "UNKNOWN":  # as old versions of setuptools wrote for none
+        field = ""
     if field.strip() and "\n" not in field.strip():
         return spdx(field)
     if classifiers:
@@ -129,7 +136,8 @@ def page(rows: Iterable[str]) -> str:
             "",
             f"From the metadata of the locked environment (`launch/locked/`), {PYTHON};",
             "nothing of it is in this repository. `program`: needed to run it; `tests`: for",
-            "tests and checks only. Without optional packages (CUDA, PyTorch, object stores).",
+            "tests, checks and documentation only. Without optional packages (CUDA, PyTorch,",
+            "object stores).",
             "Made by `bash launch/audit.sh --write`, and checked by `bash launch/audit.sh`.",
             "",
             "| distribution | licence | for |",

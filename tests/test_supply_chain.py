@@ -67,9 +67,10 @@ def locked(lock: str, python: str, system: str, machine: str) -> dict[str, str]:
 
 
 def declared() -> list[Requirement]:
-    """What pyproject.toml asks for, to run, test and check the project."""
+    """What pyproject.toml asks for, to run, test, check and document the project."""
     extras = PROJECT["project"]["optional-dependencies"]
-    lines = [*PROJECT["project"]["dependencies"], *extras["test"], *extras["dev"]]
+    lines = [*PROJECT["project"]["dependencies"]]
+    lines += [*extras["test"], *extras["docs"], *extras["dev"]]
     return [each for each in map(Requirement, lines) if each.name != PROJECT["project"]["name"]]
 
 
@@ -109,6 +110,13 @@ def test_lock_names_content_and_no_place(lock: str):
         ({"License": "Apache 2.0"}, "Apache-2.0"),
         ({"License": "ISC", "Classifier": "License :: OSI Approved :: MIT License"}, "ISC"),
         ({"Classifier": "License :: OSI Approved :: MIT License"}, "MIT"),
+        (
+            {
+                "License": "UNKNOWN",
+                "Classifier": "License :: OSI Approved :: ISC License (ISCL)",
+            },
+            "ISC",
+        ),
         # The whole text instead of a name.
         ({"License": "\n   Apache License\n   Version 2.0, January 2004\n"}, "Apache-2.0"),
         ({"License": "GNU Lesser General Public License"}, "GNU Lesser General Public License"),

@@ -11,7 +11,7 @@ Where embeddings are projected (see `reduction`) or deeper stages interpolated, 
 has features of its own: `assemble` and `project` give one feature map on the finest grid,
 and that is a pyramid of one level, with a region for every patch.
 
-With two stages on grids of 2x2 and 1x1 there is one region with four cells and one:
+With two stages on grids of 2x2 and 1x1 there is one region with four cells and one::
 
       finest level   0 1      cells 0 1 2 3 of region 0
                      2 3

@@ -57,7 +57,7 @@ class Gaussian:
     Attributes:
       mean: mean embedding.
       factor: the blocks of the Cholesky factor L of the regularized covariances, those
-        on the diagonal (a level with itself) inverted. |L^-1 (x - mean)| is a patch's
+        on the diagonal (a level with itself) inverted. `|L^-1 (x - mean)|` is a patch's
         Mahalanobis distance.
     """
 
