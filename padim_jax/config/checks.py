@@ -1,7 +1,7 @@
 """Checks of single settings, for all kinds of configurations.
 
-Each takes the setting's name and value, and returns the value or raises
-a UserError of one line: name, value, and what is expected.
+Each takes the setting's `name` and `value`, and returns the value or raises a UserError of one
+line: name, value, and what is expected.
 """
 
 import dataclasses

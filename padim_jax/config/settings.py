@@ -3,10 +3,10 @@
 All faults of settings alone are found here, before anything slow: this module imports neither
 JAX nor TensorFlow Datasets.
 
-A new setting goes last in its dataclass, with a default there: the value that leaves scores
-as they were before the setting existed, whatever `defaults` has for new
-models. Models stored without it are read with that value (`restore`), and at that value it
-is neither stored (`to_stored`) nor part of a model's fingerprint (`score_settings`).
+A new setting goes last in its dataclass, with a default there: the value that leaves scores as
+they were before the setting existed, whatever `defaults` has for new models. Models stored
+without it are read with that value (`restore`), and at that value it is neither stored
+(`to_stored`) nor part of a model's fingerprint (`score_settings`).
 """
 
 import dataclasses
@@ -199,8 +199,7 @@ class Config:
     """A complete, valid configuration.
 
     For a sweep `category` is "all" or names separated by commas, or `repeats` is above 1;
-    `sweep`
-    makes configurations of single runs of it.
+    `sweep` makes configurations of single runs of it.
     """
 
     category: str
@@ -221,8 +220,7 @@ class Config:
         """Return dataset and category in one word, as in the default workdir's name.
 
         Without a category the root's own name distinguishes one part's folder from another's;
-        images
-        in MVTec AD's layout that are not MVTec AD's have the root's name instead of the
+        images in MVTec AD's layout that are not MVTec AD's have the root's name instead of the
         dataset's.
         """
         root, dataset = paths.absolute(self.dataset.root).name, self.dataset.name
@@ -477,9 +475,8 @@ def resolve(config: Config | Overrides | None, stored: Config) -> Config:
 def score_settings(config: Config, groups: Sequence[str] = _SCORES) -> dict[str, Any]:
     """Return the settings that scores depend on, by dotted names ("image.resize").
 
-    Left out are weights, which count by their content, the form of the statistics, which
-    agree up to rounding, seeds that nothing is drawn with, and later settings whose value makes
-    no
+    Left out are weights, which count by their content, the form of the statistics, which agree
+    up to rounding, seeds that nothing is drawn with, and later settings whose value makes no
     difference.
 
     Args:

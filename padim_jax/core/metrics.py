@@ -189,11 +189,10 @@ def stream_pixels(
 ) -> PixelMetrics:
     """Return pixel metrics of images of any sizes, which are never in memory together.
 
-    They are exact and equal to those of `evaluate`. Normal images are read once, anomalous
-    ones twice: for the scores of their defects, then to count the other pixels. At any time
-    memory holds one image, up to 2**24 normal pixels (or one image's, if it has more), and
-    about
-    200 bytes for each defect pixel of the test set.
+    They are exact, and equal to those of `evaluate` for the same images. Normal images are read
+    once, anomalous ones twice: for the scores of their defects, then to count the other pixels.
+    At any time memory holds one image, up to 2**24 normal pixels (or one image's, if it has
+    more), and about 200 bytes for each defect pixel of the test set.
 
     Args:
       labels: True for anomalous images.

@@ -41,8 +41,7 @@ def semi_orthogonal(total: int, channels: int, seed: int) -> Projection:
     """Return a random matrix (C, D) with orthonormal columns, uniform in Haar measure.
 
     It is the Q of a Gaussian matrix's QR decomposition, with R's diagonal positive (Mezzadri
-    2007,
-    "How to generate random matrices from the classical compact groups").
+    2007, "How to generate random matrices from the classical compact groups").
 
     Args:
       total: C, number of channels of all stages together.

@@ -114,9 +114,9 @@ def in_place(
     """Return whether the strongest region of a map lies at the defect.
 
     The strongest region is the 8-connected region of pixels at or above `threshold` that
-    contains
-    the map's highest pixel, the peak; if the peak is below the threshold, it is the peak alone.
-    It lies at the defect if it overlaps the mask or the peak lies within one patch of the mask.
+    contains the map's highest pixel, the peak; if the peak is below the threshold, it is the
+    peak alone. It lies at the defect if it overlaps the mask or the peak lies within one patch
+    of the mask.
 
     Args:
       anomaly_map: scores of an image's pixels (h, w).

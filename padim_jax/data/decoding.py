@@ -296,8 +296,7 @@ def open_image(data: bytes, name: str) -> Image.Image:
     """Decode an image file of at most 8 bits per channel, in its stored mode.
 
     PNG, JPEG, BMP, TIFF and WebP are accepted. Further images in a camera's JPEG (previews:
-    MPO)
-    are ignored.
+    MPO) are ignored.
 
     Args:
       data: the file's bytes.

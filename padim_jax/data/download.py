@@ -40,8 +40,7 @@ def mvtec_ad(root: Path, category: str) -> None:
 
     The archive is written to a `.part` file beside `root`, from which an interrupted download
     is resumed. After its SHA-256 has been verified, its folders are moved to `root`, each in
-    one
-    step; existing ones are not replaced.
+    one step; existing ones are not replaced.
 
     Args:
       root: folder of the category folders; created if missing.

@@ -87,10 +87,10 @@ class Decoded:
 class ImageCache:
     """A folder of entries, bounded in size. Threads and processes may share it.
 
-    Before the first entry of a run is written, and again whenever this process has
-    written a sixteenth of the bound, the folder is listed and the least recently used entries
-    are removed until that sixteenth is free. One process alone never exceeds
-    the bound, n of them do by n - 1 sixteenths at most. Reading lists nothing.
+    Before the first entry of a run is written, and again whenever this process has written a
+    sixteenth of the bound, the folder is listed and the least recently used entries are removed
+    until that sixteenth is free. One process alone never exceeds the bound; n processes exceed
+    it by at most n - 1 sixteenths. Reading lists nothing.
 
     Unreadable or damaged entries count as missing. If writing fails, one warning goes to stderr
     and nothing more is written: results do not depend on the cache.

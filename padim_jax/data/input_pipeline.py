@@ -345,8 +345,7 @@ def require_several(images: object) -> None:
     """Raise TypeError for a single image.
 
     A three-dimensional array is a stack of grey images; with 1, 3 or 4 as its last length, it
-    is
-    one image.
+    is one image.
     """
     single = isinstance(images, bytes | Image.Image) or hasattr(images, "read")
     if isinstance(images, np.ndarray):
@@ -470,9 +469,8 @@ def view(config: ImageConfig, name: str) -> View:
     """Return the view of a dataset's image: Rd-MVTec AD (PaDiM, section IV-A).
 
     The angle is uniform in [-rotation, rotation], the crop's corner uniform over all positions
-    in
-    the resized image (with `crop_at` random; else the crop is central). Both come from a hash:
-    they depend on seed and name alone, not on order, process or library.
+    in the resized image (with `crop_at` random; else the crop is central). Both come from a
+    hash: they depend on seed and name alone, not on order, process or library.
 
     Args:
       config: ranges and seed.

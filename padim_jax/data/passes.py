@@ -141,8 +141,7 @@ def batch_size(source: Source, config: Config, devices: Devices) -> int:
     """Return the number of images per step, on all devices together.
 
     A few images need not be padded to a whole batch. The size depends on the complete source,
-    so
-    that a pass resumed after an interruption gives bit-identical results.
+    so that a pass resumed after an interruption gives bit-identical results.
 
     Args:
       source: the images.

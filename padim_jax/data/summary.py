@@ -236,8 +236,7 @@ def warnings(summary: Summary) -> list[str]:
     """Return a line with advice for each implausible fact about files.
 
     Copies among training and validation images are excluded: `copies` and `thresholding` warn
-    of
-    them, also before the fit.
+    of them, also before the fit.
     """
     found = []
     for pair, names in summary.shared.items():

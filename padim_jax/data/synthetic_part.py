@@ -294,7 +294,17 @@ class Surface:
     scale: float
 
     def around(self, x: Length, y: Length, angle: Length, reach: Length) -> "Surface":
-        """Return the pixels around a place in a local frame; they share memory."""
+        """Return the pixels around a place in a local frame; they share memory.
+
+        Args:
+          x: the place, in units.
+          y: the place, in units.
+          angle: rotation of the frame, clockwise.
+          reach: half the side of the square, in units.
+
+        Returns:
+          The part of the surface.
+        """
         du, dv = self.u - x, self.v - y
         near = (np.abs(du) < reach) & (np.abs(dv) < reach)
         rows, columns = np.nonzero(near.any(1))[0], np.nonzero(near.any(0))[0]
@@ -316,21 +326,43 @@ class Surface:
         return np.clip(0.5 - distance * self.scale, 0, 1)
 
     def paint(self, cover: Field, colour: Colour | Picture, metal: float | int) -> None:
-        """Lay a material over the covered pixels."""
+        """Lay a material over the covered pixels.
+
+        Args:
+          cover: coverage of each pixel, 0 to 1.
+          colour: linear reflectance.
+          metal: see `Surface`.
+        """
         self.colour[:] += cover[..., None] * (np.asarray(colour, np.float32) - self.colour)
         self.metal[:] += cover * (metal - self.metal)
 
     def level(self, cover: Field, height: Length) -> None:
-        """Bring the covered pixels to one height."""
+        """Bring the covered pixels to one height.
+
+        Args:
+          cover: coverage of each pixel, 0 to 1.
+          height: the height in units.
+        """
         self.height[:] += cover * (height - self.height)
 
     def rise(self, distance: Field, height: Length, bevel: Length) -> None:
-        """Raise a shape (lower it if `height` is negative), with sloping flanks."""
+        """Raise a shape (lower it if `height` is negative), with sloping flanks.
+
+        Args:
+          distance: signed distance to the shape, negative inside.
+          height: change of height in units.
+          bevel: width of the flanks in units.
+        """
         slope = np.clip(-distance / bevel, 0, 1)
         self.height[:] += height * slope * slope * (3 - 2 * slope)
 
     def drill(self, distance: Field, floor: Length) -> None:
-        """Cut a hole with upright walls down to a height."""
+        """Cut a hole with upright walls down to a height.
+
+        Args:
+          distance: signed distance to the hole, negative inside.
+          floor: height of its bottom in units.
+        """
         cover = self.cover(distance)
         self.level(cover, floor)
         self.paint(cover, DARK, 0)

@@ -543,7 +543,7 @@ def require_fitting(
     arrays = [x for x in jax.tree.leaves(fitted) if x.ndim > 1]
     room = fitted.values[0].shape[-2] if isinstance(fitted, Samples) else images
     devices = len(arrays[0]) * parallel.every().processes
-    own = -(-shapes[0][0] // devices)  # regions a device, as `parallel.split` has them
+    own = -(-shapes[0][0] // devices)  # regions per device, as `parallel.split` has them
     if [x.shape[1:] for x in arrays] != [(own, *s) for s in _shapes(fitted, shapes, room)]:
         raise ValueError("its numbers have other shapes than its configuration says")
     if isinstance(fitted, Moments | Samples):

@@ -101,6 +101,8 @@ class EfficientNet(nn.Module):
         float32.
 
     Example:
+      >>> from padim_jax.config.backbones import BACKBONES
+      >>> from padim_jax.models.weights import pretrained
       >>> stages = ("block7", "block20", "block26")
       >>> model = EfficientNet(BACKBONES["efficientnet_b5"], stages, "tf32")
       >>> variables, identity = pretrained.load("random", "efficientnet_b5", model.stages)

@@ -143,6 +143,8 @@ class ResNet(nn.Module):
         its own norm, for training (`padim_jax.pretrain.network`).
 
     Example:
+      >>> from padim_jax.config.backbones import BACKBONES
+      >>> from padim_jax.models.weights import pretrained
       >>> model = ResNet(BACKBONES["resnet18"], ("layer1", "layer2", "layer3"), "tf32")
       >>> variables, identity = pretrained.load("random", "resnet18", model.stages)
       >>> [f.shape for f in model.apply(variables, jnp.zeros((1, 224, 224, 3)))]

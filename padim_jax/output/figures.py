@@ -535,14 +535,24 @@ def score_histogram(
 
 
 def save_diagram(figure, path: Path) -> None:
-    """Write a matplotlib figure as a PNG."""
+    """Write a matplotlib figure as a PNG.
+
+    Args:
+      figure: a matplotlib `Figure`.
+      path: file to write.
+    """
     content = io.BytesIO()
     figure.savefig(content, format="png", pil_kwargs={"compress_level": _COMPRESS_LEVEL})
     paths.write(path, content.getvalue())
 
 
 def diagram(width: float, height: float):
-    """Return an empty matplotlib figure; sizes in inches."""
+    """Return an empty matplotlib figure.
+
+    Args:
+      width: width in inches.
+      height: height in inches.
+    """
     from matplotlib.figure import Figure
 
     # Without pyplot a figure belongs to its caller alone, and is drawn by Agg.

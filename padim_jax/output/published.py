@@ -35,6 +35,7 @@ METRICS = {
 }
 
 # Differences up to this are explained by rounding and another draw of the channels.
+#
 # Rounding to three decimals: 0.0005. Draws: for bottle (ResNet-18, seeds 42 to 49) the standard
 # deviations over seeds are 0.0019, 0.0011, 0.0064, 0.0032 and 0.015. Other categories spread
 # about 3 times as much as this easy one: between xiahaifeng1995's and the paper's pixel AUROC,
@@ -84,8 +85,7 @@ def applicable(config: Config) -> tuple[Published, ...]:
     """Return the published results that a run may be compared with.
 
     They were measured with ImageNet weights on MVTec AD; runs with other weights, data,
-    backbone
-    or random views of the images than the source's are not compared.
+    backbone or random views of the images than the source's are not compared.
 
     Returns:
       One for each source; sources that agree in all results and settings are merged.

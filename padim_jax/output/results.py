@@ -322,7 +322,12 @@ def write(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON for any reader, without NaN and escapes; the file appears when complete."""
+    """Write JSON for any reader, without NaN and escapes; the file appears when complete.
+
+    Args:
+      path: file to write.
+      value: JSON values.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     content = text.encode() + b"\n"
     paths.write(path, content)

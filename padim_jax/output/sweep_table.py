@@ -81,7 +81,12 @@ def build(
 
 
 def write(folder: Path, table: Mapping[str, Any]) -> None:
-    """Write table.csv, table.md and, last, table.json into an existing folder."""
+    """Write table.csv, table.md and, last, table.json.
+
+    Args:
+      folder: existing folder.
+      table: result of `build`.
+    """
     as_json = json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     contents = (csv_table(table), markdown(table).encode(), as_json.encode())
     for name, content in zip(NAMES, contents, strict=True):

@@ -2,11 +2,14 @@
 
 A family is a way to draw (gratings, cells, weaves ...); a class is one choice of a family's
 parameters; an instance is one picture of a class, with its own position, angle, scale and
-noise. `bank` draws some instances of many classes once, which
-`scenes` then cuts, colours, lights and composes anew for each training image.
+noise. `bank` draws some instances of many classes once, which `scenes` then cuts, colours,
+lights and composes anew for each training image.
 
 Lengths are in pixels, angles in radians. If a family needs a random number for each
 point of a lattice, it hashes the point: no tables, no borders.
+
+All families map (kind, look, x, y) to a height field (s, s): `kind` determines the class,
+`look` the noise, and x, y (s, s) are the coordinates of the pixels.
 """
 
 from collections.abc import Callable

@@ -188,8 +188,7 @@ def train_step(
     """Compute a device's part of a step, inside `parallel.mapped`.
 
     Each device draws its own scenes; gradients and batch statistics are means over all devices,
-    so
-    that the number of devices changes results by rounding only.
+    so that the number of devices changes results by rounding only.
 
     Args:
       config: the recipe; the number of devices divides that of its scenes.

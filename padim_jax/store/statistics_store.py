@@ -39,7 +39,12 @@ class OnDisk:
         return load_checkpoint(self.path, parallel.every())
 
     def write_thresholds(self, thresholds: Calibration, fingerprint: str) -> None:
-        """Store the thresholds of the detector with this fingerprint (first process only)."""
+        """Store thresholds in the checkpoint's folder, in the first process only.
+
+        Args:
+          thresholds: the thresholds.
+          fingerprint: fingerprint of their detector.
+        """
         if parallel.every().process == 0:
             calibration_file.write(self.path, thresholds, fingerprint)
 

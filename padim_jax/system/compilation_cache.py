@@ -27,11 +27,10 @@ def enabled(folder: Path | None) -> Iterator[None]:
     """Keep what is compiled in the block, and load what earlier runs compiled.
 
     JAX's settings are restored afterwards. If they already name a folder, as
-    JAX_COMPILATION_CACHE_DIR does, that folder is used and nothing is done here. A folder
-    that is not writable, or that others may write to or replace, is reported on stderr
-    and not used: results do not depend on it. On an object store only the store's own rules
-    limit
-    the folder's size and who may write to it.
+    JAX_COMPILATION_CACHE_DIR does, that folder is used and nothing is done here. A folder that
+    is not writable, or that others may write to or replace, is reported on stderr and not used:
+    results do not depend on it. On an object store only the store's own rules limit the
+    folder's size and who may write to it.
 
     Args:
       folder: folder of the cache, created private if missing; None for no cache.
@@ -74,9 +73,8 @@ def _require_private(folder: pathlib.Path) -> None:
     """Raise PermissionError if others may write to a folder, or replace it.
 
     Whoever writes here runs programs. The owner of a parent folder, or anyone who may write to
-    it,
-    can rename its entries, unless it is sticky (as /tmp). Links count by their own place and by
-    their target's.
+    it, can rename its entries, unless it is sticky (as /tmp). Links count by their own place
+    and by their target's.
     """
     above = {*folder.absolute().parents, *folder.resolve().parents} - {folder}
     for place in (folder, *sorted(above, reverse=True)):

@@ -104,7 +104,7 @@ def _request(url: str, start: int, scheme: str) -> http.client.HTTPResponse:
     """Request the file from byte `start` on; the answer may be the complete file."""
     require(url, scheme)
     headers = {"Range": f"bytes={start}-"} if start else {}
-    request = urllib.request.Request(url, headers=headers)  # noqa: S310 (just seen to)
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 (just checked)
     try:
         return urllib.request.build_opener(_Redirects(scheme)).open(request, timeout=60)
     except urllib.error.HTTPError as error:

@@ -148,7 +148,7 @@ class Journal:
         self._append()
 
     def keep(self, count: int) -> None:
-        """Keep only the first `count` rows, no facts if 0, and rewrite the tables."""
+        """Keep only the first `count` rows (for 0, no facts either), and rewrite the tables."""
         with self._transaction():
             self._db.execute("DELETE FROM images WHERE number > ?", (count,))
             if not count:

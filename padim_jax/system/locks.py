@@ -55,6 +55,9 @@ def attempt(place: Path, process: int = 0, wait: bool = False) -> Iterator[bool]
       wait: whether to wait for another process's end, after printing a line; the lock is then
         held.
 
+    Yields:
+      True if the lock is held.
+
     Raises:
       UserError: nothing can be locked there.
       RemovedError: the block ended with an error after the lock's file was removed.

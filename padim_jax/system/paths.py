@@ -211,8 +211,7 @@ def write(path: Path, content: bytes) -> None:
     """Write a file, and create the folders above it where folders exist.
 
     After a crash or an error the file is complete or unchanged; the next write replaces
-    leftovers
-    of a killed process.
+    leftovers of a killed process.
 
     Args:
       path: file to write.

@@ -10,8 +10,8 @@ def install() -> None:
     """Keep the process running even if standard streams are closed or their disk is full.
 
     Streams that were closed before the start are opened to the null device, so that no file
-    gets
-    their numbers, to which libraries print. Streams that were already replaced stay unchanged.
+    gets their numbers, to which libraries print. Streams that were already replaced stay
+    unchanged.
     """
     for number in (0, 1, 2):
         try:

@@ -30,8 +30,7 @@ def ksdd2(root: Path, category: str = "") -> list[Record]:
     """List the images: normal ones of train, then all of test, each sorted by path.
 
     All masks are read and decoded, in threads, to see whether they are empty: one or two
-    seconds
-    for the published dataset.
+    seconds for the published dataset.
 
     Args:
       root: folder that holds train and test.

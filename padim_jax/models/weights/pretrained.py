@@ -624,7 +624,7 @@ def _torch_tensor(value: Any, name: str) -> Stored:
     return Stored(tuple(value.shape), dtype, read)
 
 
-READERS = {  # of models.WEIGHT_FILES
+READERS = {  # one for each of backbones.WEIGHT_FILES
     ".safetensors": _read_safetensors,
     ".npz": _read_npz,
     ".pth": _read_torch,

@@ -28,7 +28,15 @@ def name(value: object) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Format a metric as HTML, or a dash."""
+    """Format a metric as HTML.
+
+    Args:
+      value: the metric, or None.
+      digits: number of decimals.
+
+    Returns:
+      The number; a dash for None.
+    """
     return "&ndash;" if value is None else f"{value:.{digits}f}"
 
 
@@ -41,7 +49,15 @@ def difference(value: float | None) -> str:
 
 
 def cell(content: str, attributes: str = "") -> str:
-    """Return a table cell with HTML contents."""
+    """Return a table cell.
+
+    Args:
+      content: HTML.
+      attributes: HTML attributes of the cell.
+
+    Returns:
+      HTML.
+    """
     return f"<td{attributes and ' ' + attributes}>{content}</td>"
 
 
@@ -66,7 +82,15 @@ def table(head: Iterable[str], rows: Iterable[str], caption: str) -> str:
 
 
 def data_url(content: bytes, kind: str) -> str:
-    """Return a picture as a data: URL."""
+    """Return a picture as a data: URL.
+
+    Args:
+      content: bytes of the image file.
+      kind: its format, "png" or "jpeg".
+
+    Returns:
+      The URL.
+    """
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
@@ -76,7 +100,15 @@ def floats(values: Float32[np.ndarray, " n"]) -> str:
 
 
 def header(title: str, facts: str) -> str:
-    """Return the head of a page; both arguments are plain text."""
+    """Return the head of a page.
+
+    Args:
+      title: plain text.
+      facts: plain text below the title.
+
+    Returns:
+      HTML.
+    """
     return (
         '<a class="visually-hidden" href="#main">to the content</a>'
         f'<header class="top"><div><h1>{name(title)}</h1>'
