@@ -235,7 +235,7 @@ def mask_line(masks: Masks, size: tuple[int, int]) -> str:
 def warnings(summary: Summary) -> list[str]:
     """Return a line with advice for each implausible fact about files.
 
-    Copies among training and validation images are excluded: `copies` and `thresholding` warn
+    Copies among training and validation images are excluded: `copies` and the calibration warn
     of them, also before the fit.
     """
     found = []
