@@ -78,7 +78,7 @@ class DatasetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
-    """From an image file to the backbone's input; sizes are (h, w)."""
+    """Preprocessing of image files for the backbone; sizes are (h, w)."""
 
     resize: Size
     method: str
@@ -120,7 +120,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MapConfig:
-    """From patch distances to the anomaly map."""
+    """Conversion of patch distances to anomaly maps."""
 
     upsample: str
     sigma: float
