@@ -337,7 +337,7 @@ def merge(
     Args:
       models: at least two: detectors, or checkpoints' folders.
       destination: for folders: where the merged model goes, with its thresholds found again
-        where its images are still at hand; see `growing.merge`.
+        where its images are still at hand; see `grow.merge`.
 
     Raises:
       UserError: a model has no statistics, models differ in settings, channels or weights, or

@@ -1,1 +1,1 @@
-"""Settings: defaults, bounds, meaning, and the configuration that is made of them."""
+"""Settings: defaults, bounds, meaning, and the configuration made of them."""

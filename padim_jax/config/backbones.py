@@ -1,4 +1,4 @@
-"""What backbones there are: their shapes and the names of their weights, as plain data.
+"""Supported backbones: their shapes and the names of their weights, as plain data.
 
 Importing this module imports neither JAX nor Flax, so that a config can be checked
 before anything heavy is loaded.
@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from padim_jax.errors import UserError
 
-# Of every stage whose feature map can be had: pixels of the input to a cell of it.
+# Input pixels per cell, for each stage whose feature map is available.
 STRIDES = {
     "layer1": 4,
     "layer2": 8,
@@ -29,16 +29,16 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True)
 class ResNetSpec:
-    """One member of the ResNet family (He et al., arXiv 1512.03385, as torchvision has it).
+    """One member of the ResNet family (He et al., arXiv 1512.03385, as in torchvision).
 
     Attributes:
-      stages: names of the feature maps that can be had, the shallowest first.
-      block: "basic" is two 3x3 convolutions; "bottleneck" is 1x1, 3x3, 1x1 with the
-        stride in the 3x3 (the v1.5 variant) and four times the channels at its end.
+      stages: names of the available feature maps, the shallowest first.
+      block: "basic" is two 3x3 convolutions; "bottleneck" is 1x1, 3x3, 1x1 with the stride in
+        the 3x3 (the v1.5 variant) and four times the channels at its end.
       depths: number of blocks in each of the four stages.
-      width: channels of the first stage's 3x3 convolutions; 64, or 128 for the wide
-        networks (torchvision's `width_per_group`), whose stages end in the same
-        number of channels all the same.
+      width: number of channels of the first stage's 3x3 convolutions; 64, or 128 for the wide
+        networks (torchvision's `width_per_group`), whose stages still end in the same number of
+        channels.
     """
 
     stages: ClassVar = ("layer1", "layer2", "layer3", "layer4")
@@ -49,16 +49,16 @@ class ResNetSpec:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What is computed one after the other, behind the stem."""
+        """Return the names of the parts behind the stem, in the order they are computed."""
         return self.stages
 
     def channels(self, stage: str) -> int:
-        """Number of channels of a stage's feature map."""
+        """Return the number of channels of a stage's feature map."""
         expansion = 4 if self.block == "bottleneck" else 1
         return 64 * 2 ** self.stages.index(stage) * expansion
 
     def kernels(self, stage: str) -> int:
-        """Roughly how many weights a stage has: those of its blocks' widest kernels."""
+        """Return roughly a stage's number of weights: those of its blocks' widest kernels."""
         i = self.stages.index(stage)
         inner = self.width * 2**i
         if self.block == "basic":
@@ -71,12 +71,12 @@ class MBConvSpec:
     """A mobile inverted bottleneck with squeeze-and-excitation; see `efficientnet.MBConv`.
 
     Attributes:
-      inputs: channels that come in.
-      outputs: channels that go out.
-      expansion: the depthwise convolution has so many times `inputs` channels; 1 leaves
-        the 1x1 convolution before it out.
+      inputs: number of input channels.
+      outputs: number of output channels.
+      expansion: ratio of the depthwise convolution's channels to `inputs`; 1 omits the 1x1
+        convolution before it.
       kernel: height and width of the depthwise convolution.
-      stride: of the depthwise convolution.
+      stride: stride of the depthwise convolution.
     """
 
     inputs: int
@@ -87,30 +87,30 @@ class MBConvSpec:
 
     @property
     def hidden(self) -> int:
-        """Channels of the depthwise convolution."""
+        """Return the number of channels of the depthwise convolution."""
         return self.inputs * self.expansion
 
     @property
     def squeezed(self) -> int:
-        """Channels between squeeze and excitation: a quarter of those that come in."""
+        """Return the channels between squeeze and excitation: a quarter of `inputs`."""
         return self.inputs // 4
 
     @property
     def residual(self) -> bool:
-        """Whether what comes in is added to what goes out."""
+        """Return whether the input is added to the output."""
         return self.stride == 1 and self.inputs == self.outputs
 
 
 @dataclasses.dataclass(frozen=True)
 class EfficientNetSpec:
-    """One EfficientNet (Tan and Le, arXiv 1905.11946, as torchvision has it).
+    """One EfficientNet (Tan and Le, arXiv 1905.11946, as in torchvision).
 
     Attributes:
-      block: the kind of all blocks.
-      stages: names of the feature maps that can be had, the shallowest first: blocks,
-        counted from 0 over all groups.
-      stem: channels of the first convolution.
-      groups: blocks that differ only in where the first one comes from: how many, and
+      block: kind of all blocks.
+      stages: names of the available feature maps, the shallowest first: blocks, counted from 0
+        over all groups.
+      stem: number of channels of the first convolution.
+      groups: groups of blocks that differ only in the first one's inputs: number of blocks, and
         their `expansion`, `kernel`, first `stride` and `outputs`.
     """
 
@@ -122,7 +122,7 @@ class EfficientNetSpec:
 
     @property
     def blocks(self) -> tuple[MBConvSpec, ...]:
-        """All blocks, in the order they are computed."""
+        """Return all blocks, in the order they are computed."""
         found, inputs = [], self.stem
         for depth, expansion, kernel, stride, outputs in self.groups:
             found.append(MBConvSpec(inputs, outputs, expansion, kernel, stride))
@@ -132,15 +132,15 @@ class EfficientNetSpec:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What is computed one after the other, behind the stem."""
+        """Return the names of the parts behind the stem, in the order they are computed."""
         return tuple(f"block{i}" for i in range(len(self.blocks)))
 
     def channels(self, stage: str) -> int:
-        """Number of channels of the feature map of any of `parts`."""
+        """Return the number of channels of the feature map of any of `parts`."""
         return self.blocks[self.parts.index(stage)].outputs
 
     def kernels(self, stage: str) -> int:
-        """How many weights any of `parts` has, biases aside."""
+        """Return the number of weights of any of `parts`, without biases."""
         block = self.blocks[self.parts.index(stage)]
         expand = block.inputs if block.expansion > 1 else 0
         return block.hidden * (expand + block.kernel**2 + 2 * block.squeezed + block.outputs)
@@ -159,7 +159,7 @@ RESNETS: dict[str, ResNetSpec] = {
 }
 
 EFFICIENTNETS: dict[str, EfficientNetSpec] = {
-    # Width 1.6, depth 2.2; the stages that the PaDiM paper takes.
+    # Width 1.6, depth 2.2; the stages that the PaDiM paper uses.
     "efficientnet_b5": EfficientNetSpec(
         stages=("block7", "block20", "block26"),
         stem=48,
@@ -177,10 +177,10 @@ EFFICIENTNETS: dict[str, EfficientNetSpec] = {
 
 BACKBONES: dict[str, Spec] = {**RESNETS, **EFFICIENTNETS}
 
-# Weights that can be had by name from the Hugging Face hub, under `timm/<name>`: of the
-# ResNets torchvision's, as timm re-published them (tv is torchvision's V1, tv2 its V2
-# training recipe), of EfficientNet-B5 timm's own. See third_party/pretrained_weights.md for
-# where they come from and their terms.
+# Weights available by name from the Hugging Face hub, under `timm/<name>`: for the ResNets
+# torchvision's, as timm re-published them (tv is torchvision's V1, tv2 its V2 training recipe),
+# for EfficientNet-B5 timm's own. See third_party/pretrained_weights.md for their sources and
+# terms.
 WEIGHTS: dict[str, tuple[str, ...]] = {
     "resnet18": ("resnet18.tv_in1k",),
     "resnet34": ("resnet34.tv_in1k",),
@@ -195,18 +195,18 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Pin:
-    """Which file of the hub a name stands for.
+    """File of the hub that a name stands for.
 
     Attributes:
-      revision: a commit of its repository.
-      sha256: of the file, in that commit and in any other.
+      revision: commit of its repository.
+      sha256: digest of the file, in that commit and in any other.
     """
 
     revision: str
     sha256: str
 
 
-# Where they are known; third_party/pretrained_weights.md says from where.
+# Where known; third_party/pretrained_weights.md states the sources.
 PINNED = {
     "resnet18.tv_in1k": Pin(
         "bbd144b3e5565108aad885f145491d11bc6ce807",
@@ -259,8 +259,8 @@ class Bundled:
     """A weights file of this package: `bundled/<backbone>.safetensors`.
 
     Attributes:
-      stages: those whose weights it has.
-      sha256: of the file.
+      stages: stages whose weights it has.
+      sha256: digest of the file.
     """
 
     stages: tuple[str, ...]
@@ -274,15 +274,22 @@ BUNDLED = {
     ),
 }
 
-# Suffixes of the weight files that can be read.
+# Suffixes of supported weight files.
 WEIGHT_FILES = (".safetensors", ".npz", ".pth", ".pt")
 
 
 def require_bundled(backbone: str, stages: Sequence[str]) -> Bundled:
-    """The bundled weights of a backbone cut after the deepest of `stages`.
+    """Return the bundled weights of a backbone cut after the deepest of `stages`.
+
+    Args:
+      backbone: key of `BACKBONES`.
+      stages: stages in use.
+
+    Returns:
+      The weights file.
 
     Raises:
-      UserError: there are none of that backbone, or not of all stages.
+      UserError: there are none for that backbone, or not for all stages.
     """
     setting = f"config.model.weights={BUNDLED_WEIGHTS!r}"
     found = BUNDLED.get(backbone)
@@ -302,5 +309,13 @@ def require_bundled(backbone: str, stages: Sequence[str]) -> Bundled:
 
 
 def parts_to_compute(spec: Spec, stages: Sequence[str]) -> tuple[str, ...]:
-    """The parts from the first to the deepest of `stages`, in the order they are computed."""
+    """Return the parts from the first to the deepest of `stages`, in the order of computation.
+
+    Args:
+      spec: specification of the backbone.
+      stages: stages in use.
+
+    Returns:
+      Names of the parts.
+    """
     return spec.parts[: max(spec.parts.index(stage) for stage in stages) + 1]

@@ -1,7 +1,7 @@
-"""Checks of single settings, for every kind of configuration.
+"""Checks of single settings, for all kinds of configurations.
 
-Each takes the setting's name and the value that was found, and returns the value or raises
-a UserError of one line: the name, the value, what is expected.
+Each takes the setting's `name` and `value`, and returns the value or raises a UserError of one
+line: name, value, and what is expected.
 """
 
 import dataclasses
@@ -15,21 +15,27 @@ import ml_collections
 from padim_jax.errors import UserError
 from padim_jax.system import paths
 
-# Far beyond what is of use; above, numbers would overflow before the work is done.
+# Far above useful values; beyond, numbers would overflow before the work is done.
 MOST_SEED = 2**63 - 1
 MOST_SECONDS = 1e9
-MOST = 1e6  # of numbers that have a meaning around 1: float32 squares them
+MOST = 1e6  # of numbers with a meaning around 1: float32 squares them
 _LONGEST_PATH = 4095
 _LARGEST_BYTE = 255
 _MOST_SHOWN = 200  # characters of a wrong value in a message
 
 
 def fields(name: str, value: Any, schema: type) -> None:
-    """Raises UserError for what is not a group of exactly the fields of a dataclass."""
+    """Require a group of exactly the fields of a dataclass, or raise UserError.
+
+    Args:
+      name: name of the group.
+      value: its value.
+      schema: dataclass with the fields.
+    """
     group(name, value)
     expected = {field.name for field in dataclasses.fields(schema)}
     found = set(value.keys())
-    # A file's JSON may have any text for a name.
+    # Names in a file's JSON may be any text.
     if unknown := sorted(one_line(str(key)) for key in found - expected):
         close = difflib.get_close_matches(unknown[0], expected, n=1)
         raise UserError(
@@ -42,13 +48,25 @@ def fields(name: str, value: Any, schema: type) -> None:
 
 
 def group(name: str, value: Any) -> None:
-    """Raises UserError for what is not a group of settings."""
+    """Require a group of settings, or raise UserError."""
     if not isinstance(value, Mapping | ml_collections.ConfigDict):
         raise UserError(f"{name}={shown(value)}: expected a group of settings")
 
 
 def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
-    """One of some words."""
+    """Require one of some words, and return it.
+
+    Args:
+      name: name of the setting.
+      value: its value.
+      allowed: the words.
+
+    Returns:
+      The value.
+
+    Raises:
+      UserError: it is another value.
+    """
     if isinstance(value, str) and value in allowed:
         return value
     short = isinstance(value, str) and len(value) <= _MOST_SHOWN
@@ -60,19 +78,19 @@ def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
 
 
 def text(name: str, value: Any) -> str:
-    """Any text that says something."""
+    """Require a text that is not blank, and return it."""
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise UserError(f"{name}={shown(value)}: expected a non-empty text")
     return value
 
 
 def path(name: str, value: Any) -> paths.Path:
-    """A folder's path; whether there is one is not looked at."""
+    """Require the path of a folder, which need not exist, and return it."""
     given = str(value) if isinstance(value, str | pathlib.PurePath) else ""
     if not given or "\0" in given or len(given) > _LONGEST_PATH:
         raise UserError(f"{name}={shown(value)}: expected a folder")
     try:
-        # A model's own configuration may name what is not to be reached from here.
+        # A model's own configuration may name a place that cannot be reached from here.
         return paths.parse(given, needed=False)
     except UserError as error:
         reason = str(error).removeprefix(f"{value}: ")
@@ -80,14 +98,27 @@ def path(name: str, value: Any) -> paths.Path:
 
 
 def optional_path(name: str, value: Any) -> paths.Path | None:
-    """A folder's path, or None for None and ""."""
+    """Require the path of a folder and return it; None for None and ""."""
     if value is None or (isinstance(value, str) and not value):
         return None
     return path(name, value)
 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
-    """A whole number from `low` to `high`."""
+    """Require an integer from `low` to `high`, and return it.
+
+    Args:
+      name: name of the setting.
+      value: its value.
+      low: smallest allowed value.
+      high: largest allowed value.
+
+    Returns:
+      The value.
+
+    Raises:
+      UserError: it is another value.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         limit = "" if is_number(value) and value <= high else f" and at most {high}"
         raise UserError(
@@ -97,29 +128,55 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
 
 
 def within(name: str, value: Any, low: float, high: float) -> float:
-    """A number from `low` to `high`."""
-    # Compared and not converted first: integers may be larger than any float.
+    """Require a number from `low` to `high`, and return it.
+
+    Args:
+      name: name of the setting.
+      value: its value.
+      low: smallest allowed value.
+      high: largest allowed value.
+
+    Returns:
+      The value.
+
+    Raises:
+      UserError: it is another value.
+    """
+    # Compared before conversion: integers may be larger than any float.
     if not is_number(value) or not low <= value <= high:
         raise UserError(f"{name}={shown(value)}: expected a number from {low:g} to {high:g}")
     return float(value)
 
 
 def fraction(name: str, value: Any) -> float:
-    """A number between 0 and 1, and neither."""
+    """Require a number above 0 and below 1, and return it."""
     if not is_number(value) or not 0 < value < 1:
         raise UserError(f"{name}={shown(value)}: expected a number above 0 and below 1")
     return float(value)
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, and no number that stands for them."""
+    """Require True or False, not a number that stands for them, and return it."""
     if not isinstance(value, bool):
         raise UserError(f"{name}={shown(value)}: expected True or False")
     return value
 
 
 def rgb(name: str, value: Any, low: float, high: float) -> tuple[float, float, float]:
-    """Three numbers from `low` to `high`, of pixel values in 0..1."""
+    """Require three numbers from `low` to `high`, for pixel values in 0..1.
+
+    Args:
+      name: name of the setting.
+      value: its value.
+      low: smallest allowed value.
+      high: largest allowed value.
+
+    Returns:
+      Red, green and blue.
+
+    Raises:
+      UserError: it is another value.
+    """
     if not isinstance(value, tuple | list) or len(value) != 3:
         raise UserError(f"{name}={shown(value)}: expected three numbers (red, green, blue)")
     if any(is_number(item) and high < item <= _LARGEST_BYTE for item in value):
@@ -132,12 +189,12 @@ def rgb(name: str, value: Any, low: float, high: float) -> tuple[float, float, f
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is an int or a float, and no bool."""
+    """Return whether a value is an int or a float, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def shown(value: Any) -> str:
-    """A wrong value as a message shows it: on one line, and not all of what is long."""
+    """Format a wrong value for a message: on one line, shortened if it is long."""
     try:
         return one_line(repr(value))
     except (ValueError, RecursionError):  # an integer of 5,000 digits, lists 1,000 deep
@@ -145,7 +202,7 @@ def shown(value: Any) -> str:
 
 
 def one_line(words: str) -> str:
-    """A text without line breaks, cut where it is too long to show."""
-    # A group of settings, an array: their text has several lines.
+    """Return a text without line breaks, shortened if it is too long to show."""
+    # The text of a group of settings or an array has several lines.
     words = " ".join(words.splitlines())
     return words if len(words) <= _MOST_SHOWN else f"{words[:_MOST_SHOWN]}..."

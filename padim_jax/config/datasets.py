@@ -1,4 +1,4 @@
-"""Which datasets there are: names as plain data, so that a configuration is checked quickly."""
+"""Supported datasets: names as plain data, so that a configuration is checked quickly."""
 
 # Folder layouts, each a module of `padim_jax.data.layouts`.
 LAYOUTS = (

@@ -1,12 +1,12 @@
-"""The configuration: a ConfigDict goes in, frozen dataclasses that hold come out.
+"""The configuration: a ConfigDict in, validated frozen dataclasses out.
 
-Everything that can be wrong with a setting alone is found here, before anything
-slow: this module imports neither JAX nor TensorFlow Datasets.
+All faults of settings alone are found here, before anything slow: this module imports neither
+JAX nor TensorFlow Datasets.
 
-A setting that is added goes last in its dataclass, with a default there: the value with
-which scores are what they were before the setting existed, whatever `defaults` has for new
-models. Models stored without it are read with that value (`restore`), and at that value it
-is neither stored (`to_stored`) nor part of a model's fingerprint (`score_settings`).
+A new setting goes last in its dataclass, with a default there: the value that leaves scores as
+they were before the setting existed, whatever `defaults` has for new models. Models stored
+without it are read with that value (`restore`), and at that value it is neither stored
+(`to_stored`) nor part of a model's fingerprint (`score_settings`).
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ REDUCTIONS = ("random", "pca", "semi_orthogonal", "none")
 STAGE_UPSAMPLINGS = ("nearest", "bilinear")
 CROPS = ("centre", "random")
 THRESHOLDS = ("auto", "leave_one_out", "held_out", "none")
-# Below, float32 cannot tell the covariance of features from a singular one.
+# Below, float32 cannot distinguish the covariance of features from a singular one.
 MIN_REGULARIZATION = 1e-4
 ALL = "all"  # config.category: one run after the other
-# Far beyond what is of use; above, memory or time would end before the work does.
-_MOST_PIXELS = 16384  # a side
-_MOST_CELLS = 63  # a side of a neighbourhood, of which all are added
-_MOST_IMAGES = 65536  # a batch
+# Far above useful values; beyond, memory or time would run out first.
+_MOST_PIXELS = 16384  # per side
+_MOST_CELLS = 63  # per side of a neighbourhood, all of which are added
+_MOST_IMAGES = 65536  # per batch
 _MOST_REPEATS = 1000
 _LEAST_STD = 1e-6  # of pixels of 0 to 1: float32 divides by it
-_HIGHEST_RGB = 1.0  # in mean and std; earlier versions took more, and models have it
+_HIGHEST_RGB = 1.0  # in mean and std; models of earlier versions may have more
 _LONGEST_PATTERN = 1000
 _HIGHEST_RATE = 0.9999
-_LONGEST_NAME = 255  # of a folder, in bytes, wherever folders are
+_LONGEST_NAME = 255  # of a folder, in bytes, on all file systems
 UPSAMPLINGS = ("bilinear", "bicubic")
 FIGURES = ("none", "some", "all")
 MAPS = ("none", "npy", "tiff")
@@ -52,18 +52,18 @@ RESOLUTIONS = ("model", "full")
 INVERTED_MASKS = ("check", "no", "yes")
 
 Size = tuple[int, int]
-# Which values become 0 and 255: all that there are, or two in the file's own counts.
+# Values that become 0 and 255: the limits of the type, or two in the file's own counts.
 Range = Literal["full"] | tuple[int, int]
-Overrides = Mapping[str, Any]  # values by dotted names, as in "outputs.figures"
+Overrides = Mapping[str, Any]  # values by dotted names ("outputs.figures")
 
 
 class UnknownSettingError(UserError):
-    """A stored model has a setting that this version lacks, and that scores may depend on."""
+    """A stored model has a setting unknown to this version that scores may depend on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """Where the images come from; `defaults` explains every field."""
+    """Source of the images; `defaults` explains all fields."""
 
     name: str
     root: paths.Path
@@ -78,7 +78,7 @@ class DatasetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
-    """From an image file to the pixels that the backbone sees; sizes are (h, w)."""
+    """Preprocessing of image files for the backbone; sizes are (h, w)."""
 
     resize: Size
     method: str
@@ -92,12 +92,12 @@ class ImageConfig:
 
     @property
     def counts(self) -> Range:
-        """What `range` means to the decoder; before a fit "train" is what there is."""
+        """Return `range` for the decoder; "train" before a fit means "full"."""
         return self.range if isinstance(self.range, tuple) else "full"
 
     @property
     def size(self) -> Size:
-        """Height and width of the backbone's input and of the anomaly maps."""
+        """Return height and width of the backbone's input and of the anomaly maps."""
         return self.crop or self.resize
 
 
@@ -120,7 +120,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MapConfig:
-    """From patch distances to the anomaly map."""
+    """Conversion of patch distances to anomaly maps."""
 
     upsample: str
     sigma: float
@@ -139,21 +139,21 @@ class ThresholdConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How a fit goes on; nothing here changes its result."""
+    """Progress of a fit; nothing here changes its result."""
 
     checkpoint_every: float
 
 
 @dataclasses.dataclass(frozen=True)
 class MetricsConfig:
-    """How anomaly maps are compared with masks."""
+    """Comparison of anomaly maps with masks."""
 
     resolution: str = "model"
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputsConfig:
-    """What is written besides metrics and scores."""
+    """Outputs besides metrics and scores."""
 
     figures: str
     maps: str
@@ -162,7 +162,7 @@ class OutputsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """What is kept between runs for speed alone; it may be deleted at any time."""
+    """Caches between runs, for speed alone; they may be deleted at any time."""
 
     dir: paths.Path | None
     images_gb: float
@@ -170,7 +170,7 @@ class CacheConfig:
 
     @property
     def folder(self) -> paths.Path:
-        """Where caches lie: `dir`, or padim_jax in the user's folder for caches.
+        """Return the folder of the caches: `dir`, or padim_jax in the user's cache folder.
 
         Raises:
           UserError: there is no such folder, since the user has no home.
@@ -190,16 +190,16 @@ class CacheConfig:
 
     @property
     def programs(self) -> paths.Path | None:
-        """Where compiled programs are kept, or None."""
+        """Return the folder of compiled programs, or None."""
         return self.folder / "compilation" if self.compilation else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole, valid configuration.
+    """A complete, valid configuration.
 
-    Of a sweep `category` is "all" or names with commas between, `repeats` above 1; `sweep`
-    makes configurations of single runs of it.
+    For a sweep `category` is "all" or names separated by commas, or `repeats` is above 1;
+    `sweep` makes configurations of single runs of it.
     """
 
     category: str
@@ -217,10 +217,11 @@ class Config:
 
     @property
     def title(self) -> str:
-        """Dataset and category in one word, as in the default workdir's name.
+        """Return dataset and category in one word, as in the default workdir's name.
 
-        Without a category the root's own name tells one part's folder from another's; images
-        that only lie as MVTec AD's do have the root's name instead of its.
+        Without a category the root's own name distinguishes one part's folder from another's;
+        images in MVTec AD's layout that are not MVTec AD's have the root's name instead of the
+        dataset's.
         """
         root, dataset = paths.absolute(self.dataset.root).name, self.dataset.name
         category = self.category or root
@@ -236,33 +237,33 @@ class Config:
 
     @property
     def packed_name(self) -> str:
-        """Folder of the packed data set: the same wherever the images lie, or lay."""
+        """Return the folder of the packed data set, independent of the images' place."""
         category = self.category or paths.absolute(self.dataset.root).name
         return f"{self.dataset.name}_{category}"
 
     @property
     def is_sweep(self) -> bool:
-        """Whether this is more than one run: of several categories, or repeated."""
+        """Return whether this is more than one run: of several categories, or repeated."""
         return self.category == ALL or "," in self.category or self.repeats > 1
 
 
-# Groups with what scores depend on. Others say where things lie and what else is done.
+# Groups of settings that scores depend on. Others state places and further outputs.
 _SCORES = ("image", "model", "map")
-# Of them, what statistics depend on.
+# Those of them that statistics depend on.
 FITTED = ("image", "model")
 
 
 def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
-    """Checks a configuration whole.
+    """Validate a complete configuration.
 
     Args:
-      values: a ConfigDict, or the nested mapping that `to_dict` returned.
+      values: a ConfigDict, or the nested mapping returned by `to_dict`.
 
     Returns:
       The same settings as frozen dataclasses.
 
     Raises:
-      UserError: one line that names the field, its value and what is allowed.
+      UserError: a setting is wrong; one line with its name, value and what is allowed.
     """
     return _validate(values, _HIGHEST_RGB)
 
@@ -270,9 +271,9 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
 def _validate(
     values: Mapping[str, Any] | ml_collections.ConfigDict, highest_rgb: float
 ) -> Config:
-    """As `validate`, with the largest number allowed in `image.mean` and `image.std`."""
+    """Validate, with the largest number allowed in `image.mean` and `image.std`."""
     checks.fields("config", values, Config)
-    groups: Any = values  # unchecked yet: anything
+    groups: Any = values  # not validated yet: any type
     dataset, image = groups["dataset"], groups["image"]
     model, map_, outputs = groups["model"], groups["map"], groups["outputs"]
     train, cache, threshold = groups["train"], groups["cache"], groups["threshold"]
@@ -391,40 +392,42 @@ def _validate(
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as nested JSON values; `validate` takes it back."""
+    """Return the configuration as nested JSON values, which `validate` reads."""
     return _plain(dataclasses.asdict(config))
 
 
 def to_stored(config: Config) -> dict[str, Any]:
-    """What a stored model keeps of its configuration, as JSON; `restore` takes it back.
+    """Return the configuration of a stored model as JSON, which `restore` reads.
 
-    As `to_dict`, without the settings that change nothing against the versions before them:
-    those versions read the model, too.
+    Like `to_dict`, without settings whose value makes no difference to versions before them:
+    those versions can then read the model, too.
     """
     return _without_later(to_dict(config), type(config))
 
 
 def restore(stored: Any, version: Any) -> Config:
-    """Returns the configuration of a stored model, of whatever version of this program.
+    """Return the configuration of a stored model, of any version of this program.
 
-    Settings that came later take the value that changes nothing. Unknown settings are left
-    out where scores do not depend on them. Ranges that were narrowed later do not apply; see
-    `implausible`.
+    Settings added later take the value that makes no difference. Unknown settings are ignored
+    if scores do not depend on them. Ranges narrowed later do not apply; see `implausible`.
 
     Args:
-      stored: what `to_stored` returned.
-      version: of padim_jax that wrote the model, for messages.
+      stored: result of `to_stored`.
+      version: version of padim_jax that wrote the model, for messages.
+
+    Returns:
+      The configuration.
 
     Raises:
       UnknownSettingError: an unknown setting that scores may depend on.
-      UserError: a wrong one.
+      UserError: a setting is wrong.
     """
     values = _complete("config", stored, Config, defaults.get_config().to_dict(), version)
     return _validate(values, checks.MOST)
 
 
 def implausible(config: Config) -> str:
-    """Say what of a stored model's settings would be refused now; "" for nothing."""
+    """Return a message about stored settings that would be rejected now; "" for none."""
     for name in ("mean", "std"):
         if max(value := getattr(config.image, name)) > _HIGHEST_RGB:
             return (
@@ -439,12 +442,15 @@ def resolve(config: Config | Overrides | None, stored: Config) -> Config:
     """Return the configuration to use a stored model with.
 
     Args:
-      config: whole, which is taken as it is; or settings that replace some of the model's
-        own; or None for the model's own.
+      config: a complete configuration, used unchanged; or settings that replace some of the
+        model's own; or None for the model's own.
       stored: the model's own.
 
+    Returns:
+      The configuration.
+
     Raises:
-      UserError: a setting that there is not, or a wrong one; or settings of several runs.
+      UserError: a setting is unknown or wrong, or the settings are for several runs.
     """
     if config is None or isinstance(config, Config):
         return config or stored
@@ -467,15 +473,18 @@ def resolve(config: Config | Overrides | None, stored: Config) -> Config:
 
 
 def score_settings(config: Config, groups: Sequence[str] = _SCORES) -> dict[str, Any]:
-    """Returns the settings that scores depend on, by names as in "image.resize".
+    """Return the settings that scores depend on, by dotted names ("image.resize").
 
-    Weights are left out, which count by their content, the form of the statistics, which
-    agree up to rounding, seeds of what is not drawn, and settings that came later where they
-    change nothing.
+    Left out are weights, which count by their content, the form of the statistics, which agree
+    up to rounding, seeds that nothing is drawn with, and later settings whose value makes no
+    difference.
 
     Args:
       config: a configuration.
-      groups: `FITTED` for what the statistics depend on, alone.
+      groups: `FITTED` for only those that the statistics depend on.
+
+    Returns:
+      JSON values by name.
     """
     aside = {"model.weights", "model.statistics"}
     if not config.image.rotation and config.image.crop_at != "random":
@@ -488,7 +497,7 @@ def score_settings(config: Config, groups: Sequence[str] = _SCORES) -> dict[str,
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The same settings for use from any folder: what a checkpoint keeps."""
+    """Return the settings for use from any folder, as a checkpoint keeps them."""
     dataset, weights, cache = config.dataset, config.model.weights, config.cache
     if pathlib.Path(weights).suffix in backbones.WEIGHT_FILES:
         weights = str(pathlib.Path(weights).expanduser().absolute())
@@ -509,7 +518,7 @@ def _without_later(values: Mapping[str, Any], schema: Any) -> dict[str, Any]:
         value = values[field.name]
         if dataclasses.is_dataclass(field.type):
             value = _without_later(value, field.type)
-            # A group that came later, with nothing in it.
+            # A group added later, with nothing in it.
             if value or any(map(_is_first, dataclasses.fields(field.type))):
                 kept[field.name] = value
         elif _is_first(field) or value != _plain(field.default):
@@ -518,14 +527,14 @@ def _without_later(values: Mapping[str, Any], schema: Any) -> dict[str, Any]:
 
 
 def _is_first(field: dataclasses.Field) -> bool:
-    """Whether a setting is in all stored models."""
+    """Return whether a setting is in all stored models."""
     return field.default is dataclasses.MISSING
 
 
 def _complete(
     name: str, stored: Any, schema: Any, otherwise: Mapping[str, Any], version: Any
 ) -> dict[str, Any]:
-    """Returns a stored group with exactly the settings of this version."""
+    """Return a stored group with exactly the settings of this version."""
     checks.group(name, stored)
     known = {field.name: field for field in dataclasses.fields(schema)}
     needed = name.removeprefix("config.") in _SCORES
@@ -553,7 +562,7 @@ def _complete(
 
 
 def _plain(value: Any) -> Any:
-    """Returns a setting as a JSON value."""
+    """Return a setting as a JSON value."""
     if isinstance(value, pathlib.PurePath):
         return str(value)
     if isinstance(value, tuple):
@@ -564,7 +573,7 @@ def _plain(value: Any) -> Any:
 
 
 def _keep_all(config: Config) -> Config:
-    """Without a reduction `channels` is what there is."""
+    """Set `channels` to all channels if there is no reduction."""
     model = config.model
     if model.reduction != "none":
         return config
@@ -619,7 +628,7 @@ def _range(value: Any) -> str | tuple[int, int]:
 def _category(value: Any) -> str:
     listed = list(value) if isinstance(value, tuple | list) else [value]
     if not listed or not all(isinstance(item, str) for item in listed):
-        names: list[str] = [".."]  # no name at all
+        names: list[str] = [".."]  # not a name
     else:
         names = [name.strip() for item in listed for name in item.split(",")]
     # A category becomes part of paths; it must not lead out of the dataset's root.

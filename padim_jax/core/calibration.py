@@ -1,36 +1,36 @@
 """Thresholds from normal images alone, and scores that say how rare they are.
 
-Normal images that the model has not been fitted to (or each training image as the model
-without it scores it) tell what normal scores are like. No defect is needed.
+Normal images that the model was not fitted to (or each training image, scored by the model
+without it) show the distribution of normal scores. No defect is needed.
 
-Image threshold: the k-th smallest of n normal scores, k = ceil((n + 1)(1 - rate)). If a new
-normal image is drawn as these were, it exceeds that with a probability of at most `rate`,
-whatever the scores' distribution (split conformal prediction: Vovk et al., Algorithmic
-Learning in a Random World, 2005). n images can promise no less than 1 / (n + 1), by their
-highest score, and without an explicit rate no less is asked of them. For an explicit rate below
-that the threshold is the tail's, described next. Of training images, each left out, the
-promise is not a theorem, since the model that scores new images has one more. Measured on
-MVTec AD's bottle, 139 images fitted and 70 others scored, 20 draws: 6.1 % for 5, 9.4 % for 10.
+Image threshold: the k-th smallest of n normal scores, k = ceil((n + 1)(1 - rate)). A new normal
+image from the same distribution exceeds it with a probability of at most `rate`, whatever the
+scores' distribution (split conformal prediction: Vovk et al., Algorithmic Learning in a Random
+World, 2005). With n images the lowest rate that can be promised is 1 / (n + 1), by their
+highest score; without an explicit rate no lower one is used. For an explicit rate below it the
+threshold comes from the tail, described next. For training images, each left out, the promise
+is not a theorem, because the model that scores new images has one image more. Measured on MVTec
+AD's bottle, 139 images fitted and 70 others scored, 20 draws: 6.1 % for 5, 9.4 % for 10.
 
 Pixel threshold: the same order statistic of the normal maps' highest pixels, so that at most
-`rate` of normal images have any pixel above it: an outline promises what a verdict does. For an
-explicit `pixel_rate` it is the one that this part of all normal pixels is above.
+`rate` of normal images have any pixel above it: outlines keep the same promise as verdicts.
+With an explicit `pixel_rate` it is the value that this fraction of all normal pixels exceeds.
 
-Calibrated score: the estimated share of normal images that score lower. Up to the highest
-tenth of the normal scores it is read off their ranks, k / (n + 1). Above, the excesses over
-that point are taken for exponential, as those of maxima are in the limit (Pickands 1975;
+Calibrated score: the estimated fraction of normal images that score lower. Up to the highest
+tenth of the normal scores it comes from their ranks, k / (n + 1). Above, the excesses over
+that point are modelled as exponential, as those of maxima are in the limit (Pickands 1975;
 Gumbel's case). With m of them, of mean b, a further one exceeds t with the probability
-(1 + t / (m b))^-m if b itself is only known from those m: exactly, for any m. It goes to
+(1 + t / (m b))^-m if b itself is only known from those m: exactly, for any m. It tends to
 exp(-t / b) for large m, and claims less the fewer images there are. (Same draws: above 0.95,
 0.99 and 0.995 lie 5.8, 1.1 and 0.57 %; with exp(-t / b) 6.1, 1.4 and 0.79, with a generalised
-Pareto distribution, whose shape so few excesses do not settle, 5.9, 1.4 and 0.86.)
+Pareto distribution, whose shape cannot be estimated from so few excesses, 5.9, 1.4 and 0.86.)
 
 The chi-squared distribution, which squared distances of Gaussian embeddings would have, is not
 used: of bottle's patches, left out, 0.6 % exceed its median and 0.24 % its 0.999 quantile.
 Regularization shortens most distances, and the embeddings' tails are heavier.
 
-All this rests on images that are independent. Where they come in groups, as frames of one part
-do, each group counts as one image whose score is its highest.
+All this assumes independent images. If they come in groups, such as frames of one part, each
+group counts as one image whose score is its highest.
 """
 
 import dataclasses
@@ -46,70 +46,70 @@ from jaxtyping import Bool, Float, Float32, Int
 import padim_jax
 from padim_jax.core import verdicts
 
-# Where the normal images come from, and how to say it.
+# Origins of the normal images, and their descriptions.
 ORIGINS = {
     "leave_one_out": "training images, each scored by the model without it",
     "leave_some_out": "some of the training images, each scored by the model without it",
     "held_out": "not fitted",
     "given": "given for it",
 }
-# A mean excess, and the rank of its starting point, need two scores at the least; and a
-# covariance without one image needs two others.
+# A mean excess and the rank of its starting point need at least two scores, and a covariance
+# without one image needs two others.
 MIN_IMAGES = 3
-# The part of normal images that may be called anomalous where nothing else is asked for, and
-# enough images promise it.
+# Fraction of normal images that may be called anomalous by default, if there are enough images
+# to promise it.
 AUTOMATIC_RATE = 0.01
 RATES = (0.01, 0.02, 0.05, 0.1)  # to choose from
 
-# The part of the scores that the tail is estimated from, and how many there are to be of
-# them where there are few: with ten the mean excess is known to a third.
+# Fraction of the scores that the tail is estimated from, and their least number: ten give the
+# mean excess to within a third.
 _TAIL = 0.1
 _TAIL_IMAGES = 10
-# At most so many quantiles are kept, however many images there are.
+# Most quantiles kept, however many images there are.
 _POINTS = 256
-_SCORES = 512  # and so many scores
-# A threshold for one in 10^300, say, is still a number.
+_SCORES = 512  # most scores kept
+# Keeps a threshold for a rate of, say, 1e-300 finite.
 _FARTHEST = 1e30
 _FORMAT = "padim_jax calibration 2"
 _LISTS = ("quantiles", "levels", "rates", "rate_thresholds", "scores")
 _ASIDE = {"format", "version", "detector", "sha256"}
 _LONGEST_WARNING = 100_000
-_LARGEST = float(np.finfo(np.float32).max)  # of what is compared with scores
+_LARGEST = float(np.finfo(np.float32).max)  # of values compared with scores
 _MOST_IMAGES = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What normal images say of scores. Scores of at least a threshold are anomalous.
+    """Distribution of normal scores. Scores of at least a threshold are anomalous.
 
-    A field that is added has a default that says what is known of thresholds stored without it.
+    A new field needs a default that is true of thresholds stored without it.
 
     Attributes:
-      origin: of the normal images, one of `ORIGINS`.
-      images: how many there were.
-      groups: of how many groups they were, each of which counts as one image; None where each
-        image is independent.
-      warning: why there may be more false alarms than promised, "" where nothing is known.
-      image_rate: the share of normal images that may be called anomalous: as asked for, or
-        the least that as many images promise, but no less than `AUTOMATIC_RATE`.
-      image_promised_rate: that which as many images, or groups, promise; above the former
-        where they are too few for it.
-      image_threshold: in standard deviations, as the scores.
-      pixel_rate: the share of normal pixels that may be called anomalous. Estimated, not
-        promised: pixels of an image depend on each other. 0 where the pixel threshold is by
-        images instead: `image_rate` of them may have any pixel called anomalous.
-      pixel_threshold: in standard deviations, as the maps.
-      typical_pixel: a central value of normal maps, for the colours of heat maps: the median
-        over images of each map's median, of every fourth row and column. Near the median of
-        all pixels, but not equal to it.
-      quantiles: normal scores, rising.
-      levels: what share of normal images scores lower than these.
-      tail_images: how many images scored higher than the last quantile.
-      tail_excess: by how much on average.
-      rates: of `RATES` those that as many images promise.
-      rate_thresholds: the image threshold of each of them; falling.
-      scores: normal scores, rising; of many images a few hundred that are evenly spaced in
-        rank. None are known of thresholds that older versions stored.
+      origin: origin of the normal images, one of `ORIGINS`.
+      images: number of images.
+      groups: number of groups of images, each of which counts as one image; None if each image
+        is independent.
+      warning: reason to expect more false alarms than promised, "" if none is known.
+      image_rate: fraction of normal images that may be called anomalous: as requested, or the
+        lowest that this number of images promises, but at least `AUTOMATIC_RATE`.
+      image_promised_rate: rate that this number of images or groups promises; above
+        `image_rate` if they are too few for it.
+      image_threshold: image threshold in standard deviations, as the scores.
+      pixel_rate: fraction of normal pixels that may be called anomalous. Estimated, not
+        promised: pixels of an image are dependent. 0 if the pixel threshold is by images
+        instead: `image_rate` of them may have any pixel called anomalous.
+      pixel_threshold: pixel threshold in standard deviations, as the maps.
+      typical_pixel: central value of normal maps, for the colours of heat maps: the median over
+        images of each map's median, of every fourth row and column. Close to the median of all
+        pixels, but not equal to it.
+      quantiles: normal scores, strictly ascending.
+      levels: fraction of normal images that scores lower than each quantile.
+      tail_images: number of images that scored higher than the last quantile.
+      tail_excess: their mean excess over it.
+      rates: those of `RATES` that this number of images promises.
+      rate_thresholds: image threshold for each of them; descending.
+      scores: normal scores, ascending; for many images a few hundred evenly spaced in rank.
+        Empty for thresholds stored by older versions.
     """
 
     origin: str
@@ -132,14 +132,19 @@ class Calibration:
 
     @property
     def independent(self) -> int:
-        """How many images, or groups of them, count."""
+        """Return the number of independent images, or of groups of them."""
         return self.images if self.groups is None else self.groups
 
     def calibrated(self, scores: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """The estimated share of normal images that score lower, from 0 to below 1.
+        """Return the estimated fraction of normal images that score lower.
 
-        Never falling in the score. Above about 1 - 1 / `independent` it rests on the tail's
-        form.
+        Above about 1 - 1 / `independent` it depends on the form of the tail.
+
+        Args:
+          scores: image scores (n,).
+
+        Returns:
+          (n,) float64 in [0, 1), non-decreasing in the score.
         """
         scores = scores.astype(np.float64)
         body = np.interp(scores, self.quantiles, self.levels, left=0.0)
@@ -147,9 +152,9 @@ class Calibration:
         beyond = 1 - self.levels[-1]
         if self.tail_excess > 0:
             scale = self.tail_images * self.tail_excess
-            with np.errstate(over="ignore"):  # far beyond a tail of no width nothing is left
+            with np.errstate(over="ignore"):  # far beyond a tail of zero width nothing is left
                 beyond = beyond * np.exp(-self.tail_images * np.log1p(excess / scale))
-        else:  # the highest scores are equal: nothing is known but that none was higher
+        else:  # the highest scores are equal: only known that none was higher
             beyond = 1 / (self.independent + 1)
         found = np.where(excess > 0, 1 - beyond, body)
         return np.minimum(found, np.nextafter(1.0, 0.0))
@@ -163,22 +168,25 @@ def calibrate(
     pixel_rate: float,
     groups: Int[np.ndarray, " n"] | None = None,
 ) -> Calibration:
-    """Thresholds, and the distribution of normal scores.
+    """Return thresholds and the distribution of normal scores.
 
     Args:
-      parts: anomaly maps and image scores of normal images, batch by batch. Of the maps
-        only the highest `pixel_rate` of all pixels is kept.
-      images: how many there are in all.
+      parts: anomaly maps (n, h, w) and image scores (n,) of normal images, batch by batch. Only
+        the highest `pixel_rate` of all pixels is kept.
+      images: total number of images.
       origin: see `Calibration`.
-      image_rate: the share of normal images that may be called anomalous, below 1; 0 for
+      image_rate: fraction of normal images that may be called anomalous, below 1; 0 for
         `automatic_rate`.
-      pixel_rate: the same of normal pixels; 0 for a pixel threshold by images.
-      groups: of each image, in the order of `parts`, the number of its group. The highest
-        score of a group stands for it. None where each image is independent.
+      pixel_rate: the same for normal pixels; 0 for a pixel threshold by images.
+      groups: group number of each image, in the order of `parts`. A group is represented by its
+        highest score. None if each image is independent.
+
+    Returns:
+      The calibration.
 
     Raises:
-      ValueError: fewer than `MIN_IMAGES` or as many groups, another number than was said, or a
-        score that is not finite.
+      ValueError: there are fewer than `MIN_IMAGES` images or groups, their number is not
+        `images`, or a score is not finite.
     """
     independent = images if groups is None else len(np.unique(groups))
     if independent < MIN_IMAGES:
@@ -191,7 +199,7 @@ def calibrate(
     for maps, part in parts:
         scores.append(part)
         maxima.append(maps.max(axis=(1, 2)))
-        # Maps are smooth: a sixteenth of the pixels shows where a map's middle is.
+        # Maps are smooth: a sixteenth of the pixels suffices for their median.
         medians.append(np.median(maps[:, ::4, ::4], axis=(1, 2)))
         if pixel_rate:
             pixels = images * math.prod(maps.shape[1:])
@@ -234,24 +242,35 @@ def calibrate(
 
 
 def automatic_rate(independent: int) -> float:
-    """Return `AUTOMATIC_RATE`, or the least that so many images promise where that is more."""
+    """Return `AUTOMATIC_RATE`, or the lowest rate so many images promise if that is higher."""
     return max(AUTOMATIC_RATE, 1 / (independent + 1))
 
 
 def is_promised(rate: float, independent: int) -> bool:
-    """Return whether so many images promise a rate by one of their scores."""
+    """Return whether a number of images promises a rate by one of their scores.
+
+    Args:
+      rate: fraction of normal images that may be called anomalous.
+      independent: number of independent images.
+
+    Returns:
+      True if it does.
+    """
     return _wanted(rate, independent) <= independent
 
 
 def conformal(scores: Float32[np.ndarray, " n"], rate: float) -> float:
-    """Return the image threshold that promises a rate; see the module's text.
+    """Return the image threshold that promises a rate; see the module's docstring.
 
     Args:
-      scores: of independent normal images, in any order.
-      rate: one that so many images promise.
+      scores: scores of independent normal images, in any order.
+      rate: rate that so many images promise.
+
+    Returns:
+      The threshold; scores of at least it are anomalous.
 
     Raises:
-      ValueError: they do not.
+      ValueError: so many images do not promise the rate.
     """
     if not is_promised(rate, len(scores)):
         raise ValueError(f"{len(scores)} images do not promise a rate of {rate:g}")
@@ -259,12 +278,12 @@ def conformal(scores: Float32[np.ndarray, " n"], rate: float) -> float:
 
 
 def _wanted(rate: float, independent: int) -> int:
-    """The rank, from 1, of the score that promises a rate; above all where none does."""
+    """Return the rank, from 1, of the score that promises a rate; above n if none does."""
     return math.ceil(_exact((independent + 1) * (1 - rate)))
 
 
 def _promised(rate: float, independent: int) -> float:
-    """The rate that is promised where this one is asked for."""
+    """Return the rate that is promised if `rate` is requested."""
     wanted = min(_wanted(rate, independent), independent)
     return (independent + 1 - wanted) / (independent + 1)
 
@@ -272,7 +291,7 @@ def _promised(rate: float, independent: int) -> float:
 def _highest(
     scores: Float32[np.ndarray, " n"], groups: Int[np.ndarray, " n"]
 ) -> Float32[np.ndarray, " g"]:
-    """The highest score of each group."""
+    """Return the highest score of each group."""
     _, numbers = np.unique(groups, return_inverse=True)
     found = np.full(numbers.max() + 1, -np.inf, np.float32)
     np.maximum.at(found, numbers, scores)
@@ -283,7 +302,7 @@ def _largest(
     largest: Float32[np.ndarray, " _k"], values: Float32[np.ndarray, " _n"], count: int
 ) -> Float32[np.ndarray, " _m"]:
     """Return the `count` largest values of both (all, if there are fewer), in any order."""
-    if len(largest) == count:  # most values are below all of them, and are not copied
+    if len(largest) == count:  # avoids copying most values, which are too small
         values = values[values > largest.min()]
     both = np.concatenate([largest, values])
     if len(both) <= count:
@@ -293,7 +312,7 @@ def _largest(
 
 @dataclasses.dataclass(frozen=True)
 class _Tail:
-    """The distribution of scores; names as of `Calibration`."""
+    """Distribution of scores; names as in `Calibration`."""
 
     quantiles: tuple[float, ...]
     levels: tuple[float, ...]
@@ -302,10 +321,10 @@ class _Tail:
 
 
 def _tail(scores: Float32[np.ndarray, " n"]) -> _Tail:
-    """Of scores that are sorted."""
+    """Return the distribution of sorted scores."""
     images = len(scores)
     tail = min(images - 1, max(_TAIL_IMAGES, math.ceil(_TAIL * images)))
-    # Equal scores have the level of the first of them: no more than their share is claimed.
+    # Equal scores get the level of the first of them, so as not to overstate their rarity.
     values, first = np.unique(scores[: images - tail], return_index=True)
     levels = (first + 1) / (images + 1)
     if len(values) > _POINTS:
@@ -317,10 +336,10 @@ def _tail(scores: Float32[np.ndarray, " n"]) -> _Tail:
 
 
 def _threshold(scores: Float32[np.ndarray, " n"], rate: float, tail: _Tail) -> float:
-    """Of scores that are sorted: promised by one of them, or where none does the tail's."""
+    """Return the threshold of sorted scores: promised by one of them, or else the tail's."""
     if is_promised(rate, len(scores)):
         return conformal(scores, rate)
-    # The calibrated score's own quantile, in closed form.
+    # Quantile of the calibrated score, in closed form.
     ratio = (1 - tail.levels[-1]) / rate
     beyond = tail.quantiles[-1] + tail.images * tail.excess * math.expm1(
         math.log(ratio) / tail.images
@@ -329,29 +348,29 @@ def _threshold(scores: Float32[np.ndarray, " n"], rate: float, tail: _Tail) -> f
 
 
 def _rank(count: int, rate: float) -> int:
-    """Of `count` values the rank, from 1, that the part `rate` of further ones exceeds."""
+    """Return the rank, from 1, that a fraction `rate` of further values exceeds."""
     return min(count, math.ceil(_exact((count + 1) * (1 - rate))))
 
 
 def _exact(product: float) -> float:
-    # 100 * (1 - 0.1) is 90.00000000000001 or 89.99...: what was meant is 90.
+    # 100 * (1 - 0.1) is 90.00000000000001 or 89.99..., where 90 is meant.
     return round(product, 6)
 
 
 def _above(value: float) -> float:
-    """The next float32: `score >= threshold` then means higher than the value."""
+    """Return the next float32, so that `score >= threshold` means above the value."""
     return float(np.nextafter(np.float32(value), np.float32(np.inf)))
 
 
 def shown(calibrated: float) -> str:
-    """A calibrated score for a table, with as many nines as it has, as in 0.99986."""
+    """Format a calibrated score for a table, with as many nines as it has: "0.99986"."""
     beyond = 1 - calibrated
     digits = 4 if beyond >= 1e-3 else 1 - math.floor(math.log10(beyond))
     return f"{calibrated:.{digits}f}"
 
 
 def text(calibration: Calibration) -> str:
-    """Where the thresholds come from and what they promise, for a person."""
+    """Describe for a person the thresholds' origin and promise."""
     known = calibration
     images = f"{known.images} normal images"
     if known.groups is not None:
@@ -381,7 +400,7 @@ def text(calibration: Calibration) -> str:
 
 
 def rates_text(calibration: Calibration) -> str:
-    """Thresholds for other rates, and what so few images do not promise, for a person."""
+    """Describe for a person thresholds for other rates, and rates that are not promised."""
     known = calibration
     found = [
         f"{100 * rate:g} % from {threshold:.4g}"
@@ -396,7 +415,7 @@ def rates_text(calibration: Calibration) -> str:
 
 
 def fewest(rate: float) -> int:
-    """Return the least number of images that promise a rate."""
+    """Return the smallest number of images that promises a rate."""
     return math.ceil(_exact(1 / rate)) - 1
 
 
@@ -407,18 +426,18 @@ def outcome(
     maps: Float32[np.ndarray, "n h w"],
     masks: Sequence[Bool[np.ndarray, "h w"] | None],
 ) -> dict[str, Any]:
-    """What the thresholds do on a test set, which had no part in them.
+    """Evaluate the thresholds on a test set that did not influence them.
 
     Args:
-      calibration: of normal images.
+      calibration: calibration on normal images.
       labels: True for anomalous images.
-      scores: of the images.
+      scores: image scores.
       maps: anomaly maps.
-      masks: defect pixels; None where unknown. Such images count by image only.
+      masks: defect pixels; None if unknown, such images enter the image rates only.
 
     Returns:
-      JSON-able: where the thresholds come from, and rates from 0 to 1; None where there is
-      no image or pixel of the kind. Numbers of images come with `verdicts.share`'s intervals.
+      A dict ready for JSON: the thresholds' origin, and rates from 0 to 1; None if there is no
+      image or pixel of the kind. Counts of images have the intervals of `verdicts.share`.
     """
     called = scores >= np.float32(calibration.image_threshold)
     # Pixels and those called anomalous: of defects, of the rest, of normal images.
@@ -465,7 +484,7 @@ def _at_rate(
     labels: Bool[np.ndarray, " n"],
     scores: Float32[np.ndarray, " n"],
 ) -> dict[str, Any]:
-    """What the threshold for a rate does; without one where so few images do not promise it."""
+    """Evaluate the threshold for a rate; None if so few images do not promise the rate."""
     found: dict[str, Any] = {"rate": rate, "threshold": None, "images_needed": fewest(rate)}
     if rate not in calibration.rates:
         return found
@@ -479,16 +498,20 @@ def _at_rate(
 
 
 def to_dict(calibration: Calibration, detector: str) -> dict[str, Any]:
-    """As JSON; `from_dict` takes it back.
+    """Convert to a dict ready for JSON, which `from_dict` reads.
 
     Args:
-      calibration: what to store.
-      detector: fingerprint of the one whose scores these are.
+      calibration: calibration to store.
+      detector: fingerprint of the detector that gave the scores.
+
+    Returns:
+      The fields with format, version, detector and digest.
     """
     fields = {
         field.name: list(value) if isinstance(value, tuple) else value
         for field in dataclasses.fields(calibration)
-        # What older versions do not know, they need not where it says nothing.
+        # Defaults are left out, so that older versions can read the file if it needs no new
+        # field.
         if (value := getattr(calibration, field.name)) != field.default
     }
     about = {"format": _FORMAT, "version": padim_jax.__version__, "detector": detector}
@@ -501,14 +524,17 @@ def _digest(said: Mapping[str, Any]) -> str:
 
 
 def from_dict(stored: Any, *detector: str) -> Calibration | None:
-    """Of this detector; None of another one (fitted again since, say).
+    """Return the stored calibration, or None if it belongs to another detector.
 
     Args:
-      stored: what `to_dict` returned, in this version or another one.
-      detector: the fingerprints that it may have been stored with.
+      stored: result of `to_dict`, from this version or another one.
+      detector: fingerprints accepted as this detector's.
+
+    Returns:
+      The calibration; None if it belongs to another detector (fitted again since, say).
 
     Raises:
-      ValueError: it is not what `to_dict` made, or has a field that this version lacks.
+      ValueError: `stored` was not made by `to_dict`, or has a field unknown to this version.
     """
     if not isinstance(stored, Mapping) or stored.get("format") != _FORMAT:
         raise ValueError(f"expected a group with format {_FORMAT!r}")
@@ -568,7 +594,7 @@ def _valid(name: str, value: Any) -> bool:
 
 
 def _valid_list(name: str, value: Any) -> bool:
-    # What came later is empty in what was stored before it.
+    # Fields added later are empty in files written before.
     if name in ("rates", "rate_thresholds", "scores") and value in ((), []):
         return True
     if not isinstance(value, list) or not value or {type(x) for x in value} != {float}:
@@ -577,7 +603,7 @@ def _valid_list(name: str, value: Any) -> bool:
     if not np.all(np.abs(array) <= _LARGEST):  # false for NaN
         return False
     steps = np.diff(array)
-    if name in ("rate_thresholds", "scores"):  # of which some may be equal
+    if name in ("rate_thresholds", "scores"):  # some may be equal
         return bool(np.all((steps if name == "scores" else -steps) >= 0))
     shares = name == "quantiles" or 0 < array[0] <= array[-1] < 1
     return bool(shares and np.all(steps > 0))

@@ -1,17 +1,17 @@
-"""Feature maps of several depths -> embeddings, every stage on its own grid.
+"""Feature maps of several depths -> embeddings, each stage on its own grid.
 
 PaDiM (arXiv 2011.08785), section III-A, repeats the deeper stages' features until they
 cover the finest grid: 16 patches share one layer-3 feature, which then enters 16
-covariances and 16 distances. Here nothing is repeated. A coarsest cell with all that
-lies above it is a *region*, and a stage's channels form a *level*: (r, n, d, b) for
-r regions, n cells a region, d selected channels and b images. `gaussian` and `scoring`
-work region by region, on matrices d x b; `embed` gives the paper's embedding.
+covariances and 16 distances. Here nothing is repeated. A coarsest cell together with all
+cells above it is a *region*, and a stage's channels form a *level*: (r, n, d, b) for
+r regions, n cells per region, d selected channels and b images. `gaussian` and `scoring`
+process region by region, on matrices d x b; `embed` gives the paper's embedding.
 
-Where embeddings are projected (see `reduction`) or deeper stages interpolated, every patch
-has features of its own: `assemble` and `project` give one feature map on the finest grid,
-and that is a pyramid of one level, with a region for every patch.
+If embeddings are projected (see `reduction`) or deeper stages interpolated, patches share
+no features: `assemble` and `project` give one feature map on the finest grid, a pyramid of
+one level with one region per patch.
 
-With two stages on grids of 2x2 and 1x1 there is one region with four cells and one::
+Two stages on grids of 2x2 and 1x1 form one region with four cells and one cell::
 
       finest level   0 1      cells 0 1 2 3 of region 0
                      2 3
@@ -37,12 +37,11 @@ class Level:
     """The selected channels of one stage.
 
     Attributes:
-      stage: which one, of the stages in use.
-      channels: their numbers in the stage.
-      order: where the embedding has them.
-      source: of every cell, its position in the stage's feature map, row by row. Where
-        grids do not divide each other some cells are there twice, so that every region
-        has equally many.
+      stage: index among the stages in use.
+      channels: channel numbers within the stage.
+      order: positions of the channels in the embedding.
+      source: position of each cell in the stage's feature map, row-major. If grids do not
+        divide each other, some cells are repeated so that all regions have the same number.
     """
 
     stage: int
@@ -53,12 +52,12 @@ class Level:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pyramid:
-    """How the stages' grids lie upon each other.
+    """Correspondence between the stages' grids.
 
     Attributes:
-      levels: of the stages with selected channels, the finest first. The cells of a
-        level lie together that share a cell of the next coarser one.
-      patches: of every patch, row by row, its cell among all of the finest level's.
+      levels: levels of the stages with selected channels, the finest first. Cells of a level
+        that share a cell of the next coarser level are contiguous.
+      patches: per patch, row-major, the index of its cell among all cells of the finest level.
     """
 
     levels: tuple[Level, ...]
@@ -66,19 +65,19 @@ class Pyramid:
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
-        """(r, n, d) of every level: regions, cells a region, own channels."""
+        """Return (r, n, d) of each level: regions, cells per region, own channels."""
         return tuple((*level.source.shape, len(level.channels)) for level in self.levels)
 
 
 def channel_index(total: int, channels: int, seed: int) -> Int[np.ndarray, " d"]:
-    """Draws the channels to keep out of the concatenated stages' channels.
+    """Draw the channels to keep out of the concatenated stages' channels.
 
     The PyTorch projects call `random.seed(seed); random.sample(range(total), channels)`;
     the same generator makes a published seed give the published channels.
 
     Args:
       total: number of channels of all stages together.
-      channels: how many to keep, at most `total`.
+      channels: number of channels to keep, at most `total`.
       seed: any integer.
 
     Returns:
@@ -91,12 +90,15 @@ def channel_index(total: int, channels: int, seed: int) -> Int[np.ndarray, " d"]
 def pyramid(
     grids: tuple[tuple[int, int], ...], channels: tuple[int, ...], index: tuple[int, ...]
 ) -> Pyramid:
-    """Lays the stages' grids upon each other.
+    """Return the correspondence between the stages' grids.
 
     Args:
-      grids: height and width of every stage's feature map, the finest first.
-      channels: of every stage.
-      index: the channels to keep, numbers into the stages' concatenated channels.
+      grids: height and width of each stage's feature map, the finest first.
+      channels: number of channels of each stage.
+      index: channels to keep, numbers into the stages' concatenated channels.
+
+    Returns:
+      The pyramid; the same object for the same arguments.
     """
     kept = np.asarray(index)
     offsets = np.cumsum([0, *channels])
@@ -110,7 +112,7 @@ def pyramid(
             patches * size + _nearest(grids[0], grids[i]), return_inverse=True
         )
         cell, position = np.divmod(pairs, size)
-        starts = np.searchsorted(cell, cell)  # of equal cells, the first pair
+        starts = np.searchsorted(cell, cell)  # first pair of equal cells
         rank = np.arange(len(cell)) - starts
         fan = rank.max() + 1
         source = np.zeros((cells, fan), int)
@@ -128,19 +130,19 @@ def pyramid(
 
 
 def select(features: Sequence[FeatureMap], pyramid: Pyramid, pooling: int = 1) -> Levels:
-    """Picks the kept channels of every stage, on its own grid.
+    """Select the kept channels of each stage, on its own grid.
 
     Args:
       features: feature maps (b, h_i, w_i, c_i) of the stages, the finest first.
-      pyramid: of their grids; static under jit.
+      pyramid: pyramid of their grids; static under jit.
       pooling: see `pool`; static under jit.
 
     Returns:
-      One array (r, n, d, b) a level, float32.
+      One array (r, n, d, b) per level, float32.
     """
     found = []
     for level in pyramid.levels:
-        # The fewer channels are pooled: it is the same for each.
+        # Pooling is per channel, so only the selected channels need it.
         stage = pool(features[level.stage][..., level.channels], pooling)
         cells = stage.reshape(len(stage), -1, len(level.channels))
         chosen = jnp.take(cells, level.source.reshape(-1), axis=1)
@@ -149,13 +151,16 @@ def select(features: Sequence[FeatureMap], pyramid: Pyramid, pooling: int = 1) -
 
 
 def pool(stage: FeatureMap, size: int) -> Float32[Array, "b _h _w _c"]:
-    """Averages every cell with its neighbours; at the border with those that exist.
+    """Average each cell with its neighbours; at the border only with those that exist.
 
     `torch.nn.functional.avg_pool2d(stage, size, 1, size // 2, count_include_pad=False)`.
 
     Args:
-      stage: a feature map.
-      size: of the square window, in cells; odd. 1 changes nothing.
+      stage: feature map (b, h, w, c).
+      size: side of the square window in cells; odd. 1 changes nothing.
+
+    Returns:
+      (b, h, w, c) float32.
     """
     stage = stage.astype(jnp.float32)
     if size == 1:
@@ -173,16 +178,19 @@ def pool(stage: FeatureMap, size: int) -> Float32[Array, "b _h _w _c"]:
 def assemble(
     features: Sequence[FeatureMap], index: Sequence[int], pooling: int, upsample: str
 ) -> Float32[Array, "b h w d"]:
-    """The embeddings as one feature map on the first stage's grid.
+    """Return the embeddings as one feature map on the first stage's grid.
 
-    Where deeper stages are interpolated, patches share none of their features: `select` has
-    nothing to save.
+    Used where deeper stages are interpolated: patches then share no features, and `select`
+    would save nothing.
 
     Args:
-      features: feature maps (b, h_i, w_i, c_i), the one with the finest grid first.
+      features: feature maps (b, h_i, w_i, c_i), the finest grid first.
       index: channel numbers into the stages' concatenated channels; static under jit.
       pooling: see `pool`.
-      upsample: "nearest" or "bilinear", to the first one's grid.
+      upsample: "nearest" or "bilinear", to the first stage's grid.
+
+    Returns:
+      (b, h, w, d) float32.
     """
     kept, offsets = np.asarray(index), np.cumsum([0, *(x.shape[3] for x in features)])
     parts, orders = [], []
@@ -200,16 +208,19 @@ def project(
     pooling: int,
     upsample: str,
 ) -> Float32[Array, "b h w d"]:
-    """The embeddings of all channels times a matrix, on the first stage's grid.
+    """Return the embeddings of all channels times a matrix, on the first stage's grid.
 
-    x W is the sum of the stages' x_s W_s. Pooling and upsampling go over cells and W over
-    channels, so that W comes first, at every stage's own resolution.
+    x W is the sum of the stages' x_s W_s. Pooling and upsampling act on cells and W on
+    channels, so W is applied first, at each stage's own resolution.
 
     Args:
-      features: feature maps (b, h_i, w_i, c_i), the one with the finest grid first.
-      projection: W, of the stages' channels in their order; see `reduction`.
+      features: feature maps (b, h_i, w_i, c_i), the finest grid first.
+      projection: W (C, D), rows in the order of the stages' channels; see `reduction`.
       pooling: see `pool`.
-      upsample: "nearest" or "bilinear", to the first one's grid.
+      upsample: "nearest" or "bilinear", to the first stage's grid.
+
+    Returns:
+      (b, h, w, d) float32.
     """
     ends = np.cumsum([x.shape[3] for x in features])
     found = None
@@ -224,13 +235,13 @@ def project(
 
 
 def embed(features: Sequence[FeatureMap], index: Int[np.ndarray, " d"]) -> Embeddings:
-    """The paper's embedding: the kept channels of all stages on the finest stage's grid.
+    """Return the paper's embedding: kept channels of all stages on the finest grid.
 
-    Deeper stages are brought to that grid by nearest upsampling, as
-    `torch.nn.functional.interpolate(mode="nearest")` does.
+    Deeper stages are brought to that grid by nearest upsampling, as by
+    `torch.nn.functional.interpolate(mode="nearest")`.
 
     Args:
-      features: feature maps (b, h_i, w_i, c_i), the one with the finest grid first.
+      features: feature maps (b, h_i, w_i, c_i), the finest grid first.
       index: channel numbers into the stages' concatenated channels; static under jit.
 
     Returns:
@@ -242,12 +253,20 @@ def embed(features: Sequence[FeatureMap], index: Int[np.ndarray, " d"]) -> Embed
 
 
 def concatenate(levels: Levels, pyramid: Pyramid) -> Embeddings:
-    """The embeddings (b, p, d) whose parts the levels are."""
+    """Return the embeddings composed of the levels.
+
+    Args:
+      levels: arrays (r, n, d, b), the finest level first.
+      pyramid: pyramid that the levels were selected by.
+
+    Returns:
+      Embeddings (b, p, d), float32.
+    """
     finest = levels[0].shape[1]
     parts = [jnp.repeat(level, finest // level.shape[1], axis=1) for level in levels]
     embedding = jnp.concatenate(parts, axis=2)
     embedding = embedding.reshape(-1, *embedding.shape[2:])[pyramid.patches]
-    # Levels hold their channels side by side; the embedding keeps the drawn order.
+    # Levels hold their channels contiguously; the embedding keeps the drawn order.
     order = np.argsort(np.concatenate([level.order for level in pyramid.levels]))
     return jnp.transpose(embedding[:, order], (2, 0, 1))
 
@@ -272,6 +291,6 @@ def _upsample(
 
 
 def _nearest(fine: tuple[int, int], coarse: tuple[int, int]) -> Int[np.ndarray, " p"]:
-    """Of every cell of the fine grid the coarse one that nearest upsampling puts there."""
+    """Return, per cell of the fine grid, the coarse cell that nearest upsampling copies."""
     rows, columns = (interpolation.nearest(m, n) for n, m in zip(fine, coarse, strict=True))
     return (rows[:, None] * coarse[1] + columns).reshape(-1)

@@ -5,11 +5,10 @@ and combined by the pairwise formulas of Chan, Golub and LeVeque (1983), which d
 cancel as E[x x^T] - E[x] E[x]^T does. Any split of the images into batches or models
 gives the same moments up to float rounding.
 
-Patches of a region share their coarse levels' features (see `embedding`), and so the
-blocks of their covariances that belong to these. Every such block is computed, stored
-and factorised once: 4,096 patches of 550 channels of a wide_resnet50_2 have 1.2e9
-covariances, of which 2.8e8 differ. Functions are written for one region and mapped over
-regions with `vmap`.
+Patches of a region share their coarse levels' features (see `embedding`), and therefore
+the covariance blocks of these levels. Each shared block is computed, stored and factorised
+once: 4,096 patches of 550 channels of a wide_resnet50_2 have 1.2e9 covariances, of which
+2.8e8 differ. Functions are written for one region and mapped over regions with `vmap`.
 """
 
 import functools
@@ -26,18 +25,18 @@ _Means = tuple[Float32[Array, "_n _d"], ...]  # of one region
 _Matrices = tuple[tuple[Float32[Array, "_n _d _e"], ...], ...]
 _Rows = tuple[Float32[Array, "_n _d b"], ...]
 
-_LARGEST_BLOCK = 256  # cells of the finest level that are computed together
-_MOST_NUMBERS = 1 << 25  # of their matrices; reached where all have many channels of their own
+_LARGEST_BLOCK = 256  # cells of the finest level per block
+_MOST_NUMBERS = 1 << 25  # in a block's matrices; reached only with many channels per level
 
 # float32 products, also on GPUs, where the default would be TF32's 10-bit mantissa.
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 def init(shapes: Sequence[tuple[int, int, int]]) -> Moments:
-    """Moments of no image at all.
+    """Return the moments of zero images.
 
     Args:
-      shapes: (r, n, d) of every level, the finest first, as `embedding.Pyramid.shapes`.
+      shapes: (r, n, d) of each level, the finest first, as `embedding.Pyramid.shapes`.
     """
     channels = [d for _, _, d in shapes]
     return Moments(
@@ -51,12 +50,12 @@ def init(shapes: Sequence[tuple[int, int, int]]) -> Moments:
 
 
 def update(moments: Moments, levels: Levels, valid: Valid) -> Moments:
-    """Adds a batch of images.
+    """Add a batch of images.
 
     Args:
-      moments: what was seen before.
+      moments: moments of the images seen before.
       levels: the images' embeddings, (r, n, d, b) float32 each.
-      valid: (b,); False marks padding, which counts nothing.
+      valid: (b,); False marks padding, which is not counted.
 
     Returns:
       Moments of both.
@@ -68,7 +67,7 @@ def update(moments: Moments, levels: Levels, valid: Valid) -> Moments:
     block = _block(moments.m2)
     update_block = jax.vmap(_update_region, in_axes=(0, 0, 0, None, None, None))
 
-    # Block by block and in place: beside the moments only one block is in memory.
+    # Block by block and in place: only one block is in memory besides the moments.
     def step(i: Int32[Array, ""], state: tuple) -> tuple:
         mean, m2, x = jax.tree.map(lambda x: _slice(x, i, block), (*state, levels))
         changed = update_block(mean, m2, x, valid, weight, scale)
@@ -80,7 +79,15 @@ def update(moments: Moments, levels: Levels, valid: Valid) -> Moments:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of two disjoint sets of images together (Chan et al., eq. 2.1)."""
+    """Return the moments of two disjoint sets of images together (Chan et al., eq. 2.1).
+
+    Args:
+      a: moments of one set; donate them under jit.
+      b: moments of the other set, of the same shapes.
+
+    Returns:
+      Moments of both.
+    """
     count = a.count + b.count
     weight = b.count / jnp.maximum(count, 1).astype(jnp.float32)
     scale = a.count * weight
@@ -102,34 +109,36 @@ def merge(a: Moments, b: Moments) -> Moments:
 def finalize(
     moments: Moments, regularization: Float[Array, ""] | float
 ) -> tuple[Gaussian, Bool[Array, " r"], Float32[Array, " r"]]:
-    """The Gaussians, factorised for scoring.
+    """Return the Gaussians, factorised for scoring.
 
     The covariance is unbiased (divided by count - 1) plus `regularization` on its
     diagonal, as in the paper and in `numpy.cov`.
 
     Args:
-      moments: of at least two images. Under jit they should be donated: their memory
-        becomes the result's.
+      moments: moments of at least two images. Donate them under jit: the result reuses their
+        memory.
       regularization: epsilon, above 0.
 
     Returns:
-      Means and Cholesky factors; of every region whether its moments are finite, and how
-      much of epsilon rounding has left. In exact arithmetic no pivot of a factor, which is
-      a variance that the channels before it do not explain, is below epsilon: this is the
-      smallest one divided by epsilon, and 0 where there is no factor in float32.
+      Means and Cholesky factors; per region: whether the moments are finite, and the fraction
+      of epsilon that survives rounding. In exact arithmetic no pivot of a factor (the variance
+      of a channel that the channels before it do not explain) is below epsilon; the fraction is
+      the smallest pivot divided by epsilon, or 0 if there is no factor in float32.
     """
     m2, count = moments.m2, moments.count
     regions, block = len(m2[0][0]), _block(m2)
     factorise = jax.vmap(_factorise_region, in_axes=(0, None, None))
     means = [jnp.all(jnp.isfinite(x), axis=(1, 2)) for x in moments.mean]
 
-    # In the moments' place: beside the result one block is in memory. The next block is read
-    # from what is written already; read before, XLA might copy all for the two to be apart.
+    # In place of the moments: only one block is in memory besides the result. The next block is
+    # read after writing this one; read before, XLA might copy the whole array to keep the two
+    # apart.
     def step(i: Int32[Array, ""], state: tuple) -> tuple:
         m2, part, *flags = state
         factor = factorise(part, count, regularization)
         m2 = jax.tree.map(lambda x, y: _put(x, y, i, block), m2, factor)
-        # Of their own: an infinite variance gives a finite factor, its channel never counts.
+        # The moments are checked themselves: an infinite variance gives a finite factor that
+        # ignores its channel.
         found = (_all_finite(part), _kept(factor, regularization))
         flags = (_put(x, y, i, block) for x, y in zip(flags, found, strict=True))
         return m2, jax.tree.map(lambda x: _slice(x, i + 1, block), m2), *flags
@@ -142,7 +151,7 @@ def finalize(
 
 
 def _block(m2: LevelMatrices) -> int:
-    """Regions of a block: the most admissible that divide all; a remainder costs a copy."""
+    """Return the regions per block: the largest allowed divisor; a remainder costs a copy."""
     regions, cells = m2[0][0].shape[:2]
     numbers = sum(x.size for x in jax.tree.leaves(m2)) // regions
     most = max(1, min(_LARGEST_BLOCK // cells, _MOST_NUMBERS // numbers))
@@ -165,8 +174,8 @@ def _all_finite(matrices: LevelMatrices) -> Bool[Array, " r"]:
 def _kept(
     factor: LevelMatrices, regularization: Float[Array, ""] | float
 ) -> Float32[Array, " r"]:
-    """The smallest pivot of a region's factors in epsilons; see `finalize`."""
-    # The inverse of a triangle has the inverse diagonal.
+    """Return the smallest pivot of each region's factors divided by epsilon; see `finalize`."""
+    # The diagonal of a triangular matrix's inverse is the inverse of its diagonal.
     each = [jnp.diagonal(own, axis1=-2, axis2=-1) for own, *_ in factor]
     largest = jnp.stack([jnp.max(x, axis=(1, 2)) for x in each]).max(axis=0)
     return jnp.where(_all_finite(factor), 1 / (regularization * largest**2), 0.0)
@@ -180,8 +189,8 @@ def _update_region(
     weight: Float32[Array, ""],
     scale: Float32[Array, ""],
 ) -> tuple[_Means, _Matrices]:
-    # weight = n_b / n, scale = n_a n_b / n, as in `merge`, whose outer product here is
-    # one more image of the batch.
+    # weight = n_b / n, scale = n_a n_b / n, as in `merge`; the outer product of `merge` is
+    # appended here as one more image of the batch.
     counts = valid.astype(jnp.float32)[None, None]
     total = jnp.maximum(jnp.sum(counts), 1)
     batch_mean = tuple(jnp.sum(counts * level, axis=-1) / total for level in x)
@@ -213,7 +222,7 @@ def _merge_region(
 
 
 def _products(rows: _Rows) -> _Matrices:
-    """Sums over images of the products of every level with itself and the coarser ones."""
+    """Sum over images the products of each level with itself and the coarser levels."""
     return tuple(
         tuple(
             _matmul(_group(level, len(coarse)), coarse.swapaxes(-1, -2)).reshape(
@@ -226,14 +235,14 @@ def _products(rows: _Rows) -> _Matrices:
 
 
 def _group(x: Float32[Array, "n _d _e"], cells: int) -> Float32[Array, "_m _nd _e"]:
-    """Stacks the rows of all cells above one coarser cell: one product for them all."""
+    """Stack the rows of all cells above one coarser cell: one product serves them all."""
     return x.reshape(cells, -1, x.shape[-1])
 
 
 def _factorise_region(
     m2: _Matrices, count: Int32[Array, ""], regularization: Float[Array, ""] | float
 ) -> _Matrices:
-    """Block Cholesky factorisation, from the coarsest level to the finest.
+    """Return the block Cholesky factor, computed from the coarsest level to the finest.
 
     Level i's rows of the factor L follow from those of the coarser levels m by forward
     substitution, L_im = (C_im - sum_{j coarser than m} L_ij L_mj^T) L_mm^-T, and

@@ -1,7 +1,7 @@
 """Upsampling along one axis as a matrix, with PyTorch's conventions.
 
-`torch.nn.functional.interpolate(align_corners=False)` is linear, and separable: a matrix for
-the rows and one for the columns are the whole of it.
+`torch.nn.functional.interpolate(align_corners=False)` is linear and separable: one matrix
+for the rows and one for the columns describe it completely.
 """
 
 import functools
@@ -11,19 +11,33 @@ from jaxtyping import Float, Int
 
 
 def nearest(n_in: int, n_out: int) -> Int[np.ndarray, " n_out"]:
-    """Of every output sample the input one that nearest upsampling puts there."""
-    # In float32, as PyTorch: a whole number may round to the sample before it.
+    """Return, per output sample, the index of the input sample that nearest upsampling copies.
+
+    Args:
+      n_in: number of input samples.
+      n_out: number of output samples.
+
+    Returns:
+      Indices (n_out,) from 0 to n_in - 1.
+    """
+    # In float32, as in PyTorch: a whole number may round down to the previous sample.
     return (np.arange(n_out, dtype=np.float32) * np.float32(n_in / n_out)).astype(int)
 
 
 @functools.cache
 def matrix(n_in: int, n_out: int, method: str) -> Float[np.ndarray, "n_out n_in"]:
-    """The matrix that interpolates `n_in` samples at `n_out` positions, float64.
+    """Return the matrix that interpolates `n_in` samples at `n_out` positions.
 
     Args:
-      n_in: samples there are.
-      n_out: samples to make.
+      n_in: number of input samples.
+      n_out: number of output samples.
       method: "nearest", or "bilinear" or "bicubic" with half-pixel centres.
+
+    Returns:
+      (n_out, n_in) float64.
+
+    Raises:
+      ValueError: `method` is unknown.
     """
     if method == "nearest":
         return np.eye(n_in)[nearest(n_in, n_out)]
@@ -43,7 +57,7 @@ def matrix(n_in: int, n_out: int, method: str) -> Float[np.ndarray, "n_out n_in"
 
 
 def _cubic(t: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Keys' cubic convolution kernel at distance t >= 0, with PyTorch's a = -0.75."""
+    """Return Keys' cubic convolution kernel at distance t >= 0, with PyTorch's a = -0.75."""
     a = -0.75
     near = ((a + 2) * t - (a + 3)) * t * t + 1
     far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a

@@ -1,10 +1,10 @@
-"""The Gaussians of fewer images than channels, kept as the images' embeddings.
+"""Gaussians of fewer images than channels, stored as the images' embeddings.
 
-With s images a covariance of d > s channels has rank s - 1. Its regularized inverse then
-needs an s x s matrix only, by the Woodbury identity (see `scoring`); nothing is
-approximated. For s images of r regions the statistics are s embeddings, with the deep
-stages' at their own resolution, instead of the covariances of `gaussian`: 60 images of a
-wide_resnet50_2 with 550 channels take 0.14 GB instead of 1.1 GB.
+With s images a covariance of d > s channels has rank s - 1. By the Woodbury identity its
+regularized inverse needs only an s x s matrix (see `scoring`); nothing is approximated. The
+statistics of s images are s embeddings, with deep stages at their own resolution, instead of
+the covariances of `gaussian`: 60 images of a wide_resnet50_2 with 550 channels take 0.14 GB
+instead of 1.1 GB.
 """
 
 import functools
@@ -25,23 +25,34 @@ _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 def init(shapes: Sequence[tuple[int, int, int]], images: int) -> Samples:
-    """Room for a number of images; none is there yet.
+    """Allocate storage for embeddings; it holds no image yet.
 
     Args:
-      shapes: (r, n, d) of every level, as `embedding.Pyramid.shapes`.
-      images: most that can be added.
+      shapes: (r, n, d) of each level, as `embedding.Pyramid.shapes`.
+      images: capacity, the largest number of images that can be added.
+
+    Returns:
+      Samples with count 0.
     """
     values = tuple(jnp.zeros((r, n, images, d), jnp.float32) for r, n, d in shapes)
     return Samples(jnp.zeros((), jnp.int32), values)
 
 
 def update(samples: Samples, levels: Levels, valid: Valid) -> Samples:
-    """Adds a batch of images; `gaussian.update`'s counterpart.
+    """Add a batch of images; counterpart of `gaussian.update`.
 
-    Images beyond the room of `init` are lost: callers count.
+    Images beyond the capacity given to `init` are dropped: callers must count.
+
+    Args:
+      samples: embeddings of the images seen before.
+      levels: the images' embeddings, (r, n, d, b) float32 each.
+      valid: (b,); False marks padding, which is not stored.
+
+    Returns:
+      Samples of both.
     """
     room = samples.values[0].shape[2]
-    # Padding goes where nothing is: behind the last row.
+    # Padding gets a row behind the last one, which `mode="drop"` ignores.
     row = jnp.where(valid, samples.count + jnp.cumsum(valid) - 1, room)
     values = tuple(
         kept.at[:, :, row].set(level.swapaxes(-1, -2), mode="drop")
@@ -51,7 +62,15 @@ def update(samples: Samples, levels: Levels, valid: Valid) -> Samples:
 
 
 def resize(samples: Samples, images: int) -> Samples:
-    """The same samples with room for so many images in all."""
+    """Return the same samples with the capacity changed.
+
+    Args:
+      samples: embeddings; those beyond the new capacity are dropped.
+      images: new capacity.
+
+    Returns:
+      Samples with `images` rows.
+    """
     more = images - samples.values[0].shape[2]
     widths = ((0, 0), (0, 0), (0, max(more, 0)), (0, 0))
     values = tuple(jnp.pad(x[:, :, :images], widths) for x in samples.values)
@@ -59,13 +78,21 @@ def resize(samples: Samples, images: int) -> Samples:
 
 
 def merge(a: Samples, b: Samples) -> Samples:
-    """Samples of two disjoint sets of images together; both full."""
+    """Return the samples of two disjoint sets of images together.
+
+    Args:
+      a: samples filled to capacity.
+      b: samples filled to capacity.
+
+    Returns:
+      Samples of both.
+    """
     values = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=2), a.values, b.values)
     return Samples(a.count + b.count, values)
 
 
 def levels(samples: Samples) -> tuple[Levels, Valid]:
-    """The embeddings as `update` took them, as one batch: for `gaussian.update`."""
+    """Return the embeddings as one batch, as `gaussian.update` takes it."""
     room = samples.values[0].shape[2]
     found = tuple(x.swapaxes(-1, -2) for x in samples.values)
     return found, jnp.arange(room) < samples.count
@@ -74,16 +101,16 @@ def levels(samples: Samples) -> tuple[Levels, Valid]:
 def finalize(
     samples: Samples, regularization: Float[Array, ""] | float
 ) -> tuple[LowRank, Bool[Array, " r"], Float32[Array, " r"]]:
-    """The Gaussians, factorised for scoring; `gaussian.finalize`'s counterpart.
+    """Return the Gaussians, factorised for scoring; counterpart of `gaussian.finalize`.
 
     Args:
-      samples: full, of at least two images. Under jit they should be donated.
+      samples: samples of at least two images, filled to capacity. Donate them under jit.
       regularization: epsilon, above 0.
 
     Returns:
-      The Gaussians; of every region whether its samples are finite, and how much of epsilon
-      rounding has left: the kernels' smallest pivot, which in exact arithmetic is at least
-      (s - 1) epsilon, divided by that; 0 where a kernel is not positive definite.
+      The Gaussians; per region: whether the samples are finite, and the fraction of epsilon
+      that survives rounding: the kernels' smallest pivot, which in exact arithmetic is at least
+      (s - 1) epsilon, divided by that; 0 if a kernel is not positive definite.
     """
     values = samples.values
     regions, cells, images, _ = values[0].shape
@@ -95,13 +122,13 @@ def finalize(
     def put(x: Array, part: Array, i: Int32[Array, ""]) -> Array:
         return lax.dynamic_update_slice_in_dim(x, part, i * block, 0)
 
-    # The deviations in the values' place: beside the result one block is in memory. As in
-    # `gaussian` the next block is read from what is written already.
+    # Deviations in place of the values: only one block is in memory besides the result. As in
+    # `gaussian`, the next block is read after writing this one.
     def step(i: Int32[Array, ""], state: tuple) -> tuple:
         values, part, *results = state
         mean, deviations = centre(part)
         root = invert(deviations, regularization)
-        # Squares, as in the kernel: so that these do not overflow either.
+        # Squares, as in the kernel, so that their overflow is found too.
         finite = [jnp.isfinite(jnp.sum(x * x, axis=(1, 2, 3))) for x in deviations]
         values = jax.tree.map(lambda x, y: put(x, y, i), values, deviations)
         found = (
@@ -128,8 +155,8 @@ def finalize(
 def _kept(
     root: Float32[Array, "r n s s"], regularization: Float[Array, ""] | float
 ) -> Float32[Array, " r"]:
-    """The smallest pivot of a region's kernels, as a part of the least; see `finalize`."""
-    # The inverse of a triangle has the inverse diagonal.
+    """Return the smallest pivot of each region's kernels, relative; see `finalize`."""
+    # The diagonal of a triangular matrix's inverse is the inverse of its diagonal.
     images, largest = root.shape[-1], jnp.diagonal(root, axis1=-2, axis2=-1)
     kept = 1 / ((images - 1) * regularization * jnp.max(largest, axis=(1, 2)) ** 2)
     return jnp.where(jnp.all(jnp.isfinite(root), axis=(1, 2, 3)), kept, 0.0)
@@ -143,17 +170,16 @@ def _centre_region(values: _Values) -> tuple[tuple[Float32[Array, "_n _d"], ...]
 def _invert_region(
     deviations: _Values, regularization: Float[Array, ""] | float
 ) -> Float32[Array, "n s s"]:
-    """R of a region's patches, R^T R = ((s - 1) epsilon I + X X^T + t 1 1^T)^-1.
+    """Return R per patch of a region: R^T R = ((s - 1) epsilon I + X X^T + t 1 1^T)^-1.
 
-    Deviations add up to 0: 1 is an eigenvector of X X^T, of the eigenvalue 0, and nothing
-    that R is applied to has a part in it. Any t gives the same distances. One like the other
-    eigenvalues takes away what makes the kernel nearly singular, however few images and
-    however small epsilon.
+    Deviations sum to 0: 1 is an eigenvector of X X^T with eigenvalue 0, and R is only applied
+    to vectors orthogonal to it, so any t gives the same distances. A t similar to the other
+    eigenvalues keeps the kernel well conditioned for few images and small epsilon.
     """
     cells, images, _ = deviations[0].shape
     kernel = (images - 1) * regularization * jnp.eye(images, dtype=jnp.float32)[None]
     for x in deviations:
-        # Once for every cell of the level, however many patches share it.
+        # Once per cell of the level, however many patches share it.
         gram = _matmul(x, x.swapaxes(-1, -2))
         kernel = kernel + jnp.repeat(gram, cells // len(x), axis=0)
     kernel += jnp.trace(kernel, axis1=1, axis2=2)[:, None, None] / images**2

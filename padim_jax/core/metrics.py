@@ -1,15 +1,15 @@
 """Exact detection and localisation metrics: AUROC, AP, F1-max, AUPRO and their curves.
 
-Exact means: every distinct score is a threshold, a prediction is `score >= threshold`,
+Exact means: each distinct score is a threshold, a prediction is `score >= threshold`,
 equal scores change side together, nothing is binned.
 
-All of them need three counts at each distinct score of an anomalous sample, and no more:
+All metrics need only three counts at each distinct score of an anomalous sample:
 anomalous samples at or above it, normal samples above it, normal samples at or above it.
-From one such score down to the next only false positives are added: the ROC and PRO
-curves run horizontally, the average precision gains nothing and F1 falls. So the normal
-pixels, nearly all there are, are only sorted, in groups of images, and counted by binary
-search. Counts of groups add up, so no pixel is sorted again for its defect type, and images
-need neither be of one size nor be in memory together (`stream_pixels`).
+Between one such score and the next lower one only false positives are added: the ROC and
+PRO curves run horizontally, the average precision gains nothing and F1 falls. Normal
+pixels, almost all there are, therefore only need to be sorted, in groups of images, and
+counted by binary search. Counts of groups add up, so no pixel is sorted again for its defect
+type, and images may differ in size and need not be in memory together (`stream_pixels`).
 """
 
 import concurrent.futures
@@ -22,11 +22,11 @@ from jaxtyping import Bool, Float
 
 AUPRO_MAX_FPR = 0.3  # the limit of Bergmann et al. and of published MVTec AD results
 
-# Regions are 8-connected within an image and never cross from one image to the next.
+# Regions are 8-connected within an image and never continue into the next image.
 _REGION_STRUCTURE = np.zeros((3, 3, 3), bool)
 _REGION_STRUCTURE[1] = True
 
-# Normal pixels that `stream_pixels` sorts together: 64 MB in float32, twice while sorting.
+# Normal pixels that `stream_pixels` sorts together: 64 MB in float32, twice that while sorting.
 GROUP = 1 << 24
 
 Curve = tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]
@@ -35,16 +35,16 @@ Curves = tuple[Curve, tuple[Float[np.ndarray, " l"], Float[np.ndarray, " l"]]]
 
 @dataclasses.dataclass(frozen=True)
 class BinaryMetrics:
-    """How well one score separates anomalous from normal samples.
+    """Separation of anomalous from normal samples by one score.
 
     Attributes:
       auroc: area under the ROC curve; a tied pair counts one half.
-      ap: average precision, the sum of `(R_k - R_{k-1}) P_k` over the distinct
-        thresholds (`sklearn.metrics.average_precision_score`).
-      f1_max: the largest F1 over all distinct thresholds.
-      f1_threshold: the score t for which `score >= t` has that F1; the highest one
-        where several have.
-      undefined: why the four others are None; None where they are numbers.
+      ap: average precision, the sum of `(R_k - R_{k-1}) P_k` over the distinct thresholds
+        (`sklearn.metrics.average_precision_score`).
+      f1_max: largest F1 over all distinct thresholds.
+      f1_threshold: score t for which `score >= t` has that F1; the highest one if there are
+        several.
+      undefined: reason why the other four are None; None if they are numbers.
     """
 
     auroc: float | None = None
@@ -56,12 +56,12 @@ class BinaryMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class PixelMetrics:
-    """What `stream_pixels` finds.
+    """Result of `stream_pixels`.
 
     Attributes:
       whole: binary metrics and AUPRO of all images.
-      per_defect: the same, by defect type, of its images and the normal ones.
-      curves: ROC and PRO curve of all images; None where undefined.
+      per_defect: the same by defect type, of its images and the normal ones.
+      curves: ROC and PRO curve of all images; None if undefined.
     """
 
     whole: tuple[BinaryMetrics, float | None]
@@ -72,14 +72,14 @@ class PixelMetrics:
 def binary_metrics(
     labels: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"]
 ) -> BinaryMetrics:
-    """AUROC, AP and F1-max of one score per sample.
+    """Return AUROC, AP and F1-max of one score per sample.
 
     Args:
       labels: True for anomalous samples.
       scores: higher is more anomalous.
 
     Returns:
-      The metrics; all None, with a reason, where either class is missing.
+      The metrics; all None, with a reason, if either class is missing.
 
     Raises:
       ValueError: a score is not finite.
@@ -93,7 +93,7 @@ def aupro(
     maps: Float[np.ndarray, "n h w"],
     max_fpr: float = AUPRO_MAX_FPR,
 ) -> float | None:
-    """Normalised area under the per-region overlap (PRO) curve.
+    """Return the normalised area under the per-region overlap (PRO) curve.
 
     The overlap of a ground-truth region is the fraction of its pixels at or above the
     threshold; PRO is the mean overlap of the 8-connected regions of all images, each
@@ -109,7 +109,7 @@ def aupro(
       max_fpr: upper limit of the false positive rate, in (0, 1].
 
     Returns:
-      The area in [0, 1]; None where there is no defect pixel or no normal pixel.
+      Area in [0, 1]; None without defect pixels or without normal pixels.
 
     Raises:
       ValueError: `max_fpr` is outside (0, 1], or a value of a map is not finite.
@@ -121,15 +121,15 @@ def aupro(
 
 
 def roc_curve(labels: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> Curve | None:
-    """The exact ROC curve, without the points that lie inside a straight piece of it.
+    """Return the exact ROC curve, without points inside its straight pieces.
 
     Args:
       labels: True for anomalous samples; at the pixel level, the flattened masks.
       scores: higher is more anomalous.
 
     Returns:
-      False and true positive rates from (0, 0) to (1, 1), float64; None where either
-      class is missing.
+      False and true positive rates from (0, 0) to (1, 1), float64; None if either class is
+      missing.
 
     Raises:
       ValueError: a score is not finite.
@@ -141,15 +141,15 @@ def roc_curve(labels: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -
 def pro_curve(
     masks: Bool[np.ndarray, "n h w"], maps: Float[np.ndarray, "n h w"]
 ) -> Curve | None:
-    """The exact curve under which `aupro` is the area, thinned like `roc_curve`.
+    """Return the exact curve whose area is `aupro`, thinned like `roc_curve`.
 
     Args:
       masks: True for defect pixels; all False for normal images.
       maps: anomaly maps, higher is more anomalous.
 
     Returns:
-      False positive rates and mean overlaps from (0, 0) to (1, 1), float64; None where
-      there is no defect pixel or no normal pixel.
+      False positive rates and mean overlaps from (0, 0) to (1, 1), float64; None without defect
+      pixels or without normal pixels.
 
     Raises:
       ValueError: a value of a map is not finite.
@@ -161,21 +161,21 @@ def pro_curve(
 def pixel_curves(
     masks: Bool[np.ndarray, "n h w"], maps: Float[np.ndarray, "n h w"]
 ) -> Curves | None:
-    """`roc_curve` of all pixels and `pro_curve`, for hardly more than one of them takes.
+    """Return `roc_curve` of all pixels and `pro_curve`, at about the cost of one of them.
 
     Args:
       masks: True for defect pixels; all False for normal images.
       maps: anomaly maps, higher is more anomalous.
 
     Returns:
-      Both; None where there is no defect pixel or no normal pixel.
+      Both; None without defect pixels or without normal pixels.
 
     Raises:
       ValueError: a value of a map is not finite.
     """
     _require_finite("maps", maps)
     groups = np.array_split(np.arange(len(masks)), 8)
-    # NumPy sorts without Python's lock: threads use all cores.
+    # NumPy sorts without holding the GIL: threads use all cores.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         parts = list(pool.map(lambda images: _pixels(masks[images], maps[images]), groups))
     return _both_curves(_tally(_merge(parts)))
@@ -187,21 +187,24 @@ def stream_pixels(
     read: Callable[[int], tuple[Bool[np.ndarray, "h w"], Float[np.ndarray, "h w"]]],
     mask_known: Bool[np.ndarray, " n"] | None = None,
 ) -> PixelMetrics:
-    """Pixel metrics of images of any sizes, which are never in memory together.
+    """Return pixel metrics of images of any sizes, which are never in memory together.
 
-    As exact as those of `evaluate`, and of equal images the same. Normal images are read once,
-    anomalous ones twice: for the scores of their defects, then to count the other pixels. At
-    a time there are one image, up to 2**24 normal pixels or one image's, if it has more, and
-    about 200 bytes for each defect pixel of the test set.
+    They are exact, and equal to those of `evaluate` for the same images. Normal images are read
+    once, anomalous ones twice: for the scores of their defects, then to count the other pixels.
+    At any time memory holds one image, up to 2**24 normal pixels (or one image's, if it has
+    more), and about 200 bytes for each defect pixel of the test set.
 
     Args:
       labels: True for anomalous images.
-      defect_types: one per image; not read where the image is normal.
-      read: gives the mask (True for defect pixels) and the anomaly map of an image by its
-        number, in equal shapes. Where the map is NaN the pixel is left out; a region without
-        any other pixel does not count.
-      mask_known: False for anomalous images without a mask, which are left out. None: every
-        mask is known.
+      defect_types: one per image; ignored for normal images.
+      read: function that maps an image's number to its mask (True for defect pixels) and
+        anomaly map, of equal shapes. Pixels whose map is NaN are left out; a region without any
+        other pixel does not count.
+      mask_known: False for anomalous images without a mask, which are left out. None: all masks
+        are known.
+
+    Returns:
+      Metrics and curves.
     """
     types = np.array(defect_types, dtype=str)
     known = np.ones_like(labels) if mask_known is None else mask_known
@@ -230,20 +233,20 @@ def stream_pixels(
 
 
 def _defects(mask: np.ndarray, anomaly_map: np.ndarray) -> "_Samples":
-    """The scored defect pixels of one image."""
+    """Return the scored defect pixels of one image."""
     from scipy import ndimage
 
     regions = np.empty(mask.shape, np.int32)
     ndimage.label(mask, structure=_REGION_STRUCTURE[1], output=regions)
     scored = mask & ~np.isnan(anomaly_map)
-    region = regions[scored]  # numbered before, so that what was left out splits none in two
+    region = regions[scored]  # labelled before, so that NaN pixels do not split a region
     return _Samples(anomaly_map[scored], 1 / np.bincount(region)[region], [])
 
 
 def _sorted_groups(
     read: Callable[[int], tuple[np.ndarray, np.ndarray]], numbers: Iterable[int]
 ) -> Iterable[np.ndarray]:
-    """The normal pixels of some images, sorted in groups of at least `GROUP`."""
+    """Yield the normal pixels of some images, sorted in groups of at least `GROUP`."""
     group: list[np.ndarray] = []
     for number in numbers:
         mask, anomaly_map = read(number)
@@ -264,30 +267,31 @@ def evaluate(
     mask_known: Bool[np.ndarray, " n"] | None = None,
     streamed: PixelMetrics | None = None,
 ) -> dict[str, Any]:
-    """All metrics of a test set, overall and for each defect type.
+    """Return all metrics of a test set, overall and for each defect type.
 
     Args:
       labels: True for anomalous images.
       scores: image scores, higher is more anomalous.
-      defect_types: one per image; not read where the image is normal.
-      masks: True for defect pixels, all False for normal images. None: the dataset has
-        no ground-truth masks.
+      defect_types: one per image; ignored for normal images.
+      masks: True for defect pixels, all False for normal images. None: the dataset has no
+        ground-truth masks.
       maps: anomaly maps, higher is more anomalous.
-      mask_known: False for anomalous images without a mask; not read where the image is
-        normal. None: every mask is known, and an empty one means no defect pixel.
-      streamed: of the same images, to be used in place of what masks and maps give.
+      mask_known: False for anomalous images without a mask; ignored for normal images. None:
+        all masks are known, and an empty one means no defect pixel.
+      streamed: pixel metrics of the same images, used instead of computing them from masks and
+        maps.
 
     Returns:
-      A dict ready for JSON: `auroc`, `ap`, `f1_max` and `f1_threshold` (see
-      `BinaryMetrics`) prefixed with `image_` and with `pixel_`; `aupro`; `per_defect`,
-      which has for each defect type, sorted, the same of the normal images and the
-      images of that type. What cannot be computed is None, and where there is any, the
-      dict (or the defect type's) has `undefined`: the reason by key. Pixel metrics are
-      undefined as soon as one mask is unknown: its pixels belong to neither class.
+      A dict ready for JSON: `auroc`, `ap`, `f1_max` and `f1_threshold` (see `BinaryMetrics`)
+      prefixed with `image_` and with `pixel_`; `aupro`; `per_defect`, with the same entries for
+      each defect type, sorted, computed from the normal images and the images of that type.
+      Values that cannot be computed are None; the dict (or the defect type's) then has
+      `undefined`: the reason by key. Pixel metrics are undefined as soon as one mask is
+      unknown: its pixels belong to neither class.
 
     Raises:
-      ValueError: a score or a value of a map is not finite, there is not one defect
-        type per image, or a normal image has defect pixels.
+      ValueError: a score or a value of a map is not finite, the number of defect types differs
+        from that of images, or a normal image has defect pixels.
     """
     _require_finite("scores", scores)
     _require_finite("maps", maps)
@@ -318,7 +322,7 @@ def evaluate(
             pixel, area = _metrics(_merge([pixels[name] for name in chosen]), "pixel")
         return _flat(image, pixel, area)
 
-    # NumPy sorts and searches without Python's lock: threads use all cores.
+    # NumPy sorts and searches without holding the GIL: threads use all cores.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         if masks is not None and streamed is None:
             found = pool.map(lambda group: _pixels(masks[group], maps[group]), groups.values())
@@ -333,8 +337,8 @@ class _Samples:
 
     Attributes:
       anomalous: scores of the anomalous samples, in any order.
-      weights: theirs in the curve's height, float64.
-      normal: scores of the normal samples, in arrays that are each sorted ascending.
+      weights: their weights in the curve's height, float64.
+      normal: scores of the normal samples, in arrays each sorted ascending.
     """
 
     anomalous: np.ndarray
@@ -343,14 +347,14 @@ class _Samples:
 
 
 def _samples(labels: np.ndarray, scores: np.ndarray) -> _Samples:
-    """Equal weights: the curve is the ROC curve."""
+    """Weight samples equally: the curve is the ROC curve."""
     anomalous = scores[labels]
     return _Samples(anomalous, np.ones(anomalous.size), [np.sort(scores[~labels])])
 
 
 def _pixels(masks: np.ndarray, maps: np.ndarray) -> _Samples:
-    """Equal weights of the regions, not of their pixels: the curve is the PRO curve."""
-    from scipy import ndimage  # takes its time, and only pixels need it
+    """Weight regions equally, not their pixels: the curve is the PRO curve."""
+    from scipy import ndimage  # slow to import; only pixel metrics need it
 
     regions = np.empty(masks.shape, np.int32)
     ndimage.label(masks, structure=_REGION_STRUCTURE, output=regions)
@@ -369,7 +373,7 @@ def _merge(parts: Sequence[_Samples]) -> _Samples:
 
 @dataclasses.dataclass(frozen=True)
 class _Counts:
-    """Who lies where of each of the k distinct anomalous scores t, highest first.
+    """Counts at each of the k distinct anomalous scores t, highest first.
 
     Attributes:
       thresholds: the t, descending.
@@ -389,10 +393,10 @@ class _Counts:
 
 
 class _Tally:
-    """Counts normal samples, group by group, below and up to each anomalous score."""
+    """Counter of normal samples, group by group, below and up to each anomalous score."""
 
     def __init__(self, anomalous: np.ndarray, weights: np.ndarray):
-        """Takes what `_Samples` has; no normal sample is counted yet."""
+        """Start with the anomalous scores and weights of `_Samples`, and no normal sample."""
         order = np.argsort(anomalous)[::-1]
         scores = anomalous[order]
         last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # of equal scores
@@ -403,18 +407,18 @@ class _Tally:
         self._normal = 0
 
     def add(self, normal: np.ndarray) -> None:
-        """Counts some normal scores, which are sorted ascending."""
+        """Count normal scores, sorted ascending."""
         self._below += np.searchsorted(normal, self._thresholds, "left")
         self._up_to += np.searchsorted(normal, self._thresholds, "right")
         self._normal += normal.size
 
     def missing(self) -> list[str]:
-        """The classes of which there is no sample."""
+        """Return the classes without samples."""
         sizes = {"anomalous": self._tp.size, "normal": self._normal}
         return [name for name, size in sizes.items() if size == 0]
 
     def counts(self) -> _Counts:
-        """Both classes must be there."""
+        """Return the counts; both classes must be present."""
         return _Counts(
             thresholds=self._thresholds,
             tp=self._tp,
@@ -435,7 +439,7 @@ def _tally(samples: _Samples) -> _Tally:
 def _metrics(
     samples: _Samples, unit: str, max_fpr: float = AUPRO_MAX_FPR
 ) -> tuple[BinaryMetrics, float | None]:
-    """Binary metrics, and the normalised area under the curve up to max_fpr."""
+    """Return binary metrics, and the normalised area under the curve up to max_fpr."""
     return _tally_metrics(_tally(samples), unit, max_fpr)
 
 
@@ -451,7 +455,7 @@ def _tally_metrics(
 def _summary(counts: _Counts) -> BinaryMetrics:
     positives = int(counts.tp[-1])
     gained = np.diff(counts.tp, prepend=0)
-    # In integers up to the one division, and doubled since a tied pair counts one half.
+    # In integers up to the single division; doubled because a tied pair counts one half.
     pairs = 2 * positives * counts.normal
     lost = int(np.dot(gained, counts.fp_above + counts.fp))
     precision = counts.tp / (counts.tp + counts.fp)
@@ -466,7 +470,7 @@ def _summary(counts: _Counts) -> BinaryMetrics:
 
 
 def _vertices(counts: _Counts, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The curve of `tp` or `weight` against number of false positives, from (0, 0)."""
+    """Return the curve of `tp` or `weight` against false positives, from (0, 0)."""
     height_above = np.append(0, heights[:-1])
     fp = np.column_stack([counts.fp_above, counts.fp]).ravel()
     height = np.column_stack([height_above, heights]).ravel()
@@ -485,7 +489,7 @@ def _curve(samples: _Samples) -> Curve | None:
 
 
 def _both_curves(tally: _Tally) -> Curves | None:
-    """ROC and PRO curve."""
+    """Return the ROC and PRO curve."""
     if tally.missing():
         return None
     counts = tally.counts()
@@ -503,7 +507,8 @@ def _points(counts: _Counts, heights: np.ndarray) -> Curve:
 
 def _area(counts: _Counts, max_fpr: float) -> float:
     x, y = _vertices(counts, counts.weight)
-    # By the computed total, not the number of regions, so that a perfect map has exactly 1.
+    # Normalise by the computed total, not the number of regions, so that a perfect map has
+    # exactly 1.
     x, y = x / x[-1], y / y[-1]
     inside = int(np.searchsorted(x, max_fpr, "right"))
     around = slice(inside - 1, inside + 1)  # the last point within the limit and the next

@@ -1,12 +1,12 @@
-"""Fewer channels by a matrix: semi-orthogonal projection and principal components.
+"""Channel reduction by a matrix: semi-orthogonal projection and principal components.
 
-PaDiM (arXiv 2011.08785) draws channels at random, and finds that better than PCA; the matrix
-of a random semi-orthogonal projection is better still (Kim et al. 2021, "Semi-orthogonal
+PaDiM (arXiv 2011.08785) selects random channels and reports better results than with PCA; a
+random semi-orthogonal projection does better still (Kim et al. 2021, "Semi-orthogonal
 embedding for efficient unsupervised anomaly segmentation", arXiv 2105.14737). Embeddings x of
 C channels become z = x W with orthonormal columns W (C, D); `embedding.project` applies it.
 
-Components are not whitened: Mahalanobis distances are the same in any invertible mixture of
-the D channels, but for epsilon, which is to weigh as it does for channels.
+Components are not whitened: Mahalanobis distances are invariant to invertible mixtures of
+the D channels except for epsilon, which should weigh as much as it does for plain channels.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from padim_jax.core.types import FeatureMap, Projection, Valid
 
 @dataclasses.dataclass(frozen=True)
 class Scatter:
-    """How the embeddings of images' patches vary, over all patches alike.
+    """Mean and scatter matrix of patch embeddings, pooled over all patches.
 
     Attributes:
       count: number of images.
-      mean: of all embeddings.
-      m2: outer products of the deviations from it: mean over a grid's patches, sum over
-        images.
+      mean: mean of all embeddings.
+      m2: outer products of deviations from the mean: averaged over a grid's patches, summed
+        over images.
     """
 
     count: int
@@ -38,15 +38,18 @@ class Scatter:
 
 
 def semi_orthogonal(total: int, channels: int, seed: int) -> Projection:
-    """A random matrix (C, D) with orthonormal columns, uniform among all (Haar's measure).
+    """Return a random matrix (C, D) with orthonormal columns, uniform in Haar measure.
 
-    The Q of a Gaussian matrix's QR decomposition, with R's diagonal positive (Mezzadri 2007,
-    "How to generate random matrices from the classical compact groups").
+    It is the Q of a Gaussian matrix's QR decomposition, with R's diagonal positive (Mezzadri
+    2007, "How to generate random matrices from the classical compact groups").
 
     Args:
-      total: C, channels of all stages together.
+      total: C, number of channels of all stages together.
       channels: D, at most C.
-      seed: any integer of at least 0.
+      seed: integer of at least 0.
+
+    Returns:
+      (C, D) float32.
     """
     random = np.random.default_rng(seed).standard_normal((total, channels))
     q, r = np.linalg.qr(random)
@@ -54,14 +57,15 @@ def semi_orthogonal(total: int, channels: int, seed: int) -> Projection:
 
 
 def components(scatter: Scatter, channels: int) -> Projection:
-    """The leading principal components: the D directions in which embeddings vary most.
+    """Return the D leading principal components.
 
     Args:
-      scatter: of all images.
+      scatter: scatter of all images.
       channels: D.
 
     Returns:
-      Orthonormal columns, the leading one first; each one's largest entry is positive.
+      (C, D) float32 with orthonormal columns, the leading one first; the largest entry of each
+      column is positive.
 
     Raises:
       ValueError: the scatter is not finite.
@@ -77,12 +81,20 @@ def components(scatter: Scatter, channels: int) -> Projection:
 
 
 def empty(total: int) -> Scatter:
-    """The scatter of no image, of C channels."""
+    """Return the scatter of zero images with C channels."""
     return Scatter(0, np.zeros(total), np.zeros((total, total)))
 
 
 def merge(a: Scatter, b: Scatter) -> Scatter:
-    """The scatter of two disjoint sets of images together (Chan et al., eq. 2.1)."""
+    """Return the scatter of two disjoint sets of images together (Chan et al., eq. 2.1).
+
+    Args:
+      a: scatter of one set.
+      b: scatter of the other set.
+
+    Returns:
+      Scatter of both.
+    """
     count = a.count + b.count
     delta = b.mean - a.mean
     weight = b.count / max(count, 1)
@@ -93,15 +105,18 @@ def merge(a: Scatter, b: Scatter) -> Scatter:
 def scatter(
     features: Sequence[FeatureMap], valid: Valid, upsample: str
 ) -> tuple[Float32[Array, " c"], Float32[Array, "c c"]]:
-    """Mean and m2 of a `Scatter`, of a batch of images.
+    """Return mean and m2 of a batch's `Scatter`.
 
-    Upsampling is linear: what embeddings on the finest grid sum up to is computed on the
-    stages' own, of two stages on the coarser one's.
+    Upsampling is linear: sums over embeddings on the finest grid are computed on the stages'
+    own grids, and for two stages on the coarser one's grid.
 
     Args:
-      features: feature maps (b, h_i, w_i, c_i), pooled, the one with the finest grid first.
+      features: pooled feature maps (b, h_i, w_i, c_i), the finest grid first.
       valid: (b,); False marks padding.
       upsample: "nearest" or "bilinear"; static under jit.
+
+    Returns:
+      Mean (C,) and m2 (C, C), float32.
     """
     grid = features[0].shape[1:3]
     weights = valid.astype(jnp.float32)

@@ -1,7 +1,7 @@
 """Embeddings -> Mahalanobis distances -> anomaly maps -> image scores.
 
 PaDiM (arXiv 2011.08785), section III-C. Upsampling and blur are both linear and
-separable, so that one small matrix per axis does the two in a single product.
+separable, so one small matrix per axis applies both in a single product.
 """
 
 import functools
@@ -17,13 +17,13 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from padim_jax.core import interpolation
 from padim_jax.core.types import AnomalyMaps, Distances, Gaussian, Levels, LowRank, Scores
 
-# The blur's kernel ends at this many standard deviations, as scipy.ndimage's
-# gaussian_filter by default: sigma 4 gives 33 taps.
+# The blur's kernel is truncated at this many standard deviations, the default of
+# scipy.ndimage's gaussian_filter: sigma 4 gives 33 taps.
 _TRUNCATE = 4.0
 
 _LARGEST_BLOCK = 128  # patches whose low-rank distances are computed together
 
-# Numbers that leaving images out computes together: 64 MB.
+# Numbers that `leave_out` computes together: 64 MB.
 _MOST_NUMBERS = 1 << 24
 
 # Four roundoffs of float32.
@@ -34,20 +34,20 @@ _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 def mahalanobis(fitted: Gaussian | LowRank, levels: Levels) -> Float32[Array, "r n b"]:
-    """Distance of every patch from its Gaussian (paper eq. 2).
+    """Return the distance of each patch from its Gaussian (paper eq. 2).
 
     Args:
       fitted: the Gaussians.
       levels: embeddings by level, (r, n, d, b) float32.
 
     Returns:
-      (r, n, b) float32 of the finest level's cells, in standard deviations; the square
-      root of the quadratic form. `on_grid` brings them into the patches' order.
+      (r, n, b) float32 for the finest level's cells, in standard deviations: the square root of
+      the quadratic form. `on_grid` brings them into the patches' order.
     """
     squared, parts = _by_region(fitted, _squares)
     if isinstance(fitted, Gaussian):
         return jnp.sqrt(jax.vmap(squared)(*parts, levels))
-    # Block by block: what is left of the deviations is of every patch, for coarse levels too.
+    # Block by block: residuals of the deviations are per patch, for coarse levels too.
     block = max(1, _LARGEST_BLOCK // levels[0].shape[1])
     return lax.map(lambda part: jnp.sqrt(squared(*part)), (*parts, levels), batch_size=block)
 
@@ -58,7 +58,7 @@ def leave_out(
     count: Int32[Array, ""] | int,
     size: int = 1,
 ) -> Float32[Array, "r n b"]:
-    """Distances of fitted images, each from the model without the image's group.
+    """Return distances of fitted images, each from the model without the image's group.
 
     Removing a group of k images with deviations D (d, k) from the scatter S of all n moves the
     mean and leaves S - D W D^T, where W = I + J / m, m = n - k and J is all ones. With
@@ -67,14 +67,14 @@ def leave_out(
 
         (m - 1) diag((I - J / n - Q)^-1 Q W)
 
-    Exact: epsilon is that of the model without the group, too. For a single image this is
+    This is exact: epsilon is that of the model without the group, too. For a single image it is
     (n / (n - 1))^2 (n - 2) q / (1 - n q / (n - 1)), the Sherman-Morrison formula.
 
     Args:
-      fitted: the Gaussians of all n images, finalized with (m - 1) / (n - 1) times epsilon, so
-        that their covariances times n - 1 are B.
+      fitted: Gaussians of all n images, finalized with (m - 1) / (n - 1) times epsilon, so that
+        their covariances times n - 1 are B.
       levels: embeddings by level, (r, n, d, b) float32, of images that were fitted. Each `size`
-        consecutive images are a group; what remains after the last whole group is padding.
+        consecutive images are a group; the rest after the last complete group is padding.
       count: n; at least k + 2.
       size: k.
 
@@ -86,7 +86,7 @@ def leave_out(
     m = n - size
 
     def products(x: Float32[Array, "_n _d b"]) -> Float32[Array, "_n _g _k _k"]:
-        """Of each group's images with each other."""
+        """Return the products of each group's images with each other."""
         x = x[..., : groups * size].reshape(*x.shape[:2], groups, size)
         return _matmul(jnp.moveaxis(x, 1, 3), jnp.moveaxis(x, 1, 2))
 
@@ -113,11 +113,14 @@ def leave_out(
 
 
 def on_grid(distances: Float32[Array, "r n b"], patches: Int[np.ndarray, " p"]) -> Distances:
-    """Distances by region, (r, n, b), as (b, p): patch by patch, row by row.
+    """Reorder distances by region to patches, row by row.
 
     Args:
-      distances: see `mahalanobis`.
-      patches: `embedding.Pyramid.patches`.
+      distances: (r, n, b); see `mahalanobis`.
+      patches: (p,); `embedding.Pyramid.patches`.
+
+    Returns:
+      (b, p).
     """
     return distances.reshape(-1, distances.shape[-1])[patches].T
 
@@ -129,7 +132,7 @@ def anomaly_maps(
     upsample: str,
     sigma: float,
 ) -> AnomalyMaps:
-    """Distances on the patch grid, brought to the image's size and blurred.
+    """Upsample distances from the patch grid to the image's size and blur them.
 
     Args:
       distances: (b, p) with p = grid[0] * grid[1].
@@ -137,8 +140,8 @@ def anomaly_maps(
       size: height and width of the maps in pixels.
       upsample: "bilinear" or "bicubic", with half-pixel centres, as
         `torch.nn.functional.interpolate(align_corners=False)`.
-      sigma: standard deviation of the Gaussian blur in pixels, 0 for none; borders
-        are reflected without repeating the edge pixel.
+      sigma: standard deviation of the Gaussian blur in pixels, 0 for none; borders are
+        reflected without repeating the edge pixel.
 
     Returns:
       (b, h, w) float32.
@@ -152,14 +155,14 @@ def anomaly_maps(
 
 
 def image_scores(maps: AnomalyMaps) -> Scores:
-    """The maximum of each anomaly map: (b,) float32."""
+    """Return the maximum of each anomaly map: (b,) float32."""
     return jnp.max(maps, axis=(1, 2))
 
 
 def _by_region(
     fitted: Gaussian | LowRank, product: Callable[[Array], Array]
 ) -> tuple[Callable[..., Array], tuple[Any, ...]]:
-    """A function of one region's parts and levels, and the parts of all regions."""
+    """Return a function of one region's parts and levels, and the parts of all regions."""
     if isinstance(fitted, Gaussian):
         return functools.partial(_full_rank, product), (fitted.mean, fitted.factor)
     function = functools.partial(_low_rank, product, fitted.regularization)
@@ -176,11 +179,11 @@ def _full_rank(
     factor: tuple[tuple[Float32[Array, "_n _d _e"], ...], ...],
     levels: tuple[Float32[Array, "_n _d b"], ...],
 ) -> Float32[Array, "n *_b"]:
-    """Squared distances of a region's patches: |L^-1 (x - mean)|^2, level by level.
+    """Return squared distances of a region's patches: |L^-1 (x - mean)|^2, level by level.
 
-    L^-1 comes from forward substitution, the coarsest level first. A coarse cell meets
-    the rows of all cells above it in one product. `product` makes squares of the images'
-    L^-1 (x - mean), or products of one image with another.
+    L^-1 is applied by forward substitution, the coarsest level first; one product serves a
+    coarse cell and the rows of all cells above it. `product` maps the images' L^-1 (x - mean)
+    to squares, or to products of one image with another.
     """
     cells, squared, white = levels[0].shape[0], jnp.zeros(()), ()
     for x, m, (inverse, *cross) in reversed(list(zip(levels, mean, factor, strict=True))):
@@ -201,18 +204,18 @@ def _low_rank(
     root: Float32[Array, "n s s"],
     levels: tuple[Float32[Array, "_n _d b"], ...],
 ) -> Float32[Array, "n *_b"]:
-    """Squared distances of a region's patches, by the Woodbury identity.
+    """Return squared distances of a region's patches, by the Woodbury identity.
 
     With the kernel K = (s - 1) epsilon I + X X^T, which `low_rank.finalize` inverts (R^T R,
-    but for a part that all X delta lack), y = K^-1 X delta are the weights of the images that
-    explain a deviation delta best, r = delta - X^T y what they leave of it, and
+    except for a component that no X delta has), y = K^-1 X delta are the weights of the images
+    that best explain a deviation delta, r = delta - X^T y is the residual, and
 
         delta^T (X^T X / (s - 1) + epsilon I)^-1 delta = |r|^2 / epsilon + (s - 1) |y|^2
 
-    The shorter (|delta|^2 - |R X delta|^2) / epsilon cancels: of images that were fitted, and
-    are all but explained, nothing but roundoffs may be left, amplified by 1 / epsilon. Here
-    nothing cancels but r itself, and y is where the sum is least: of its errors only squares
-    count. `product`: see `_full_rank`; r and y are linear in delta.
+    The shorter (|delta|^2 - |R X delta|^2) / epsilon cancels: for fitted images, which are
+    almost completely explained, only roundoff may remain, amplified by 1 / epsilon. Here only r
+    cancels, and y minimizes the sum, so that its errors enter as squares only. `product`: see
+    `_full_rank`; r and y are linear in delta.
     """
     cells, images, _ = root.shape
     deltas = [x - m[..., None] for x, m in zip(levels, mean, strict=True)]
@@ -228,19 +231,19 @@ def _low_rank(
 
 
 def _spread(x: Float32[Array, "_n *b"], cells: int) -> Float32[Array, "n *b"]:
-    """Repeats a coarse level's cells for the finer ones above them."""
+    """Repeat a coarse level's cells for the finer cells above them."""
     return jnp.repeat(x, cells // len(x), axis=0)
 
 
 @functools.cache
 def _blur(n: int, sigma: float) -> Float[np.ndarray, "n n"]:
-    """The matrix that blurs `n` samples with a Gaussian, borders reflected."""
+    """Return the matrix that blurs `n` samples with a Gaussian, borders reflected."""
     if sigma == 0:
         return np.eye(n)
     radius = int(_TRUNCATE * sigma + 0.5)
     taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     taps /= taps.sum()
-    # np.pad's reflection repeats where the kernel is wider than the image.
+    # np.pad reflects repeatedly if the kernel is wider than the image.
     source = np.pad(np.arange(n), radius, mode="reflect")
     matrix = np.zeros((n, n))
     for tap, weight in enumerate(taps):

@@ -1,16 +1,16 @@
-"""Training images that score far beyond the others, each scored by the model without it.
+"""Training images that score far above the others, each scored by the model without it.
 
-One odd image among the training images, a defect or another product, sets the threshold: it
-scores highest when it is left out. Pure functions of the left-out scores.
+One odd training image (a defect, another product) determines the threshold, because it
+scores highest when left out. Pure functions of the left-out scores.
 
-Rule: above their highest tenth, scores of normal images are taken for exponential (see
+Rule: above their highest tenth, scores of normal images are modelled as exponential (see
 `calibration`). The gaps between consecutive ones, each times its rank from above, are then
-independent and equally distributed (Renyi, Acta Mathematica Hungarica 4, 1953). The mean of the
-highest k scaled gaps, the mean excess of the k highest scores, is compared with that of
+independent and identically distributed (Renyi, Acta Mathematica Hungarica 4, 1953). The mean of
+the highest k scaled gaps, the mean excess of the k highest scores, is compared with that of
 the m scaled gaps below: their ratio has the F distribution with 2 k and 2 m degrees of freedom.
-The k whose ratio is the least probable has the suspects above it, if that is below `LEVEL`
-shared out among all k that are looked at. Of data without any odd image at most the part
-`LEVEL` has suspects, if the tail is exponential.
+The least probable k gives the suspects, if its probability is below `LEVEL` divided by the
+number of k examined. If the tail is exponential, at most a fraction `LEVEL` of datasets without
+odd images has suspects.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from padim_jax.core import calibration
 
 LEVEL = 0.01
 SHOWN = 10  # images of the highest scores that are shown
-_LARGEST_SHARE = 0.1  # of the images, as suspects
-_TAIL, _TAIL_IMAGES = 0.1, 10  # gaps to compare with, as a part of all, and at least
+_LARGEST_SHARE = 0.1  # largest fraction of images that can be suspects
+_TAIL, _TAIL_IMAGES = 0.1, 10  # gaps to compare with: fraction of all, and least number
 _LEAST_GAPS = 5
 
 
@@ -36,17 +36,17 @@ class Suspects:
     """Training images by their left-out scores, the highest first.
 
     Attributes:
-      paths: of the images, relative to the dataset.
-      scores: of each, by the model without it (or without its group).
-      expected: of the highest scores, what their ranks would have if the tail of the others
-        went on; NaN below the tail.
-      count: so many of the first are suspects.
-      threshold: the image threshold of all images.
-      without: that of all but the suspects, left as it is where there are none; None where
-        too few images remain.
-      images: the first `SHOWN`, as the model sees them.
+      paths: paths of the images, relative to the dataset.
+      scores: score of each image by the model without it (or without its group).
+      expected: scores expected at the highest ranks if the tail of the others continued; NaN
+        below the tail.
+      count: number of suspects, which come first.
+      threshold: image threshold of all images.
+      without: image threshold without the suspects, equal to `threshold` if there are none;
+        None if too few images remain.
+      images: the first `SHOWN` images, as the model sees them.
       maps: their left-out anomaly maps.
-      aspects: of each, width over height in the proportions of its file.
+      aspects: width over height of each image file.
     """
 
     paths: Sequence[str]
@@ -61,12 +61,12 @@ class Suspects:
 
 
 def count_odd(scores: Float32[np.ndarray, " n"]) -> int:
-    """Return how many of the highest scores are too high; see the module's text.
+    """Return the number of scores that are too high; see the module's docstring.
 
     Args:
-      scores: of independent images, in any order.
+      scores: scores of independent images, in any order.
     """
-    from scipy import stats  # takes its time
+    from scipy import stats  # slow to import
 
     falling = np.sort(scores.astype(np.float64))[::-1]
     n = len(falling)
@@ -84,11 +84,11 @@ def count_odd(scores: Float32[np.ndarray, " n"]) -> int:
 
 
 def expected(scores: Float32[np.ndarray, " n"], odd: int) -> Float[np.ndarray, " n"]:
-    """Return the scores that ranks from the highest on would have, without the odd ones.
+    """Return the scores expected at each rank, from the highest on, without the odd ones.
 
     Args:
-      scores: of independent images, falling.
-      odd: so many of the first are left out of the tail that is fitted.
+      scores: scores of independent images, descending.
+      odd: number of leading scores to leave out of the tail's fit.
 
     Returns:
       By rank, start + mean excess * (1 / rank + ... + 1 / m) for the first m; NaN below.
@@ -117,11 +117,14 @@ def rank(
     """Rank training images by their left-out scores.
 
     Args:
-      paths: of the images.
-      scores: of each, by the model without its group.
-      groups: the number of each image's group; each counts as its highest score.
-      rate: the share of normal images that may be called anomalous; 0 for automatic.
-      threshold: the one that was found of all images.
+      paths: paths of the images.
+      scores: score of each image by the model without its group.
+      groups: group number of each image; a group counts as its highest score.
+      rate: fraction of normal images that may be called anomalous; 0 for automatic.
+      threshold: image threshold of all images.
+
+    Returns:
+      The images, the highest score first, without pixels.
     """
     _, numbers = np.unique(groups, return_inverse=True)
     independent = np.full(numbers.max() + 1, -np.inf, np.float32)
@@ -147,7 +150,7 @@ def rank(
 
 
 def to_dict(found: Suspects) -> dict[str, Any]:
-    """The suspects, and the image thresholds with and without them, for JSON."""
+    """Return the suspects and the image thresholds with and without them, for JSON."""
     return {
         "images": [
             {"path": path, "score": float(score)}
@@ -159,7 +162,7 @@ def to_dict(found: Suspects) -> dict[str, Any]:
 
 
 def text(found: Suspects) -> str:
-    """What was found, and what to do about it, on one or two lines for a person."""
+    """Describe for a person, on one or two lines, the suspects and what to do about them."""
     total = len(found.paths)
     if not found.count:
         return (
@@ -181,5 +184,5 @@ def text(found: Suspects) -> str:
 
 
 def command(found: Suspects) -> str:
-    """The suspects as a value of config.dataset.exclude, for a shell."""
+    """Return the suspects as a value of config.dataset.exclude, quoted for a shell."""
     return shlex.quote(str(tuple(found.paths[: found.count])))

@@ -1,14 +1,14 @@
-"""Array aliases that carry shapes, and the frozen pytrees that flow between stages.
+"""Array aliases with shapes, and the frozen pytrees passed between stages.
 
 Axis names used throughout: b images in a batch, h/w height and width in pixels
 (or in cells of a feature map), c channels of a stage, p patch positions (the first
-stage's grid, row-major), d selected channels (of a level, or of them all: the
+stage's grid, row-major), d selected channels (of one level, or of all levels: the
 embedding's length), r regions and n cells of a level in a region (see `embedding`),
 e selected channels of the same or a coarser level.
 
 Statistics and fitted Gaussians are written for one device. Outside of functions that are
-mapped over devices they have one more axis in front, k devices of this process; r are then
-a device's regions (see `parallel`).
+mapped over devices they have one more leading axis, k devices of this process; r is then
+the number of a device's regions (see `parallel`).
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ Images = UInt8[Array, "b h w 3"]
 FeatureMap = Float[Array, "b _h _w _c"]  # _: differs from stage to stage
 Embeddings = Float32[Array, "b p d"]
 Levels = tuple[Float32[Array, "r _n _d b"], ...]  # the embeddings, finest level first
-# Of every level, the finest first, a matrix with each level from itself to the coarsest.
+# Per level, the finest first: one matrix for each level from itself to the coarsest.
 LevelMatrices = tuple[tuple[Float32[Array, "*k r _n _d _e"], ...], ...]
 Distances = Float32[Array, "b p"]
 AnomalyMaps = Float32[Array, "b h w"]
 Scores = Float32[Array, " b"]
-# From all stages' channels to the embedding's; orthonormal columns. See `reduction`.
+# From all stages' channels to the embedding's; columns are orthonormal. See `reduction`.
 Projection = Float32[np.ndarray, "c d"]
 Valid = Bool[Array, " b"]
 
@@ -39,9 +39,9 @@ class Moments:
     Attributes:
       count: number of images seen.
       mean: mean embedding.
-      m2: sum of outer products of deviations from the mean, of every level with itself
-        and the coarser ones in the same place: `count - 1` times the unbiased
-        covariances, whose blocks that patches share are there once.
+      m2: sum of outer products of deviations from the mean, of each level with itself and with
+        the coarser levels at the same place: `count - 1` times the unbiased covariances. Blocks
+        shared by several patches are stored once.
     """
 
     count: Int32[Array, "*k"]
@@ -56,9 +56,8 @@ class Gaussian:
 
     Attributes:
       mean: mean embedding.
-      factor: the blocks of the Cholesky factor L of the regularized covariances, those
-        on the diagonal (a level with itself) inverted. `|L^-1 (x - mean)|` is a patch's
-        Mahalanobis distance.
+      factor: blocks of the Cholesky factor L of the regularized covariances; diagonal blocks (a
+        level with itself) are inverted. `|L^-1 (x - mean)|` is a patch's Mahalanobis distance.
     """
 
     mean: tuple[Float32[Array, "*k r _n _d"], ...]
@@ -68,11 +67,11 @@ class Gaussian:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """The normal images' embeddings themselves: less than `Moments` for few images.
+    """Embeddings of the normal images: smaller than `Moments` for few images.
 
     Attributes:
       count: number of images seen.
-      values: their embeddings by level; rows from `count` on are unused.
+      values: embeddings by level; rows from `count` on are unused.
     """
 
     count: Int32[Array, "*k"]
@@ -82,13 +81,13 @@ class Samples:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """What `Gaussian` is, for s images fewer than channels; see `low_rank`.
+    """Counterpart of `Gaussian` for s images, fewer than channels; see `low_rank`.
 
     Attributes:
       mean: mean embedding.
-      deviations: of every image from it.
-      root: of every patch, R with R^T R the inverse of (s - 1) epsilon I + X X^T + t 1 1^T,
-        where X is its deviations, which add up to 0, so that any t does.
+      deviations: deviation of each image's embedding from the mean.
+      root: per patch, R with R^T R the inverse of (s - 1) epsilon I + X X^T + t 1 1^T. The rows
+        of X are the patch's deviations; they sum to 0, so that any t gives the same distances.
       regularization: epsilon.
     """
 

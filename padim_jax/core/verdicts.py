@@ -1,7 +1,7 @@
-"""What a threshold's verdicts are worth: intervals, where a defect was found, and transfer.
+"""Reliability of a threshold's verdicts: intervals, location of defects, and transfer.
 
-Pure functions of scores, maps and masks. `calibration` finds the thresholds; here a test set
-that had no part in them says how far they can be trusted.
+Pure functions of scores, maps and masks. `calibration` computes the thresholds; a test set
+that did not influence them shows how far they can be trusted.
 """
 
 import dataclasses
@@ -11,24 +11,24 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-# Images are called unlike the training images at this level: of evaluations whose normal test
-# images are drawn as the training images were, at most so many are called unlike by chance.
+# Significance level for calling test images unlike the training images: at most this fraction
+# of evaluations with identically distributed images does so by chance.
 TRANSFER_LEVEL = 0.01
 
 # Regions are 8-connected, as those of the ground truth in `metrics`.
 _NEIGHBOURS = np.ones((3, 3), bool)
-_FEWEST = 8  # images of either kind, to compare their scores
+_FEWEST = 8  # images of either kind needed to compare their scores
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """Whether normal test images score as the normal images of the thresholds did.
+    """Comparison of normal test images' scores with those behind the thresholds.
 
     Attributes:
       images: number of normal test images.
       higher: estimated probability that a normal test image scores higher than a normal image
-        of the thresholds (a tie counts one half); 0.5 where both are alike.
-      p_value: two-sided, of the Mann-Whitney test that both are alike.
+        of the thresholds (a tie counts one half); 0.5 if both are alike.
+      p_value: two-sided p-value of the Mann-Whitney test that both are alike.
     """
 
     images: int
@@ -37,7 +37,7 @@ class Transfer:
 
     @property
     def unlike(self) -> bool:
-        """Whether the test rejects at `TRANSFER_LEVEL`."""
+        """Return whether the test rejects at `TRANSFER_LEVEL`."""
         return self.p_value < TRANSFER_LEVEL
 
 
@@ -45,20 +45,20 @@ def interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, f
     """Return the Clopper-Pearson interval of a proportion.
 
     It covers the true proportion with a probability of at least `confidence`, for any `total`
-    (Clopper and Pearson, Biometrika 26, 1934): 0 of 12 leaves up to 26 %.
+    (Clopper and Pearson, Biometrika 26, 1934): 0 of 12 gives an upper limit of 26 %.
 
     Args:
-      count: successes, from 0 to `total`.
-      total: independent trials; 0 says nothing, and the interval is (0, 1).
-      confidence: above 0 and below 1.
+      count: number of successes, from 0 to `total`.
+      total: number of independent trials; for 0 the interval is (0, 1).
+      confidence: coverage, above 0 and below 1.
 
     Returns:
       Lower and upper limit, from 0 to 1.
 
     Raises:
-      ValueError: `count` is not within 0 and `total`.
+      ValueError: `count` is not between 0 and `total`.
     """
-    from scipy import stats  # takes its time, and only a test set needs it
+    from scipy import stats  # slow to import; only a test set needs it
 
     if not 0 <= count <= total:
         raise ValueError(f"{count} of {total}: expected a count from 0 to the total")
@@ -72,6 +72,13 @@ def upper_limits(total: int, confidence: float = 0.95) -> Float[np.ndarray, " n"
     """Return the upper limit of `interval` for each count from 0 to `total`.
 
     The lower limit for a count is 1 minus the upper one for `total` - count.
+
+    Args:
+      total: number of independent trials.
+      confidence: coverage, above 0 and below 1.
+
+    Returns:
+      (total + 1,) float64.
     """
     from scipy import stats
 
@@ -81,9 +88,9 @@ def upper_limits(total: int, confidence: float = 0.95) -> Float[np.ndarray, " n"
 
 
 def share(called: Bool[np.ndarray, " n"]) -> dict[str, Any]:
-    """Return how many images were called anomalous, of how many, with the interval of 95 %.
+    """Return the share of images called anomalous with its 95 % interval, for JSON.
 
-    For JSON: `count`, `total`, and `low` and `high`, from 0 to 1; see `interval`.
+    Keys: `count`, `total`, and `low` and `high`, from 0 to 1; see `interval`.
     """
     count, total = int(np.count_nonzero(called)), len(called)
     low, high = interval(count, total)
@@ -91,7 +98,7 @@ def share(called: Bool[np.ndarray, " n"]) -> dict[str, Any]:
 
 
 def share_text(found: Mapping[str, Any]) -> str:
-    """`share` for a person, as in "3 of 20 (3 to 38 %)"."""
+    """Format `share` for a person, as in "3 of 20 (3 to 38 %)"."""
     if not found["total"]:
         return "-"
     low, high = (f"{100 * found[key]:.0f}" for key in ("low", "high"))
@@ -104,17 +111,21 @@ def in_place(
     threshold: float,
     patch: tuple[float, float],
 ) -> bool:
-    """Whether the strongest region of a map lies where the defect is.
+    """Return whether the strongest region of a map lies at the defect.
 
-    The strongest region is the 8-connected region of pixels at or above `threshold` that holds
-    the map's highest pixel, the peak; below the threshold it is the peak alone. It lies in the
-    right place if it overlaps the mask, or if the peak lies within one patch of it.
+    The strongest region is the 8-connected region of pixels at or above `threshold` that
+    contains the map's highest pixel, the peak; if the peak is below the threshold, it is the
+    peak alone. It lies at the defect if it overlaps the mask or the peak lies within one patch
+    of the mask.
 
     Args:
-      anomaly_map: scores of an image's pixels.
-      mask: True for its defect pixels; at least one.
-      threshold: from which score on a pixel is outlined.
+      anomaly_map: scores of an image's pixels (h, w).
+      mask: True for its defect pixels (h, w); at least one.
+      threshold: lowest score of an outlined pixel.
       patch: height and width of a patch in pixels.
+
+    Returns:
+      True if it does.
 
     Raises:
       ValueError: the mask is empty.
@@ -135,7 +146,7 @@ def in_place(
 
 
 def transfer(normal: Float[np.ndarray, " n"], test: Float[np.ndarray, " m"]) -> Transfer | None:
-    """Compare the scores of normal test images with those that the thresholds rest on.
+    """Compare scores of normal test images with those that the thresholds are based on.
 
     Mann-Whitney's U by its normal approximation, with the correction for ties (Mann and
     Whitney, Annals of Mathematical Statistics 18, 1947).
@@ -145,8 +156,7 @@ def transfer(normal: Float[np.ndarray, " n"], test: Float[np.ndarray, " m"]) -> 
       test: scores of the normal images of a test set.
 
     Returns:
-      The comparison; None where either has fewer than 8 images, of which the approximation
-      does not hold and which could hardly tell.
+      The comparison; None if either has fewer than 8 images, too few for the approximation.
     """
     from scipy import stats
 
@@ -154,6 +164,6 @@ def transfer(normal: Float[np.ndarray, " n"], test: Float[np.ndarray, " m"]) -> 
         return None
     result: Any = stats.mannwhitneyu(test, normal, alternative="two-sided", method="asymptotic")
     higher = float(result.statistic) / (test.size * normal.size)
-    # Where all scores are equal nothing speaks against it.
+    # Equal scores give no evidence of a difference.
     p_value = float(result.pvalue) if np.isfinite(result.pvalue) else 1.0
     return Transfer(int(test.size), higher, p_value)

@@ -1,7 +1,7 @@
-"""Images that are there more than once: exact copies count once, near copies are noticed.
+"""Repeated images: exact copies count once, near copies cause a warning.
 
-What is learnt of normal images, and above all what thresholds promise, rests on independent
-images. A copy tells nothing new, and a training image whose copy stays in the model scores
+Statistics of normal images, and above all the thresholds' promise, assume independent
+images. A copy adds no information, and a training image whose copy stays in the model scores
 lower than any new image would.
 """
 
@@ -19,21 +19,21 @@ from padim_jax.data.records import Source
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import DataWarning
 
-# Near copies. Of each image the distances to all others, in ascending order, have a gap where
-# the copies end: the farthest copy is nearer than _NEAR times the median distance of any two
-# images, and the next image at least _GAP times as far as it. Independent images have no
-# such gap. Measured on images of MVTec AD with ResNet-18, at 96, 128 and 256 pixels: all
-# copies of 30 bottles (each twice as JPEG, 2 and 4 frames with noise of 4 grey levels, 3
-# bottles 40 times) have gaps of 1.6 to 9; of screws, seen from all sides, and tires at most
-# 1.5; of bottles only 069 and 070, one bottle photographed twice.
+# Near copies. The distances of an image to all others, in ascending order, have a gap where its
+# copies end: the farthest copy is nearer than _NEAR times the median distance of any two
+# images, and the next image is at least _GAP times as far. Independent images have no such gap.
+# Measured on images of MVTec AD with ResNet-18, at 96, 128 and 256 pixels: all copies of 30
+# bottles (each twice as JPEG, 2 and 4 frames with noise of 4 grey levels, 3 bottles 40 times)
+# have gaps of 1.6 to 9; of screws, seen from all sides, and tires at most 1.5; of bottles only
+# 069 and 070, one bottle photographed twice.
 _NEAR, _GAP = 0.75, 1.5
-# A group of copies is at most this part of all: two variants of a product are no copies.
+# A larger group is not taken for copies: it may be a variant of the product.
 _LARGEST_GROUP = 1 / 3
-# Fewer copies than this part of all images raise a promised rate by less than a third.
+# Fewer copies than this fraction of all images raise a promised rate by less than a third.
 _LEAST_SHARE, _LEAST_COPIES = 0.25, 4
-MOST_COMPARED = 4096  # images; frames of a part come one after the other
-_NAMED = 3  # pairs in a warning
-# Of the median distance: the same pixels in two files have none.
+MOST_COMPARED = 4096  # images; frames of one part are consecutive
+_NAMED = 3  # pairs named in a warning
+# Relative to the median distance: equal pixels in two files have distance 0.
 _LEAST_DISTANCE = 1e-3
 
 
@@ -48,7 +48,7 @@ class Distinct(sampling.Part):
     digests: UInt8[np.ndarray, "n 32"]
 
     def part(self, numbers: Int[np.ndarray, " m"]) -> "Distinct":
-        """Some of the images, by their places."""
+        """Return some of the images, by their positions."""
         some = sampling.part(self, numbers.tolist())
         return Distinct(self, some.numbers, some.records, self.digests[numbers])
 
@@ -56,16 +56,16 @@ class Distinct(sampling.Part):
 def distinct(
     source: Source, devices: Devices, hashes: UInt8[np.ndarray, "n 32"] | None = None
 ) -> Distinct:
-    """Leave out the images whose files are byte for byte those of earlier ones.
+    """Remove images whose files are byte for byte those of earlier ones. A collective.
 
     Args:
       source: images.
-      devices: among whose processes the work is shared out. A collective.
-      hashes: SHA-256 of the files; None reads every file.
+      devices: devices whose processes share the work.
+      hashes: SHA-256 of the files; None reads all files.
 
     Returns:
-      The first image of each file, in the order of `source`. A `DataWarning` tells how many
-      others there were.
+      The first image of each file, in the order of `source`. A `DataWarning` states the number
+      of others.
 
     Raises:
       UserError: a file cannot be read, or the processes see different images.
@@ -94,7 +94,15 @@ def distinct(
 
 
 def digests(source: Source, devices: Devices) -> UInt8[np.ndarray, "n 32"]:
-    """Return the SHA-256 of every image's file. A collective."""
+    """Return the SHA-256 of each image's file. A collective.
+
+    Args:
+      source: images.
+      devices: devices whose processes share the work.
+
+    Returns:
+      (n, 32) uint8, in the records' order.
+    """
     if isinstance(source, Distinct):
         return source.digests
 
@@ -106,17 +114,16 @@ def digests(source: Source, devices: Devices) -> UInt8[np.ndarray, "n 32"]:
 
 
 def near_copies(samples: Float32[np.ndarray, "n s"]) -> list[tuple[int, int]]:
-    """Find images that have others far nearer than independent images are.
+    """Find images with others far nearer than independent images are.
 
-    Such are frames of one part, or one photograph compressed twice. The first 4,096 images
+    Examples are frames of one part, or one photograph compressed twice. The first 4,096 images
     are compared, each with all others.
 
     Args:
-      samples: features of the images, the same ones of every image.
+      samples: features of the images, at the same positions for all images.
 
     Returns:
-      Each such image and the one nearest to it, by number; nothing where there are too few
-      of them to matter.
+      Each such image and its nearest one, by number; nothing if there are too few to matter.
     """
     x = samples[:MOST_COMPARED].astype(np.float64)
     count, largest = len(x), int(len(x) * _LARGEST_GROUP)
@@ -142,7 +149,15 @@ def near_copies(samples: Float32[np.ndarray, "n s"]) -> list[tuple[int, int]]:
 
 
 def near_copies_text(pairs: Sequence[tuple[int, int]], names: Sequence[str]) -> str:
-    """What `near_copies` means for thresholds, for a person; "" for no pairs."""
+    """Describe for a person what `near_copies` means for thresholds.
+
+    Args:
+      pairs: see `near_copies`.
+      names: names of all images.
+
+    Returns:
+      One sentence with advice; "" without pairs.
+    """
     if not pairs:
         return ""
     unique = dict.fromkeys(tuple(sorted(pair)) for pair in pairs)

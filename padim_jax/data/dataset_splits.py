@@ -1,4 +1,4 @@
-"""A configuration -> the images of its dataset, split by split."""
+"""A configuration -> the images of its dataset, by split."""
 
 import itertools
 import warnings
@@ -21,9 +21,16 @@ _MOST_NAMED = 5  # folders in a warning
 
 
 def with_held_out(config: Config, splits: Mapping[str, Source]) -> dict[str, Source]:
-    """The splits, with a part of the training images for validation where that is asked for.
+    """Return the splits, with training images held out for validation if requested.
 
-    Whole groups are held out, drawn at random; of copies the first one counts.
+    Whole groups are held out at random; of exact copies only the first counts.
+
+    Args:
+      config: configuration of the run.
+      splits: splits of the dataset.
+
+    Returns:
+      Splits with "train" divided into "train" and "validation", or unchanged.
     """
     threshold = config.threshold
     if threshold.normal != "held_out" or splits["validation"].records:
@@ -39,11 +46,11 @@ def with_held_out(config: Config, splits: Mapping[str, Source]) -> dict[str, Sou
 
 
 def open_dataset(config: Config) -> dict[str, Source]:
-    """Finds the images of a configuration; no image is decoded.
+    """Open the images of a configuration; no image is decoded.
 
     Returns:
-      The splits "train" (at most `train_images` of it), "validation" and "test"; the latter
-      two may be empty.
+      The splits "train" (limited to `train_images`), "validation" and "test"; the latter two
+      may be empty.
 
     Raises:
       UserError: folders or files are missing.
@@ -79,7 +86,15 @@ def _warn_unused(config: Config) -> None:
 
 
 def held_back(config: Config, sources: dict[str, Source]) -> dict[str, Source]:
-    """The splits of a dataset as a configuration uses them; see `open_dataset`."""
+    """Apply exclusions and `train_images` to a dataset's splits; see `open_dataset`.
+
+    Args:
+      config: configuration of the run.
+      sources: splits of the dataset.
+
+    Returns:
+      The splits, with "train" reduced.
+    """
     train = sources["train"]
     if exclude := config.dataset.exclude:
         train = _without_excluded(train, exclude)
@@ -90,7 +105,7 @@ def held_back(config: Config, sources: dict[str, Source]) -> dict[str, Source]:
 
 
 def _without_excluded(source: Source, exclude: Sequence[str]) -> Source:
-    """The training images but those of `config.dataset.exclude`."""
+    """Return the training images without those in `config.dataset.exclude`."""
     known = {record.relative_path for record in source.records}
     if unknown := [name for name in exclude if name not in known]:
         example = f", as in {next(iter(known))!r}" if known else ""
@@ -103,14 +118,19 @@ def _without_excluded(source: Source, exclude: Sequence[str]) -> Source:
 
 
 def say_folders(config: Config, sources: Mapping[str, Source]) -> None:
-    """Print which folders were taken for good images, where their names alone decide."""
+    """Print which folders count as good images, for a layout that goes by their names.
+
+    Args:
+      config: configuration of the run.
+      sources: splits of the dataset.
+    """
     if config.dataset.name == "folder":
         records = itertools.chain.from_iterable(source.records for source in sources.values())
         print(folder_layout.summary(records))
 
 
 def _open_splits(config: Config) -> dict[str, Source]:
-    # What is missing yet one process draws and packs.
+    # Only one process draws or packs what is missing.
     with parallel.first_process_first():
         dataset = config.dataset
         layout = LAYOUTS[dataset.name]
@@ -121,12 +141,12 @@ def _open_splits(config: Config) -> dict[str, Source]:
             if text := files.passed_over(files.hidden_beside(images, folder)):
                 print(text)
             return by_split(records)
-        # Imported here: TensorFlow Datasets takes its time, and few need it.
+        # Imported here: TensorFlow Datasets is slow to import and rarely needed.
         from padim_jax.data import packing
 
         packed = packing.packed_dir(dataset.tfds_dir, config.packed_name)
         folder = layout.folder(dataset.root, config.category)
-        # A synthetic one is drawn when missing.
+        # A synthetic dataset is drawn if missing.
         if paths.is_folder(folder) or dataset.name == "synthetic":
             records = layout.records(dataset.root, config.category, dataset.seed)
         else:
@@ -147,7 +167,15 @@ def by_split(records: Sequence[Record]) -> dict[str, Source]:
 
 
 def require_test_images(config: Config, source: Source) -> None:
-    """Raise UserError, with what was found instead, unless there are images to evaluate on."""
+    """Require images to evaluate on.
+
+    Args:
+      config: configuration of the run.
+      source: the test split.
+
+    Raises:
+      UserError: there are none; states what is there instead.
+    """
     if not source.records:
         raise UserError(
             f"config.dataset.root={config.dataset.root}: {no_test_images(config)}. To fit "
@@ -156,7 +184,7 @@ def require_test_images(config: Config, source: Source) -> None:
 
 
 def no_test_images(config: Config) -> str:
-    """What was found instead of test images, and where layouts have them."""
+    """Describe what is there instead of test images, and where layouts expect them."""
     name, dataset = config.dataset.name, config.dataset
     base, there = LAYOUTS[name].folder(dataset.root, config.category), ""
     if paths.is_folder(base):

@@ -1,7 +1,8 @@
-"""An image file's bytes -> pixels: what is taken for an image, and what is refused.
+"""An image file's bytes -> pixels, with the rules for which files are accepted.
 
-A file is known by its content, whatever its name says. What is refused has an error that names
-it: no file is decoded in part. docs/bad_inputs.md lists what becomes of some 170 odd inputs.
+A file's format is determined by its content, not its name. Rejected files raise an error that
+names them: no file is decoded in part. docs/bad_inputs.md lists the treatment of some 170 odd
+inputs.
 """
 
 import io
@@ -26,26 +27,25 @@ from padim_jax.config.settings import Range
 from padim_jax.errors import UserError
 
 _Result = TypeVar("_Result")
-FEWEST_LEVELS = 32  # of grey; fewer of a file that has more are told
-LEVELS = "grey levels kept"  # in a decoded image's `info`, if they are too few
+FEWEST_LEVELS = 32  # of grey; a file that had more and keeps fewer is reported
+LEVELS = "grey levels kept"  # key in a decoded image's `info`, if they are too few
 
-# Larger images are refused for what their header says: they would take up to 3.0 GB to decode
-# (17 bytes a pixel, see `input_pipeline.DECODING`). The largest industrial cameras have 151
-# million.
+# Larger images are rejected by their header: they would take up to 3.0 GB to decode (17 bytes
+# per pixel, see `input_pipeline.DECODING`). The largest industrial cameras have 151 million.
 MAX_PIXELS = 178_956_970
 
-# That a decoder may want, at most: bytes, for a file whose size is not known yet, and for a
-# pixel (WebP has three copies of four bytes).
+# Upper bounds of a decoder's memory in bytes: for a file of unknown size, and per pixel (WebP
+# has three copies of four bytes).
 _ROOM, _ROOM_PIXEL = 2**28, 16
 
 MAX_SIDE = 65_500  # of a JPEG, in libjpeg
 
-# Pillow would warn of half as many, in the midst of other output. An application that has
-# lifted the limit keeps it so.
+# Pillow would warn from half as many on, amid other output. If an application has lifted the
+# limit, it stays lifted.
 if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS)
 
-# By these alone: of all that Pillow reads some start other programs (EPS: Ghostscript).
+# Only these: some of Pillow's formats start other programs (EPS: Ghostscript).
 _FORMATS: tuple[tuple[bytes, Callable[[io.BytesIO], ImageFile.ImageFile]], ...] = (
     (rb"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
     (rb"\xff\xd8\xff", JpegImagePlugin.jpeg_factory),
@@ -53,53 +53,65 @@ _FORMATS: tuple[tuple[bytes, Callable[[io.BytesIO], ImageFile.ImageFile]], ...] 
     (rb"II[*+]\0|MM\0[*+]", TiffImagePlugin.TiffImageFile),
     (rb"RIFF....WEBP", WebPImagePlugin.WebPImageFile),
 )
-# Pillow's modes of 8 bits a channel or less that it makes RGB of.
+# Pillow's modes of at most 8 bits per channel that are converted to RGB.
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-# Its modes of files of 16 bits. Of colours it has kept the high bytes alone.
+# Its modes of 16-bit files. For colours it keeps only the high bytes.
 _DEEP_MODES = ("I;16", "I;16B", "LA", "RGB", "RGBA", "RGBX")
-# What `describe` calls Pillow's modes.
+# Names of Pillow's modes in `describe`.
 _CHANNELS = {"1": "grey", "L": "grey", "LA": "grey and alpha", "P": "palette", "I;16": "grey"}
 _CHANNELS |= {"I;16B": "grey", "I": "grey", "F": "grey", "PA": "palette and alpha"}
 _BITS = {"1": "1 bit", "I": "32 bit", "F": "floating point"}
 _NUMBERS = {"I": "32-bit or signed integers", "F": "floating point numbers"}
-_FEW_BITS = re.compile("'(?:L;)?([124])'")  # a grey level, in what Pillow calls it
+_FEW_BITS = re.compile("'(?:L;)?([124])'")  # a grey level, in Pillow's name for it
 _WHITE_IS_ZERO, _PHOTOMETRIC = 0, 262  # of TIFF
 _AGAIN = "copy it again from where it comes, or leave it out"
 
-# What follows a segment of a JPEG: its entropy-coded data, if any, then the next marker.
+# Follows a segment of a JPEG: its entropy-coded data, if any, then the next marker.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 _END_OF_IMAGE = 0xD9
 
 
 def open_rgb(data: bytes, name: str, counts: Range = "full") -> Image.Image:
-    """Decodes an image file to RGB of 8 bits a channel.
+    """Decode an image file to RGB with 8 bits per channel.
 
     Of 16 bits the high byte is taken (value // 256), as libpng and OpenCV do, unless
-    `counts` says otherwise. What is transparent is put on white, as viewers show it; grey
+    `counts` says otherwise. Transparent pixels are put on white, as viewers show them; grey
     levels and palettes are expanded, CMYK is converted by Pillow's plain formula;
     colour profiles (ICC, gamma) are ignored. An EXIF orientation is not applied, as in the
-    PyTorch projects, but in TIFF, where Pillow does. See `open_image` for the rest.
+    PyTorch projects, except in TIFF, where Pillow applies it. See `open_image` for the rest.
 
     Args:
       data: the file's bytes.
-      name: how to call it in an error.
-      counts: the two values of the file that become 0 and 255; those between are mapped
-        linearly and rounded, those outside are clipped.
+      name: name of the file in error messages.
+      counts: the two values of the file that map to 0 and 255; values between are mapped
+        linearly and rounded, values outside are clipped.
 
     Returns:
-      The image. Where less than `FEWEST_LEVELS` grey levels are left of a file that has more,
-      its `info` has their number under `LEVELS`.
+      The image. If fewer than `FEWEST_LEVELS` grey levels are left of a file that has more, its
+      `info` has their number under `LEVELS`.
 
     Raises:
-      UserError: see `open_image`; or 16 bits of which only the lowest 12 are used, pixels
-        that are all transparent, or counts that are not of such a file.
+      UserError: see `open_image`; or 16 bits of which only the lowest 12 are used, only
+        transparent pixels, or counts that do not suit such a file.
     """
     image, deep = _open(data, name)
     return _to_rgb(image, deep, name, counts)
 
 
 def from_pillow(image: Image.Image, name: str, counts: Range = "full") -> Image.Image:
-    """Converts an image that Pillow has opened, as `open_rgb` does its file."""
+    """Convert an image opened by Pillow, as `open_rgb` does its file.
+
+    Args:
+      image: the image, of any mode.
+      name: name of the image in error messages.
+      counts: see `open_rgb`.
+
+    Returns:
+      RGB, see `open_rgb`.
+
+    Raises:
+      UserError: see `open_rgb`.
+    """
     _require_size(*image.size, name)
     layout = str(getattr(image, "tile", ""))
     whites = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
@@ -109,16 +121,19 @@ def from_pillow(image: Image.Image, name: str, counts: Range = "full") -> Image.
 
 
 def from_array(pixels: np.ndarray, name: str, counts: Range = "full") -> Image.Image:
-    """Converts an array, as `open_rgb` does a file of the same values.
+    """Convert an array, as `open_rgb` does a file of the same values.
 
     Args:
       pixels: uint8 or uint16, (h, w) or (h, w, 1) grey, (h, w, 3) RGB or (h, w, 4) RGBA.
-      name: how to call it in an error.
+      name: name of the array in error messages.
       counts: see `open_rgb`.
 
+    Returns:
+      RGB, see `open_rgb`.
+
     Raises:
-      TypeError: an array of another type or number of axes.
-      UserError: see `open_rgb`; or an empty array.
+      TypeError: the array has another type or number of axes.
+      UserError: see `open_rgb`; or the array is empty.
     """
     deep = pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2
     channels = pixels.shape[2:]
@@ -141,10 +156,17 @@ def from_array(pixels: np.ndarray, name: str, counts: Range = "full") -> Image.I
 
 
 def grey_counts(data: bytes, name: str) -> np.ndarray:
-    """How often each value is in an image file: 65536 numbers of 16 bits, else 256.
+    """Count the values of an image file: 65536 counts for 16 bits, else 256.
+
+    Args:
+      data: the file's bytes.
+      name: name of the file in error messages.
+
+    Returns:
+      (65536,) or (256,) integers.
 
     Raises:
-      UserError: see `open_image`; or colours of 16 bits.
+      UserError: see `open_image`; or the file has 16-bit colours.
     """
     image, deep = _open(data, name)
     if not deep:
@@ -153,7 +175,7 @@ def grey_counts(data: bytes, name: str) -> np.ndarray:
     if image.mode not in ("I;16", "I;16B"):
         raise _no_range(name)
     counts = np.zeros(65536, np.int64)
-    for row in np.asarray(image):  # one table a row, and NumPy's indices have 8 bytes a pixel
+    for row in np.asarray(image):  # row by row: NumPy's indices take 8 bytes per pixel
         counts += np.bincount(row, minlength=65536)
     return counts
 
@@ -168,7 +190,7 @@ def _to_rgb(image: Image.Image, deep: bool, name: str, counts: Range) -> Image.I
         rgb = image.convert("RGB")
         if np.asarray(rgb).max() < 16:
             raise _too_dark(name, "")
-        levels = len(_values(rgb)), 65536  # how many the file has is lost
+        levels = len(_values(rgb)), 65536  # the number in the file is lost
     else:
         rgb, levels = image if image.mode == "RGB" else image.convert("RGB"), (256, 256)
         if counts != "full":
@@ -182,7 +204,7 @@ def _to_rgb(image: Image.Image, deep: bool, name: str, counts: Range) -> Image.I
 
 
 def _alpha(image: Image.Image, deep: bool, name: str) -> Image.Image | None:
-    """How opaque each pixel is; None where all are. Takes it out of the image's `info`."""
+    """Pop transparency from `info` and return each pixel's opacity; None if all are opaque."""
     transparent = image.info.pop("transparency", None)
     if "A" in image.getbands():
         alpha = image.getchannel("A")
@@ -215,11 +237,11 @@ def _alpha(image: Image.Image, deep: bool, name: str) -> Image.Image | None:
 def _from_16_bits(
     pixels: np.ndarray, name: str, counts: Range
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """Of grey values, 8 bits; and how many levels are kept, and are there."""
+    """Convert grey values to 8 bits; return also the numbers of levels kept and present."""
     table = _table(counts, 65536)
     there = np.zeros(65536, bool)
     values = np.empty(pixels.shape, np.uint8)
-    for row, out in zip(pixels, values, strict=True):  # NumPy's indices have 8 bytes a pixel
+    for row, out in zip(pixels, values, strict=True):  # NumPy's indices take 8 bytes per pixel
         there[row] = True
         out[:] = table[row]
     if counts == "full" and values.max() < 16:
@@ -241,12 +263,12 @@ def _from_8_bits(
 
 
 def _values(rgb: Image.Image) -> np.ndarray:
-    """The distinct values of all three channels."""
+    """Return the distinct values of all three channels."""
     return np.flatnonzero(np.reshape(rgb.histogram(), (3, 256)).any(axis=0))
 
 
 def _table(counts: Range, size: int) -> np.ndarray:
-    """What each value becomes in 8 bits."""
+    """Return the 8-bit value of each value of the file."""
     values = np.arange(size)
     if counts == "full":
         return (values * 256 // size).astype(np.uint8)
@@ -271,40 +293,43 @@ def _no_range(name: str) -> UserError:
 
 
 def open_image(data: bytes, name: str) -> Image.Image:
-    """Decodes an image file of 8 bits a channel or less, in the mode that it is stored in.
+    """Decode an image file of at most 8 bits per channel, in its stored mode.
 
-    Taken are PNG, JPEG, BMP, TIFF and WebP. Of what a camera's JPEG holds beside its image
-    (previews: MPO) nothing is looked at.
+    PNG, JPEG, BMP, TIFF and WebP are accepted. Further images in a camera's JPEG (previews:
+    MPO) are ignored.
 
     Args:
       data: the file's bytes.
-      name: how to call it in an error.
+      name: name of the file in error messages.
+
+    Returns:
+      The decoded image.
 
     Raises:
-      UserError: not an image of these formats, a damaged or incomplete one, one of more than
-        `MAX_PIXELS` or with a side of more than `MAX_SIDE`, of several frames or pages, of
-        more than 8 bits a channel, or of colours that are not RGB, CMYK or YCbCr.
+      UserError: the file is not an image of these formats, is damaged or incomplete, has more
+        than `MAX_PIXELS` pixels or a side above `MAX_SIDE`, has several frames or pages, more
+        than 8 bits per channel, or colours other than RGB, CMYK or YCbCr.
     """
     image, deep = _open(data, name)
     if deep:
         raise UserError(
             f"{name}: more than 8 bits a channel (Pillow mode {image.mode}); save it with 8"
         )
-    # Pillow would warn that a palette's is dropped.
+    # Pillow would warn that a palette's transparency is dropped.
     image.info.pop("transparency", None)
     return image
 
 
 def describe(data: bytes) -> tuple[tuple[int, int], str] | None:
-    """Height, width and mode (as in "RGB 8 bit") by a file's header; no pixel is decoded.
+    """Return height, width and mode ("RGB 8 bit") from a file's header; decode no pixel.
 
-    None of a header that cannot be read: decoding says what is wrong with it.
+    None for an unreadable header: decoding reports what is wrong with it.
     """
     for sign, open_ in _FORMATS:
         if re.match(sign, data, re.DOTALL):
             try:
                 image = open_(io.BytesIO(data))
-            except Exception:  # whatever Pillow's plugins raise
+            except Exception:  # Pillow's plugins raise arbitrary exceptions
                 return None
             deep = image.mode.startswith("I;16") or ";16" in str(image.tile)
             bits = "16 bit" if deep else _BITS.get(image.mode, "8 bit")
@@ -314,7 +339,7 @@ def describe(data: bytes) -> tuple[tuple[int, int], str] | None:
 
 
 def pixel_count(data: bytes) -> int:
-    """How many pixels an image file has by its header; 0 of what is not to be decoded."""
+    """Return an image file's number of pixels from its header; 0 if it cannot be decoded."""
     try:
         width, height = _header(data, "").size
     except UserError:
@@ -323,7 +348,7 @@ def pixel_count(data: bytes) -> int:
 
 
 def _header(data: bytes, name: str) -> ImageFile.ImageFile:
-    """An image that is not decoded yet, of a size that may be."""
+    """Return an image that is not decoded yet, of an allowed size."""
     if not data:
         raise UserError(f"{name}: an empty file, not an image; {_AGAIN}")
     opened = (open_ for sign, open_ in _FORMATS if re.match(sign, data, re.DOTALL))
@@ -353,7 +378,7 @@ def _require_size(width: int, height: int, name: str) -> None:
 
 
 def _open(data: bytes, name: str) -> tuple[Image.Image, bool]:
-    """A decoded image, and whether its file has 16 bits a channel."""
+    """Return a decoded image, and whether its file has 16 bits per channel."""
     image = _header(data, name)
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise UserError(
@@ -376,16 +401,19 @@ def _open(data: bytes, name: str) -> tuple[Image.Image, bool]:
 
 
 def _require_mode(image: Image.Image, layout: str, whites: bool, name: str) -> bool:
-    """Whether an image has 16 bits a channel.
+    """Return whether an image has 16 bits per channel.
 
     Args:
-      image: decoded.
-      layout: how Pillow found its pixels stored.
-      whites: whether 0 is white, where the file can say so.
-      name: how to call it in an error.
+      image: decoded image.
+      layout: Pillow's description of how its pixels are stored.
+      whites: whether 0 is white, if the file can say so.
+      name: name of the file in error messages.
+
+    Returns:
+      True for 16 bits.
 
     Raises:
-      UserError: it is of a kind that is not taken.
+      UserError: its mode is not accepted.
     """
     deep = image.mode.startswith("I;16") or ";16" in layout
     if deep and (image.mode not in _DEEP_MODES or (whites and image.mode == "I;16")):
@@ -401,20 +429,23 @@ def _require_mode(image: Image.Image, layout: str, whites: bool, name: str) -> b
         )
     transparent = image.info.get("transparency")
     if isinstance(transparent, int) and (bits := _FEW_BITS.search(layout)):
-        # Pillow widens grey levels to 8 bits, and leaves this one as it is.
+        # Pillow expands grey levels to 8 bits, but not this one.
         image.info["transparency"] = transparent * 255 // (2 ** int(bits[1]) - 1)
     return deep
 
 
 def _trying(name: str, action: Callable[[], _Result], room: int = _ROOM) -> _Result:
-    """Pillow's plugins raise whatever comes of the bytes that they find.
+    """Run a Pillow call, whose plugins raise arbitrary exceptions on damaged files.
 
     Args:
-      name: of the file.
-      action: opens or decodes it.
-      room: bytes that it may want. Decoders in C say of a want of memory that the file is
-        broken (WebP: "could not create decoder object"): where there is no such room, nothing
-        is known of the file.
+      name: name of the file.
+      action: function that opens or decodes it.
+      room: bytes that it may need. Decoders in C report a lack of memory as a broken file
+        (WebP: "could not create decoder object"): without that much memory, nothing is known
+        about the file.
+
+    Returns:
+      The result of `action`.
 
     Raises:
       MemoryError: there may be too little memory.
@@ -425,13 +456,13 @@ def _trying(name: str, action: Callable[[], _Result], room: int = _ROOM) -> _Res
     except MemoryError:  # not the file's fault
         raise
     except Exception as error:
-        bytes(room)  # asked for, not written to; a MemoryError if there is no more
+        bytes(room)  # allocated but not written; MemoryError if there is no more
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name}: the image cannot be decoded: {reason}; {_AGAIN}") from error
 
 
 def _require_intact_png(data: bytes) -> None:
-    """Pillow does not look at the checksums of pixels."""
+    """Check a PNG's checksums; Pillow does not check those of pixels."""
     view, at = memoryview(data), 8
     while at + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)
@@ -450,7 +481,7 @@ def _require_intact_png(data: bytes) -> None:
 
 
 def _require_whole_jpeg(data: bytes) -> None:
-    """Zeros in the place of a JPEG's end, as a power cut leaves them, decode to grey."""
+    """Check a JPEG's end; zeros in its place, as after a power cut, would decode to grey."""
     at = 2
     while marker := _MARKER.search(data, at):
         at = marker.end()

@@ -1,6 +1,6 @@
-"""MVTec AD from its publisher, when the user asks for it: downloaded, checked, unpacked.
+"""Download of MVTec AD from its publisher on request, with check and unpacking.
 
-It comes as one archive of all fifteen categories: 5.3 GB, and as much again unpacked.
+It is one archive of all fifteen categories: 5.3 GB, and as much again when unpacked.
 """
 
 import http.client
@@ -19,14 +19,14 @@ from padim_jax.errors import UserError
 from padim_jax.system import fetch
 from padim_jax.system.paths import Path
 
-# Both as in anomalib 2.7.0. MVTec renews the link from time to time, the archive stays.
+# Both as in anomalib 2.7.0. MVTec renews the link from time to time; the archive is unchanged.
 ARCHIVE_URL = (
     "https://www.mydrive.ch/shares/150996/b52ecdcbf521176e9db9c731f2304b27/"
     "download/420938113-1629960298/mvtec_anomaly_detection.tar.xz"
 )
 SHA256 = "cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d"
 SCHEME = fetch.SCHEME
-# The archive has 5.3e9, and as many unpacked.
+# The archive has 5.3e9 bytes, and as many when unpacked.
 MOST_BYTES = 6_000_000_000
 MOST_UNPACKED = 2 * MOST_BYTES
 LICENCE = (
@@ -36,19 +36,19 @@ LICENCE = (
 
 
 def mvtec_ad(root: Path, category: str) -> None:
-    """Puts MVTec AD's category folders below `root`, unless `root/category` exists.
+    """Download MVTec AD's category folders to `root`, unless `root/category` exists.
 
-    The archive grows in a `.part` file beside `root`, from which an interrupted download
-    goes on. Only once its SHA-256 is right are its folders moved to `root`, each in one
-    step and none in place of what is there already.
+    The archive is written to a `.part` file beside `root`, from which an interrupted download
+    is resumed. After its SHA-256 has been verified, its folders are moved to `root`, each in
+    one step; existing ones are not replaced.
 
     Args:
-      root: the folder that holds, or is to hold, the category folders.
-      category: the one that is needed; all fifteen are downloaded.
+      root: folder of the category folders; created if missing.
+      category: category needed; all fifteen are downloaded.
 
     Raises:
-      UserError: MVTec AD has no such category, or the archive could not be had, checked
-        or unpacked; with where to get it by hand.
+      UserError: MVTec AD has no such category, or the archive could not be downloaded, verified
+        or unpacked; states how to get it by hand.
     """
     if not isinstance(root, pathlib.Path):
         raise UserError(
@@ -69,11 +69,12 @@ def mvtec_ad(root: Path, category: str) -> None:
             f"be one of {', '.join(MVTEC_AD)}"
         )
     print(LICENCE)
-    # A browser's unfinished download, say, would have another name.
+    # A name of our own, so as not to use a browser's unfinished download.
     part = root.resolve().parent / "mvtec_anomaly_detection.tar.xz.padim_jax.part"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # Made first: that nothing can be written here should not come up 5 GB later.
+        # Created first, so that a folder that is not writable is noticed before 5 GB are
+        # downloaded.
         with tempfile.TemporaryDirectory(prefix=".unpacking_", dir=root) as unpacked:
             fetch.fetch(ARCHIVE_URL, part, SHA256, MOST_BYTES, SCHEME)
             _unpack(part, unpacked, root)
@@ -93,7 +94,7 @@ def mvtec_ad(root: Path, category: str) -> None:
 
 
 def _unpack(archive: pathlib.Path, folder: str, root: pathlib.Path) -> None:
-    """Unpacks into `folder`, then moves to `root` what is not there yet."""
+    """Unpack into `folder`, then move to `root` what is not there yet."""
     with tarfile.open(archive, "r:xz") as tar:
         members = tqdm.tqdm(tar, "unpack", disable=None, unit="file")
         tar.extractall(folder, members, filter=_limited(MOST_UNPACKED))  # noqa: S202 (filter)
@@ -106,18 +107,19 @@ def _unpack(archive: pathlib.Path, folder: str, root: pathlib.Path) -> None:
 
 
 def _limited(most: int) -> Callable[[tarfile.TarInfo, str], tarfile.TarInfo]:
-    """A filter of files and folders that lie within, of at most so many bytes together."""
+    """Return a filter that accepts contained files and folders of at most `most` bytes."""
     left = most
 
     def inside(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
         nonlocal left
-        # The data filter refuses what leads out, but makes absolute names relative in silence.
+        # The data filter rejects paths that lead out, but silently makes absolute names
+        # relative.
         if member.name.startswith("/"):
             raise tarfile.AbsolutePathError(member)
-        # Links could lead out with some versions of Python's filter; there are none.
+        # Links could lead out with some versions of Python's filter; the archive has none.
         if not (member.isreg() or member.isdir()):
             raise tarfile.SpecialFileError(member)
-        left -= member.size  # before a byte of it is written; of a sparse file what it claims
+        left -= member.size  # before a byte is written; a sparse file counts as it claims
         if left < 0:
             raise tarfile.FilterError(f"{member.name!r}: more than {most} bytes unpacked")
         return tarfile.data_filter(member, folder)

@@ -13,16 +13,16 @@ from padim_jax.system.paths import Path
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
-MAX_BYTES = 2**30  # of a file: more than the largest image takes that is decoded
-# Of a file's name, in UTF-8. Results are called after it, with a few letters more, and file
-# systems take 255.
+MAX_BYTES = 2**30  # per file: more than the largest decodable image takes
+# Of a file's name, in UTF-8. Results are named after it with a few more letters, and file
+# systems allow 255.
 MAX_NAME = 240
-# What is wrong with the name or the link; of any other error the machine is the cause.
+# Faults of the name or the link; all other errors are the machine's.
 _FAULTS_OF_FILES = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.EILSEQ),
 }
-# What desktops, network storage and file systems keep for themselves, beside names with a dot.
+# Private folders of desktops, network storage and file systems whose names have no leading dot.
 _SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "lost+found")
 _NO_FILES = {
     stat.S_ISDIR: "a folder",
@@ -34,29 +34,29 @@ _NO_FILES = {
 
 
 def is_image(path: Path) -> bool:
-    """Whether the name is an image's (suffix, any case) and not a hidden file's."""
+    """Return whether the name is an image's (suffix, any case) and not a hidden file's."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def is_hidden_folder(name: str) -> bool:
-    """Whether a folder of this name is hidden or a system's: what it holds is not looked at."""
+    """Return whether a folder name is hidden or a system's; such folders are not read."""
     return name.startswith(".") or name in _SYSTEM_FOLDERS
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders in `folder` except hidden and system ones, sorted by name.
+    """Return the folders in `folder` except hidden and system ones, sorted by name.
 
     Raises:
-      UserError: `folder` is no folder.
+      UserError: `folder` is not a folder.
     """
     return [path for path in _listing(folder)[0] if not is_hidden_folder(path.name)]
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files in `folder`, sorted by name.
+    """Return the image files in `folder`, sorted by name.
 
     Raises:
-      UserError: `folder` is no folder or holds no image, or there are images deeper
+      UserError: `folder` is not a folder or holds no image, or there are images in folders
         below it, which would be left out.
     """
     folders, others = _listing(folder)
@@ -75,10 +75,10 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def folders_only(folder: Path) -> list[Path]:
-    """The folders, of defect types, in a folder that should hold nothing else.
+    """Return the folders of defect types in a folder that should hold nothing else.
 
     Raises:
-      UserError: `folder` is no folder, or images lie beside the folders.
+      UserError: `folder` is not a folder, or images lie beside the folders.
     """
     if astray := images_outside_folders(folder):
         raise UserError(
@@ -89,10 +89,10 @@ def folders_only(folder: Path) -> list[Path]:
 
 
 def images_outside_folders(folder: Path) -> list[Path]:
-    """The image files that lie directly in `folder`, sorted by name; folders are none.
+    """Return the image files directly in `folder`, sorted by name; folders are excluded.
 
     Raises:
-      UserError: `folder` is no folder.
+      UserError: `folder` is not a folder.
     """
     return [path for path in _listing(folder)[1] if is_image(path)]
 
@@ -101,8 +101,11 @@ def holding_images(folder: Path, read: Callable[[str], bool]) -> list[Path]:
     """Return the folders in `folder` that hold images at any depth, except those that are read.
 
     Args:
-      folder: where to look; none if it is no folder.
-      read: tells by its name whether a folder is read.
+      folder: folder to search; the result is empty if it is not a folder.
+      read: function that tells by its name whether a folder is read.
+
+    Returns:
+      The folders, sorted by name.
     """
     if not paths.is_folder(folder):
         return []
@@ -112,7 +115,7 @@ def holding_images(folder: Path, read: Callable[[str], bool]) -> list[Path]:
 
 
 def by_stem(folder: Path) -> dict[str, list[Path]]:
-    """The image files in `folder` by their names without suffix; none if it is no folder."""
+    """Return the image files in `folder` by stem; none if it is not a folder."""
     found: dict[str, list[Path]] = {}
     for name in sorted(file_names(folder)):
         path = folder / name
@@ -122,27 +125,27 @@ def by_stem(folder: Path) -> dict[str, list[Path]]:
 
 
 def quoted(paths: Sequence[Path]) -> str:
-    """The names of a few files, for a message, and how many more there are."""
+    """Return the names of a few files, for a message, and the number of others."""
     names = ", ".join(path.name for path in paths[:5])
     return names + f" and {len(paths) - 5} more" * (len(paths) > 5)
 
 
 def file_names(folder: Path) -> set[str]:
-    """The names of the files in `folder`; none if it is no folder."""
+    """Return the names of the files in `folder`; none if it is not a folder."""
     try:
         found = paths.listing(folder)[1]
     except (FileNotFoundError, NotADirectoryError):
         return set()
-    # A dangling link is none; an object store has no links.
+    # A dangling link is not a file; an object store has no links.
     return {p.name for p in found if not isinstance(p, pathlib.Path) or p.is_file()}
 
 
 class Tree(NamedTuple):
-    """What a folder and the folders below it hold.
+    """Contents of a folder and of the folders below it.
 
     Attributes:
       images: POSIX path below the folder and entry of everything that has an image's name.
-      hidden: the hidden and system folders, which were not listed.
+      hidden: hidden and system folders, which were not listed.
     """
 
     images: "list[tuple[str, os.DirEntry[str]]]"
@@ -157,21 +160,24 @@ def walk(
 ) -> Tree:
     """List a local folder and those below it, each once, in the order of their names.
 
-    Links to folders are followed, after all folders that are there without a link: a folder
-    that was listed already, as in a loop or by a second link, is left out. Hidden and system
+    Links to folders are followed after all folders reached without a link; a folder
+    that was already listed, as in a loop or by a second link, is left out. Hidden and system
     folders are not listed. A folder with an image's name is among the images if there is
-    no image in it, for whoever reads it to refuse.
+    no image in it, so that reading it raises an error.
 
     Args:
-      root: where to begin, whatever its own name.
-      refuse: called with a folder that cannot be listed, and why.
-      without: a folder that is not listed either, however it is reached.
-      wanted: tells which names are an image's.
+      root: folder to start at, whatever its own name.
+      refuse: called with a folder that cannot be listed, and the error.
+      without: another folder not to list, however it is reached.
+      wanted: function that tells which names are an image's.
+
+    Returns:
+      The images and the hidden folders.
     """
     left_out = None if without is None else f"{os.path.realpath(without)}/"
     images: list[tuple[str, os.DirEntry[str]]] = []
     hidden: list[pathlib.Path] = []
-    named: list[tuple[str, os.DirEntry[str]]] = []  # folders that have an image's name
+    named: list[tuple[str, os.DirEntry[str]]] = []  # folders with an image's name
     listed: set[str] = set()
     folders, links = [""], []
     while folders or links:
@@ -182,7 +188,7 @@ def walk(
             continue
         listed.add(real)
         try:
-            # The whole listing first: the folder may be gone on the way.
+            # The complete listing first: the folder may vanish meanwhile.
             with os.scandir(folder) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
@@ -208,18 +214,18 @@ def walk(
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself: reading it will tell
+    except OSError:  # a link to itself: reading it raises the error
         return False
 
 
 def images_below(
     folder: Path, wanted: Callable[[pathlib.Path], bool] = is_image
 ) -> tuple[list[Path], list[Path]]:
-    """What counts as an image anywhere below a folder, and what was passed over, sorted.
+    """Return the images anywhere below a folder and the folders passed over, sorted.
 
     Args:
-      folder: where to begin.
-      wanted: see `walk`; of a local folder.
+      folder: folder to start at.
+      wanted: see `walk`; for a local folder.
 
     Returns:
       The images, see `walk`; and the hidden and system folders that hold images.
@@ -239,7 +245,7 @@ def images_below(
 
 
 def _walk_remote(root: Path) -> tuple[list[Path], list[Path]]:
-    """`walk` on an object store, which has no links: images, and hidden folders."""
+    """Apply `walk` to an object store, which has no links: images, and hidden folders."""
     images: list[Path] = []
     hidden: list[Path] = []
     folders = [root]
@@ -252,7 +258,7 @@ def _walk_remote(root: Path) -> tuple[list[Path], list[Path]]:
 
 
 def with_images(hidden: Iterable[pathlib.Path]) -> list[Path]:
-    """Those of some local folders that hold an image, sorted, as far as one may list them."""
+    """Return the local folders that hold an image, sorted; unlistable ones are skipped."""
 
     def holds(folder: pathlib.Path) -> bool:
         places = os.walk(folder)
@@ -262,12 +268,15 @@ def with_images(hidden: Iterable[pathlib.Path]) -> list[Path]:
 
 
 def hidden_beside(images: Iterable[Path], root: Path) -> list[Path]:
-    """The hidden and system folders with images, in `root` and between it and some images.
+    """Return hidden and system folders with images, in `root` and between it and some images.
 
     Args:
-      images: files below `root`. On an object store nothing is looked for: each folder would
-        be a request.
+      images: files below `root`. Object stores are not searched: each folder would be a
+        request.
       root: the folder.
+
+    Returns:
+      The folders, sorted.
     """
     places = {parent for path in images for parent in path.parents}
     local = [x for x in places if isinstance(x, pathlib.Path) and x.is_relative_to(root)]
@@ -276,7 +285,7 @@ def hidden_beside(images: Iterable[Path], root: Path) -> list[Path]:
 
 
 def passed_over(hidden: Sequence[Path]) -> str:
-    """A line that counts and names hidden and system folders with images; "" of none."""
+    """Return a line that counts and names hidden and system folders with images, or ""."""
     if not hidden:
         return ""
     names = list(dict.fromkeys(shown(path.name) for path in hidden))
@@ -289,25 +298,25 @@ def passed_over(hidden: Sequence[Path]) -> str:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file.
+    """Return the bytes of a file.
 
     Raises:
-      MachineError: it cannot be read, which says nothing of the file; see there.
-      UserError: it is no file (see `require_file`), is larger than `MAX_BYTES`, or has a name
-        that results cannot have.
+      MachineError: it cannot be read, which says nothing about the file; see there.
+      UserError: it is not a file (see `require_file`), is larger than `MAX_BYTES`, or has a
+        name that results cannot have.
     """
     _require_name(path)
     try:
         if not isinstance(path, pathlib.Path):
             return path.read_bytes()
         require_file(path)
-        # Does not wait, should it have become a pipe since.
+        # Does not wait, should it have become a pipe meanwhile.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            # One byte more than there should be, and not the most there may be: as much
-            # memory is asked for.
+            # One byte more than expected, not the allowed maximum: that much memory is
+            # allocated.
             data = file.read(size + 1) if size <= MAX_BYTES else b""
-    except (OSError, ValueError) as error:  # of a zero byte in the name
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise unreadable(path, error) from error
     if len(data) > size:
         raise MachineError(
@@ -323,11 +332,11 @@ def read_file(path: Path) -> bytes:
 
 
 def require_file(path: Path) -> None:
-    """Makes sure that a path is a file to be read: reading a pipe or a device may not end.
+    """Require a regular file: reading a pipe or a device may not end.
 
     Raises:
       MachineError: the machine cannot tell.
-      UserError: it is none. Nothing is asked of object stores.
+      UserError: it is not a regular file. Object stores are not asked.
     """
     if not isinstance(path, pathlib.Path):
         return
@@ -343,7 +352,7 @@ def require_file(path: Path) -> None:
 
 
 def shown(path: Path | str) -> str:
-    """A path for a message, in one line: what is not printable is written as an escape."""
+    """Return a path for a message, in one line, with unprintable characters escaped."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path)
     )
@@ -366,11 +375,19 @@ def _require_name(path: Path) -> None:
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> UserError:
-    """Return the error to raise of a file that cannot be read."""
+    """Return the error to raise for a file that cannot be read.
+
+    Args:
+      path: path of the file.
+      error: the original error.
+
+    Returns:
+      A UserError if the file is at fault, otherwise a MachineError.
+    """
     reason, link = (isinstance(error, OSError) and error.strerror) or error, ""
     if isinstance(path, pathlib.Path) and isinstance(error, OSError) and path.is_symlink():
         link = f" (a link to {shown(path.readlink())})"
-    # A store's errors may have no number, but the classes of Python that stand for it.
+    # A store's errors may lack a number, but have the corresponding classes of Python.
     missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     own = isinstance(error, ValueError) or missing or error.errno in _FAULTS_OF_FILES
     return (UserError if own else MachineError)(
@@ -386,7 +403,7 @@ def _not_listed(folder: Path | str, error: OSError) -> UserError:
 
 
 def _listing(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Folders and all else in a folder; see `paths.listing`."""
+    """Return the folders and all else in a folder; see `paths.listing`."""
     try:
         return paths.listing(folder)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -1,10 +1,10 @@
-"""Decoded, resized and cropped images on disk, so that a second run need not decode.
+"""Cache on disk of decoded, resized and cropped images, which saves later runs the decoding.
 
-An entry is one file, named after a SHA-256 over the bytes of the source files and over
-all else that decides on its pixels. So the source files are still read, which takes a
-fiftieth of the time that decoding does, and an entry can not be out of date: after a
-change of the image, the mask, the preprocessing or Pillow it is simply not asked for any
-more, and goes when the room is needed.
+An entry is one file, named after a SHA-256 of the source files' bytes and of everything else
+that determines its pixels. Source files are therefore still read, which takes a fiftieth of
+the time of decoding, and an entry cannot be out of date: after a change of the image, the
+mask, the preprocessing or Pillow it is no longer requested, and is removed when space is
+needed.
 """
 
 import contextlib
@@ -30,30 +30,30 @@ from PIL import features
 
 from padim_jax.config.settings import CacheConfig, ImageConfig
 
-# To be raised when the same sources and settings give other pixels or another file.
+# Raise it when the same sources and settings give other pixels or another file.
 _FORMAT = 5
-# Two builds of one Pillow may bring different decoders. The lossless ones have no choice.
+# Builds of one Pillow may use different decoders. Lossless formats are unaffected.
 _DECODERS = ("jpg", "libjpeg_turbo", "jpg_2000", "libtiff", "webp", "avif")
 _VERSIONS = [PIL.__version__, *(features.version(name) for name in _DECODERS)]
 
-# Height and width of the image, the same of the source, whether there is a mask, how many
-# grey levels are kept, or 0, and the mask's `MaskFacts`. Then follow the image, row by row, the
+# Height and width of the image and of the source, whether there is a mask, number of grey
+# levels kept (0: enough), and the mask's `MaskFacts`. The image follows, row by row, then the
 # mask's bits and a checksum.
 _HEADER = struct.Struct("<IIII?BQIII")
 _CHECKSUM = struct.Struct("<I")
-_AN_HOUR = 3600 * 10**9  # ns; by so much the clock of where the files are may be ahead
-# An entry or, with a further suffix, one that is being written. Nothing else is removed.
+_AN_HOUR = 3600 * 10**9  # ns; tolerance for a file server's clock that is ahead
+# An entry or, with a further suffix, one being written. Nothing else is removed.
 _NAME = re.compile(r"[0-9a-f]{64}\.pixels(\..*)?")
 
 
 class MaskFacts(NamedTuple):
-    """A mask at its own size, and what preprocessing makes of it.
+    """Facts about a mask at its own size, and about its losses in preprocessing.
 
     Attributes:
-      defect: defect pixels.
-      regions: 8-connected regions of them.
-      resized_away: regions of which no pixel is left after resizing.
-      cropped_away: of the others, those of which none is left after turning and cropping.
+      defect: number of defect pixels.
+      regions: number of 8-connected regions of them.
+      resized_away: number of regions without a pixel after resizing.
+      cropped_away: number of other regions without a pixel after rotation and cropping.
     """
 
     defect: int
@@ -67,14 +67,14 @@ NO_MASK = MaskFacts(0, 0, 0, 0)
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """What decoding and preprocessing make of an image's file and its mask's.
+    """A decoded and preprocessed image and mask.
 
     Attributes:
       image: RGB, as Pillow resized and cropped it.
       mask: the defect's pixels, or None without a mask file.
-      size: the original (height, width).
-      levels: grey levels kept, where they are too few; see `decoding.open_rgb`.
-      facts: of the mask as it is stored; all 0 without one.
+      size: original (height, width).
+      levels: number of grey levels kept, if too few; see `decoding.open_rgb`.
+      facts: facts about the mask as stored; all 0 without one.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -87,22 +87,21 @@ class Decoded:
 class ImageCache:
     """A folder of entries, bounded in size. Threads and processes may share it.
 
-    Before the first entry of a run is written, and again whenever this process has
-    written a sixteenth of the bound, the folder is listed and entries go, the least
-    recently used first, until that sixteenth is free. One process alone never exceeds
-    the bound, n of them do by n - 1 sixteenths at most. Reading lists nothing.
+    Before the first entry of a run is written, and again whenever this process has written a
+    sixteenth of the bound, the folder is listed and the least recently used entries are removed
+    until that sixteenth is free. One process alone never exceeds the bound; n processes exceed
+    it by at most n - 1 sixteenths. Reading lists nothing.
 
-    What cannot be read, or is not as it was written, is as if it were not there. What
-    cannot be written is told once, on stderr, and no more is written: results do not
-    depend on the cache.
+    Unreadable or damaged entries count as missing. If writing fails, one warning goes to stderr
+    and nothing more is written: results do not depend on the cache.
     """
 
     def __init__(self, folder: pathlib.Path, limit: int):
-        """Touches no file yet.
+        """Prepare a cache without touching files.
 
         Args:
-          folder: is made when needed; files of other names than the entries' are left be.
-          limit: bytes that all entries may take.
+          folder: created when needed; files with other names than the entries' are left alone.
+          limit: maximum size of all entries in bytes.
         """
         self._folder, self._limit = folder, limit
         self._lock = threading.Lock()
@@ -111,26 +110,31 @@ class ImageCache:
 
     @property
     def limit(self) -> int:
-        """Bytes that all entries may take."""
+        """Return the maximum size of all entries in bytes."""
         return self._limit
 
     def get(self, key: str) -> Decoded | None:
-        """What was put under this key, if it is still there and intact."""
+        """Return the entry stored under a key, if it is still there and intact."""
         path = self._path(key)
         try:
             content = path.read_bytes()
         except OSError:
             return None
-        with contextlib.suppress(OSError):  # a cache that can only be read serves as well
+        with contextlib.suppress(OSError):  # a read-only cache works as well
             os.utime(path)
         return _unpack(key, content)
 
     def put(self, key: str, decoded: Decoded) -> None:
-        """Keeps what decoding gave."""
+        """Store a decoded image.
+
+        Args:
+          key: see `entry_key`.
+          decoded: result of decoding.
+        """
         content = _pack(key, decoded)
         if len(content) > self._limit:
             return
-        # One thread at a time, so that no other one's half-written file is miscounted.
+        # One thread at a time, so that another one's half-written file is not miscounted.
         with self._lock:
             if not self._writable:
                 return
@@ -150,7 +154,7 @@ class ImageCache:
 
     def _make_room(self, size: int) -> None:
         if self._room < size:
-            # As private as the XDG specification wants the user's caches.
+            # Private, as the XDG specification requires for the user's caches.
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._room = max(self._limit // 16, size)
             _shrink(self._folder, self._limit - self._room)
@@ -158,7 +162,7 @@ class ImageCache:
 
     def _write(self, key: str, content: bytes) -> None:
         path = self._path(key)
-        # Complete under its name or not there at all, whoever else writes the same.
+        # Complete under its name or absent, even if others write the same entry.
         growing = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
         try:
             growing.write_bytes(content)
@@ -170,7 +174,7 @@ class ImageCache:
 
 
 def open_cache(config: CacheConfig) -> ImageCache | None:
-    """The cache that a configuration asks for, or None.
+    """Return the cache that a configuration asks for, or None.
 
     Raises:
       UserError: there is no folder for it; see `CacheConfig.folder`.
@@ -179,26 +183,29 @@ def open_cache(config: CacheConfig) -> ImageCache | None:
     if not limit:
         return None
     folder = config.folder / "images"
-    assert isinstance(folder, pathlib.Path)  # as a configuration has to have it
+    assert isinstance(folder, pathlib.Path)  # as a configuration requires
     return ImageCache(folder, limit)
 
 
 def entry_key(
     image: bytes, mask: bytes | None, config: ImageConfig, view: tuple[float, int, int]
 ) -> str:
-    """A name for what decoding gives: the same for the same input, and for no other.
+    """Return a key for a decoded image: equal for equal input, and for no other.
 
     SHA-256, because CPUs have instructions for it: with them it was the fastest of
-    hashlib's, 1.7 GB/s a core against 0.9 for BLAKE2b.
+    hashlib's, 1.7 GB/s per core against 0.9 for BLAKE2b.
 
     Args:
-      image: the source file's bytes.
+      image: the image file's bytes.
       mask: the mask file's bytes, or None.
       config: the preprocessing.
-      view: what is seen of the resized image: angle, top and left of the crop.
+      view: view of the resized image: angle in degrees, top and left of the crop in pixels.
+
+    Returns:
+      Hex digest.
     """
     sizes = [len(image), None if mask is None else len(mask)]
-    # Mean and std come later; of what is drawn only the outcome counts.
+    # Mean and std are applied later; of random views only the outcome counts.
     pixels = [config.resize, config.method, config.crop, view, config.range]
     digest = hashlib.sha256(json.dumps([_FORMAT, _VERSIONS, pixels, sizes]).encode())
     digest.update(image)
@@ -235,21 +242,21 @@ def _unpack(key: str, content: bytes) -> Decoded | None:
 
 
 def _checksum(key: str, content: bytes | memoryview) -> int:
-    # With the key, so that a file under another one's name is noticed as well.
+    # With the key, so that a file under another entry's name is noticed as well.
     return zlib.crc32(content, zlib.crc32(key.encode()))
 
 
 def _shrink(folder: pathlib.Path, target: int) -> None:
-    """Removes the least recently used entries until the rest takes `target` bytes."""
+    """Remove the least recently used entries until the rest takes `target` bytes."""
     entries, soon = [], time.time_ns() + _AN_HOUR
     with os.scandir(folder) as found:
         for entry in found:
             if _NAME.fullmatch(entry.name):
                 try:
                     status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:  # another process has removed or renamed it
+                except FileNotFoundError:  # removed or renamed by another process
                     continue
-                # A clock that was set back since would let it stay for years.
+                # With a clock that was set back since, it would stay for years.
                 used = 0 if status.st_mtime_ns > soon else status.st_mtime_ns
                 entries.append((used, status.st_size, entry.path))
     excess = sum(size for _, size, _ in entries) - target
@@ -260,8 +267,8 @@ def _shrink(folder: pathlib.Path, target: int) -> None:
         excess -= size
 
 
-@functools.cache  # one line a run, however often the data are gone through
+@functools.cache  # one line per run, however many passes there are
 def _warn(text: str) -> None:
-    import tqdm  # takes its time, and is rarely needed here
+    import tqdm  # slow to import, and rarely needed here
 
-    tqdm.tqdm.write(text, file=sys.stderr)  # beside the progress bar
+    tqdm.tqdm.write(text, file=sys.stderr)  # does not break the progress bar

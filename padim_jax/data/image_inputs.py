@@ -1,7 +1,7 @@
-"""Images of a Python program -> a source that is read as a folder of files is.
+"""Images from a Python program -> a source that reads like a folder of files.
 
-Arrays and Pillow images become the bytes of a PNG file without compression, so that whatever
-they are given as, images are decoded, compared and told apart by the same rules.
+Arrays and Pillow images become uncompressed PNG files in memory, so that images of all types
+are decoded, compared and identified by the same rules.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from padim_jax.data.input_pipeline import Input
 from padim_jax.data.records import GOOD, Record
 from padim_jax.errors import UserError
 
-ANOMALOUS = "anomalous"  # the defect type of images that are only said to be so
+ANOMALOUS = "anomalous"  # the defect type of anomalous images of unknown kind
 
 Images = str | os.PathLike[str] | np.ndarray | Iterable[Input]
 """A folder, an image file or a glob, a stack of arrays, or any iterable of images."""
@@ -26,12 +26,12 @@ Images = str | os.PathLike[str] | np.ndarray | Iterable[Input]
 
 @dataclasses.dataclass(frozen=True)
 class MemorySource:
-    """Images at hand, and masks of some of them.
+    """Images in memory, and masks of some of them.
 
     Attributes:
-      records: what the images are; `image` and `mask` are names for messages.
-      images: in the records' order.
-      masks: likewise; None where there is none.
+      records: records of the images; `image` and `mask` are names for messages.
+      images: images in the records' order.
+      masks: masks in the records' order; None where there is none.
     """
 
     records: Sequence[Record]
@@ -39,7 +39,7 @@ class MemorySource:
     masks: Sequence[Input | None]
 
     def read(self, index: int) -> tuple[bytes, bytes | None]:
-        """The encoded image of `records[index]`, and its mask if it has one."""
+        """Return the encoded image of `records[index]`, and its mask if it has one."""
         record, mask = self.records[index], self.masks[index]
         image = _encoded(self.images[index], str(record.image))
         return image, None if mask is None else _encoded_mask(mask, str(record.mask))
@@ -49,9 +49,9 @@ def source(images: Images) -> MemorySource:
     """Return normal images as a source.
 
     Args:
-      images: a path of a folder, of an image file, or a glob; or images: paths, encoded bytes,
+      images: path of a folder or of an image file, or a glob; or images: paths, encoded bytes,
         open files, Pillow images or arrays as `padim_jax.score` takes them. An iterable is
-        taken whole.
+        consumed completely.
 
     Raises:
       UserError: there is no image.
@@ -75,7 +75,11 @@ def labelled(
     Args:
       images: see `source`.
       labels: True for an anomalous image.
-      masks: for each image its defect's mask, which is not 0 where the defect is; or None.
+      masks: mask of each image's defect, nonzero where the defect is, or None for single
+        images; None without any.
+
+    Returns:
+      The source, of split "test".
 
     Raises:
       UserError: numbers differ, or a normal image has a mask.
@@ -103,7 +107,7 @@ def labelled(
 
 
 def _listed(images: Images) -> tuple[list[Input], list[str]]:
-    """The images one by one, and their names."""
+    """Return the images one by one, and their names."""
     if isinstance(images, str | os.PathLike):
         found = listing.find(os.fspath(images), "images")
         return [record.image for record in found], [record.relative_path for record in found]
@@ -113,7 +117,7 @@ def _listed(images: Images) -> tuple[list[Input], list[str]]:
 
 
 def _encoded(item: Input, name: str) -> bytes:
-    """The bytes of an image file."""
+    """Return the bytes of an image file."""
     if isinstance(item, bytes):
         return item
     if isinstance(item, str | os.PathLike):
@@ -123,7 +127,7 @@ def _encoded(item: Input, name: str) -> bytes:
         image = item if deep else decoding.from_pillow(item, name)
     elif isinstance(item, np.ndarray):
         deep = item.dtype == np.uint16 and item.squeeze().ndim == 2
-        image = decoding.from_array(item, name)  # or says what is wrong with it
+        image = decoding.from_array(item, name)  # raises the error of an unsuitable array
         if deep:
             image = Image.fromarray(item.squeeze())
     else:
@@ -151,5 +155,5 @@ def _png(image: Image.Image) -> bytes:
 
 
 def folder(images: Images) -> str:
-    """Return where images come from, for the configuration of a model."""
+    """Return the images' path, or ".", for the configuration of a model."""
     return os.fspath(images) if isinstance(images, str | os.PathLike) else "."

@@ -1,12 +1,11 @@
 """Image files -> decoded, resized, cropped uint8 batches, ahead of the device.
 
 Pixels leave this module exactly as Pillow makes them; normalisation happens on the
-device (see `detector`). Decoding runs in Grain's threads, which Pillow leaves free
-of Python's lock, in a deterministic order. What they made of a file in an earlier run
-comes from a cache, if one is given.
+device (see `detector`). Decoding runs in Grain's threads, where Pillow releases the GIL, in
+a deterministic order. Images decoded in an earlier run come from a cache, if one is given.
 
-The images of a dataset may be seen in random views (`view`), their masks in the same ones;
-an image keeps its label even if the crop leaves its defect out.
+Images of a dataset may be seen in random views (`view`), their masks in the same ones;
+an image keeps its label even if the crop excludes its defect.
 """
 
 import concurrent.futures
@@ -41,31 +40,31 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-# Pillow turns images with no other filter.
+# Pillow rotates images with no other filter.
 _TURNING = {**_FILTERS, "lanczos": Image.Resampling.BICUBIC}
 
 
-# Bytes a pixel at most while an image is decoded, converted and resized, and while it is
+# Bytes per pixel, at most, while an image is decoded, converted and resized, and while it is
 # drawn. Peaks measured with 20 megapixels: decoding 4 for RGB (PNG, JPEG, TIFF, BMP), 5 for
-# grey or palette, 9 for 16 bits, 16 for WebP, 17 for RGBA; a mask 9 beside the image; drawing
+# grey or palette, 9 for 16 bits, 16 for WebP, 17 for RGBA; a mask 9 besides the image; drawing
 # 31, 39 for WebP.
 DECODING, DRAWING = 17, 40
 
 
 class Room:
-    """Bounds the memory that is taken for full-size images at a time, by all threads."""
+    """Bound on the memory of all threads for full-size images."""
 
     def __init__(self, limit: int):
-        """Args: limit: bytes; one image is let in however large it is, if it is alone."""
+        """Args: limit: bytes; an image of any size is admitted if it is alone."""
         self.limit = limit
         self._used = 0
         self._change = threading.Condition()
 
     @contextlib.contextmanager
     def held(self, size: int) -> Iterator[None]:
-        """Waits until there is room for `size` bytes, and holds it in the block.
+        """Wait until `size` bytes are free, and reserve them in the block.
 
-        A thread must not hold room while it waits for more.
+        A thread must not wait for more while it holds a reservation.
         """
         with self._change:
             self._change.wait_for(lambda: not self._used or self._used + size <= self.limit)
@@ -78,16 +77,16 @@ class Room:
                 self._change.notify_all()
 
 
-# Of this process. Whoever knows how much memory is free sets the limit.
+# Of this process. The caller that knows how much memory is free sets the limit.
 ROOM = Room(2**31)
 
 
 class View(NamedTuple):
-    """What is seen of a resized image.
+    """View of a resized image.
 
     Attributes:
-      angle: degrees that it is turned by about its centre, counter-clockwise.
-      top, left: where the crop begins, in pixels of the turned image.
+      angle: rotation about the centre in degrees, counter-clockwise.
+      top, left: corner of the crop, in pixels of the rotated image.
     """
 
     angle: float
@@ -97,12 +96,12 @@ class View(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource:
-    """Reads the files that the records name."""
+    """Source that reads the files named by the records."""
 
     records: Sequence[Record]
 
     def read(self, index: int) -> tuple[bytes, bytes | None]:
-        """The encoded image of `records[index]` and its mask's; see `masks.read`.
+        """Return the encoded image of `records[index]` and its mask's; see `masks.read`.
 
         Raises:
           UserError: a file cannot be read.
@@ -118,12 +117,12 @@ class Batch:
     Attributes:
       images: RGB, as Pillow resized and cropped them.
       valid: False marks padding.
-      records: what the valid images are, in order.
-      masks: per valid image the defect's pixels, or None where unknown.
+      records: records of the valid images, in order.
+      masks: per valid image the defect's pixels, or None if unknown.
       sizes: per valid image the original (height, width).
       facts: per valid image those of its mask; `NO_MASK` without one.
-      digests: SHA-256 of the image's file; of padding zeros.
-      levels: per valid image the grey levels kept where they are too few, else None; see
+      digests: SHA-256 of the image's file; zeros for padding.
+      levels: per valid image the number of grey levels kept if too few, else None; see
         `decoding.open_rgb`.
     """
 
@@ -139,11 +138,11 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """A process's part of every batch.
+    """A process's part of each batch.
 
     Attributes:
-      process: which process, from 0.
-      processes: how many there are; each takes as many consecutive images of a batch.
+      process: index of the process, from 0.
+      processes: number of processes; all take the same number of consecutive images of a batch.
     """
 
     process: int = 0
@@ -161,7 +160,7 @@ class _Example:
     levels: int | None
 
 
-_PADDING = "padding"  # Grain leaves out None
+_PADDING = "padding"  # Grain drops None
 
 
 def batches(
@@ -172,21 +171,21 @@ def batches(
     share: Share = Share(),
     start: int = 0,
 ) -> Iterator[Batch]:
-    """Decodes a dataset in order, in batches of one static shape.
+    """Decode a dataset in order, in batches of one static shape.
 
     Args:
       source: the images.
-      config: resizing and what is seen then (see `view`; new images, which are no dataset's,
-        are given with `centred(config)`).
-      batch_size: images a batch of all processes, padding included; a multiple of their
+      config: resizing and views (see `view`; for new images, which belong to no dataset, use
+        `centred(config)`).
+      batch_size: images per batch of all processes, padding included; a multiple of their
         number.
-      cache: where decoded images are kept from run to run; None decodes each.
-      share: which part of every batch is wanted; no other image is read.
-      start: of the records, how many to leave out.
+      cache: cache of decoded images for later runs; None decodes each image.
+      share: part of each batch to read; no other image is read.
+      start: number of leading records to leave out.
 
     Yields:
-      Batches in the records' order, as many for every process; one that is past the end
-      may have no valid image.
+      Batches in the records' order, the same number for all processes; a batch past the end may
+      have no valid image.
 
     Raises:
       UserError: an image cannot be read or decoded (the file is named).
@@ -215,29 +214,48 @@ def batches(
 def load_image(
     source: Source, config: ImageConfig, index: int, cache: ImageCache | None = None
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """One image as `batches` gives it."""
+    """Return one image as `batches` gives it.
+
+    Args:
+      source: the images.
+      config: as for `batches`.
+      index: number of the record.
+      cache: as for `batches`.
+
+    Returns:
+      (h, w, 3) uint8.
+    """
     return _load(source, config, index, cache).image
 
 
 def load_levels(
     source: Source, config: ImageConfig, index: int, cache: ImageCache | None = None
 ) -> int | None:
-    """Return the grey levels kept of one image, if they are too few; see `Batch.levels`."""
+    """Return the number of grey levels kept of one image if too few; see `Batch.levels`.
+
+    Args:
+      source: the images.
+      config: as for `batches`.
+      index: number of the record.
+      cache: as for `batches`.
+
+    Returns:
+      The number, or None.
+    """
     return _load(source, config, index, cache).levels
 
 
 def warm(source: Source, config: ImageConfig, cache: ImageCache, stop: threading.Event) -> None:
-    """Decodes a dataset into the cache, for `batches` to find there later.
+    """Decode a dataset into the cache, where `batches` will find it later.
 
-    Meant for a thread in the background: it takes little of the processor while others want
-    it, and no more than half of the cache, so that what they use stays. An image that cannot
-    be read is left out here, for `batches` to report.
+    Meant for a background thread: it runs at low priority and fills at most half of the cache,
+    so that entries in use stay. Unreadable images are left out here; `batches` reports them.
 
     Args:
-      source: the images, taken from the first on.
+      source: the images, processed in order.
       config: as for `batches`.
-      cache: filled.
-      stop: once set, this returns as soon as the images in hand are decoded.
+      cache: cache to fill.
+      stop: once set, this returns after the images in progress.
     """
     height, width = config.size
     end = min(len(source.records), cache.limit // 2 // (3 * height * width))
@@ -260,20 +278,20 @@ def warm(source: Source, config: ImageConfig, cache: ImageCache, stop: threading
 def faults(
     source: Source, config: ImageConfig, numbers: Sequence[int], cache: ImageCache | None = None
 ) -> Iterator[str | None]:
-    """Why images cannot be used.
+    """Check images for errors.
 
     Args:
       source: the images.
       config: as for `batches`.
-      numbers: which of the records.
-      cache: filled with those that can; see `batches`.
+      numbers: numbers of the records to check.
+      cache: filled with the usable images; see `batches`.
 
     Yields:
-      What `batches` would raise of each image, or None if it is as it should be.
+      The message of the error that `batches` would raise, or None for a usable image.
 
     Raises:
-      MachineError: an image cannot be read at this time, which says nothing of it. (One that
-        may not be read cannot be used: that is yielded.)
+      MachineError: an image cannot be read at present, which says nothing about it. (Missing
+        permission makes an image unusable and is yielded.)
     """
 
     def fault(number: int) -> str | None:
@@ -295,16 +313,23 @@ def faults(
 
 
 def read_image(path: str | os.PathLike[str], counts: Range = "full") -> Image.Image:
-    """Reads and decodes one image file to RGB; see `decode`.
+    """Read and decode one image file to RGB; see `decode`.
+
+    Args:
+      path: path of the file.
+      counts: see `decoding.open_rgb`.
+
+    Returns:
+      The image.
 
     Raises:
-      UserError: the file cannot be read or is no image.
+      UserError: the file cannot be read or is not an image.
     """
     return decode(read_bytes(path), shown(os.fspath(path)), counts)
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """Read one file, of this machine or remote.
+    """Read one file, local or remote.
 
     Raises:
       UserError: it cannot be read.
@@ -319,7 +344,8 @@ Input = np.ndarray | str | os.PathLike[str] | bytes | Image.Image | io.IOBase
 def require_several(images: object) -> None:
     """Raise TypeError for a single image.
 
-    An array of three axes is a stack of grey images, or with 1, 3 or 4 in the last one image.
+    A three-dimensional array is a stack of grey images; with 1, 3 or 4 as its last length, it
+    is one image.
     """
     single = isinstance(images, bytes | Image.Image) or hasattr(images, "read")
     if isinstance(images, np.ndarray):
@@ -329,16 +355,19 @@ def require_several(images: object) -> None:
 
 
 def open_input(item: Input, name: str, counts: Range) -> Image.Image:
-    """Converts to RGB what a Python program gives for an image, all by the same rule.
+    """Convert an image from a Python program to RGB, all types by the same rules.
 
     Args:
-      item: an array (see `decoding.from_array`), a path, a file's bytes, an open binary file or
-        a Pillow image.
-      name: how to call it in an error, unless it is a path.
+      item: array (see `decoding.from_array`), path, file's bytes, open binary file or Pillow
+        image.
+      name: name of the image in error messages, unless it is a path.
       counts: see `decoding.open_rgb`.
 
+    Returns:
+      The image.
+
     Raises:
-      TypeError: something else.
+      TypeError: `item` has another type.
       UserError: see `decoding.open_rgb`.
     """
     if isinstance(item, np.ndarray):
@@ -359,19 +388,19 @@ def open_input(item: Input, name: str, counts: Range) -> Image.Image:
 def load_input(
     item: Input, name: str, config: ImageConfig
 ) -> tuple[UInt8[np.ndarray, "h w 3"], int | None]:
-    """Convert, resize and crop what a Python program gives for an image.
+    """Convert, resize and crop an image from a Python program.
 
     Args:
       item: see `open_input`.
-      name: how to call it in an error, unless it is a path.
-      config: the sizes.
+      name: name of the image in error messages, unless it is a path.
+      config: preprocessing.
 
     Returns:
-      The pixels; and the grey levels kept, where they are too few.
+      The pixels (h, w, 3); and the number of grey levels kept, if too few.
 
     Raises:
       TypeError: see `open_input`.
-      UserError: likewise.
+      UserError: see `open_input`.
     """
     if isinstance(item, str | os.PathLike):
         name, item = shown(os.fspath(item)), read_bytes(item)
@@ -382,25 +411,31 @@ def load_input(
 
 
 def decode(data: bytes, name: str, counts: Range = "full") -> Image.Image:
-    """Decodes an image file to RGB; see `decoding.open_rgb`.
+    """Decode an image file to RGB; see `decoding.open_rgb`.
 
     Args:
       data: the file's bytes.
-      name: how to call it in an error.
+      name: name of the file in error messages.
       counts: `config.image.range`.
 
+    Returns:
+      The image.
+
     Raises:
-      UserError: not an image, a broken one, or one of a kind that is not taken.
+      UserError: the file is not an image, is damaged, or is of an unsupported kind.
     """
     return open_rgb(data, name, counts)
 
 
 def few_levels(levels: Mapping[str, int], total: int) -> str:
-    """A warning about images of which too few grey levels are kept.
+    """Return a warning about images that keep too few grey levels.
 
     Args:
-      levels: how many of each, by name.
-      total: of images that were read.
+      levels: number of levels of each such image, by name.
+      total: number of images read.
+
+    Returns:
+      The text.
     """
     names = ", ".join(f"{name} ({count})" for name, count in sorted(levels.items())[:3])
     more = ", ..." if len(levels) > 3 else ""
@@ -414,13 +449,16 @@ def few_levels(levels: Mapping[str, int], total: int) -> str:
 def preprocess(
     image: Image.Image, config: ImageConfig, view: View | None = None
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Resizes, turns and crops, as torchvision does on Pillow images.
+    """Resize, rotate and crop, as torchvision does on Pillow images.
 
     Args:
       image: RGB, of any size.
-      config: the sizes, and the filter for resizing and turning (bicubic for turning where
-        that is lanczos).
-      view: what is seen; None is the centre, unturned, whatever `config` says.
+      config: sizes, and the filter for resizing and rotation (bicubic for rotation if it is
+        lanczos).
+      view: view of the image; None for the centre, not rotated, whatever `config` says.
+
+    Returns:
+      (h, w, 3) uint8.
     """
     view = view or _centre(config)
     method = config.method
@@ -428,21 +466,24 @@ def preprocess(
 
 
 def view(config: ImageConfig, name: str) -> View:
-    """What is seen of an image of a dataset: Rd-MVTec AD (PaDiM, section IV-A).
+    """Return the view of a dataset's image: Rd-MVTec AD (PaDiM, section IV-A).
 
-    The angle is uniform in [-rotation, rotation], the crop's corner among all places in the
-    resized image (with `crop_at` random; else it is the centre). Both are drawn by hashing:
-    they depend on seed and name alone, not on order, process or library.
+    The angle is uniform in [-rotation, rotation], the crop's corner uniform over all positions
+    in the resized image (with `crop_at` random; else the crop is central). Both come from a
+    hash: they depend on seed and name alone, not on order, process or library.
 
     Args:
-      config: how much is drawn, and the seed.
+      config: ranges and seed.
       name: a record's `relative_path`.
+
+    Returns:
+      The view.
     """
     angle, top, left = _centre(config)
-    # File names may hold bytes that are no text.
+    # File names may contain bytes that are not valid text.
     text = f"{config.seed} {name}".encode(errors="surrogateescape")
     digest = hashlib.sha256(text).digest()
-    # Of 53 bits, so that none is rounded up to 1.
+    # With 53 bits, so that none is rounded up to 1.
     draws = [(int.from_bytes(digest[i : i + 8], "little") >> 11) / 2**53 for i in (0, 8, 16)]
     if config.rotation:
         angle = config.rotation * (2 * draws[0] - 1)
@@ -454,18 +495,21 @@ def view(config: ImageConfig, name: str) -> View:
 
 
 def aspect(config: ImageConfig, size: Sequence[int]) -> float:
-    """Width over height of what is seen of an image, in the proportions of its file.
+    """Return width over height of the visible part of an image, in its file's proportions.
 
     Args:
-      config: the preprocessing, which may change an image's proportions.
-      size: height and width of the file's image.
+      config: preprocessing, which may change an image's proportions.
+      size: height and width of the image file.
+
+    Returns:
+      The ratio.
     """
     (height, width), (rows, columns) = config.resize, config.size
     return (columns / width * size[1]) / (rows / height * size[0])
 
 
 def centred(config: ImageConfig) -> ImageConfig:
-    """The same without random views: for new images, which are in no dataset."""
+    """Return the settings without random views: for new images, which are in no dataset."""
     return dataclasses.replace(config, rotation=0.0, crop_at="centre", seed=0)
 
 
@@ -530,8 +574,8 @@ def _decode_alone(
 def _preprocess_mask(
     defect: Bool[np.ndarray, "h w"], config: ImageConfig, seen: View
 ) -> tuple[Bool[np.ndarray, "_h _w"], MaskFacts]:
-    """Resizes (nearest), turns and crops a mask, and counts the regions that this loses."""
-    # The numbers of the regions go the way of the mask: those that arrive are kept.
+    """Resize (nearest), rotate and crop a mask, and count the regions lost."""
+    # Region numbers are transformed like the mask, to see which regions survive.
     labels, regions = masks.label_regions(defect)
     height, width = config.resize
     resized = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
@@ -575,7 +619,7 @@ def _centre(config: ImageConfig) -> View:
 
 
 def crop_offset(config: ImageConfig) -> tuple[int, int]:
-    """Top and left of the centre crop in the resized image, as torchvision rounds."""
+    """Return top and left of the centre crop in pixels, rounded as in torchvision."""
     (height, width), (crop_height, crop_width) = config.resize, config.size
     return round((height - crop_height) / 2), round((width - crop_width) / 2)
 
@@ -611,6 +655,6 @@ def _threads() -> int:
 
 
 def _yield_to_others() -> None:
-    """Lowers the priority of this thread alone, for good."""
+    """Lower the priority of this thread alone, permanently."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

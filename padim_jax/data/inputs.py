@@ -1,8 +1,8 @@
-"""Which images results are of: told by what was read, and not by a name.
+"""Identity of the images behind results: by content, not by name.
 
-An evaluation keeps `read` of its images in metrics.json. Two evaluations are of the same data
-set if their images come from the same folder, though there may be other ones by now, or if all
-files, labels and masks are the same, wherever they lie.
+An evaluation stores `read` of its images in metrics.json. Two evaluations have the same data
+set if their images come from the same folder, even if it has changed since, or if all files,
+labels and masks are equal, wherever they lie.
 """
 
 import hashlib
@@ -22,25 +22,23 @@ KEY = "inputs"  # in metrics.json
 
 
 def folder(config: Config) -> str:
-    """Return where a configuration's images are: the root, and the category below it."""
+    """Return the folder of a configuration's images: the root, and the category below it."""
     path = os.fspath(paths.absolute(config.dataset.root) / config.category)
-    return path.encode("utf-8", "backslashreplace").decode()  # for a file that is UTF-8
+    return path.encode("utf-8", "backslashreplace").decode()  # for a UTF-8 file
 
 
 def read(config: Config, sources: Mapping[str, Source], devices: Devices) -> dict[str, Any]:
-    """Read all images and masks, and return what tells them from others.
-
-    A collective: every process reads its share, and gets the same.
+    """Read all images and masks, and return their identity. A collective.
 
     Args:
-      config: where they are.
-      sources: the splits, by name.
-      devices: among whose processes the files are shared out.
+      config: configuration with the dataset's folder.
+      sources: splits, by name.
+      devices: devices whose processes share the files.
 
     Returns:
-      JSON values: `folder`, see there, and `images`, for each split a SHA-256 hex digest of
-      every record's label, defect type and relative path, of its file and of its mask's. Of a
-      file that cannot be read the name counts alone.
+      JSON values, equal in all processes: `folder`, see there, and `images`: for each split a
+      SHA-256 hex digest of all records' labels, defect types and relative paths, of their files
+      and masks. Unreadable files count by name only.
     """
     images = {}
     for split, source in sources.items():
@@ -48,7 +46,7 @@ def read(config: Config, sources: Mapping[str, Source], devices: Devices) -> dic
         def digests(index: int, source: Source = source) -> list[str]:
             try:
                 files = source.read(index)
-            except UserError:  # decoding it will tell
+            except UserError:  # decoding it will report the error
                 return ["", ""]
             return ["" if x is None else hashlib.sha256(x).hexdigest() for x in files]
 
@@ -62,7 +60,15 @@ def read(config: Config, sources: Mapping[str, Source], devices: Devices) -> dic
 
 
 def are_same_data(stored: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether two results of `read` are of one data set, grown perhaps, or moved."""
+    """Return whether two results of `read` are of one data set, possibly grown or moved.
+
+    Args:
+      stored: result stored earlier.
+      now: result of the current images.
+
+    Returns:
+      True if the folders or all digests of the splits in common are equal.
+    """
     theirs, ours = stored["images"], now["images"]
     shared = theirs.keys() & ours.keys()
     moved = bool(shared) and all(theirs[split] == ours[split] for split in shared)

@@ -1,4 +1,4 @@
-"""Paths, folders and globs that a person gives -> images to score."""
+"""Paths, folders and globs from the user -> images to score."""
 
 import fnmatch
 import glob
@@ -12,23 +12,23 @@ from padim_jax.errors import UserError
 from padim_jax.system import paths, progress
 from padim_jax.system.paths import Path
 
-UNKNOWN = "unknown"  # the defect type of an image of which nothing is known
+UNKNOWN = "unknown"  # the defect type of images without a known label
 
 
 def find(pattern: str, setting: str = "--input") -> list[Record]:
-    """Lists the images to score, sorted; prints what was passed over.
+    """List the images to score, sorted; print the folders that were passed over.
 
     Args:
-      pattern: an image file, a folder (images anywhere below it; see `files.walk`) or a
-        glob (`**` for any depth), of this machine or remote. Hidden and system folders
-        are passed over, but those that the pattern names.
-      setting: what named them, for an error.
+      pattern: an image file, a folder (images anywhere below it; see `files.walk`) or a glob
+        (`**` for any depth), local or remote. Hidden and system folders are passed over unless
+        the pattern names them.
+      setting: setting that contains the pattern, for error messages.
 
     Returns:
-      Records whose relative paths start at the folder that all images share.
+      Records whose relative paths start at the common folder of all images.
 
     Raises:
-      UserError: there is none.
+      UserError: there is no image.
     """
     given = paths.parse(pattern)
     found: list[Path]
@@ -55,7 +55,7 @@ def find(pattern: str, setting: str = "--input") -> list[Record]:
 
 
 def _matching(given: Path, pattern: str) -> tuple[list[Path], list[Path]]:
-    """The images that match a glob, each once, and the hidden folders that were passed over."""
+    """Return the images that match a glob, each once, and the hidden folders passed over."""
     matching: Sequence[Path]
     if not isinstance(given, pathlib.Path):
         matching, hidden = paths.glob(pattern), set[Path]()
@@ -67,20 +67,20 @@ def _matching(given: Path, pattern: str) -> tuple[list[Path], list[Path]]:
     found: list[Path] = []
     for path in matching:
         above = [x for x in path.parents if is_hidden_folder(x.name) and x.name not in named]
-        hidden.update(above[-1:])  # the one that holds the others
+        hidden.update(above[-1:])  # the outermost hidden folder
         if not above:
             found.append(path)
     return _each_once(found), sorted(hidden)
 
 
 def _glob(pattern: pathlib.Path) -> tuple[list[pathlib.Path], list[Path]]:
-    """What matches a local glob, and the hidden folders with images that `**` passed over.
+    """Return what matches a local glob, and the hidden folders with images below `**`.
 
-    Python's own would follow links from `**` in loops, of which two take for ever.
+    Python's own glob follows links from `**` in loops; two of them take forever.
     """
     parts = pattern.parts
     start = parts.index("**") if "**" in parts else len(parts)
-    # pathlib's own glob takes no absolute pattern.
+    # pathlib's own glob accepts no absolute pattern.
     places = glob.glob(str(pathlib.Path(*parts[:start])))  # noqa: PTH207
     if start == len(parts):
         return list(map(pathlib.Path, places)), []
@@ -107,16 +107,16 @@ def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _each_once(files: Sequence[Path]) -> list[Path]:
-    """Without those that are there by a link to a folder as well, sorted."""
+    """Return the files sorted, without those also reached by a link to a folder."""
     by_place: dict[str, Path] = {}
-    # What is there without a link first.
+    # Paths without a link come first.
     for path in sorted(files, key=lambda path: (_place(path) != _absolute(path), path)):
         by_place.setdefault(_place(path), path)
     return sorted(by_place.values())
 
 
 def _place(path: Path) -> str:
-    """Where a file is, links to folders resolved; a link to the file itself stays one."""
+    """Return a file's path with links to folders resolved, but not the file's own link."""
     if not isinstance(path, pathlib.Path):
         return os.fspath(path)
     return os.fspath(path.parent.resolve() / path.name)
@@ -127,7 +127,7 @@ def _absolute(path: Path) -> str:
 
 
 def _is_listed(folder: pathlib.Path) -> bool:
-    """As an image: so that it is refused, and not passed over."""
+    """Return whether a folder with an image's name is listed as one, so that it is rejected."""
     return is_image(folder) and (folder.is_symlink() or not images_below(folder)[0])
 
 

@@ -1,20 +1,20 @@
-"""Ground-truth masks of every kind -> which pixels are a defect's, by one rule.
+"""Ground-truth masks of all kinds -> defect pixels, by one rule.
 
 Data sets store masks in many ways: 0 and 255 (MVTec AD, KolektorSDD2), 0 and 1 (ShanghaiTech
 Campus), 1, 2, 3 ... for kinds of defects (VisA), 255, 254, 253 ... for the same (MVTec LOCO),
 grey levels where someone resized a mask or saved it as JPEG. The rule:
 
-- If the values other than 0 are all above 127, or all at most 127, every pixel but those of
-  value 0 is a defect's. (More than 32 values that are all at most 127 are refused.)
-- If they lie on both sides, they are grey levels: soft edges, or JPEG's noise. A defect's are
-  the pixels above 127. But if the values up to 127 fill areas of their own, as regions
-  numbered 60, 120, 180, 240 do, every pixel but those of value 0 is a defect's: if of the
-  pixels of 1 to 127 more than half lie in 3x3 squares of one value, and there are at most 32
-  values. In between (a tenth to a half, or more values) the mask is refused.
+- If the values other than 0 are all above 127, or all at most 127, all nonzero pixels are
+  defect pixels. (More than 32 values that are all at most 127 are rejected.)
+- If they lie on both sides, they are grey levels: soft edges, or JPEG's noise. Defect pixels
+  are those above 127. But if the values up to 127 fill areas of their own, as regions
+  numbered 60, 120, 180, 240 do, all nonzero pixels are defect pixels: if more than half of the
+  pixels of 1 to 127 lie in 3x3 squares of one value, and there are at most 32
+  values. In between (a tenth to a half, or more values) the mask is rejected.
 
-Of a colour its brightest channel is the value, so that black is normal. The rule is applied
+The value of a colour is its brightest channel, so that black is normal. The rule is applied
 to a mask as it is stored, before it is resized (with nearest). Masks in which 0 marks the
-defect are inverted after it (`Inverted`).
+defect are inverted afterwards (`Inverted`).
 """
 
 import dataclasses
@@ -38,27 +38,27 @@ from padim_jax.data.records import Record, Source
 from padim_jax.errors import UserError
 from padim_jax.system.paths import Path
 
-# Of the pixels of 1 to 127 in a mask that has brighter ones as well, the share in 3x3 squares
-# of one value. Measured on blobs and strokes: JPEG of quality 10 to 100 and resized or blurred
-# (sigma up to 4) masks 0.00; numbered blobs 0.8 to 1.
+# Limits for the fraction of pixels of 1 to 127 in 3x3 squares of one value, in masks with
+# brighter pixels as well. Measured on blobs and strokes: JPEG of quality 10 to 100 and resized
+# or blurred (sigma up to 4) masks 0.00; numbered blobs 0.8 to 1.
 _SOFT, _FLAT = 0.1, 0.5
 _MOST_VALUES = 32  # of numbered regions
 
 
 def read(record: Record) -> bytes | None:
-    """The encoded mask of a record: an image that `decode` takes.
+    """Return the encoded mask of a record: an image that `decode` takes.
 
     Args:
-      record: whose mask may be an image file, a folder of such files, of which each marks a
-        part of the defect, or with `mask_frame` an .npy file of masks (n, h, w), of which
-        only that one is read.
+      record: its mask may be an image file, a folder of such files, each marking a part of the
+        defect, or with `mask_frame` an .npy file of masks (n, h, w), of which only that frame
+        is read.
 
     Returns:
-      An image file's own bytes; of the other forms a PNG with 255 for a defect's pixels and
-      0 for all others; None without a mask.
+      An image file's own bytes; for the other forms a PNG with 255 for defect pixels and 0
+      elsewhere; None without a mask.
 
     Raises:
-      UserError: a file cannot be read, or is no mask of the form that it should have.
+      UserError: a file cannot be read, or is not a mask of the expected form.
     """
     if record.mask is None:
         return None
@@ -70,24 +70,30 @@ def read(record: Record) -> bytes | None:
 
 
 def decode(data: bytes, name: str) -> Bool[np.ndarray, "h w"]:
-    """The defect's pixels of an encoded mask.
+    """Return the defect pixels of an encoded mask.
 
     Args:
       data: an image file's bytes.
-      name: how to call it in an error.
+      name: name of the file in error messages.
+
+    Returns:
+      (h, w), True for defect pixels.
 
     Raises:
-      UserError: not an image of 8 bits a channel, or see `defects`.
+      UserError: the file is not an image of 8 bits per channel, or see `defects`.
     """
     return defects(open_image(data, name), name)
 
 
 def defects(mask: Image.Image, name: str) -> Bool[np.ndarray, "h w"]:
-    """Reads a mask by the rule that the module's description states.
+    """Return the defect pixels of a mask by the rule in the module's docstring.
 
     Args:
-      mask: of any mode of 8 bits a channel or less.
-      name: how to call it in an error.
+      mask: mask of any mode of at most 8 bits per channel.
+      name: name of the file in error messages.
+
+    Returns:
+      (h, w), True for defect pixels.
 
     Raises:
       UserError: the values fit neither grey levels nor numbered regions, or some pixels are
@@ -114,8 +120,8 @@ def defects(mask: Image.Image, name: str) -> Bool[np.ndarray, "h w"]:
 
 
 def label_regions(mask: Bool[np.ndarray, "h w"]) -> tuple[Int32[np.ndarray, "h w"], int]:
-    """The 8-connected regions of a mask: their numbers, from 1 (0 elsewhere), and how many."""
-    from scipy import ndimage  # takes its time, and only masks need it
+    """Return a mask's 8-connected regions, numbered from 1 (0 elsewhere), and their count."""
+    from scipy import ndimage  # slow to import; only masks need it
 
     labels = np.empty(mask.shape, np.int32)
     ndimage.label(mask, np.ones((3, 3), bool), labels)
@@ -124,21 +130,21 @@ def label_regions(mask: Bool[np.ndarray, "h w"]) -> tuple[Int32[np.ndarray, "h w
 
 @dataclasses.dataclass(frozen=True)
 class Inverted:
-    """A source whose masks have the defect where they are 0.
+    """Source whose stored masks mark the defect by 0.
 
     Attributes:
-      source: the images and the masks as they are stored.
+      source: images, and masks as stored.
     """
 
     source: Source
 
     @property
     def records(self) -> Sequence[Record]:
-        """What the images are."""
+        """Return the records of the images."""
         return self.source.records
 
     def read(self, index: int) -> tuple[bytes, bytes | None]:
-        """The encoded image of `records[index]`, and its mask inverted.
+        """Return the encoded image of `records[index]`, and its mask inverted.
 
         Raises:
           UserError: a file cannot be read, or see `decode`.
@@ -150,24 +156,24 @@ class Inverted:
 
 
 class FullCheck:
-    """Looks for masks that call most of an image a defect: inverted ones, perhaps."""
+    """Detector of masks that mark most of an image as a defect: possibly inverted ones."""
 
     def __init__(self, masks: int):
-        """Takes the number of masks that there are."""
+        """Start with the total number of masks."""
         self._masks = masks
         self._found: list[str] = []
         self._covered = 0
 
     def add(self, name: str, defect: int, pixels: int) -> None:
-        """Looks at a mask.
+        """Check a mask.
 
         Args:
-          name: of the mask.
-          defect: its defect pixels.
-          pixels: all of them.
+          name: name of the mask.
+          defect: number of its defect pixels.
+          pixels: number of all its pixels.
 
         Raises:
-          UserError: more than a tenth of all masks are a defect by more than half.
+          UserError: more than a tenth of all masks are more than half defect.
         """
         if 2 * defect <= pixels:
             return
@@ -189,7 +195,7 @@ class FullCheck:
 
 
 def _levels(mask: Image.Image, name: str) -> Image.Image:
-    """One channel of 8 bits."""
+    """Return the mask as one channel of 8 bits."""
     if "A" in mask.getbands() and mask.getchannel("A").getextrema() != (255, 255):
         raise UserError(
             f"{name}: a mask with transparent pixels (Pillow mode {mask.mode}); expected black "
@@ -202,7 +208,7 @@ def _levels(mask: Image.Image, name: str) -> Image.Image:
 
 
 def _in_squares(pixels: UInt8[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """Which pixels lie in a 3x3 square of one value (any of the nine that hold them)."""
+    """Return the pixels in a 3x3 square of one value (any of the nine that contain them)."""
     height, width = pixels.shape
     middle = pixels[:, 1:-1]
     rows = (middle == pixels[:, :-2]) & (middle == pixels[:, 2:])
@@ -239,9 +245,9 @@ def _union(folder: Path) -> Bool[np.ndarray, "h w"]:
 
 
 def _frame(path: Path, number: int) -> Bool[np.ndarray, "h w"]:
-    """One mask of a video's.
+    """Return one mask of a video's.
 
-    Read by hand and not mapped into memory, which object stores do not offer.
+    Read by hand, not memory-mapped, which object stores do not support.
     """
     require_file(path)
     try:
@@ -255,7 +261,7 @@ def _frame(path: Path, number: int) -> Bool[np.ndarray, "h w"]:
                 raise ValueError(f"version {version} of the format is for other arrays")
             try:
                 shape, columns_first, dtype = header(file)
-            # NumPy parses Python's syntax there, with whatever errors that has.
+            # NumPy parses Python syntax there, which raises arbitrary exceptions.
             except Exception as error:
                 raise ValueError(f"its header: {error}") from error
             _check(path, number, shape, dtype)
@@ -263,8 +269,8 @@ def _frame(path: Path, number: int) -> Bool[np.ndarray, "h w"]:
             start, size = file.tell(), height * width * dtype.itemsize
             needed = size * (shape[0] if columns_first else number + 1)
             if start + needed > file.seek(0, io.SEEK_END):
-                raise ValueError("it is cut off")  # before room is made for what it claims
-            if columns_first:  # a frame's pixels are all over the file
+                raise ValueError("it is cut off")  # before memory is allocated for it
+            if columns_first:  # a frame's pixels are spread over the file
                 file.seek(0)
                 frame = np.lib.format.read_array(file, allow_pickle=False)[number]
             else:
@@ -306,7 +312,7 @@ def _bytes(path: Path, number: int, frame: np.ndarray) -> UInt8[np.ndarray, "h w
 def _encode(mask: Bool[np.ndarray, "h w"]) -> bytes:
     data = io.BytesIO()
     image = Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
-    image.save(data, "PNG", compress_level=1)  # for the speed; a few kilobytes as it is
+    image.save(data, "PNG", compress_level=1)  # for speed; a few kilobytes anyway
     return data.getvalue()
 
 

@@ -1,8 +1,8 @@
-"""One TensorFlow Datasets builder for every layout: the records' files, packed.
+"""One TensorFlow Datasets builder for all layouts: the records' files, packed.
 
 The original bytes of images and masks go into array_record files, for sharing and
 for cloud storage; TensorFlow is needed neither to write nor to read them. A packed
-set remembers a fingerprint of the files that it was made from.
+set stores a fingerprint of the files it was made from.
 """
 
 import concurrent.futures
@@ -30,7 +30,7 @@ _DEFAULT_DIR = pathlib.Path.home() / "tensorflow_datasets"
 
 
 class PadimDataset(tfds.core.GeneratorBasedBuilder):
-    """Packs the records of one category, or reads what was packed."""
+    """Builder that packs the records of one category, or reads a packed set."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -45,8 +45,8 @@ class PadimDataset(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, None)),
-                    # Bytes and not an Image: empty where there is no mask. A mask of several
-                    # files, or of a video's, is packed as one image (see `masks.read`).
+                    # Bytes and not an Image: empty without a mask. A mask of several files, or
+                    # of a video's frame, is packed as one image (see `masks.read`).
                     "mask": tfds.features.Text(),
                     "label": tfds.features.Scalar(np.int64),
                     "defect_type": tfds.features.Text(),
@@ -92,22 +92,29 @@ class PadimDataset(tfds.core.GeneratorBasedBuilder):
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
-    """Reads a packed split; see `records.Source`."""
+    """Source that reads a packed split; see `records.Source`."""
 
     records: Sequence[Record]
     examples: Sequence[Any]
 
     def read(self, index: int) -> tuple[bytes, bytes | None]:
-        """The encoded image of `records[index]` and its mask's, if it has one."""
+        """Return the encoded image of `records[index]` and its mask's, if it has one."""
         example = self.examples[index]
         return example["image"], example["mask"] if self.records[index].mask else None
 
 
 def packed_dir(tfds_dir: paths.Path | None, title: str) -> paths.Path:
-    """Where the set called `title` is packed; None is TFDS's default folder.
+    """Return the folder in which a set is packed.
+
+    Args:
+      tfds_dir: folder of packed sets; None for TFDS's default.
+      title: name of the set.
+
+    Returns:
+      The folder.
 
     Raises:
-      UserError: array_record files can't be read there.
+      UserError: array_record files cannot be read there.
     """
     name = "config.dataset.tfds_dir"
     if tfds_dir is None:
@@ -123,22 +130,22 @@ def packed_dir(tfds_dir: paths.Path | None, title: str) -> paths.Path:
 
 
 def prepare(data_dir: paths.Path, records: Sequence[Record] | None) -> PadimDataset:
-    """Packs records unless that is done already.
+    """Pack records unless they are already packed.
 
     Args:
-      data_dir: from `packed_dir`.
-      records: what the source folder holds now, or None if there is no source folder
-        here: a set that was packed elsewhere is then used as it is.
+      data_dir: folder from `packed_dir`.
+      records: current records of the source folder, or None without a source folder: a set
+        packed elsewhere is then used as it is.
 
     Returns:
       The builder of the packed set.
 
     Raises:
-      UserError: the packed set is incomplete or was made from other files than the
-        source folder holds now, or there is neither, or a file cannot be read; or it is to
-        be packed to an object store.
+      UserError: the packed set is incomplete or was made from other files than the source
+        folder holds now, or there is neither, or a file cannot be read, or the set would be
+        packed to an object store.
     """
-    # TFDS warns wherever there is nothing yet, as before every packing.
+    # TFDS warns whenever there is nothing yet, as before each packing.
     with library_logs.without("has no dataset_info.json"):
         return _prepare(data_dir, records)
 
@@ -148,7 +155,7 @@ def _prepare(data_dir: paths.Path, records: Sequence[Record] | None) -> PadimDat
     if builder.is_prepared():
         _require_same(builder, data_dir, records)
         return builder
-    # A process that packs the same is waited for. What is only read is not locked.
+    # Waits for a process that packs the same. Reading alone takes no lock.
     packing = records is not None and isinstance(data_dir, pathlib.Path)
     with locks.attempt(data_dir, wait=True) if packing else contextlib.nullcontext():
         builder = PadimDataset(data_dir=data_dir, records=records or ())
@@ -163,7 +170,7 @@ def _pack(
     builder: PadimDataset, data_dir: paths.Path, records: Sequence[Record] | None
 ) -> None:
     if builder.data_path.exists():
-        # As after a copy that was cut off; preparing alone writes all or nothing.
+        # As after an interrupted copy; preparing itself writes all or nothing.
         raise UserError(
             f"{builder.data_path}: an incomplete packed set, its description is missing. "
             f"Copy it again, or move {data_dir} away to pack again"
@@ -187,7 +194,7 @@ def _pack(
         builder.download_and_prepare()
     except UserError:
         raise
-    except Exception as error:  # array_record's quote the system's
+    except Exception as error:  # array_record's errors quote the system's
         if (reason := paths.explanation(error, data_dir)) is None:
             raise
         with contextlib.suppress(OSError):
@@ -213,14 +220,17 @@ def _require_same(
 
 
 def open_split(builder: PadimDataset, split: str) -> TfdsSource:
-    """The packed images of one split, in the layout's order; none where it has none.
+    """Return the packed images of one split, in the layout's order; possibly none.
 
     Args:
-      builder: from `prepare`.
+      builder: builder from `prepare`.
       split: "train", "validation" or "test".
 
+    Returns:
+      The source.
+
     Raises:
-      UserError: what the set says of its images is damaged, or is not to be trusted.
+      UserError: the set's descriptions of its images are damaged or unsafe.
     """
     place = builder.data_path
     every = [_record(fields, place) for fields in _metadata(builder)["records"]]
@@ -234,7 +244,7 @@ def open_split(builder: PadimDataset, split: str) -> TfdsSource:
 
 
 def _record(fields: Any, place: paths.Path) -> Record:
-    """One image as a packed set, which may be anybody's, describes it."""
+    """Return one image's record from a packed set's description, which is untrusted."""
     try:
         found = Record(
             **{
@@ -254,7 +264,7 @@ def _record(fields: Any, place: paths.Path) -> Record:
 
 
 def fingerprint(records: Sequence[Record]) -> str:
-    """SHA-256 of the records and of the contents of all their files."""
+    """Return the SHA-256 of the records and of the contents of all their files."""
     digest = hashlib.sha256()
     with concurrent.futures.ThreadPoolExecutor() as threads:
         for record, contents in zip(records, threads.map(_contents, records), strict=True):
@@ -269,7 +279,7 @@ def _contents(record: Record) -> list[str]:
         mask = masks.read(record)
         assert mask is not None
         if not is_image(record.mask):
-            # Made on the spot: the pixels count, however they are encoded here.
+            # Converted here: the pixels count, not their encoding.
             pixels = masks.decode(mask, str(record.mask))
             mask = repr(pixels.shape).encode() + pixels.tobytes()
         contents.append(mask)

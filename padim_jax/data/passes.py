@@ -1,4 +1,4 @@
-"""Passes over images that all processes take part in, with a progress bar."""
+"""Passes over images shared by all processes, with a progress bar."""
 
 import concurrent.futures
 import hashlib
@@ -22,10 +22,17 @@ from padim_jax.system import progress
 
 
 def listing(source: Source, devices: Devices) -> str:
-    """SHA-256 hex digest of which images a source has.
+    """Return the SHA-256 hex digest of the list of a source's images. A collective.
+
+    Args:
+      source: the images.
+      devices: devices of all processes.
+
+    Returns:
+      Hex digest of the relative paths.
 
     Raises:
-      UserError: the processes see different ones.
+      UserError: the processes see different images.
     """
     names = "\0".join(record.relative_path for record in source.records)
     digest = hashlib.sha256(names.encode("utf-8", "surrogateescape")).digest()
@@ -47,18 +54,21 @@ def batches(
     devices: Devices,
     start: int = 0,
 ) -> Iterator[Batch]:
-    """This process's part of a source's batches, with a bar of all processes' images.
+    """Yield this process's part of a source's batches; the bar counts all processes' images.
 
     Args:
       source: the images.
-      config: batch size and preprocessing.
-      what: the bar's name, behind the category's.
+      config: configuration with batch size and preprocessing.
+      what: the bar's name, shown after the category's.
       cache: see `input_pipeline.batches`.
-      devices: that a batch is shared out to.
-      start: of the records, how many to leave out.
+      devices: devices that share a batch.
+      start: number of leading records to leave out.
+
+    Yields:
+      Batches in the records' order.
 
     Raises:
-      UserError: an image cannot be read or decoded, or the processes see different ones.
+      UserError: an image cannot be read or decoded, or the processes see different images.
     """
     listing(source, devices)
     total, size = len(source.records), batch_size(source, config, devices)
@@ -71,18 +81,18 @@ def batches(
 
 
 def few_levels(batch: Batch) -> dict[str, int]:
-    """Of a batch's images, those of which too few grey levels are kept: how many, by name."""
+    """Return the grey levels kept, by name, of a batch's images that keep too few."""
     pairs = zip(batch.records, batch.levels, strict=True)
     return {shown(record.image): levels for record, levels in pairs if levels is not None}
 
 
 def warn_few_levels(own: Mapping[str, int], total: int, devices: Devices) -> None:
-    """Warns of all processes' images with few grey levels, once, if there are any.
+    """Warn once of all processes' images with few grey levels, if there are any. A collective.
 
     Args:
-      own: of this process; see `few_levels`.
-      total: images that were read.
-      devices: of all processes.
+      own: this process's images; see `few_levels`.
+      total: number of images read.
+      devices: devices of all processes.
     """
     every: dict[str, int] = {}
     for data in parallel.gather_bytes(json.dumps(dict(own)).encode()):
@@ -95,20 +105,21 @@ def warn_few_levels(own: Mapping[str, int], total: int, devices: Devices) -> Non
 def of_files(
     source: Source, what: str, devices: Devices, fact: Callable[[int], Any]
 ) -> list[Any]:
-    """Return a fact of every image's file, of which each process reads its share.
-
-    A collective: every process gets the same.
+    """Return a fact about each image's file; each process reads its share. A collective.
 
     Args:
       source: the images.
       what: the bar's name.
-      devices: among whose processes the work is shared out.
-      fact: takes the number of a record and returns a JSON value; called from several threads.
+      devices: devices whose processes share the work.
+      fact: function from the number of a record to a JSON value; called from several threads.
+
+    Returns:
+      The facts in the records' order, equal in all processes.
 
     Raises:
       UserError: the processes see different images.
     """
-    listing(source, devices)  # or they could not tell each other their parts
+    listing(source, devices)  # ensures that shares can be exchanged
     own = range(devices.process, len(source.records), devices.processes)
     facts = []
     with (
@@ -127,9 +138,17 @@ def of_files(
 
 
 def batch_size(source: Source, config: Config, devices: Devices) -> int:
-    """Images a step, of all devices together.
+    """Return the number of images per step, on all devices together.
 
-    A few images need not be padded to a whole batch. What is left of a source that was
-    interrupted is, as it would have been without the interruption: to the last bit.
+    A few images need not be padded to a whole batch. The size depends on the complete source,
+    so that a pass resumed after an interruption gives bit-identical results.
+
+    Args:
+      source: the images.
+      config: configuration with the batch size.
+      devices: devices that share a batch.
+
+    Returns:
+      Number of images, a multiple of the number of devices.
     """
     return devices.padded(max(1, min(config.batch_size, len(source.records))))

@@ -1,4 +1,4 @@
-"""What a dataset is made of: records, without any pixels read yet."""
+"""Records of a dataset's images; no pixels are read here."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,18 +17,17 @@ class Record:
     """One image of a dataset and what is known about it.
 
     Attributes:
-      split: "train" (normal images that the model is fitted to), "validation" (normal
-        images that it is not fitted to, for thresholds) or "test".
+      split: "train" (normal images that the model is fitted to), "validation" (normal images
+        that it is not fitted to, for thresholds) or "test".
       image: path of the image file.
-      mask: where the ground-truth mask is, or None where there is none: for a normal
-        image that means "no defect pixel", for an anomalous one "the defect's place is
-        unknown". An image file, a folder of image files (a pixel is a defect's if one of
-        them says so), or, with `mask_frame`, an .npy file; see `masks`.
+      mask: path of the ground-truth mask, or None: a normal image then has no defect pixel, an
+        anomalous one has a defect at an unknown place. The path is an image file, a folder of
+        image files (the mask is their union), or, with `mask_frame`, an .npy file; see `masks`.
       label: 0 normal, 1 anomalous.
-      defect_type: "good" for normal images, else the defect's folder name.
-      relative_path: POSIX path below the dataset's root; identifies the image in
-        tables and file names.
-      mask_frame: of a mask file with one mask for each frame of a video (n, h, w), which.
+      defect_type: "good" for normal images, else the name of the defect's folder.
+      relative_path: POSIX path below the dataset's root; identifies the image in tables and
+        file names.
+      mask_frame: index into a mask file with one mask for each frame of a video (n, h, w).
     """
 
     split: Split
@@ -40,7 +39,7 @@ class Record:
     mask_frame: int | None = None
 
     def __post_init__(self) -> None:
-        """Results are written to paths that are made of these, which may be a stranger's."""
+        """Reject names that leave the folder of results: they may come from untrusted data."""
         for name in (self.relative_path, self.defect_type):
             if not paths.is_below(name):
                 raise UserError(
@@ -51,11 +50,11 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """An image that was left out, since it cannot be used.
+    """An image that was left out because it cannot be used.
 
     Attributes:
-      path: its `relative_path`, written so that it can be printed.
-      reason: the error that it would have been.
+      path: its `relative_path`, with unprintable characters escaped.
+      reason: the error that it would have raised.
     """
 
     path: str
@@ -64,13 +63,13 @@ class Skipped:
 
 @runtime_checkable  # the tests check argument types at run time
 class Source(Protocol):
-    """Images that can be read in any order: what a dataset gives the pipeline."""
+    """Images that can be read in any order: a dataset's interface to the pipeline."""
 
     @property
     def records(self) -> Sequence[Record]:
-        """What the images are."""
+        """Return the records of the images."""
         ...
 
     def read(self, index: int) -> tuple[bytes, bytes | None]:
-        """The encoded image of `records[index]` and its mask's, if it has one."""
+        """Return the encoded image of `records[index]` and its mask's, if it has one."""
         ...

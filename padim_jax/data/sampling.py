@@ -1,4 +1,4 @@
-"""Seeded draws of records: a subset to fit, a part to hold back.
+"""Seeded draws of records: a subset to fit, a part to hold out.
 
 Both are pure functions of any sequence, of records or of their numbers, and keep its order.
 """
@@ -20,12 +20,12 @@ _Item = TypeVar("_Item")
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Some images of a source, which is one itself; see `part`.
+    """Some images of a source, as a source; see `part`.
 
     Attributes:
-      source: all of them.
-      numbers: the places of the chosen ones.
-      records: what these are.
+      source: source of all images.
+      numbers: positions of the selected images in `source`.
+      records: their records.
     """
 
     source: Source
@@ -33,22 +33,33 @@ class Part:
     records: Sequence[Record]
 
     def read(self, index: int) -> tuple[bytes, bytes | None]:
-        """The encoded image of `records[index]` and its mask's, if it has one."""
+        """Return the encoded image of `records[index]` and its mask's, if it has one."""
         return self.source.read(self.numbers[index])
 
 
 def part(source: Source, numbers: Sequence[int]) -> Part:
-    """The images of a source in these places, in this order; none is read."""
+    """Return the images of a source at some positions; none is read.
+
+    Args:
+      source: source of all images.
+      numbers: positions of the images to select, in order.
+
+    Returns:
+      A source of these images.
+    """
     return Part(source, numbers, [source.records[number] for number in numbers])
 
 
 def subset(items: Sequence[_Item], count: int, seed: int) -> list[_Item]:
-    """Draws some without replacement: `random.Random(seed).sample`, in the given order.
+    """Draw items without replacement: `random.Random(seed).sample`, in their original order.
 
     Args:
-      items: records, or numbers of them.
-      count: how many; 0, or as many as there are or more, takes them all.
-      seed: of the draw.
+      items: records, or numbers of records.
+      count: number of items to draw; 0, or at least their number, selects all.
+      seed: seed of the draw.
+
+    Returns:
+      The items drawn.
     """
     if count == 0 or count >= len(items):
         return list(items)
@@ -57,19 +68,19 @@ def subset(items: Sequence[_Item], count: int, seed: int) -> list[_Item]:
 
 
 def groups(records: Sequence[Record], pattern: str) -> Int[np.ndarray, " n"]:
-    """Number the groups of images that belong together, as `config.threshold.groups` says.
+    """Number the groups of images that belong together, as `config.threshold.groups` defines.
 
     Args:
-      records: the images.
-      pattern: a regular expression, searched in the images' relative paths. The text of its
-        group, or else of its whole match, names the image's group. "" makes each image a
-        group of its own.
+      records: records of the images.
+      pattern: regular expression, searched in the images' relative paths. The text of its
+        group, or else of its whole match, names the image's group. "" makes each image a group
+        of its own.
 
     Returns:
-      The number of each image's group, in the order of their first images.
+      Group number of each image; groups are numbered in the order of their first images.
 
     Raises:
-      UserError: an image in which the expression finds nothing.
+      UserError: the expression does not match an image's path.
     """
     if not pattern:
         return np.arange(len(records))
@@ -91,19 +102,19 @@ def groups(records: Sequence[Record], pattern: str) -> Int[np.ndarray, " n"]:
 def held_out(
     items: Sequence[_Item], fraction: float, seed: int
 ) -> tuple[list[_Item], list[_Item]]:
-    """Splits normal images into those to fit and those to hold back, drawn at random.
+    """Split normal images at random into those to fit and those to hold out.
 
     Args:
-      items: records, or numbers of them or of groups.
-      fraction: the part to hold back, of which the nearest number, but at least one image
-        and not all, is taken.
-      seed: of the draw.
+      items: records, or numbers of records or groups.
+      fraction: fraction to hold out, rounded to the nearest number of images; at least one
+        image is held out and at least one is left.
+      seed: seed of the draw.
 
     Returns:
-      Those to fit and those held back, each in the given order.
+      Items to fit and items held out, each in the original order.
 
     Raises:
-      UserError: fewer than two.
+      UserError: there are fewer than two items.
     """
     if len(items) < 2:
         raise UserError(

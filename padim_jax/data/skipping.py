@@ -1,7 +1,7 @@
-"""Images that cannot be used, left out where that is asked for (`config.dataset.skip_bad`).
+"""Removal of unusable images, if requested (`config.dataset.skip_bad`).
 
-They are found in a pass over all images before anything is computed. What it decodes is kept
-in the cache of images, for the passes that follow.
+They are found in a pass over all images before anything is computed. Images decoded in it
+are kept in the image cache for later passes.
 """
 
 import json
@@ -21,21 +21,22 @@ from padim_jax.system import progress
 def readable(
     sources: Mapping[str, Source], config: Config, devices: Devices, cache: ImageCache | None
 ) -> tuple[dict[str, Source], list[Skipped]]:
-    """The images that can be used; all of them, unlooked at, unless skipping is asked for.
+    """Return the usable images; all of them, unchecked, unless skipping is requested.
 
-    Every process gets the same, although each looks at a part of the images.
+    A collective: each process checks its share of the images.
 
     Args:
-      sources: images, by what they are called in messages.
-      config: says whether to skip, and how images are seen.
-      devices: among whose processes the work is shared out.
-      cache: filled.
+      sources: images, by their name in messages.
+      config: configuration that says whether to skip, and how images are preprocessed.
+      devices: devices whose processes share the work.
+      cache: cache to fill, or None.
 
     Returns:
-      The sources without the other images, and these, which are printed as well.
+      The sources without the unusable images, and these, which are also printed; equal in all
+      processes.
 
     Raises:
-      UserError: nothing is left of a source.
+      UserError: no image of a source is usable.
     """
     if not config.dataset.skip_bad:
         return dict(sources), []
@@ -63,8 +64,8 @@ def readable(
 def _faults(
     name: str, source: Source, config: Config, devices: Devices, cache: ImageCache | None
 ) -> dict[int, str]:
-    """By the numbers of the images that cannot be used, why."""
-    passes.listing(source, devices)  # or they could not tell each other their parts
+    """Return the reasons why images cannot be used, by their numbers."""
+    passes.listing(source, devices)  # ensures that shares can be exchanged
     total = len(source.records)
     own = range(devices.process, total, devices.processes)
     reasons: dict[int, str] = {}

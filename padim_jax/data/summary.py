@@ -1,4 +1,4 @@
-"""What was read: numbers of images, their sizes, copies, and what masks lose.
+"""Summary of the images read: their numbers, sizes and copies, and losses in masks.
 
 Pure: files' facts in, a summary out, as lines of text, as JSON and as warnings. `survey` reads
 the files.
@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 from padim_jax.data.decoding import FEWEST_LEVELS
 from padim_jax.data.files import shown
 
-_SHOWN = 3  # so many names, or formats, are written out
+_SHOWN = 3  # names, or formats, written out
 
 
 class File(NamedTuple):
-    """What is known of an image without decoding it.
+    """Facts about an image that need no decoding.
 
     Attributes:
       name: its `relative_path`.
       defect_type: see `Record`.
       digest: SHA-256 of its bytes.
-      size: height and width by its header; None if that cannot be read.
-      mode: channels and bits, as in "RGB 8 bit"; None likewise.
-      levels: grey levels kept, if decoding keeps too few; see `decoding.open_rgb`.
+      size: height and width from its header; None if unreadable.
+      mode: channels and bits ("RGB 8 bit"); None if unreadable.
+      levels: number of grey levels kept, if decoding keeps too few; see `decoding.open_rgb`.
     """
 
     name: str
@@ -36,16 +36,17 @@ class File(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """What is known of a decoded mask; see `image_cache.MaskFacts`.
+    """Facts about a decoded mask; see `image_cache.MaskFacts`.
 
     Attributes:
       name: its image's `relative_path`.
-      pixels: of the mask as it is stored.
-      defect: those of them that are a defect's.
-      pixels_left: of the mask at the model's size.
-      defect_left: those of them that are a defect's.
-      regions: 8-connected regions of the stored mask.
-      resized_away, cropped_away: regions without a pixel at the model's size, and why.
+      pixels: number of pixels of the stored mask.
+      defect: number of its defect pixels.
+      pixels_left: number of pixels of the mask at the model's size.
+      defect_left: number of its defect pixels.
+      regions: number of 8-connected regions of the stored mask.
+      resized_away, cropped_away: numbers of regions without a pixel at the model's size, by
+        cause.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Mask(NamedTuple):
 
     @property
     def is_nearly_full(self) -> bool:
-        """Whether more than half of it is a defect: an inverted mask, perhaps."""
+        """Return whether more than half of it is a defect: possibly an inverted mask."""
         return 2 * self.defect > self.pixels
 
 
@@ -68,13 +69,13 @@ class Split:
     """Images of one split, or of one input.
 
     Attributes:
-      images: how many.
-      types: of each defect type, how many.
-      sizes: of each size and mode, as in "900x900, RGB 8 bit", how many; most first.
-      modes: those there are.
+      images: number of images.
+      types: number of images of each defect type.
+      sizes: number of images of each size and mode ("900x900, RGB 8 bit"); most frequent first.
+      modes: modes present.
       copies: names of images that have the bytes of an earlier one.
       few_levels: number of grey levels kept, by name, of the images that keep fewer than
-        `decoding.FEWEST_LEVELS` of more that their files have.
+        `decoding.FEWEST_LEVELS` although their files have more.
     """
 
     images: int
@@ -90,13 +91,12 @@ class Masks:
     """Masks of a test set.
 
     Attributes:
-      masks: how many.
+      masks: number of masks.
       regions, resized_away, cropped_away: sums; see `Mask`.
-      area, area_left: parts of the pixels that are a defect's, as stored and at the model's
-        size.
+      area, area_left: fractions of defect pixels, as stored and at the model's size.
       empty: names of images whose mask has no defect pixel.
-      nearly_full: names of images whose mask is a defect by more than half.
-      losing: names of images of which a region is lost.
+      nearly_full: names of images whose mask is more than half defect.
+      losing: names of images that lose a region.
     """
 
     masks: int
@@ -112,13 +112,13 @@ class Masks:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a run has read.
+    """Summary of what a run has read.
 
     Attributes:
-      splits: by name.
-      shared: by two names of splits, "train, test", the images of the second one that are in
-        the first one, too.
-      masks: of the test images, once they are decoded.
+      splits: splits by name.
+      shared: by two names of splits ("train, test"), images of the second that are also in the
+        first.
+      masks: masks of the test images, once they are decoded.
     """
 
     splits: dict[str, Split]
@@ -129,11 +129,14 @@ class Summary:
 def summarize(
     splits: Mapping[str, Sequence[File]], fitted: Collection[bytes] | None = None
 ) -> Summary:
-    """Summarizes files.
+    """Summarize files.
 
     Args:
-      splits: the images, by the name of their split.
-      fitted: digests of the images that a model was fitted to, where these are no split.
+      splits: images, by the name of their split.
+      fitted: digests of the images a model was fitted to, if these are not a split.
+
+    Returns:
+      The summary, without masks.
     """
     digests = {name: {file.digest for file in files} for name, files in splits.items()}
     if fitted:
@@ -171,7 +174,7 @@ def _split(files: Sequence[File]) -> Split:
 
 
 def summarize_masks(masks: Sequence[Mask]) -> Masks | None:
-    """Summarizes masks; None without any."""
+    """Summarize masks; None without any."""
     if not masks:
         return None
     return Masks(
@@ -188,7 +191,7 @@ def summarize_masks(masks: Sequence[Mask]) -> Masks | None:
 
 
 def lines(summary: Summary) -> list[str]:
-    """The summary for a person, a line a split."""
+    """Return the summary for a person, one line per split."""
     return [_line(name, split) for name, split in summary.splits.items()]
 
 
@@ -212,11 +215,14 @@ def _line(name: str, split: Split) -> str:
 
 
 def mask_line(masks: Masks, size: tuple[int, int]) -> str:
-    """The summary of masks for a person.
+    """Return the summary of masks for a person.
 
     Args:
-      masks: of the test images.
-      size: the model's, height and width.
+      masks: masks of the test images.
+      size: the model's height and width in pixels.
+
+    Returns:
+      One line.
     """
     left = masks.regions - masks.resized_away - masks.cropped_away
     return (
@@ -227,10 +233,10 @@ def mask_line(masks: Masks, size: tuple[int, int]) -> str:
 
 
 def warnings(summary: Summary) -> list[str]:
-    """What is implausible about files, a line each, with what to do.
+    """Return a line with advice for each implausible fact about files.
 
-    Copies of training images among these and among validation images are not: `copies` and
-    `thresholding` warn of them, before the fit as well.
+    Copies among training and validation images are excluded: `copies` and the calibration warn
+    of them, also before the fit.
     """
     found = []
     for pair, names in summary.shared.items():
@@ -260,12 +266,15 @@ def warnings(summary: Summary) -> list[str]:
 
 
 def mask_warnings(masks: Masks, size: tuple[int, int], resolution: str) -> list[str]:
-    """What is implausible about masks, a line each, with what to do.
+    """Return a line with advice for each implausible fact about masks.
 
     Args:
-      masks: of the test images.
-      size: the model's, height and width.
-      resolution: as in `config.metrics.resolution`.
+      masks: masks of the test images.
+      size: the model's height and width in pixels.
+      resolution: `config.metrics.resolution`.
+
+    Returns:
+      The lines; empty if all is plausible.
     """
     found = []
     resized = masks.resized_away if resolution == "model" else 0
@@ -304,10 +313,10 @@ def mask_warnings(masks: Masks, size: tuple[int, int], resolution: str) -> list[
 
 
 def to_dict(summary: Summary) -> dict[str, Any]:
-    """The summary as JSON."""
+    """Return the summary as JSON."""
     splits = {name: dataclasses.asdict(split) for name, split in summary.splits.items()}
     for split in splits.values():
-        del split["modes"]  # which the sizes say
+        del split["modes"]  # implied by the sizes
     masks = summary.masks and dataclasses.asdict(summary.masks)
     return {"splits": splits, "shared": summary.shared, "masks": masks}
 

@@ -1,4 +1,4 @@
-"""What can be said of images before a fit or an evaluation: read once, printed, warned of."""
+"""Survey of images before a fit or an evaluation: read once, summarized, checked."""
 
 import hashlib
 import warnings
@@ -23,20 +23,20 @@ def read(
     image: ImageConfig | None = None,
     cache: ImageCache | None = None,
 ) -> dict[str, list[File]]:
-    """Reads every image's bytes, of which each process takes its share.
+    """Read the bytes of all images; each process reads its share. A collective.
 
     Args:
       sources: images, by the name of their split.
-      devices: among whose processes the work is shared out.
-      image: how images are decoded. Given that, those that may lose grey levels are, and the
-        levels kept are counted: files of 16 bits, and all files under `config.image.range`.
-      cache: keeps what is decoded here for the passes that follow.
+      devices: devices whose processes share the work.
+      image: preprocessing. If given, images that may lose grey levels are decoded to count the
+        levels kept: 16-bit files, and all files under `config.image.range`.
+      cache: cache that keeps decoded images for later passes.
 
     Returns:
-      The same in every process, in the records' order.
+      Facts in the records' order, equal in all processes.
 
     Raises:
-      UserError: a file cannot be read or decoded, or the processes see different ones.
+      UserError: a file cannot be read or decoded, or the processes see different images.
     """
     return {name: _read(source, devices, image, cache) for name, source in sources.items()}
 
@@ -72,14 +72,24 @@ def _read(
 
 
 def tell(summary: Summary, devices: Devices) -> None:
-    """Prints a summary of files, and warns of what is implausible, in the first process."""
+    """Print a summary of files and warn of implausible ones, in the first process.
+
+    Args:
+      summary: summary of the files.
+      devices: devices of this process.
+    """
     if devices.process == 0:
         print("\n".join(summary_lib.lines(summary)))
     warn(summary_lib.warnings(summary), devices)
 
 
 def warn(lines: Sequence[str], devices: Devices) -> None:
-    """Issues a `DataWarning` for each line, in the first process."""
+    """Issue a `DataWarning` for each line, in the first process.
+
+    Args:
+      lines: warnings, one line each.
+      devices: devices of this process.
+    """
     if devices.process == 0:
         for line in lines:
             warnings.warn(DataWarning(line), stacklevel=3)

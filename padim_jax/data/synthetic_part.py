@@ -1,8 +1,8 @@
-"""The part of the synthetic category: scenes, defects, and how a photograph is drawn.
+"""The part of the synthetic category: scenes, defects and rendering.
 
 The part is a height field with a colour and a metalness per pixel, lit from one side.
 A defect alters the scene, so its mask follows from drawing the same scene twice (see
-`changed`). Lengths are in units of 1/320 of the image's side, angles in radians; x goes
+`changed`). Lengths are in units of 1/320 of the image's side, angles in radians; x points
 right, y down.
 """
 
@@ -19,7 +19,7 @@ from scipy import ndimage
 from padim_jax.data.records import GOOD
 
 DEFECTS = ("scratch", "stain", "missing_piece", "misplaced_part")
-SMALLEST = 0.0005  # the least part of the image that a defect takes
+SMALLEST = 0.0005  # smallest fraction of the image that a defect covers
 UNITS = 320  # the scene's side in units, whatever the image's size
 
 Field = Float32[np.ndarray, "h w"]
@@ -27,7 +27,7 @@ Picture = Float32[np.ndarray, "h w 3"]
 Colour = tuple[float, float, float]
 Length = float | int
 
-# Where everything sits, in the part's own frame (origin at its centre).
+# Positions of all components in the part's own frame (origin at its centre).
 PLATE = (132.0, 104.0)
 SCREWS = ((-112.0, -84.0), (112.0, -84.0), (-112.0, 84.0), (112.0, 84.0))
 BOSS = (-58.0, -14.0)
@@ -56,16 +56,16 @@ class Scene:
     """Everything that varies between two photographs of good parts.
 
     Attributes:
-      x: the part's centre, from the image's.
-      y: likewise.
-      angle: of the part, clockwise.
+      x: position of the part's centre, relative to the image's.
+      y: position of the part's centre, relative to the image's.
+      angle: rotation of the part, clockwise.
       screw_angles: one per screw.
-      grain_seed: of the brush strokes.
-      light_azimuth: where the light comes from.
-      gain: of the exposure.
+      grain_seed: seed of the brush strokes.
+      light_azimuth: direction of the light.
+      gain: exposure factor.
       gradient: relative change of the light from the centre to the right and lower edge.
       vignette: relative loss of light at the middle of an edge.
-      sheen: where on the metal the broad reflection lies, along x.
+      sheen: position of the broad reflection on the metal, along x.
     """
 
     x: float
@@ -110,14 +110,14 @@ class Stain:
 
 @dataclasses.dataclass(frozen=True)
 class Defect:
-    """What is wrong with a part; the default is nothing.
+    """Defect of a part; the default is none.
 
     Attributes:
-      scratches: grooves across whatever solid surface they meet.
+      scratches: grooves across any solid surface.
       stains: drops on it.
       chips: pieces broken out of the plate.
       missing: names of the components left out.
-      moved: name of a component -> (x, y, angle) from its place.
+      moved: name of a component -> (x, y, angle) relative to its place.
     """
 
     scratches: tuple[Scratch, ...] = ()
@@ -130,11 +130,11 @@ class Defect:
 def photograph(
     kind: str, rng: np.random.Generator, size: int
 ) -> tuple[UInt8[np.ndarray, "h w 3"], Bool[np.ndarray, "h w"]]:
-    """Takes one photograph.
+    """Take one photograph.
 
     Args:
       kind: "good" or one of `DEFECTS`.
-      rng: where everything random comes from.
+      rng: source of all randomness.
       size: side of the image in pixels.
 
     Returns:
@@ -148,13 +148,13 @@ def photograph(
     while True:
         defective = render(scene, draw_defect(kind, defect_rng), size)
         mask = changed(good, defective)
-        # A few do not show, a faint scratch on the label say: those are drawn again.
+        # A few do not show, such as a faint scratch on the label: those are drawn again.
         if mask.mean() > SMALLEST:
             return expose(defective, sensor_rng), mask
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """One photograph's pose, lighting and surface grain."""
+    """Draw one photograph's pose, lighting and surface grain."""
     return Scene(
         x=rng.uniform(-2, 2),
         y=rng.uniform(-2, 2),
@@ -170,10 +170,17 @@ def draw_scene(rng: np.random.Generator) -> Scene:
 
 
 def draw_defect(kind: str, rng: np.random.Generator) -> Defect:
-    """One defect of the kind, its severity drawn evenly from faint to plain.
+    """Draw one defect of a kind; its severity is uniform from faint to obvious.
+
+    Args:
+      kind: one of `DEFECTS`.
+      rng: source of all randomness.
+
+    Returns:
+      The defect.
 
     Raises:
-      ValueError: no such kind.
+      ValueError: the kind is unknown.
     """
     severity = rng.uniform()
     if kind == "scratch":
@@ -189,7 +196,7 @@ def draw_defect(kind: str, rng: np.random.Generator) -> Defect:
         return Defect(chips=(_draw_chip(rng, severity),))
     if kind == "misplaced_part":
         what = str(rng.choice(["connector", "label", "plug"]))
-        # A plug that left its seat lies beside it, wholly; the others are set down askew.
+        # A plug that left its seat lies completely beside it; the others are placed askew.
         far = rng.uniform(16, 30) if what == "plug" else 4 + 8 * severity
         turn = math.radians(rng.choice([-1, 1]) * (4 + 10 * severity))
         direction = rng.uniform(0, 2 * math.pi)
@@ -199,7 +206,7 @@ def draw_defect(kind: str, rng: np.random.Generator) -> Defect:
 
 
 def _draw_scratches(rng: np.random.Generator, severity: float) -> tuple[Scratch, ...]:
-    """One long scratch, often with a shorter one beside it."""
+    """Draw one long scratch, often with a shorter one beside it."""
     x, y = _spot(rng)
     angle = rng.uniform(0, 2 * math.pi)
     length = 40 + 70 * severity
@@ -222,7 +229,7 @@ def _draw_scratches(rng: np.random.Generator, severity: float) -> tuple[Scratch,
 
 
 def _draw_stains(rng: np.random.Generator, severity: float) -> tuple[Stain, ...]:
-    """One drop, up to two droplets beside it."""
+    """Draw one drop, with up to two droplets beside it."""
     oil, rust, coolant = (0.10, 0.07, 0.04), (0.40, 0.13, 0.05), (0.06, 0.20, 0.30)
     tint = (oil, rust, coolant)[rng.integers(3)]
     opacity = 0.4 + 0.4 * severity
@@ -238,7 +245,7 @@ def _draw_stains(rng: np.random.Generator, severity: float) -> tuple[Stain, ...]
 
 
 def _draw_chip(rng: np.random.Generator, severity: float) -> Blob:
-    """A bite out of the plate's edge, clear of screws and holes."""
+    """Draw a bite out of the plate's edge, clear of screws and holes."""
     radius = 9 + 9 * severity
     side, end = (float(sign) for sign in rng.choice([-1, 1], 2))
     if rng.uniform() < 0.5:
@@ -254,7 +261,7 @@ def _draw_blob(rng: np.random.Generator, x: float, y: float, radius: float) -> B
 
 
 def _spot(rng: np.random.Generator) -> tuple[float, float]:
-    """A place on the part, not over the bore: nothing sticks to a hole."""
+    """Draw a place on the part, but not over the bore: nothing sticks to a hole."""
     while True:
         x, y = rng.uniform(-105, 105), rng.uniform(-78, 78)
         if math.hypot(x - BOSS[0], y - BOSS[1]) > BORE + 12:
@@ -266,14 +273,14 @@ def _spot(rng: np.random.Generator) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Surface:
-    """The scene as seen by the camera, before light: maps that are painted in place.
+    """The scene as seen by the camera, without light: maps that are painted in place.
 
     Attributes:
       u: coordinates of the pixels' centres in the local frame, in units.
-      v: likewise.
-      height: above the mat, in units.
+      v: coordinates of the pixels' centres in the local frame, in units.
+      height: height above the mat, in units.
       colour: linear reflectance.
-      metal: 0 dull to 1 brushed metal: how much grain and sheen show.
+      metal: 0 dull to 1 brushed metal: visibility of grain and sheen.
       solid: 1 on the part, 0 in holes and beside it.
       scale: pixels per unit.
     """
@@ -287,7 +294,17 @@ class Surface:
     scale: float
 
     def around(self, x: Length, y: Length, angle: Length, reach: Length) -> "Surface":
-        """The pixels about a place, in a frame centred and turned there; shares memory."""
+        """Return the pixels around a place in a local frame; they share memory.
+
+        Args:
+          x: the place, in units.
+          y: the place, in units.
+          angle: rotation of the frame, clockwise.
+          reach: half the side of the square, in units.
+
+        Returns:
+          The part of the surface.
+        """
         du, dv = self.u - x, self.v - y
         near = (np.abs(du) < reach) & (np.abs(dv) < reach)
         rows, columns = np.nonzero(near.any(1))[0], np.nonzero(near.any(0))[0]
@@ -305,25 +322,47 @@ class Surface:
         )
 
     def cover(self, distance: Field) -> Field:
-        """How much of each pixel a shape covers, from its signed distance (negative inside)."""
+        """Return each pixel's coverage from a shape's signed distance (negative inside)."""
         return np.clip(0.5 - distance * self.scale, 0, 1)
 
     def paint(self, cover: Field, colour: Colour | Picture, metal: float | int) -> None:
-        """Lays a material over the covered pixels."""
+        """Lay a material over the covered pixels.
+
+        Args:
+          cover: coverage of each pixel, 0 to 1.
+          colour: linear reflectance.
+          metal: see `Surface`.
+        """
         self.colour[:] += cover[..., None] * (np.asarray(colour, np.float32) - self.colour)
         self.metal[:] += cover * (metal - self.metal)
 
     def level(self, cover: Field, height: Length) -> None:
-        """Brings the covered pixels to one height."""
+        """Bring the covered pixels to one height.
+
+        Args:
+          cover: coverage of each pixel, 0 to 1.
+          height: the height in units.
+        """
         self.height[:] += cover * (height - self.height)
 
     def rise(self, distance: Field, height: Length, bevel: Length) -> None:
-        """Raises a shape (lowers it where `height` is negative), with sloping flanks."""
+        """Raise a shape (lower it if `height` is negative), with sloping flanks.
+
+        Args:
+          distance: signed distance to the shape, negative inside.
+          height: change of height in units.
+          bevel: width of the flanks in units.
+        """
         slope = np.clip(-distance / bevel, 0, 1)
         self.height[:] += height * slope * slope * (3 - 2 * slope)
 
     def drill(self, distance: Field, floor: Length) -> None:
-        """Cuts a hole with upright walls down to a height."""
+        """Cut a hole with upright walls down to a height.
+
+        Args:
+          distance: signed distance to the hole, negative inside.
+          floor: height of its bottom in units.
+        """
         cover = self.cover(distance)
         self.level(cover, floor)
         self.paint(cover, DARK, 0)
@@ -331,11 +370,11 @@ class Surface:
 
 
 def render(scene: Scene, defect: Defect, size: int) -> Picture:
-    """What an ideal camera sees of the part: no noise yet.
+    """Render the part as an ideal camera sees it, without noise.
 
     Args:
       scene: pose, lighting and grain.
-      defect: what is wrong with the part; `Defect()` for a good one.
+      defect: defect of the part; `Defect()` for a good one.
       size: side of the image in pixels.
 
     Returns:
@@ -345,33 +384,41 @@ def render(scene: Scene, defect: Defect, size: int) -> Picture:
 
 
 def expose(picture: Picture, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-    """Adds the sensor's noise (about 2 grey levels) and quantises to 8 bits."""
+    """Add the sensor's noise (about 2 grey levels) and quantise to 8 bits.
+
+    Args:
+      picture: (h, w, 3) in [0, 1].
+      rng: source of the noise.
+
+    Returns:
+      (h, w, 3) uint8.
+    """
     noise = rng.standard_normal(picture.shape, dtype=np.float32)
     levels = 255 * picture + noise * (1.2 + 1.3 * picture)
     return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
 
 
 def changed(good: Picture, defective: Picture) -> Bool[np.ndarray, "h w"]:
-    """The ground truth: the pixels where the defect shows.
+    """Return the ground truth: the pixels where the defect shows.
 
-    Those where any channel of the noise-free picture differs by more than 8 of 255 grey
-    levels, about four standard deviations of the sensor's noise: shadows and reflected
-    light of a defect trail off over the whole neighbourhood, and what drowns in the noise
-    is not to be found. For a misplaced part that is the place it left and the place it
-    took, less the pixels that look the same either way.
+    These are pixels where any channel of the noise-free picture differs by more than 8 of 255
+    grey levels, about four standard deviations of the sensor's noise: shadows and reflected
+    light of a defect fade over the whole neighbourhood, and differences below the noise
+    cannot be detected. For a misplaced part they are its old and its new place,
+    except pixels that look the same either way.
 
     Args:
       good: the scene rendered without the defect.
       defective: the same scene rendered with it.
 
     Returns:
-      True where the defect shows.
+      (h, w), True where the defect shows.
     """
     return (np.abs(good - defective) > 8 / 255).any(-1)
 
 
 def _assemble(scene: Scene, defect: Defect, size: int) -> Surface:
-    """Puts the part together, bottom to top."""
+    """Assemble the part, bottom to top."""
     scale = size / UNITS
     axis = (np.arange(size, dtype=np.float32) + 0.5) / scale - UNITS / 2
     x, y = np.meshgrid(axis - scene.x, axis - scene.y)
@@ -419,7 +466,7 @@ def _plate(part: Surface, chips: tuple[Blob, ...]) -> None:
     cover = part.cover(edge)
     part.solid[:] = cover
     part.paint(cover, ALUMINIUM, 1)
-    # A milled groove follows the edge, a slot and two holes go right through.
+    # A milled groove follows the edge; a slot and two holes go through the plate.
     groove = np.abs(_box(part.u, part.v, PLATE[0] - 30, PLATE[1] - 9, 8)) - 1.2
     part.rise(np.maximum(groove, edge), -1, 1.2)
     slot = part.around(-84, 62, 0, 26)
@@ -432,7 +479,7 @@ def _plate(part: Surface, chips: tuple[Blob, ...]) -> None:
 
 
 def _boss(part: Surface, scene: Scene) -> None:
-    """A turned ring: its highlight is the bow tie of concentric tool marks."""
+    """Add a turned ring: its highlight is the bow tie of concentric tool marks."""
     boss = part.around(*BOSS, 0, 52)
     radius = np.hypot(boss.u, boss.v)
     bow = np.cos(2 * (np.arctan2(boss.v, boss.u) - scene.light_azimuth - math.pi / 2))
@@ -446,7 +493,7 @@ def _boss(part: Surface, scene: Scene) -> None:
 
 
 def _screw_seat(seat: Surface) -> None:
-    """A counterbore with a threaded hole."""
+    """Add a counterbore with a threaded hole."""
     radius = np.hypot(seat.u, seat.v)
     seat.rise(radius - 12, -1.5, 1.5)
     hole = seat.cover(radius - 5)
@@ -456,7 +503,7 @@ def _screw_seat(seat: Surface) -> None:
 
 
 def _screw(seat: Surface) -> None:
-    """A domed head with a cross recess."""
+    """Add a domed head with a cross recess."""
     radius = np.hypot(seat.u, seat.v)
     head = radius - 10
     cover = seat.cover(head)
@@ -469,14 +516,14 @@ def _screw(seat: Surface) -> None:
 
 
 def _connector_seat(seat: Surface) -> None:
-    """A milled pocket, a circuit board at its bottom."""
+    """Add a milled pocket with a circuit board at its bottom."""
     pocket = _box(seat.u, seat.v, 42, 19, 4)
     seat.rise(pocket, -3, 1.5)
     seat.paint(seat.cover(_box(seat.u, seat.v, 38, 15, 2)), (0.03, 0.075, 0.035), 0.1)
 
 
 def _connector(seat: Surface) -> None:
-    """A black housing, two rows of gold pins in its cavity, a key at its side."""
+    """Add a black housing, two rows of gold pins in its cavity, and a key at its side."""
     housing = np.minimum(_box(seat.u, seat.v, 41, 18, 4), _box(seat.u, seat.v - 18, 9, 5, 2))
     cover = seat.cover(housing)
     seat.level(cover, 8)
@@ -486,8 +533,8 @@ def _connector(seat: Surface) -> None:
     seat.rise(cavity, -8, 1.5)
     hollow = seat.cover(cavity)
     seat.paint(hollow, DARK, 0.02)
-    seat.solid[:] *= 1 - hollow  # nothing gets down there
-    # Two rows of six, 10.5 apart: the nearest pin's axis is the one to measure from.
+    seat.solid[:] *= 1 - hollow  # scratches and stains do not reach the bottom
+    # Two rows of six, 10.5 apart: distances are measured from the nearest pin's axis.
     column = np.clip(np.rint(seat.u / 10.5 - 0.5), -3, 2) + 0.5
     pin = _box(seat.u - 10.5 * column, np.abs(seat.v) - 5, 2.2, 1.9, 0.4)
     seat.rise(pin, 6, 1.2)
@@ -499,7 +546,7 @@ def _label_seat(seat: Surface) -> None:
 
 
 def _label(seat: Surface) -> None:
-    """A printed sticker."""
+    """Add a printed sticker."""
     edge = _box(seat.u, seat.v, 45, 24, 3)
     art = _label_art()
     height, width = art.shape[:2]
@@ -513,7 +560,7 @@ def _label(seat: Surface) -> None:
 
 @functools.cache
 def _label_art() -> Field:
-    """The sticker's print, one pixel per unit: 0 paper to 1 ink."""
+    """Return the sticker's print, one pixel per unit: 0 paper to 1 ink."""
     canvas = Image.new("L", (90, 48), 0)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default_imagefont()
@@ -537,7 +584,7 @@ def _plug_seat(seat: Surface) -> None:
 
 
 def _plug(seat: Surface) -> None:
-    """A rubber stopper with a dimple."""
+    """Add a rubber stopper with a dimple."""
     radius = np.hypot(seat.u, seat.v)
     cover = seat.cover(radius - 11)
     seat.level(cover, 8.5)
@@ -548,7 +595,7 @@ def _plug(seat: Surface) -> None:
 
 
 def _stain(part: Surface, stain: Stain) -> None:
-    """A film that tints what lies beneath, with a darker rim; it wets no holes."""
+    """Add a film that tints what lies beneath, with a darker rim; it does not wet holes."""
     blob = stain.blob
     spot = part.around(blob.x, blob.y, 0, 2 * blob.radius + 4)
     distance = _blob(spot.u, spot.v, blob)
@@ -559,7 +606,7 @@ def _stain(part: Surface, stain: Stain) -> None:
 
 
 def _scratch(part: Surface, scratch: Scratch) -> None:
-    """A bright groove that fades in and out."""
+    """Add a bright groove that fades in and out."""
     start, control, end = (np.asarray(point) for point in scratch.points)
     middle = (start + end) / 2
     reach = math.dist(start, end) / 2 + 12
@@ -582,7 +629,7 @@ def _scratch(part: Surface, scratch: Scratch) -> None:
 
 
 def _grain(scene: Scene, size: int, scale: float) -> Field:
-    """Brush strokes: noise drawn out along the part's x axis, turned with the part."""
+    """Return brush strokes: noise stretched along the part's x axis, rotated with the part."""
     rng = np.random.default_rng(scene.grain_seed)
     noise = rng.standard_normal((size, size), dtype=np.float32)
     strokes = np.zeros_like(noise)
@@ -600,7 +647,7 @@ def _grain(scene: Scene, size: int, scale: float) -> Field:
 
 
 def _shade(surface: Surface, scene: Scene) -> Picture:
-    """Light from one side: diffuse, highlight, cast shadow, ambient occlusion, sheen."""
+    """Light the surface from one side: diffuse, highlight, cast shadow, occlusion, sheen."""
     height, scale, azimuth = surface.height, surface.scale, scene.light_azimuth
     elevation = math.radians(52)
     light_x = math.cos(azimuth) * math.cos(elevation)
@@ -629,7 +676,7 @@ def _shade(surface: Surface, scene: Scene) -> Picture:
 
 
 def _shadow(height: Field, azimuth: float, elevation: float, scale: float) -> Field:
-    """0 lit to 1 shadowed: is there higher ground on the way from a pixel to the light?"""
+    """Return 0 (lit) to 1 (shadowed), from higher ground between a pixel and the light."""
     blocked = np.zeros_like(height)
     for step in range(1, 13):
         dx = round(step * scale * math.cos(azimuth))
@@ -647,7 +694,7 @@ def _illumination(scene: Scene, size: int) -> Field:
 
 
 def _box(u: Field, v: Field, half_u: Length, half_v: Length, radius: Length) -> Field:
-    """Signed distance to a rectangle with rounded corners."""
+    """Return the signed distance to a rectangle with rounded corners."""
     du = np.abs(u) - (half_u - radius)
     dv = np.abs(v) - (half_v - radius)
     outside = np.hypot(np.maximum(du, 0), np.maximum(dv, 0))
@@ -655,7 +702,7 @@ def _box(u: Field, v: Field, half_u: Length, half_v: Length, radius: Length) -> 
 
 
 def _blob(u: Field, v: Field, blob: Blob) -> Field:
-    """Roughly the signed distance to a blob from its centre: exact only in sign."""
+    """Return roughly the signed distance to a blob from its centre; only its sign is exact."""
     angle = np.arctan2(v, u)
     outline = np.ones_like(u)
     for frequency, amplitude, phase in blob.lobes:

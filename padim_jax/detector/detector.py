@@ -1,6 +1,6 @@
-"""PaDiM whole: the stages put together into functions from uint8 images to scores.
+"""The complete detector: composes the stages into functions from uint8 images to scores.
 
-Training, evaluation, prediction and the Python API all go through `extract`, so that
+Training, evaluation, prediction and the Python API all use `extract`, so that
 preprocessing, backbone and embedding are the same everywhere.
 """
 
@@ -48,17 +48,17 @@ from padim_jax.errors import DataWarning, UserError
 from padim_jax.models import network
 from padim_jax.models.weights import pretrained
 
-Shape = tuple[int, int, int]  # regions, cells a region and channels of a level
-# The backbone's parameters, and under PROJECTION the matrix of a reduction by one.
+Shape = tuple[int, int, int]  # regions, cells per region and channels of a level
+# The backbone's parameters and, under PROJECTION, the matrix of a reduction by projection.
 Variables = Mapping[str, Any]
 
 PROJECTION = "projection"
 
-# Of the regularization, after rounding. Lost from a direction that has nothing else, a part of
-# it changes squared distances by as much.
+# Fraction of the regularization that must survive rounding. In directions without variance
+# squared distances are wrong by the lost fraction.
 LEAST_KEPT = 0.95
 
-# The settings that scores depended on at first, in that order; see `_first_fingerprint`.
+# Settings that scores depended on in padim_jax 0.1.0, in that order; see `_first_fingerprint`.
 _FIRST_SETTINGS = {
     "image": ("resize", "method", "crop", "mean", "std", "rotation", "crop_at", "seed"),
     "model": (
@@ -67,10 +67,10 @@ _FIRST_SETTINGS = {
     ),
     "map": ("upsample", "sigma"),
 }
-# How many numbers of an image's embeddings are kept of it, to compare images by.
+# Numbers of each image's embeddings that are kept to compare images by.
 _SAMPLE = 2048
 
-# Above, their squares overflow float32.
+# Squares of larger features overflow float32.
 _LARGEST_FEATURE = 1.8e19
 
 
@@ -78,7 +78,7 @@ class RegionError(ValueError):
     """Statistics of a region that give no Gaussians.
 
     Attributes:
-      region: the first such.
+      region: index of the first such region.
       finite: whether its statistics are finite.
     """
 
@@ -89,20 +89,20 @@ class RegionError(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Detector:
-    """A fitted model: all that scoring an image needs. Equal to itself alone.
+    """A fitted model: everything needed to score an image. Compared by identity.
 
     Attributes:
-      config: in use; what the statistics depend on is as it was fitted with.
-      index: the channels kept, in the embedding's order.
-      variables: the backbone's, and the projection; see `with_projection`.
-      weights: where the backbone's weights come from.
-      gaussian: of every patch position, on the devices that score.
+      config: configuration in use; settings that affect the statistics are those of the fit.
+      index: channels kept, in the embedding's order.
+      variables: variables of the backbone, and the projection; see `with_projection`.
+      weights: origin and digest of the backbone's weights.
+      gaussian: Gaussians of all patch positions, on the devices that score.
       identity: digest of the statistics, as stored with them.
-      images: SHA-256 of every file fitted.
-      calibration: thresholds from normal images, if there are any.
-      left_out: how many images `gaussian` is made to leave out at a time; 0 to score images
-        as they are.
-      process: the system's number of the process that made it, and that alone can use it.
+      images: SHA-256 of each fitted file.
+      calibration: thresholds from normal images, or None.
+      left_out: number of images that `gaussian` is prepared to leave out at a time; 0 to score
+        images with the complete model.
+      process: id of the process that created the detector; no other process can use it.
     """
 
     config: Config
@@ -117,7 +117,7 @@ class Detector:
     process: int = dataclasses.field(default_factory=os.getpid, repr=False, compare=False)
 
     def __repr__(self) -> str:
-        """Two lines: what was fitted to how many images, and the thresholds."""
+        """Return two lines: model, number of fitted images, and thresholds."""
         model = self.config.model
         height, width = self.config.image.size
         found = "none"
@@ -134,12 +134,12 @@ class Detector:
 
     @property
     def count(self) -> int:
-        """How many images were fitted."""
+        """Return the number of fitted images."""
         return len(self.images)
 
     @property
     def projection(self) -> Projection | None:
-        """The matrix that mixes the channels, of a reduction by one."""
+        """Return the matrix of a reduction by projection, or None."""
         found = self.variables.get(PROJECTION)
         return None if found is None else np.asarray(found)
 
@@ -147,16 +147,17 @@ class Detector:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Anomalies:
-    """What a detector says of n images.
+    """Scores of n images.
 
     Attributes:
       maps: Mahalanobis distance per pixel of the preprocessed image, blurred.
-      scores: the maximum of each map.
-      samples: about 2,000 numbers of each image's embeddings, the same ones of every image.
-      is_anomalous: whether each score is at least the image threshold; None of a detector
-        without thresholds.
-      rarity: the estimated share of normal images that score lower, from 0 to below 1 (see
-        `Calibration.calibrated`); likewise.
+      scores: maximum of each map.
+      samples: about 2,000 numbers of each image's embeddings, at the same positions for all
+        images.
+      is_anomalous: whether each score is at least the image threshold; None if the detector has
+        no thresholds.
+      rarity: estimated fraction of normal images that score lower, in [0, 1) (see
+        `Calibration.calibrated`); None if the detector has no thresholds.
     """
 
     maps: Float32[np.ndarray, "n h w"]
@@ -166,7 +167,7 @@ class Anomalies:
     rarity: Float[np.ndarray, " n"] | None = None
 
     def __repr__(self) -> str:
-        """Two lines: how many images of which size, and their scores."""
+        """Return two lines: number and size of images, and their scores."""
         count, height, width = self.maps.shape
         called = ""
         if self.is_anomalous is not None:
@@ -179,11 +180,11 @@ class Anomalies:
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """What of a detector is no array on a device; equal to that of the same model in use.
+    """Static fields of a detector; equal for equal models in use.
 
     Attributes:
-      key: what tells detectors apart.
-      values: its fields.
+      key: values by which detectors are compared.
+      values: the fields.
     """
 
     key: tuple[Any, ...]
@@ -191,7 +192,7 @@ class _Static:
 
 
 def register(cls: type[Detector]) -> None:
-    """Make a pytree of a class of detectors: its arrays are leaves, all else is static."""
+    """Register a detector class as a pytree: arrays are leaves, all else is static."""
 
     def flatten(detector: Detector) -> tuple[tuple[Any, Any], _Static]:
         values = {field.name: getattr(detector, field.name) for field in fields}
@@ -218,10 +219,10 @@ register(Detector)
 
 
 def fingerprint(detector: Detector) -> str:
-    """Return the SHA-256 hex digest that tells detectors apart: thresholds belong to one.
+    """Return the SHA-256 hex digest that identifies a detector: thresholds belong to one.
 
-    Covers the statistics, the weights, and the settings that scores depend on. A setting that
-    a later version adds does not change the fingerprints of models without it.
+    It covers the statistics, the weights, and the settings that scores depend on. A setting
+    added by a later version does not change the fingerprints of models without it.
     """
     said = {
         "identity": detector.identity,
@@ -232,18 +233,18 @@ def fingerprint(detector: Detector) -> str:
 
 
 def fingerprints(detector: Detector) -> tuple[str, ...]:
-    """Return every fingerprint that stored thresholds of a detector may have.
+    """Return all fingerprints that stored thresholds of a detector may have.
 
-    That of this version is the first; see `fingerprint`.
+    The first is this version's; see `fingerprint`.
     """
     first = _first_fingerprint(detector)
     return (fingerprint(detector), *([] if first is None else [first]))
 
 
 def _first_fingerprint(detector: Detector) -> str | None:
-    """Return the fingerprint of padim_jax 0.1.0, which was made of its dataclasses' text.
+    """Return the fingerprint of padim_jax 0.1.0, made of its dataclasses' text.
 
-    None for a model with settings that came later.
+    None for a model with settings added later.
     """
     config = detector.config
     stored = config_lib.to_stored(config)
@@ -261,14 +262,14 @@ def _first_fingerprint(detector: Detector) -> str | None:
 
 
 def total_channels(config: ModelConfig) -> int:
-    """Channels of all stages in use together."""
+    """Return the number of channels of all stages in use together."""
     return sum(map(backbones.BACKBONES[config.backbone].channels, config.layers))
 
 
 def channel_index(config: ModelConfig) -> Int[np.ndarray, " d"]:
-    """The channels that a configuration keeps; see `embedding.channel_index`.
+    """Return the channels that a configuration keeps; see `embedding.channel_index`.
 
-    Without a choice they are numbered: all, or those that a projection makes of them.
+    Without random selection they are numbered: all channels, or those of a projection.
     """
     if config.reduction != "random":
         return np.arange(config.channels)
@@ -276,36 +277,61 @@ def channel_index(config: ModelConfig) -> Int[np.ndarray, " d"]:
 
 
 def is_projected(config: ModelConfig) -> bool:
-    """Whether channels become fewer by a matrix, which belongs to the model."""
+    """Return whether channels are reduced by a matrix, which belongs to the model."""
     return config.reduction in ("semi_orthogonal", "pca")
 
 
 def has_one_level(config: ModelConfig) -> bool:
-    """Whether patches share no features: every one of them is a region then."""
+    """Return whether patches share no features, so that each patch is a region."""
     return is_projected(config) or config.upsample != "nearest"
 
 
 def with_projection(variables: Variables, projection: Projection | None) -> Variables:
-    """The backbone's variables, and with them the matrix of a reduction by one."""
+    """Return the backbone's variables together with the projection, if any.
+
+    Args:
+      variables: variables of the backbone.
+      projection: matrix (C, D), or None.
+
+    Returns:
+      `variables`, with the matrix under `PROJECTION` if there is one.
+    """
     return variables if projection is None else {**variables, PROJECTION: projection}
 
 
 def patch_grid(config: ImageConfig, layers: Sequence[str]) -> tuple[int, int]:
-    """Height and width of the first layer's feature map, in patches."""
+    """Return height and width of the first layer's feature map, in patches.
+
+    Args:
+      config: image settings.
+      layers: names of the stages in use, the finest first.
+
+    Returns:
+      Height and width in patches.
+    """
     stride = backbones.STRIDES[layers[0]]
     height, width = config.size
     return -(-height // stride), -(-width // stride)
 
 
 def patch_size(config: Config) -> tuple[float, float]:
-    """Height and width of a patch, in pixels of the anomaly maps."""
+    """Return height and width of a patch, in pixels of the anomaly maps."""
     rows, columns = patch_grid(config.image, config.model.layers)
     height, width = config.image.size
     return height / rows, width / columns
 
 
 def pyramid(image: ImageConfig, model: ModelConfig, index: Sequence[int]) -> Pyramid:
-    """How the stages' grids of a configuration lie upon each other; see `embedding`."""
+    """Return the correspondence between the stages' grids; see `embedding`.
+
+    Args:
+      image: image settings.
+      model: model settings.
+      index: channels kept.
+
+    Returns:
+      The pyramid.
+    """
     if has_one_level(model):
         grid, channels = patch_grid(image, model.layers), len(index)
         return embedding.pyramid((grid,), (channels,), tuple(range(channels)))
@@ -317,17 +343,20 @@ def pyramid(image: ImageConfig, model: ModelConfig, index: Sequence[int]) -> Pyr
 def init(
     shapes: Sequence[Shape], images: int, form: str, devices: Devices
 ) -> Moments | Samples:
-    """Statistics of no image yet, in the form that suits the number of images.
+    """Return the statistics of zero images, in the form that suits the number of images.
 
-    Both forms are exact. Fitted, `Samples` take s values a channel and s^2 a patch for s
-    images, `Moments` every level's channels times its own and the coarser levels'; time
-    to fit and to score goes with these sizes, too.
+    Both forms are exact. Fitted, `Samples` take s values per channel and s^2 per patch for s
+    images, `Moments` each level's channels times its own and the coarser levels'. Times to fit
+    and to score grow with these sizes.
 
     Args:
       shapes: `Pyramid.shapes`.
-      images: how many there are to fit.
+      images: number of images to fit.
       form: "moments", "samples", or "auto" for the smaller.
-      devices: that take part.
+      devices: devices that take part.
+
+    Returns:
+      Statistics on this process's devices.
     """
     form = choose_form(shapes, images, form)
     room = images if form == "samples" else None
@@ -336,14 +365,32 @@ def init(
 
 
 def choose_form(shapes: Sequence[Shape], images: int, form: str = "auto") -> str:
-    """The form that `init` takes: "moments" or "samples"."""
+    """Return the form that `init` uses: "moments" or "samples".
+
+    Args:
+      shapes: `Pyramid.shapes`.
+      images: number of images to fit.
+      form: "moments", "samples", or "auto" for the smaller.
+
+    Returns:
+      "moments" or "samples".
+    """
     if form != "auto":
         return form
     return min(("moments", "samples"), key=lambda form: fitted_size(shapes, images, form))
 
 
 def fitted_size(shapes: Sequence[Shape], images: int, form: str) -> int:
-    """How many numbers a fitted model of a form takes, means aside; see `init`."""
+    """Return the size of a fitted model, means excluded; see `init`.
+
+    Args:
+      shapes: `Pyramid.shapes`.
+      images: number of fitted images.
+      form: "moments" or "samples".
+
+    Returns:
+      Number of float32 values.
+    """
     cells = [regions * cells for regions, cells, _ in shapes]
     channels = [channels for _, _, channels in shapes]
     if form == "samples":
@@ -355,14 +402,17 @@ def fitted_size(shapes: Sequence[Shape], images: int, form: str) -> int:
 def extend(
     statistics: Moments | Samples, shapes: Sequence[Shape], images: int, form: str
 ) -> Moments | Samples:
-    """The same statistics with room for more images, which are used up.
+    """Return the statistics with capacity for more images; consumes its argument.
 
     Args:
-      statistics: of all images fitted so far.
+      statistics: statistics of all images fitted so far.
       shapes: `Pyramid.shapes`.
-      images: how many there are to be, with those already fitted.
-      form: as in `init`. `Samples` become `Moments` where these are asked for or smaller;
-        `Moments` stay what they are, since single images are no longer in them.
+      images: total number of images, including those already fitted.
+      form: as in `init`. `Samples` become `Moments` if these are requested or smaller;
+        `Moments` stay as they are, since they no longer contain single images.
+
+    Returns:
+      Statistics of the same images.
     """
     if isinstance(statistics, Moments):
         return statistics
@@ -374,13 +424,16 @@ def extend(
 def merge(
     a: Moments | Samples, b: Moments | Samples, shapes: Sequence[Shape], form: str
 ) -> Moments | Samples:
-    """Statistics of two disjoint sets of images together; both are used up.
+    """Return the statistics of two disjoint sets of images together; consumes both.
 
     Args:
-      a: of the one, and of the first images of the result.
-      b: of the other.
+      a: statistics of the set whose images come first in the result.
+      b: statistics of the other set.
       shapes: `Pyramid.shapes`.
-      form: of the result, if both are `Samples`; see `extend`.
+      form: form of the result, if both are `Samples`; see `extend`.
+
+    Returns:
+      Statistics of both.
     """
     if isinstance(a, Samples) and isinstance(b, Samples):
         images = int(a.count[0] + b.count[0])
@@ -393,18 +446,21 @@ def merge(
 def finalize(
     statistics: Moments | Samples, regularization: float, left_out: int = 0
 ) -> Gaussian | LowRank:
-    """The fitted Gaussians; the statistics are used up.
+    """Return the fitted Gaussians; consumes the statistics.
 
     Args:
-      statistics: of at least two images more than `left_out`.
+      statistics: statistics of at least two images more than `left_out`.
       regularization: epsilon, above 0.
-      left_out: for `score_pixels` with so many images left out at a time. Epsilon is then
-        lowered to what `scoring.leave_out` takes.
+      left_out: number of images that `score_pixels` leaves out at a time. Epsilon is then
+        lowered to the value that `scoring.leave_out` expects.
+
+    Returns:
+      Gaussians in the form of the statistics.
 
     Raises:
-      ValueError: too few images.
-      RegionError: statistics that are not finite, or a covariance in which float32 loses the
-        regularization.
+      ValueError: there are too few images.
+      RegionError: statistics are not finite, or float32 loses the regularization in a
+        covariance.
     """
     count = int(np.asarray(statistics.count)[0])
     if count - left_out < 2:
@@ -436,7 +492,17 @@ def finalize(
 
 
 def place(image: ImageConfig, model: ModelConfig, index: Sequence[int], region: int) -> str:
-    """Which patches of the grid are a region's, for a message."""
+    """Describe for a message which patches of the grid belong to a region.
+
+    Args:
+      image: image settings.
+      model: model settings.
+      index: channels kept.
+      region: index of the region.
+
+    Returns:
+      Ranges of rows and columns, and the grid's size.
+    """
     laid, (height, width) = pyramid(image, model, index), patch_grid(image, model.layers)
     cells = laid.shapes[0][1]
     rows, columns = np.divmod(np.flatnonzero(laid.patches // cells == region), width)
@@ -453,17 +519,17 @@ def require_fitting(
     images: int,
     projection: np.ndarray | None,
 ) -> None:
-    """Makes sure that a file's arrays are those of its configuration.
+    """Check that a file's arrays match its configuration.
 
     Args:
-      config: of the model.
-      index: its channels.
-      fitted: its statistics or Gaussians, on the devices.
-      images: how many digests of images it has.
-      projection: its matrix, if it has one.
+      config: configuration of the model.
+      index: channels kept.
+      fitted: statistics or Gaussians, on the devices.
+      images: number of image digests in the file.
+      projection: projection matrix (C, D), or None.
 
     Raises:
-      ValueError: they are another model's.
+      ValueError: they do not match.
     """
     model, total = config.model, total_channels(config.model)
     matrix = (total, model.channels) if is_projected(model) else None
@@ -477,7 +543,7 @@ def require_fitting(
     arrays = [x for x in jax.tree.leaves(fitted) if x.ndim > 1]
     room = fitted.values[0].shape[-2] if isinstance(fitted, Samples) else images
     devices = len(arrays[0]) * parallel.every().processes
-    own = -(-shapes[0][0] // devices)  # regions a device, as `parallel.split` has them
+    own = -(-shapes[0][0] // devices)  # regions per device, as `parallel.split` has them
     if [x.shape[1:] for x in arrays] != [(own, *s) for s in _shapes(fitted, shapes, room)]:
         raise ValueError("its numbers have other shapes than its configuration says")
     if isinstance(fitted, Moments | Samples):
@@ -489,7 +555,7 @@ def require_fitting(
 def _shapes(
     fitted: Moments | Samples | Gaussian | LowRank, shapes: Sequence[Shape], images: int
 ) -> list[tuple[int, ...]]:
-    """Of the arrays of regions, in the order that JAX has them in: a region's part."""
+    """Return the shapes of a region's arrays, in the order of JAX's leaves."""
     means = [(n, d) for _, n, d in shapes]
     if isinstance(fitted, Moments | Gaussian):
         return [
@@ -503,8 +569,8 @@ def _shapes(
 
 
 def _enough(regularization: float, kept: float) -> float:
-    """A regularization of which about the same rounding leaves as much as there should be."""
-    if kept <= 0:  # how much is lacking is not known
+    """Return a regularization of which about the same rounding leaves enough."""
+    if kept <= 0:  # how much is missing is unknown
         return 100 * regularization
     return regularization * 2 * (1 - kept) / (1 - LEAST_KEPT)
 
@@ -518,9 +584,18 @@ def extract(
     model: ModelConfig,
     index: tuple[int, ...],
 ) -> Levels:
-    """uint8 images (b, h, w, 3) to embeddings by level (r, n, d, b), normalisation included.
+    """Map uint8 images to embeddings by level, normalisation included.
 
-    `embedding.concatenate` makes the paper's embeddings (b, p, d) of them.
+    Args:
+      variables: see `with_projection`.
+      images: (b, h, w, 3) uint8.
+      image: image settings, static.
+      model: model settings, static.
+      index: channels kept, static.
+
+    Returns:
+      One array (r, n, d, b) per level; `embedding.concatenate` makes the paper's embeddings (b,
+      p, d) of them.
     """
     features = _features(variables, images, image, model)
     return _levels(features, variables.get(PROJECTION), image, model, index)
@@ -627,7 +702,7 @@ def _extract_by_parts(
     index: tuple[int, ...],
     most: int,
 ) -> Levels:
-    """`extract`, of at most `most` images at a time: what bounds a large group's memory."""
+    """Apply `extract` to at most `most` images at a time, to bound a large group's memory."""
 
     def one(part: Images) -> Levels:
         return extract(variables, part, image=image, model=model, index=index)
@@ -636,13 +711,13 @@ def _extract_by_parts(
         return one(images)
     padded = jnp.pad(images, ((0, -count % most), (0, 0), (0, 0), (0, 0)))
     found = lax.map(one, padded.reshape(-1, most, *images.shape[1:]))
-    # The parts' images side by side.
+    # Concatenate the parts' images.
     together = (jnp.moveaxis(x, 0, 3) for x in found)
     return tuple(x.reshape(*x.shape[:3], -1)[..., :count] for x in together)
 
 
 def _sample(levels: Levels) -> Float32[Array, "b _s"]:
-    """Some numbers of every image's embeddings, of all levels and places alike."""
+    """Return evenly spaced numbers of each image's embeddings, over levels and positions."""
     stride = -(-sum(x[..., 0].size for x in levels) // _SAMPLE)
     each = [x.reshape(-1, x.shape[-1])[::stride] for x in levels]
     return jnp.concatenate(each).T
@@ -675,7 +750,7 @@ def _maps_and_scores(
     map_: MapConfig,
     index: tuple[int, ...],
 ) -> tuple[AnomalyMaps, Scores]:
-    """Of a device's images, from all images' distances in a device's regions."""
+    """Return maps and scores of a device's images, from distances in a device's regions."""
     patches = pyramid(image, model, index).patches
     maps = scoring.anomaly_maps(
         scoring.on_grid(parallel.to_images(by_region), patches),
@@ -696,7 +771,7 @@ def _update(statistics: Moments | Samples, levels: Levels, valid: Valid) -> Mome
 def _init_regions(
     zero: Int32[Array, ""], shapes: tuple[Shape, ...], images: int | None
 ) -> Moments | Samples:
-    del zero  # mapped over, for the number of devices
+    del zero  # mapped over only for the number of devices
     return gaussian.init(shapes) if images is None else low_rank.init(shapes, images)
 
 
@@ -713,7 +788,7 @@ def _finalize_regions(
     else:
         fitted, *flags = low_rank.finalize(statistics, regularization)
     finite, kept = (parallel.of_all_regions(x) for x in flags)
-    return fitted, finite, kept, statistics.count  # which was given up as well
+    return fitted, finite, kept, statistics.count  # its buffer was donated as well
 
 
 _init = parallel.mapped(_init_regions, static=(1, 2))
@@ -724,91 +799,94 @@ _merge_moments = parallel.mapped(gaussian.merge, donated=(0,))
 _finalize = parallel.mapped(_finalize_regions, donated=(0,))
 
 scatter_batch = parallel.mapped(_scatter_batch, replicated=(0,), static=(3, 4))
-"""Of each device's images how their embeddings of all channels vary; see `reduction.scatter`.
+"""Return mean and scatter of each device's images, of all channels; see `reduction.scatter`.
 
 Args:
-  variables: the backbone's, on every device.
+  variables: variables of the backbone, on every device.
   images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
   valid: (k, b); False marks padding.
-  image, model: as for `extract`, static.
+  image, model: as in `extract`, static.
 """
 
 fit_batch = parallel.mapped(_fit_batch, replicated=(1,), static=(4, 5, 6), donated=(0,))
-"""Adds a batch of normal images to the statistics, whose buffers are given up.
+"""Add a batch of normal images to the statistics, whose buffers are donated.
 
 Args:
   statistics: see `init`.
-  variables: the backbone's, on every device.
+  variables: variables of the backbone, on every device.
   images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
   valid: (k, b); False marks padding.
-  image, model, index: as for `extract`, static.
+  image, model, index: as in `extract`, static.
 """
 
 finite_batch = parallel.mapped(_finite_batch, replicated=(0,), static=(2, 3, 4))
-"""Which of the images (k, b, h, w, 3) have features that a fit can add up, (k, b).
+"""Return (k, b): whether a fit can add up the features of each image.
 
 Args:
-  variables: the backbone's, on every device.
-  images: b for each of this process's devices.
-  image, model, index: as for `extract`, static.
+  variables: variables of the backbone, on every device.
+  images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
+  image, model, index: as in `extract`, static.
 """
 
 score_batch = parallel.mapped(_score_batch, replicated=(0,), static=(3, 4, 5, 6))
-"""Images (k, b, h, w, 3) uint8 to anomaly maps (k, b, h, w), scores (k, b), samples (k, b, s).
+"""Return anomaly maps (k, b, h, w), scores (k, b) and samples (k, b, s) of images.
 
 Args:
-  variables: the backbone's, on every device.
+  variables: variables of the backbone, on every device.
   fitted: see `finalize`.
-  images: b for each of this process's devices.
-  image, model, map_, index: static.
+  images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
+  image, model, map_, index: settings and channels kept, static.
 """
 
 score_left_out_batch = parallel.mapped(
     _score_left_out_batch, replicated=(0, 2), static=(4, 5, 6, 7, 8, 9)
 )
-"""`score_batch` of images that were fitted, each by the model without its group.
+"""Apply `score_batch` to fitted images, each scored by the model without its group.
 
 Args:
-  count: of images fitted.
-  size: images a group, static; see `scoring.leave_out`. The devices' images one after the
-    other are whole groups, and padding.
-  most: images that a device's backbone sees at a time, static.
-  variables, fitted, images, image, model, map_, index: as for `score_batch`.
+  count: number of fitted images.
+  size: images per group, static; see `scoring.leave_out`. The devices' images, concatenated,
+    are complete groups followed by padding.
+  most: number of images that a device's backbone processes at a time, static.
+  variables, fitted, images, image, model, map_, index: as in `score_batch`.
 """
 
 score_samples_batch = parallel.mapped(
     _score_samples_batch, replicated=(1, 2), static=(3, 4, 5, 6, 7)
 )
-"""`score_left_out_batch` of images whose embeddings the fitted model holds.
+"""Apply `score_left_out_batch` to images whose embeddings the fitted model holds.
 
 Args:
-  fitted: see `finalize`; of `Samples`.
-  count: of images fitted.
+  fitted: see `finalize`; made from `Samples`.
+  count: number of fitted images.
   start: number of the first image of the batch, in the order of fitting.
-  size: images of the batch, which all devices together divide; static.
-  image, model, map_, index: static.
+  size: images in the batch, divisible by the number of devices; static.
+  image, model, map_, index: settings and channels kept, static.
 """
 
 
 def score_pixels(
     detector: Detector, images: UInt8[np.ndarray, "b h w 3"], names: Sequence[str] = ()
 ) -> Anomalies:
-    """Score images that are preprocessed already (resized and cropped, uint8).
+    """Score images that are already preprocessed (resized and cropped, uint8).
 
-    With several processes each gives as many images of its own, and gets their scores. A
-    detector that leaves k images out at a time (`Detector.left_out`) takes images that were
-    fitted: those of all processes together are groups of k, and each is scored by the model
-    without its group; behind the last whole group there is padding only.
+    With several processes, each passes the same number of its own images and gets their scores.
+    A detector that leaves k images out at a time (`Detector.left_out`) accepts fitted images
+    only: those of all processes together are groups of k, each image is scored by the model
+    without its group, and only padding follows the last complete group.
 
     Args:
-      detector: a fitted model.
-      images: as `input_pipeline.preprocess` makes them.
-      names: what to call the images in an error.
+      detector: fitted model.
+      images: (b, h, w, 3), as from `input_pipeline.preprocess`.
+      names: names of the images for error messages.
+
+    Returns:
+      Maps (b, h, w), scores (b,) and samples.
 
     Raises:
-      UserError: a score is not finite (the image is named), or this process was forked
-        from the one that loaded the detector.
-      ValueError: fewer than two images are left: one alone has no covariance; or the detector
+      UserError: a score is not finite (the image is named), or this process was forked from the
+        one that loaded the detector.
+      ValueError: fewer than two images would be left, which give no covariance; or the detector
         was given up by `calibrate.calibrate`.
     """
     _require_usable(detector)
@@ -839,21 +917,21 @@ def score_pixels(
 def score_samples(
     detector: Detector,
 ) -> Iterator[tuple[Anomalies, Bool[np.ndarray, " _b"]]]:
-    """Score every image that was fitted by the model without it, from the model alone.
+    """Score each fitted image by the model without it, from the model alone.
 
     The low-rank form holds the embeddings of all its images; no file is read.
 
     Args:
-      detector: fitted, to at least three images, in the low-rank form; it leaves one image
-        out at a time.
+      detector: model in the low-rank form, fitted to at least three images, that leaves one
+        image out at a time.
 
     Yields:
-      In the order of fitting, batch by batch: the scores of this process's part of a batch,
-      and which of them are not padding.
+      In the order of fitting, batch by batch: the scores of this process's part of a batch, and
+      which of them are not padding.
 
     Raises:
       UserError: a score is not finite.
-      ValueError: the model has another form, fewer images, or leaves none out.
+      ValueError: the model has another form, has too few images, or leaves none out.
     """
     _require_usable(detector)
     config, devices, fitted = detector.config, parallel.every(), detector.gaussian
@@ -877,7 +955,7 @@ def score_samples(
 
 
 def _require_usable(detector: Detector) -> None:
-    """JAX does not survive a fork, and Gaussians are given up to find thresholds."""
+    """Reject a forked detector (JAX does not survive forks) and one with deleted arrays."""
     if detector.process != os.getpid():
         raise UserError(
             f"the detector was loaded in process {detector.process}, of which this one "
@@ -895,7 +973,7 @@ def _require_usable(detector: Detector) -> None:
 def _require_finite(
     detector: Detector, scores: Float32[np.ndarray, " b"], names: Sequence[str]
 ) -> None:
-    """A score is its map's maximum, and so not finite if any of the map is not."""
+    """Reject scores that are not finite; a score is finite only if its whole map is."""
     finite = np.isfinite(scores)
     if finite.all():
         return
@@ -915,29 +993,29 @@ def _require_finite(
 def score(
     detector: Detector, images: Sequence[input_pipeline.Input] | UInt8[np.ndarray, "..."]
 ) -> Anomalies:
-    """Scores images of any size, given as arrays, paths, files, bytes or Pillow images.
+    """Score images of any size, given as arrays, paths, files, bytes or Pillow images.
 
-    They are converted, resized and cropped as in training, and computed in batches of
+    They are converted, resized and cropped as in training, and processed in batches of
     `config.batch_size`.
 
     Args:
-      detector: a fitted model.
+      detector: fitted model.
       images: uint8 or uint16 arrays (h, w), (h, w, 1), (h, w, 3) or (h, w, 4), paths of image
         files, their bytes, files opened in binary mode or Pillow images, also mixed. Each is
-        treated as an image file of the same content is; see `decoding.open_rgb`.
+        treated like an image file of the same content; see `decoding.open_rgb`.
 
     Returns:
       Maps at the size of the detector's input, and scores.
 
     Raises:
-      UserError: an image cannot be read, is empty or too large, or is none (it is named); or
-        this process was forked from the one that loaded the detector.
-      TypeError: an array of another type or shape, or a single image was given.
+      UserError: an image cannot be read, is empty or too large, or is not an image (it is
+        named); or this process was forked from the one that loaded the detector.
+      TypeError: an array has another type or shape, or a single image was given.
     """
     if isinstance(images, str | os.PathLike):
         raise TypeError("images: a single image; expected several, as in [image]")
     input_pipeline.require_several(images)
-    # Few shapes, few compilations: up to a batch the next power of two, then whole batches.
+    # Few shapes mean few compilations: up to a batch the next power of two, then whole batches.
     size = min(detector.config.batch_size, 1 << max(0, len(images) - 1).bit_length())
     maps = np.empty((len(images), *detector.config.image.size), np.float32)
     scores = np.empty(len(images), np.float32)
@@ -951,14 +1029,14 @@ def score(
 def stream(
     detector: Detector, images: Iterable[input_pipeline.Input], batch_size: int | None = None
 ) -> Generator[Anomalies, None, None]:
-    """Score images of any size one batch after another, in bounded memory.
+    """Score images of any size batch by batch, in bounded memory.
 
-    While a batch is scored the next one is decoded, in threads.
+    The next batch is decoded in threads while one is scored.
 
     Args:
-      detector: a fitted model.
-      images: see `score`; of an iterable no more than two batches are taken ahead.
-      batch_size: images a batch; None takes `config.batch_size`.
+      detector: fitted model.
+      images: see `score`; at most two batches of an iterable are read ahead.
+      batch_size: images per batch; None for `config.batch_size`.
 
     Yields:
       The scores of the next images, in their order.
@@ -1013,14 +1091,17 @@ def stream(
 def embed(
     detector: Detector, images: UInt8[np.ndarray, "b h w 3"]
 ) -> Float32[np.ndarray, "b _h _w _d"]:
-    """Return the patch embeddings of images that are preprocessed already.
+    """Return the patch embeddings of images that are already preprocessed.
 
-    They are what the Gaussians are of: the paper's embedding vectors, after the reduction of
-    channels (PaDiM, section III-A).
+    These are the vectors that the Gaussians model: the paper's embedding vectors, after the
+    reduction of channels (PaDiM, section III-A).
 
     Args:
-      detector: a fitted model.
-      images: as `input_pipeline.preprocess` makes them.
+      detector: fitted model.
+      images: (b, h, w, 3), as from `input_pipeline.preprocess`.
+
+    Returns:
+      (b, h, w, d) float32 on the patch grid.
     """
     _require_usable(detector)
     config, index = detector.config, tuple(detector.index.tolist())
@@ -1040,7 +1121,7 @@ def _name(item: input_pipeline.Input, number: int) -> str:
 
 
 def _judged(detector: Detector, found: Anomalies) -> Anomalies:
-    """The same with what the detector's thresholds say of the scores."""
+    """Return the scores with the verdicts of the detector's thresholds added."""
     if (thresholds := detector.calibration) is None:
         return found
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""How much memory a run takes, and how much there is: before it, not by being killed."""
+"""Memory that a run needs and that is free, checked before it starts."""
 
 import contextlib
 import dataclasses
@@ -19,27 +19,26 @@ from padim_jax.errors import UserError
 from padim_jax.system import progress
 
 _GB = 1e9
-# Python with its libraries (0.25 GB), JAX, compiled programs, the decoders and what they have
-# in the works: peak of a run of 20 images of 96x96 pixels.
+# Python with its libraries (0.25 GB), JAX, compiled programs, decoders and the images they are
+# decoding: peak of a run with 20 images of 96x96 pixels.
 _PROGRAM = 0.6 * _GB
-# Feature maps in float32, as XLA's compiled programs report it at most: bytes for a pixel
-# of the batch.
+# Bytes per pixel of a batch for float32 feature maps, at most, as reported for XLA's compiled
+# programs.
 _FEATURES = {"basic": 90, "bottleneck": 345, "mbconv": 320}
-# Of an evaluation, bytes for a pixel of the test set: its score and whether it is a defect's;
-# what metrics, curves and report make of it at most; and on top of it for a defect's pixel.
-# Measured with 39 million pixels, of which 0.05, 2.5 and 20 % defects: 18.0, 18.5 and 45.7
-# bytes beside the scores.
+# Bytes per pixel of the test set in an evaluation: score and mask; peak of metrics, curves and
+# report; additional bytes per defect pixel. Measured with 39 million pixels, of which 0.05, 2.5
+# and 20 % were defects: 18.0, 18.5 and 45.7 bytes besides the scores.
 _SCORED, _MEASURED, _DEFECT = 5, 16, 160
-# For a pixel of a batch of predictions: images that are decoded ahead, maps, and pictures.
-# Measured 46 at 512x512, 28 at 256x256, in batches of 32.
+# Bytes per pixel of a batch of predictions: images decoded ahead, maps, and pictures. Measured
+# 46 at 512x512, 28 at 256x256, in batches of 32.
 _WRITTEN = 45
-_AT_ONCE = 40  # for a pixel of the largest image, or of a group that is sorted together
-_USUAL_DEFECTS = 0.05  # the share of pixels, before masks are read
+_AT_ONCE = 40  # bytes per pixel of the largest image, or of a group sorted together
+_USUAL_DEFECTS = 0.05  # fraction of defect pixels assumed before masks are read
 _CGROUPS = pathlib.Path("/sys/fs/cgroup")
 _OWN_CGROUPS = pathlib.Path("/proc/self/cgroup")
 _V2 = ("memory.max", "memory.high"), "memory.current", "memory.stat", "inactive_file"
-# Where control groups are; the files of their limits, of what is used and of what of it; the
-# cached files there.
+# Per kind: root folder of the control groups; files of their limits, of the memory used, and of
+# its breakdown; entry of that breakdown for cached files.
 _CGROUP_FILES = {
     "v2": ("", *_V2),
     "hybrid": ("unified", *_V2),
@@ -55,14 +54,14 @@ _CGROUP_FILES = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes that a fit takes at its peak, of each memory: a GPU's, or the machine's.
+    """Bytes that a fit needs at its peak, per memory: a GPU's, or the machine's.
 
     Attributes:
-      form: of the statistics, "moments" or "samples".
-      statistics: of the normal images.
-      fitted: the model that scores; moments become it in place.
+      form: form of the statistics, "moments" or "samples".
+      statistics: statistics of the normal images.
+      fitted: model that scores; moments become it in place.
       batch: feature maps and embeddings of a batch, and the backbone.
-      total: the most that is there at once, with the program itself.
+      total: peak, including the program itself.
     """
 
     form: str
@@ -73,27 +72,31 @@ class Estimate:
 
 
 def estimate(config: Config, images: int, devices: Devices) -> Estimate:
-    """Estimates what fitting a number of images takes; nothing is allocated.
+    """Estimate the memory of fitting a number of images; nothing is allocated.
 
     Args:
-      config: what to fit.
-      images: how many.
-      devices: that share the statistics and a batch. CPU devices of a process share their
-        memory, too.
+      config: configuration to fit.
+      images: number of images.
+      devices: devices that share the statistics and a batch. CPU devices of a process also
+        share their memory.
+
+    Returns:
+      Bytes per memory.
     """
     model = config.model
     spec = backbones.BACKBONES[model.backbone]
     shapes = _shapes(config)
     form = detector.choose_form(shapes, images, model.statistics)
-    # As many for every device: some may have regions of zeros.
+    # All devices get the same number of regions; some may be padded with zeros.
     shapes = [(devices.padded(regions), cells, d) for regions, cells, d in shapes]
-    # Every mean, or one image's embeddings.
+    # All means, or one image's embeddings.
     embeddings = 4 * sum(regions * cells * channels for regions, cells, channels in shapes)
     fitted = 4 * detector.fitted_size(shapes, images, form) + embeddings
     statistics = fitted if form == "moments" else images * embeddings
     height, width = config.image.size
     features = _FEATURES[spec.block] * height * width
-    # CPUs compute basic blocks in float32 all the same, depthwise convolutions all devices.
+    # CPUs compute basic blocks in float32 regardless; all devices do so for depthwise
+    # convolutions.
     if model.precision == "bfloat16" and spec.block == "bottleneck":
         features //= 2
     sharing = parallel.sharing_memory(devices)
@@ -102,34 +105,38 @@ def estimate(config: Config, images: int, devices: Devices) -> Estimate:
     statistics, fitted = int(statistics * part), int(fitted * part)
     weights = sharing * _weights(model)
     batch = int(size * (features + embeddings)) + 3 * weights
-    # A copy of the statistics is on its way to the disk, or they become the model.
+    # Either the statistics are being copied to disk, or they become the model.
     finish = max(statistics, fitted - statistics) + weights
     fit = statistics + max(batch, finish)
     score = fitted + batch
     first = 0
     if model.reduction == "pca":
         first = int(size * (features + _all_channels(config))) + 3 * weights
-        # Of every device a matrix and its making; in float64 the sum, its parts and vectors.
+        # Per device a matrix and the intermediate for it; in float64 the sum, its parts and
+        # eigenvectors.
         first += (2 * 4 * devices.local + 5 * 8) * detector.total_channels(model) ** 2
     total = int(_PROGRAM) + max(first, fit, score)
     return Estimate(form, statistics, fitted, batch, total)
 
 
 def estimate_evaluation(config: Config, images: int, tests: int, devices: Devices) -> int:
-    """Estimate the bytes of the machine's memory that an evaluation takes at its peak.
+    """Estimate the machine's memory that an evaluation needs at its peak.
 
-    Anomaly maps are kept until the end, in the first process. Masks are not read yet: a usual
-    share of defect pixels is assumed.
+    Anomaly maps are kept until the end, in the first process. Masks are not read yet: a typical
+    fraction of defect pixels is assumed.
 
     Args:
-      config: of model and images.
-      images: how many were fitted.
-      tests: images of the test set.
-      devices: that score.
+      config: model and image settings.
+      images: number of fitted images.
+      tests: number of test images.
+      devices: devices that score.
+
+    Returns:
+      Bytes.
     """
     needed = estimate(config, images, devices)
     maps = _maps(config, tests)
-    if parallel.free_memory() is not None:  # the model is in the devices' own
+    if parallel.free_memory() is not None:  # the model is in the devices' own memory
         return int(_PROGRAM) + maps
     return int(_PROGRAM) + needed.fitted + max(needed.batch, maps)
 
@@ -137,17 +144,18 @@ def estimate_evaluation(config: Config, images: int, tests: int, devices: Device
 def require(
     config: Config, images: int, devices: Devices, tests: int = 0, kept: bool = False
 ) -> None:
-    """Says what a run will take of each memory, and stops one that there is too little for.
+    """Print the memory a run needs, and stop it if there is too little.
 
     Args:
-      config: what to fit.
-      images: how many.
-      devices: that share the statistics and a batch.
-      tests: images that are evaluated next; 0 for none.
+      config: configuration to fit.
+      images: number of images.
+      devices: devices that share the statistics and a batch.
+      tests: number of images evaluated next; 0 for none.
       kept: whether a copy of the statistics stays in the machine's memory.
 
     Raises:
-      UserError: what it takes, what there is, and what would take less.
+      UserError: there is too little memory; states the need, what is free, and what would
+        reduce the need.
     """
     needed, free = estimate(config, images, devices), available()
     copy = needed.statistics if kept and not parallel.memory_grows() else 0
@@ -159,7 +167,7 @@ def require(
     )
     if needed.total <= free:
         evaluated = ""
-        if tests and devices.process == 0:  # which keeps the maps
+        if tests and devices.process == 0:  # the first process keeps the maps
             evaluation = estimate_evaluation(config, images, tests, devices)
             _require_for_evaluation(config, tests, evaluation)
             evaluated = f"; about {evaluation / _GB:.1f} GB to evaluate {tests} test images"
@@ -186,31 +194,33 @@ def require(
 
 
 def require_for_maps(config: Config, images: int, defects: float | None = None) -> None:
-    """Stops an evaluation whose anomaly maps, which are kept until the end, have no room.
+    """Stop an evaluation whose anomaly maps, kept until the end, do not fit into memory.
 
     Args:
-      config: of the images' size.
-      images: of the test set.
-      defects: the share of defect pixels, where the maps are in memory already; None before
-        the evaluation.
+      config: configuration with the images' size.
+      images: number of test images.
+      defects: fraction of defect pixels, if the maps are already in memory; None before the
+        evaluation.
 
     Raises:
-      UserError: what it takes, what there is, and what would take less.
+      UserError: there is too little memory; states the need, what is free, and what would
+        reduce the need.
     """
     _require_for_evaluation(config, images, _maps(config, images, defects))
 
 
 def require_for_scores(config: Config, images: int, devices: Devices, tests: int = 0) -> None:
-    """Say what scoring with a loaded model takes; stop where there is too little memory.
+    """Print the memory that scoring with a loaded model needs; stop if there is too little.
 
     Args:
-      config: of a model that is loaded: its memory is taken already.
-      images: how many were fitted.
-      devices: that score.
-      tests: images that are evaluated, of which the maps are kept; 0 for predictions.
+      config: configuration of a loaded model, whose memory is already in use.
+      images: number of fitted images.
+      devices: devices that score.
+      tests: number of images to evaluate, whose maps are kept; 0 for predictions.
 
     Raises:
-      UserError: what a batch takes, what there is, and what would take less.
+      UserError: there is too little memory; states the need, what is free, and what would
+        reduce the need.
     """
     needed, free = estimate(config, images, devices), available()
     if needed.batch > free:
@@ -232,14 +242,18 @@ def require_for_scores(config: Config, images: int, devices: Devices, tests: int
 
 
 def estimate_prediction(config: Config, images: int, devices: Devices) -> int:
-    """Estimate the bytes that predictions take at their peak; nothing is allocated.
+    """Estimate the memory that predictions need at their peak; nothing is allocated.
 
-    Images at full size are apart: they have half of what is free; see `input_pipeline.ROOM`.
+    Images at full size are not included: they may use half of what is free; see
+    `input_pipeline.ROOM`.
 
     Args:
-      config: of the model.
-      images: how many were fitted.
-      devices: that score.
+      config: configuration of the model.
+      images: number of fitted images.
+      devices: devices that score.
+
+    Returns:
+      Bytes.
     """
     needed, (height, width) = estimate(config, images, devices), config.image.size
     written = _WRITTEN * config.batch_size * height * width
@@ -247,7 +261,7 @@ def estimate_prediction(config: Config, images: int, devices: Devices) -> int:
 
 
 def _maps(config: Config, tests: int, defects: float | None = None) -> int:
-    """Bytes of what an evaluation keeps and makes of all pixels; see `require_for_maps`."""
+    """Return the bytes that an evaluation needs for all pixels; see `require_for_maps`."""
     height, width = config.image.size
     pixel = _MEASURED + _DEFECT * (_USUAL_DEFECTS if defects is None else defects)
     return int(tests * height * width * (pixel + (_SCORED if defects is None else 0)))
@@ -267,14 +281,15 @@ def _require_for_evaluation(config: Config, tests: int, needed: int) -> None:
 
 
 def require_for_full(largest: int, defects: int) -> None:
-    """Stops an evaluation at the masks' own sizes that there is too little memory for.
+    """Stop an evaluation at the masks' own sizes if there is too little memory.
 
     Args:
       largest: pixels of the largest test image.
-      defects: defect pixels of all masks, as they are stored.
+      defects: defect pixels of all masks, as stored.
 
     Raises:
-      UserError: what it takes, what there is, and what would take less.
+      UserError: there is too little memory; states the need, what is free, and what would
+        reduce the need.
     """
     needed = _AT_ONCE * (largest + metrics.GROUP) + _DEFECT * defects
     free = available_to_host()
@@ -288,11 +303,14 @@ def require_for_full(largest: int, defects: int) -> None:
 
 
 def available(cgroups: pathlib.Path = _CGROUPS, own: pathlib.Path = _OWN_CGROUPS) -> int:
-    """Bytes free where the statistics go: the device's own memory, or the machine's.
+    """Return the free bytes where the statistics go: device memory, or the machine's.
 
     Args:
       cgroups: see `available_to_host`.
-      own: likewise.
+      own: see `available_to_host`.
+
+    Returns:
+      Bytes.
     """
     free = parallel.free_memory()
     return available_to_host(cgroups, own) if free is None else free
@@ -301,22 +319,24 @@ def available(cgroups: pathlib.Path = _CGROUPS, own: pathlib.Path = _OWN_CGROUPS
 def available_to_host(
     cgroups: pathlib.Path = _CGROUPS, own: pathlib.Path = _OWN_CGROUPS
 ) -> int:
-    """Bytes free of the machine's memory, or what a limit leaves to this process, if less.
+    """Return the free bytes of the machine's memory, or of this process's limits if less.
 
-    Limits are those of the control groups that the process is in (of a container, a job of
-    SLURM, a service of systemd) and of all that these are in, and the process's own
-    (`ulimit -v`, `ulimit -d`).
+    Limits are those of the process's control groups (of a container, a SLURM job, a systemd
+    service) and of all their parents, and the process's own (`ulimit -v`, `ulimit -d`).
 
     Args:
-      cgroups: where Linux has its control groups.
-      own: the file that names those of this process.
+      cgroups: root folder of Linux' control groups.
+      own: file that names those of this process.
+
+    Returns:
+      Bytes, at least 0.
     """
     limits = [*_cgroup_limits(cgroups, own), *_process_limits()]
     return max(0, min([psutil.virtual_memory().available, *limits]))
 
 
 def _cgroup_limits(root: pathlib.Path, own: pathlib.Path) -> Iterator[int]:
-    """What Linux' control groups leave, of version 2 and 1; nothing where there are none."""
+    """Yield what Linux' control groups (versions 2 and 1) leave free; nothing without them."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -329,8 +349,8 @@ def _cgroup_limits(root: pathlib.Path, own: pathlib.Path) -> Iterator[int]:
         elif "memory" in controllers.split(","):
             places["v1"] = place
     for kind, (base, most, usage, stat, cache) in _CGROUP_FILES.items():
-        # A container may see its own group as the root, by whatever name it goes outside:
-        # groups that are not there limit nothing.
+        # A container may see its own group as the root, whatever its name outside: groups that
+        # do not exist limit nothing.
         folder = root / base / places[kind].strip("/")
         for group in (folder, *folder.parents):
             if not group.is_relative_to(root / base):
@@ -338,7 +358,7 @@ def _cgroup_limits(root: pathlib.Path, own: pathlib.Path) -> Iterator[int]:
             try:
                 used = int((group / usage).read_text())
                 entries = map(str.split, (group / stat).read_text().splitlines())
-                # Files that were read count as used until something else needs the room.
+                # Cached files count as used until the memory is needed.
                 droppable = sum(int(value) for name, value in entries if name == cache)
             except (OSError, ValueError):
                 continue
@@ -348,7 +368,7 @@ def _cgroup_limits(root: pathlib.Path, own: pathlib.Path) -> Iterator[int]:
 
 
 def _process_limits() -> Iterator[int]:
-    """What `setrlimit` leaves; elsewhere than on Linux memory is not limited by it."""
+    """Yield what `setrlimit` leaves free; it limits memory on Linux only."""
     if not psutil.LINUX:
         return
     process = psutil.Process()
@@ -363,10 +383,10 @@ def _process_limits() -> Iterator[int]:
 
 
 def _shapes(config: Config) -> list[detector.Shape]:
-    """`Pyramid.shapes`, without the pyramid: that of a large image takes much memory itself.
+    """Return `Pyramid.shapes` without a pyramid, which takes much memory for large images.
 
-    Rows and columns of grids lie upon each other independently: what holds for a grid is
-    the product of what holds for its two sides.
+    Rows and columns of the grids correspond independently: a grid's numbers are the products of
+    its two sides' numbers.
     """
     model = config.model
     if detector.has_one_level(model):
@@ -390,7 +410,7 @@ def _shapes(config: Config) -> list[detector.Shape]:
 
 
 def _all_channels(config: Config) -> int:
-    """Bytes of an image's embeddings of all channels by stage, centred and moved once each."""
+    """Return the bytes of an image's embeddings of all channels: as is, centred, and moved."""
     spec, found = backbones.BACKBONES[config.model.backbone], 0
     for layer in config.model.layers:
         height, width = detector.patch_grid(config.image, (layer,))
@@ -399,8 +419,8 @@ def _all_channels(config: Config) -> int:
 
 
 def _most_channels(config: Config, images: int, devices: Devices, free: int) -> int:
-    """The most channels of which the fit has room; 0 if none."""
-    # All of them are tried: where the form changes, more channels take less memory.
+    """Return the largest number of channels that fits into memory; 0 if none does."""
+    # All numbers are tried: where the form changes, more channels need less memory.
     for channels in range(config.model.channels - 1, 0, -1):
         fewer = _with(config, channels=channels, reduction=_fewer(config))
         if estimate(fewer, images, devices).total <= free:
@@ -409,7 +429,7 @@ def _most_channels(config: Config, images: int, devices: Devices, free: int) -> 
 
 
 def _fewer(config: Config) -> str:
-    """A reduction that takes a number of channels: the configuration's, if it is one."""
+    """Return a reduction with a number of channels: the configured one if it has one."""
     return "random" if config.model.reduction == "none" else config.model.reduction
 
 
@@ -418,6 +438,6 @@ def _with(config: Config, **model: Any) -> Config:
 
 
 def _weights(model: ModelConfig) -> int:
-    """Bytes of a backbone's weights, roughly."""
+    """Return the approximate bytes of a backbone's weights."""
     spec = backbones.BACKBONES[model.backbone]
     return 4 * sum(map(spec.kernels, backbones.parts_to_compute(spec, model.layers)))

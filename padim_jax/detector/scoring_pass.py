@@ -1,4 +1,4 @@
-"""A pass of a fitted model over images: scores, batch by batch, the same in every process."""
+"""A fitted model's pass over images: scores by batch, identical in all processes."""
 
 import dataclasses
 import math
@@ -19,16 +19,23 @@ from padim_jax.devices import parallel
 def readable(
     config: Config, sources: Mapping[str, Source], cached: bool = True
 ) -> tuple[dict[str, Source], list[Skipped]]:
-    """Without images that cannot be used, where that is asked for; see `skipping`.
+    """Remove unusable images, if the configuration asks for it; see `skipping`.
 
-    Images that are seen once are not cached: they would push out those that are seen again.
+    Args:
+      config: configuration of the run.
+      sources: images by role.
+      cached: whether to use the image cache. Images read only once should not be cached: they
+        would evict those that are read again.
+
+    Returns:
+      The remaining sources, and the images skipped.
     """
     cache = image_cache.open_cache(config.cache) if cached else None
     return skipping.readable(sources, config, parallel.every(), cache)
 
 
 def for_new_images(detector: Detector) -> Detector:
-    """Random views are of a dataset's images; others are seen from the centre."""
+    """Return the detector with centred views; random views are for a dataset's own images."""
     config = detector.config
     image = input_pipeline.centred(config.image)
     return dataclasses.replace(detector, config=dataclasses.replace(config, image=image))
@@ -36,18 +43,18 @@ def for_new_images(detector: Detector) -> Detector:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Scores of consecutive images of a source, of all processes'.
+    """Scores of consecutive images of a source, from all processes.
 
     Attributes:
-      records: what the images are.
+      records: records of the images.
       maps: anomaly maps.
-      scores: of the images.
-      masks: defect pixels; nothing where unknown.
-      known: whether the mask is.
-      digests: SHA-256 of the images' files.
+      scores: image scores.
+      masks: defect pixels; all False if unknown.
+      known: whether the mask is known.
+      digests: SHA-256 of the image files.
       samples: see `detector.Anomalies`.
-      sizes: of the images as they are stored, (height, width).
-      facts: of the masks; see `image_cache.MaskFacts`.
+      sizes: sizes of the images as stored, (height, width).
+      facts: facts about the masks; see `image_cache.MaskFacts`.
     """
 
     records: Sequence[Record]
@@ -68,10 +75,18 @@ def scores(
     cache: image_cache.ImageCache | None,
     start: int = 0,
 ) -> Iterator[Part]:
-    """Scores a source batch by batch; every process gets all processes' scores.
+    """Score a source batch by batch; each process gets all processes' scores.
 
-    For a detector that leaves images out the source is of such groups; see
-    `detector.score_pixels`. The first `start` images, whole batches, are passed over.
+    Args:
+      detector: fitted model. If it leaves images out, the source consists of such groups; see
+        `detector.score_pixels`.
+      source: images to score.
+      what: description of the pass for the progress bar.
+      cache: cache of preprocessed images, or None.
+      start: number of leading images to pass over, a multiple of the batch size.
+
+    Yields:
+      Scores of consecutive images, padding removed.
     """
     config, devices, left_out = detector.config, parallel.every(), detector.left_out
     few: dict[str, int] = {}
@@ -101,5 +116,5 @@ def scores(
         few |= passes.few_levels(batch)
         yield Part(source.records[start:end], **every)
         start = end
-    if not left_out:  # else the fit has told
+    if not left_out:  # otherwise the fit has warned
         passes.warn_few_levels(few, len(source.records), devices)

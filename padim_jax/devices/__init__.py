@@ -1,1 +1,1 @@
-"""Accelerators and processes: who holds what, and what crosses the wire."""
+"""Accelerators and processes: distribution of data, and communication."""

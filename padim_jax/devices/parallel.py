@@ -1,19 +1,19 @@
-r"""Devices: the only module that knows which there are, and who holds what.
+r"""Devices: the only module that knows them, and the distribution of data over them.
 
-Images are shared out for extraction, regions of patches (see `embedding`) for statistics
-and distances. What goes from one device to another are embeddings, in one all-to-all a
-batch and level, and for scoring the patches' distances, back:
+Images are distributed for extraction, regions of patches (see `embedding`) for statistics
+and distances. Devices exchange only embeddings, in one all-to-all per batch and level, and
+for scoring the patches' distances in return:
 
     images b/k a device -> levels (r, n, d, b/k) --to_regions--> (r/k, n, d, b) -> statistics
                                                                       \-> distances (r/k, n, b)
               anomaly maps of b/k images a device <-- (r, n, b/k) <--to_images--/
 
-Covariances and factors stay where they are. `detector`'s functions are written for one
-device, name the others by the axis `AXIS` alone, and are mapped by `jax.pmap` over all
-devices of all processes; a single device is the same with an axis of size 1. Of mapped
-arguments and results a process sees its own devices' parts, in a first axis of this size.
+Covariances and factors never move. `detector`'s functions are written for one
+device, refer to the others only by the axis `AXIS`, and are mapped by `jax.pmap` over all
+devices of all processes; a single device is the case of an axis of size 1. A process sees its
+own devices' parts of mapped arguments and results, along a leading axis of this size.
 
-Where devices do not divide the regions, some get regions of zeros at the end.
+If the number of devices does not divide that of regions, regions of zeros are appended.
 """
 
 import contextlib
@@ -44,9 +44,9 @@ class Devices:
     """The devices that take part.
 
     Attributes:
-      local: how many this process has; every process has as many.
-      processes: how many processes there are.
-      process: which of them this is, from 0.
+      local: number of devices of this process, equal in all processes.
+      processes: number of processes.
+      process: index of this process, from 0.
     """
 
     local: int
@@ -55,16 +55,16 @@ class Devices:
 
     @property
     def total(self) -> int:
-        """Devices of all processes."""
+        """Return the number of devices of all processes."""
         return self.local * self.processes
 
     def padded(self, size: int) -> int:
-        """The next size that the devices divide."""
+        """Return the next multiple of the number of devices."""
         return -(-size // self.total) * self.total
 
     @property
     def mesh(self) -> Mesh:
-        """All devices, process by process: the order of `jax.pmap`'s axis."""
+        """Return all devices, process by process: the order of `jax.pmap`'s axis."""
         found = [
             device
             for process in range(self.processes)
@@ -74,21 +74,21 @@ class Devices:
 
     @property
     def local_mesh(self) -> Mesh:
-        """This process's devices."""
+        """Return this process's devices."""
         return Mesh(np.array(jax.local_devices()[: self.local]), (AXIS,))
 
 
 def every() -> Devices:
-    """All devices of all processes that run this program.
+    """Return all devices of all processes that run this program.
 
     Raises:
-      UserError: there are none of the kind that JAX_PLATFORMS asks for, or the processes have
+      UserError: there are none of the kind named by JAX_PLATFORMS, or the processes have
         different numbers of them.
     """
     platforms = jax.config.jax_platforms
     try:
         jax.local_device_count()
-    # An assertion where nothing is known of the platform, as of cuda without its plugin.
+    # AssertionError for a platform that is unknown, such as cuda without its plugin.
     except (RuntimeError, AssertionError) as error:
         if not platforms:
             raise
@@ -113,14 +113,17 @@ def mapped(
     static: Iterable[int] = (),
     donated: Iterable[int] = (),
 ) -> Callable[..., Any]:
-    """Maps a device's function over all of them, compiled.
+    """Map a function of one device over all devices, compiled.
 
     Args:
-      function: of positional arguments.
-      replicated: numbers of the arguments that are the same on all devices, as made by
-        `replicate`. All others have an axis of this process's devices in front.
-      static: numbers of the arguments that are no arrays; one compilation for each value.
-      donated: numbers of the arguments whose memory is given up.
+      function: function of positional arguments.
+      replicated: positions of arguments that are equal on all devices, as made by `replicate`.
+        All others have a leading axis of this process's devices.
+      static: positions of arguments that are not arrays; each value is compiled separately.
+      donated: positions of arguments whose memory is donated.
+
+    Returns:
+      The mapped function.
     """
     replicated, static = tuple(replicated), tuple(static)
     count = len(inspect.signature(function).parameters)
@@ -135,29 +138,45 @@ def mapped(
 
 
 def sharing_memory(devices: Devices) -> int:
-    """How many of this process's devices share one memory: those of a CPU do."""
+    """Return how many of this process's devices share one memory: those of a CPU do."""
     return 1 if memory_grows() else devices.local
 
 
 def memory_grows() -> bool:
-    """Whether every device brings memory of its own, as GPUs do."""
+    """Return whether each device has memory of its own, as GPUs do."""
     return jax.default_backend() != "cpu"
 
 
 def free_memory() -> int | None:
-    """Bytes free on that of this process's devices with the least; None for the machine's."""
+    """Return the fewest free bytes of this process's devices; None for host memory."""
     found = [device.memory_stats() for device in jax.local_devices()]
     free = [x["bytes_limit"] - x["bytes_in_use"] for x in found if x and "bytes_limit" in x]
     return min(free) if free else None
 
 
 def replicate(tree: Tree, devices: Devices) -> Tree:
-    """The same arrays on each of this process's devices."""
+    """Return the same arrays on each of this process's devices.
+
+    Args:
+      tree: arrays.
+      devices: devices that take part.
+
+    Returns:
+      Replicated arrays of the same shapes.
+    """
     return jax.device_put(tree, NamedSharding(devices.local_mesh, PartitionSpec()))
 
 
 def copies(tree: Any, devices: Devices) -> Any:
-    """The same arrays once for each of this process's devices, (k, ...): to be mapped over."""
+    """Return a copy of the arrays for each of this process's devices, to be mapped over.
+
+    Args:
+      tree: arrays.
+      devices: devices that take part.
+
+    Returns:
+      Arrays (k, ...).
+    """
     sharding = NamedSharding(devices.local_mesh, PartitionSpec(AXIS))
 
     def copy(x: Array | np.ndarray) -> Array:
@@ -168,23 +187,23 @@ def copies(tree: Any, devices: Devices) -> Any:
 
 
 def mean(tree: Tree) -> Tree:
-    """Inside of `mapped`: of every array the mean over all devices."""
+    """Inside `mapped`: return the mean of each array over all devices."""
     return lax.pmean(tree, AXIS)
 
 
 def total(tree: Tree) -> Tree:
-    """Inside of `mapped`: of every array the sum over all devices."""
+    """Inside `mapped`: return the sum of each array over all devices."""
     return lax.psum(tree, AXIS)
 
 
 def share_of(count: int) -> Int[Array, " _n"]:
-    """Inside of `mapped`: this device's part of the first `count` numbers."""
+    """Inside `mapped`: return this device's part of the first `count` numbers."""
     own = count // lax.psum(1, AXIS)
     return lax.axis_index(AXIS) * own + jnp.arange(own)
 
 
 def to_regions(levels: Levels) -> tuple[Float32[Array, "_k _n _d _b"], ...]:
-    """Inside of `mapped`: from all regions of a device's images to all images of its regions.
+    """Inside `mapped`: exchange all regions of own images for all images of own regions.
 
     Args:
       levels: (r, n, d, b / k) each.
@@ -202,29 +221,42 @@ def to_regions(levels: Levels) -> tuple[Float32[Array, "_k _n _d _b"], ...]:
 
 
 def to_images(distances: Float32[Array, "r n b"]) -> Float32[Array, "_r n _b"]:
-    """Inside of `mapped`: `to_regions`' way back, for distances (r / k, n, b)."""
+    """Inside `mapped`: undo `to_regions` for distances, (r / k, n, b) to (r, n, b / k)."""
     return lax.all_to_all(distances, AXIS, split_axis=2, concat_axis=0, tiled=True)
 
 
 def of_all_images(valid: Valid) -> Bool[Array, " _b"]:
-    """Inside of `mapped`: of a device's images (b / k,) to that of all devices' (b,)."""
+    """Inside `mapped`: gather values of a device's images (b / k,) to all images' (b,)."""
     return lax.all_gather(valid, AXIS, tiled=True)
 
 
 def of_all_regions(flags: Array) -> Array:
-    """Inside of `mapped`: of a device's regions (r / k,) to that of all devices' (r,)."""
+    """Inside `mapped`: gather values of a device's regions (r / k,) to all regions' (r,)."""
     return lax.all_gather(flags, AXIS, tiled=True)
 
 
 def share(array: np.ndarray, devices: Devices) -> np.ndarray:
-    """This process's images (b, ...) as its devices get them: (k, b / k, ...)."""
+    """Reshape this process's images (b, ...) for its devices.
+
+    Args:
+      array: (b, ...).
+      devices: devices that take part.
+
+    Returns:
+      (k, b / k, ...).
+    """
     return array.reshape(devices.local, -1, *array.shape[1:])
 
 
 def split(tree: Any, devices: Devices) -> Any:
-    """Arrays of all regions, (r, ...), on the devices: (k, r / k, ...).
+    """Place arrays of all regions on the devices.
 
-    Numbers of no region, (), become (k,).
+    Args:
+      tree: arrays (r, ...), or () for numbers without regions.
+      devices: devices that take part.
+
+    Returns:
+      Arrays (k, r / k, ...), or (k,).
     """
 
     def place(x: Array | np.ndarray) -> Array:
@@ -241,11 +273,14 @@ def split(tree: Any, devices: Devices) -> Any:
 
 
 def join(tree: Any, regions: int) -> Any:
-    """`split`'s way back: host arrays of all regions, from the devices of one process.
+    """Return host arrays of all regions from the devices of one process; undoes `split`.
 
     Args:
-      tree: a tuple, list or dict of arrays (k, r / k, ...) or (k,).
-      regions: how many there are; what lies beyond is cut off.
+      tree: tuple, list or dict of arrays (k, r / k, ...) or (k,).
+      regions: number of regions; padding beyond it is cut off.
+
+    Returns:
+      Arrays (r, ...) or ().
     """
 
     def gathered(x: Array) -> np.ndarray:
@@ -261,21 +296,32 @@ def on_devices(tree: Tree, devices: Devices) -> Tree:
     """Copy host arrays onto this process's devices, a part on each.
 
     Args:
-      tree: arrays with an axis of the process's devices in front, (k, ...).
-      devices: that take part.
+      tree: arrays with a leading axis of the process's devices, (k, ...).
+      devices: devices that take part.
+
+    Returns:
+      The arrays on the devices.
     """
     spec = NamedSharding(devices.local_mesh, PartitionSpec(AXIS))
     return jax.device_put(tree, spec, may_alias=False)  # they may be donated
 
 
 def number(value: np.ndarray | int, devices: Devices) -> Array:
-    """The same number for each of this process's devices, (k,)."""
+    """Return the same number for each of this process's devices.
+
+    Args:
+      value: the number.
+      devices: devices that take part.
+
+    Returns:
+      (k,).
+    """
     values = np.broadcast_to(value, devices.local)
     return jax.device_put(values, NamedSharding(devices.local_mesh, PartitionSpec(AXIS)))
 
 
 def agreed(value: int) -> int:
-    """Process 0's value, in every process. A collective."""
+    """Return process 0's value in all processes. A collective."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
@@ -283,7 +329,7 @@ def agreed(value: int) -> int:
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """Runs the block in process 0, then in the others, which find there what it made."""
+    """Run the block in process 0 first, then in the others, which find its results."""
     if jax.process_index() > 0:
         agreed(0)
     yield
@@ -292,9 +338,17 @@ def first_process_first() -> Iterator[None]:
 
 
 def as_global(tree: Tree, devices: Devices, donate: bool = False) -> Tree:
-    """Arrays (k, r / k, ...) as one of all processes each, (r, ...): for storage.
+    """Combine all processes' arrays to global ones, for storage.
 
-    Every device keeps its regions, copied unless the arrays are given up.
+    Each device keeps its regions, copied unless the arrays are donated.
+
+    Args:
+      tree: arrays (k, r / k, ...) of this process.
+      devices: devices of all processes.
+      donate: whether to donate the arrays.
+
+    Returns:
+      Global arrays (r, ...).
     """
     spec = PartitionSpec(AXIS)
     whole = multihost_utils.host_local_array_to_global_array(tree, devices.mesh, spec)
@@ -302,24 +356,40 @@ def as_global(tree: Tree, devices: Devices, donate: bool = False) -> Tree:
 
 
 def from_global(tree: Tree, devices: Devices) -> Tree:
-    """`as_global`'s way back; the arrays are given up."""
+    """Return this process's part of global arrays, which are donated; undoes `as_global`.
+
+    Args:
+      tree: global arrays (r, ...).
+      devices: devices of all processes.
+
+    Returns:
+      Arrays (k, r / k, ...).
+    """
     spec = PartitionSpec(AXIS)
     divided = _divide(devices)(tree)
     return multihost_utils.global_array_to_host_local_array(divided, devices.mesh, spec)
 
 
 def sharding(devices: Devices) -> NamedSharding:
-    """Of `as_global`'s arrays: consecutive regions on each device."""
+    """Return the sharding of `as_global`'s arrays: consecutive regions on each device."""
     return NamedSharding(devices.mesh, PartitionSpec(AXIS))
 
 
 def everywhere(devices: Devices) -> NamedSharding:
-    """Of global arrays that are the same on all devices."""
+    """Return the sharding of global arrays that are equal on all devices."""
     return NamedSharding(devices.mesh, PartitionSpec())
 
 
 def parts(tree: Any, devices: Devices) -> Iterator[tuple[int, Any]]:
-    """The arrays (k, r / k, ...) of each local device on the host, after its first region."""
+    """Yield the arrays of each local device on the host.
+
+    Args:
+      tree: arrays (k, r / k, ...).
+      devices: devices of all processes.
+
+    Yields:
+      Number of the device's first region, and its arrays (r / k, ...).
+    """
     leaves, structure = jax.tree.flatten(tree)
     each = [sorted(x.addressable_shards, key=lambda y: y.index[0].start or 0) for x in leaves]
     for number, shards in enumerate(zip(*each, strict=True)):
@@ -329,7 +399,7 @@ def parts(tree: Any, devices: Devices) -> Iterator[tuple[int, Any]]:
 
 
 def gather(tree: Tree) -> Tree:
-    """Host arrays (b, ...) of all processes, one after the other, for every process.
+    """Concatenate host arrays (b, ...) of all processes, in all processes.
 
     A collective: all processes call it, with equal shapes.
     """
@@ -339,14 +409,14 @@ def gather(tree: Tree) -> Tree:
 
 
 def gather_bytes(data: bytes) -> list[bytes]:
-    """What each process has to say, for every process. A collective."""
+    """Return each process's bytes, in all processes. A collective."""
     lengths = gather(np.array([len(data)], np.int32))
     padded = np.zeros((1, max(1, *lengths.tolist())), np.uint8)
     padded[0, : len(data)] = np.frombuffer(data, np.uint8)
     return [row[:length].tobytes() for row, length in zip(gather(padded), lengths, strict=True)]
 
 
-@functools.cache  # or every call would compile anew
+@functools.cache  # otherwise each call would compile anew
 def _merge(devices: Devices, donate: bool) -> Callable[[Any], Any]:
     return jax.jit(
         lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree),

@@ -1,4 +1,4 @@
-"""EfficientNet as a feature extractor: images in, the feature maps of some blocks out."""
+"""EfficientNet as a feature extractor: images in, feature maps of some blocks out."""
 
 import functools
 import itertools
@@ -13,18 +13,19 @@ from jaxtyping import Array, Float, Float32
 from padim_jax.config.backbones import EfficientNetSpec, MBConvSpec, Precision, parts_to_compute
 
 # Depthwise convolutions were measured on XLA's CPU backend (up to block 26, 256 px, 4 cores):
-# as convolutions with as many groups as channels (NCHW is no faster than NHWC) the network does
-# 4.1 images a second; as sums of shifted slices, which XLA fuses, 15 to 18. Barriers around the
-# sums or the padding, and strides taken after the sum, gain nothing beyond the scatter.
+# as convolutions with as many groups as channels (NCHW is no faster than NHWC) the network
+# processes 4.1 images per second; as sums of shifted slices, which XLA fuses, 15 to 18.
+# Barriers around the sums or the padding, and strides applied after the sum, gain nothing
+# beyond measurement noise.
 
 
 class Depthwise(nn.Module):
-    """A convolution of every channel with a kernel of its own, padded as torchvision does.
+    """A convolution with one kernel per channel, padded as torchvision does.
 
     Attributes:
       kernel: height and width, odd.
-      stride: in both directions.
-      dtype: of what goes out; sums are float32.
+      stride: stride in both directions.
+      dtype: dtype of the output; sums are float32.
     """
 
     kernel: int
@@ -33,7 +34,7 @@ class Depthwise(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
-        """Convolves: `h, w` shrink by the stride."""
+        """Apply the convolution: `h, w` shrink by the stride."""
         size, stride, channels = self.kernel, self.stride, x.shape[-1]
         shape = (size, size, 1, channels)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
@@ -54,12 +55,11 @@ class Depthwise(nn.Module):
 class MBConv(nn.Module):
     """torchvision's `MBConv`: expand, depthwise, squeeze and excite, project.
 
-    1x1 convolution, depthwise convolution, channels weighted by what all cells together
-    hold, 1x1 convolution; SiLU after the first two. Where shapes allow, what came in is
-    added.
+    1x1 convolution, depthwise convolution, channel weights computed from the mean over all
+    cells, 1x1 convolution; SiLU after the first two. The input is added if shapes allow.
 
     Attributes:
-      spec: its shape.
+      spec: specification of the block.
       conv: `nn.Conv` with its dtype and precision bound.
       depthwise: `Depthwise` with its dtype bound.
     """
@@ -70,7 +70,7 @@ class MBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
-        """Applies the block: `h, w` shrink by the stride, `c` becomes `spec.outputs`."""
+        """Apply the block: `h, w` shrink by the stride, `c` becomes `spec.outputs`."""
         spec = self.spec
         conv = functools.partial(self.conv, kernel_size=(1, 1))
         y = x
@@ -85,21 +85,24 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """An EfficientNet cut after the deepest block that is asked for.
+    """An EfficientNet cut after the deepest requested block.
 
-    Parameters are named after what they do, `params["block7"]["project"]["kernel"]`
-    (HWIO); see `naming` for what weight files call them. Blocks behind the cut have none.
+    Parameters are named by their function, `params["block7"]["project"]["kernel"]`
+    (HWIO); see `naming` for the names in weight files. Blocks behind the cut have none.
     Batch norm is folded into the convolutions when weights are loaded.
 
     Padding is torchvision's, never 'SAME' (see `resnet.ResNet`). Stochastic depth and
-    dropout are there in training only.
+    dropout, which only training uses, are absent.
 
     Attributes:
-      spec: which EfficientNet.
-      stages: blocks to return, of `spec.parts`.
-      precision: of the convolutions; see `resnet.ResNet`. Depthwise ones sum in float32.
+      spec: specification of the EfficientNet.
+      stages: blocks to return, from `spec.parts`.
+      precision: precision of the convolutions; see `resnet.ResNet`. Depthwise ones sum in
+        float32.
 
     Example:
+      >>> from padim_jax.config.backbones import BACKBONES
+      >>> from padim_jax.models.weights import pretrained
       >>> stages = ("block7", "block20", "block26")
       >>> model = EfficientNet(BACKBONES["efficientnet_b5"], stages, "tf32")
       >>> variables, identity = pretrained.load("random", "efficientnet_b5", model.stages)
@@ -115,14 +118,14 @@ class EfficientNet(nn.Module):
     def __call__(
         self, images: Float[Array, "b h w 3"]
     ) -> tuple[Float32[Array, "b _ _ _"], ...]:
-        """Computes feature maps.
+        """Return the feature maps of `stages`.
 
         Args:
           images: RGB, normalised with the mean and deviation that the weights expect.
 
         Returns:
-          The float32 feature map of each of `stages`, in that order: (b, ceil(h / s),
-          ceil(w / s), c), s being the product of the strides so far.
+          The float32 feature map of each of `stages`, in that order: (b, ceil(h / s), ceil(w /
+          s), c), where s is the product of the strides so far.
         """
         dtype = jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32
         conv = functools.partial(

@@ -1,4 +1,4 @@
-"""The network of a backbone's name."""
+"""Network construction by the backbone's name."""
 
 from padim_jax.config.backbones import EFFICIENTNETS, RESNETS, Precision
 from padim_jax.models.efficientnet import EfficientNet
@@ -8,12 +8,15 @@ from padim_jax.models.resnet import ResNet
 def build(
     backbone: str, stages: tuple[str, ...], precision: Precision
 ) -> ResNet | EfficientNet:
-    """A backbone cut after the deepest of `stages`, whose feature maps it returns.
+    """Return a backbone cut after the deepest of `stages`.
 
     Args:
-      backbone: a key of `padim_jax.config.backbones.BACKBONES`.
-      stages: of its `parts`.
+      backbone: key of `padim_jax.config.backbones.BACKBONES`.
+      stages: stages whose feature maps are returned, from its `parts`.
       precision: see `resnet.ResNet`.
+
+    Returns:
+      The Flax module.
     """
     if backbone in RESNETS:
         return ResNet(RESNETS[backbone], stages, precision)

@@ -1,4 +1,4 @@
-"""The ResNet family as a feature extractor: images in, the feature maps of some stages out."""
+"""The ResNet family as a feature extractor: images in, feature maps of some stages out."""
 
 import functools
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Float32
 
 from padim_jax.config.backbones import Precision, ResNetSpec, parts_to_compute
 
-# Layout and formulation were measured on XLA's CPU backend (ResNet-18 to layer3, 4 cores):
-# NHWC convolutions run 20 % faster than NCHW, near the machine's peak; 1x1 convolutions
-# as matrix products, im2col, and max pooling as a maximum over strided slices gain
-# nothing. So the plain `nn.Conv` and `lax.reduce_window` it is. Batch norm is folded into the
-# convolutions when weights are loaded: each has a bias and none is followed by a norm.
+# Layout and formulation were measured on XLA's CPU backend (ResNet-18 to layer3, 4 cores): NHWC
+# convolutions run 20 % faster than NCHW, near the machine's peak; 1x1 convolutions as matrix
+# products, im2col, and max pooling as a maximum over strided slices gain nothing. Hence plain
+# `nn.Conv` and `lax.reduce_window`. Batch norm is folded into the convolutions when weights are
+# loaded: each has a bias and none is followed by a norm.
 
 
 def _residual(
@@ -24,8 +24,8 @@ def _residual(
     stride: int,
     conv: Callable[..., nn.Module],
 ) -> Float[Array, "b i j d"]:
-    """ReLU(shortcut(x) + y), the shortcut being a 1x1 convolution where channels change."""
-    # Where there is a stride, channels change too.
+    """Return ReLU(shortcut(x) + y); the shortcut is a 1x1 convolution if channels change."""
+    # A stride implies a change of channels.
     if x.shape[-1] != y.shape[-1]:
         x = conv(y.shape[-1], (1, 1), strides=stride, padding=0, name="downsample")(x)
     return nn.relu(x + y)
@@ -33,7 +33,7 @@ def _residual(
 
 @jax.custom_vjp
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
-    """The maximum of every 3x3 window, two apart, padded by one: torchvision's."""
+    """Return the maximum of 3x3 windows with stride 2 and padding 1, as torchvision does."""
     no, one = (0, 0), (1, 1)
     return lax.reduce_window(
         x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding=(no, one, one, no)
@@ -41,7 +41,7 @@ def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
 
 
 def _maximum_of_slices(x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
-    """`max_pool` in elementary steps: rows, then columns."""
+    """Compute `max_pool` in elementary steps: rows, then columns."""
     none, before = (0, 0), (1, 0)
     for axis in (1, 2):
         odd = x.shape[axis] % 2
@@ -71,8 +71,8 @@ def _max_pool_backward(
     return jax.vjp(_maximum_of_slices, x)[1](change)
 
 
-# On XLA's CPU backend the gradient of `reduce_window` takes more than a third of the whole
-# network's time; this one takes a quarter of that. The maximum itself is as fast either way.
+# On XLA's CPU backend the gradient of `reduce_window` takes more than a third of the network's
+# total time; this one takes a quarter of that. The maximum itself is equally fast either way.
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
@@ -80,8 +80,8 @@ class BasicBlock(nn.Module):
     """torchvision's `BasicBlock`: 3x3 with the stride, 3x3.
 
     Attributes:
-      channels: channels of both convolutions.
-      stride: of the first convolution and the shortcut.
+      channels: number of channels of both convolutions.
+      stride: stride of the first convolution and the shortcut.
       conv: `nn.Conv` with its dtype and precision bound.
     """
 
@@ -91,7 +91,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
-        """Applies the block: `h, w` shrink by the stride, `c` becomes `channels`."""
+        """Apply the block: `h, w` shrink by the stride, `c` becomes `channels`."""
         y = self.conv(self.channels, (3, 3), strides=self.stride, padding=1, name="conv1")(x)
         y = self.conv(self.channels, (3, 3), padding=1, name="conv2")(nn.relu(y))
         return _residual(x, y, self.stride, self.conv)
@@ -101,9 +101,9 @@ class Bottleneck(nn.Module):
     """torchvision's `Bottleneck`: 1x1, 3x3 with the stride (v1.5), 1x1.
 
     Attributes:
-      channels: channels of the last convolution.
-      inner_channels: channels of the first two.
-      stride: of the 3x3 convolution and the shortcut.
+      channels: number of channels of the last convolution.
+      inner_channels: number of channels of the first two.
+      stride: stride of the 3x3 convolution and the shortcut.
       conv: `nn.Conv` with its dtype and precision bound.
     """
 
@@ -114,7 +114,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
-        """Applies the block: `h, w` shrink by the stride, `c` becomes `channels`."""
+        """Apply the block: `h, w` shrink by the stride, `c` becomes `channels`."""
         inner = self.inner_channels
         y = self.conv(inner, (1, 1), padding=0, name="conv1")(x)
         y = self.conv(inner, (3, 3), strides=self.stride, padding=1, name="conv2")(nn.relu(y))
@@ -123,26 +123,28 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A ResNet cut after the deepest stage that is asked for.
+    """A ResNet cut after the deepest requested stage.
 
-    Parameters are named as torchvision names its tensors, `layer2.0.conv1.weight` being
-    `params["layer2_0"]["conv1"]["kernel"]` (HWIO) and `layer2.0.downsample.0.weight`
+    Parameters are named like torchvision's tensors: `layer2.0.conv1.weight` is
+    `params["layer2_0"]["conv1"]["kernel"]` (HWIO) and `layer2.0.downsample.0.weight` is
     `params["layer2_0"]["downsample"]["kernel"]`; see `naming`. Stages behind the cut
     have no parameters.
 
-    Padding is torchvision's, never 'SAME': with stride 2 that pads even sizes by one less
-    at the top and the left, which shifts every feature map.
+    Padding is torchvision's, never 'SAME': with stride 2 the latter pads even sizes by one less
+    at the top and the left, which shifts all feature maps.
 
     Attributes:
-      spec: which ResNet.
-      stages: stages to return, of `spec.stages`.
-      precision: of the convolutions. "float32" is full precision everywhere; "tf32" is
-        what PyTorch does by default: TF32 products on NVIDIA GPUs (float32 on CPUs);
-        "bfloat16" computes and keeps everything in bfloat16 on the way.
-      conv: what to make convolutions of: `nn.Conv`, or what takes the same arguments and
-        has a norm of its own, for training (`padim_jax.pretrain.network`).
+      spec: specification of the ResNet.
+      stages: stages to return, from `spec.stages`.
+      precision: precision of the convolutions. "float32" is full precision everywhere; "tf32"
+        is PyTorch's default: TF32 products on NVIDIA GPUs (float32 on CPUs); "bfloat16"
+        computes and stores all intermediate values in bfloat16.
+      conv: class of the convolutions: `nn.Conv`, or one that takes the same arguments and has
+        its own norm, for training (`padim_jax.pretrain.network`).
 
     Example:
+      >>> from padim_jax.config.backbones import BACKBONES
+      >>> from padim_jax.models.weights import pretrained
       >>> model = ResNet(BACKBONES["resnet18"], ("layer1", "layer2", "layer3"), "tf32")
       >>> variables, identity = pretrained.load("random", "resnet18", model.stages)
       >>> [f.shape for f in model.apply(variables, jnp.zeros((1, 224, 224, 3)))]
@@ -158,14 +160,14 @@ class ResNet(nn.Module):
     def __call__(
         self, images: Float[Array, "b h w 3"]
     ) -> tuple[Float32[Array, "b _ _ _"], ...]:
-        """Computes feature maps.
+        """Return the feature maps of `stages`.
 
         Args:
           images: RGB, normalised with the mean and deviation that the weights expect.
 
         Returns:
-          The float32 feature map of each of `stages`, in that order: (b, ceil(h / s),
-          ceil(w / s), c) with s = 4, 8, 16, 32 for layer1 to layer4.
+          The float32 feature map of each of `stages`, in that order: (b, ceil(h / s), ceil(w /
+          s), c) with s = 4, 8, 16, 32 for layer1 to layer4.
         """
         conv = functools.partial(
             self.conv,

@@ -1,1 +1,1 @@
-"""What a run leaves behind: tables, figures, predictions, reports."""
+"""Outputs of a run: tables, figures, predictions, reports."""

@@ -3,7 +3,7 @@
 Pictures of single images are composed with NumPy and Pillow, because a matplotlib
 figure per test image would cost more time than PaDiM itself. Only the two diagrams
 use matplotlib, imported when one is drawn, through its object interface: no pyplot,
-no global state. What is composed is returned; the caller saves it with `save`.
+no global state. Composed pictures are returned; the caller saves them with `save`.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ Pixels = UInt8[np.ndarray, "h w 3"]
 Mask = Bool[np.ndarray, "h w"]
 AnomalyMap = Float[np.ndarray, "h w"]
 
-# Every 15th of the 256 colours of Turbo (A. Mikhailov, 2019), a rainbow of smooth
-# lightness. Its dark red end is left out: the highest scores must not look dim.
+# Every 15th of the 256 colours of Turbo (A. Mikhailov, 2019), a rainbow of smooth lightness.
+# Its dark red end is omitted: the highest scores must not look dim.
 _TURBO = (
     "30123b 3f3e9c 4666dd 458cfd 2fb2f4 1ad4d0 22ebaa 52fa7a"
     "8bff4b b7f735 dbe236 f5c53a fea130 f9751d e84b0c ce2d04"
@@ -37,17 +37,17 @@ _PAPER, _INK, _FAINT, _FRAME, _VOID = "#ffffff", "#1e1e1e", "#5f5f5f", "#bebebe"
 PREDICTED = (255, 32, 32)
 TRUTH = (40, 230, 90)  # much lighter than the red, to differ by more than hue
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 _BLUE, _VERMILION = "#0072b2", "#d55e00"
 _CURVES = (_BLUE, _VERMILION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
-# Of PNG: beyond it files take longer but get hardly smaller.
+# Of PNG: higher levels take longer and save hardly any space.
 _COMPRESS_LEVEL = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ColorScale:
-    """The scores at the two ends of the heat-map colours.
+    """Scores at the two ends of the heat-map colours.
 
     One scale serves all pictures of a run: only then can their colours be compared,
     and only then does a normal image look cold.
@@ -71,20 +71,23 @@ class ColorScale:
 def color_scale(
     maps: Float[np.ndarray, "n h w"], labels: Integer[np.ndarray, " n"]
 ) -> ColorScale:
-    """The fixed colour scale for the anomaly maps of a test set.
+    """Return the fixed colour scale for the anomaly maps of a test set.
 
     `low` is the median pixel of the normal images, of every fourth row and column, so that
     normal surface is cold. `high` is the median score (maximum of the map) of the anomalous
     images, so that a typical defect just reaches the hottest colour, whatever the share of
-    anomalous images and however extreme a single one. Where one of the two kinds is missing,
-    all images take its place. If that leaves `high` not above `low`, everything is drawn cold.
+    anomalous images and however extreme a single one. If one of the two kinds is missing,
+    all images take its place. If `high` is then not above `low`, everything is drawn cold.
 
     Args:
-      maps: the anomaly maps of the whole test set.
+      maps: anomaly maps of the whole test set.
       labels: 0 normal, 1 anomalous.
 
+    Returns:
+      The scale.
+
     Raises:
-      ValueError: `low` or `high` comes out as NaN or infinite.
+      ValueError: `low` or `high` would be NaN or infinite.
     """
     normal = labels == 0 if (labels == 0).any() else slice(None)
     anomalous = labels == 1 if (labels == 1).any() else slice(None)
@@ -95,11 +98,14 @@ def color_scale(
 
 
 def heat_map(anomaly_map: AnomalyMap, scale: ColorScale) -> Pixels:
-    """The colours of an anomaly map, from cold (dark blue) to hot (red).
+    """Return the colours of an anomaly map, from cold (dark blue) to hot (red).
 
     Args:
       anomaly_map: scores; NaN gets the coldest colour.
-      scale: the scores of the coldest and the hottest colour; linear between them.
+      scale: scores of the coldest and the hottest colour; linear between them.
+
+    Returns:
+      (h, w, 3) uint8.
     """
     levels = (anomaly_map - scale.low) * (255 / (scale.high - scale.low)) + 0.5
     levels = np.fmin(np.fmax(levels, 0), 255)  # unlike clip, these leave no NaN
@@ -120,9 +126,12 @@ def drawn_size(
     """Return the height and width at which a picture is drawn.
 
     Args:
-      shape: height and width of its pixels. The longer one stays, or becomes `side`.
-      aspect: width over height that it is to have; None for that of its pixels.
-      side: the longer side at most; None for no limit.
+      shape: height and width of its pixels. The longer one is kept, or reduced to `side`.
+      aspect: width over height to draw; None for that of its pixels.
+      side: maximum of the longer side; None for no limit.
+
+    Returns:
+      Height and width in pixels.
     """
     height, width = shape
     aspect = width / height if aspect is None else aspect
@@ -133,7 +142,15 @@ def drawn_size(
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return an image or an anomaly map at another height and width, interpolated."""
+    """Return an image or an anomaly map at another size, interpolated.
+
+    Args:
+      pixels: (h, w, 3) uint8, or (h, w) float32.
+      size: height and width.
+
+    Returns:
+      Array of the same type.
+    """
     if pixels.shape[:2] == size:
         return pixels
     height, width = size
@@ -143,9 +160,16 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_region(region: Mask, size: tuple[int, int]) -> Bool[np.ndarray, "_h _w"]:
-    """Return a region at another height and width.
+    """Return a region at another size.
 
-    A pixel belongs to it if it covers any part of the region, so that none is lost.
+    A pixel belongs to it if it covers any part of the region, so that no region is lost.
+
+    Args:
+      region: (h, w), True inside.
+      size: height and width.
+
+    Returns:
+      The region at that size.
     """
     if region.shape == size:
         return region
@@ -155,10 +179,17 @@ def resize_region(region: Mask, size: tuple[int, int]) -> Bool[np.ndarray, "_h _
 
 
 def outline(mask: Mask, width: int = 1) -> Mask:
-    """The pixels of a region that are at most `width` steps away from its outside.
+    """Return the pixels of a region that are at most `width` steps away from its outside.
 
     A step leads to one of the four neighbours. Beyond the image's edge is outside, so
     that the outline of a region at the edge is closed.
+
+    Args:
+      mask: (h, w), True inside.
+      width: width of the outline in pixels.
+
+    Returns:
+      (h, w), True on the outline.
     """
     inside = mask
     for _ in range(width):
@@ -173,7 +204,7 @@ def _line_width(image_width: int) -> int:
 
 
 def _blend(image: Pixels, anomaly_map: AnomalyMap, scale: ColorScale) -> Image.Image:
-    # The image in grey, so that colour means score and nothing else.
+    # The image in grey, so that colour encodes only the score.
     grey = Image.fromarray(image).convert("L").convert("RGB")
     return Image.blend(grey, Image.fromarray(heat_map(anomaly_map, scale)), _HEAT)
 
@@ -181,15 +212,14 @@ def _blend(image: Pixels, anomaly_map: AnomalyMap, scale: ColorScale) -> Image.I
 def overlay(
     image: Pixels, anomaly_map: AnomalyMap, scale: ColorScale, threshold: float | None
 ) -> Image.Image:
-    """The heat map over the image, with the predicted region outlined in white.
+    """Return the heat map over the image, with the predicted region outlined in white.
 
     Args:
-      image: the image at its original size.
-      anomaly_map: scores at that size; NaN where nothing was scored (outside of a
-        crop): there the image keeps its colours, slightly dimmed.
-      scale: the scores of the colours.
-      threshold: pixels of at least this score are the predicted region; None for no
-        outline.
+      image: image at its original size.
+      anomaly_map: scores at that size; NaN where nothing was scored (outside a crop): the image
+        keeps its colours there, slightly dimmed.
+      scale: scores of the colours.
+      threshold: pixels of at least this score are the predicted region; None for no outline.
 
     Returns:
       An RGB picture of the image's size.
@@ -214,26 +244,26 @@ def panels(
     caption: str,
     size: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """The result for one test image: five panels side by side, under a caption.
+    """Return the result for one test image: five panels side by side, under a caption.
 
-    The image; the ground truth; the heat map over the image, with a bar that explains
-    the colours and has a mark at the threshold; the predicted mask; the image with the
+    The panels are: the image; the ground truth; the heat map over the image, with a bar that
+    explains the colours and marks the threshold; the predicted mask; the image with the
     ground truth outlined in green and, on top of it, the prediction in red.
 
-    Images whose longer side is below 192 pixels are enlarged by a whole factor, each
-    pixel to a square, so that the panels show nothing interpolated, unless `size` changes
+    Images whose longer side is below 192 pixels are enlarged by an integer factor, each
+    pixel to a square, so that nothing in the panels is interpolated, unless `size` changes
     their proportions.
 
     Args:
-      image: the image as the model sees it.
-      mask: ground truth, True at defects (so nowhere in a normal image); None where the
-        defect's place is unknown.
+      image: image as the model sees it.
+      mask: ground truth, True at defects (nowhere in a normal image); None if the defect's
+        place is unknown.
       anomaly_map: scores.
-      threshold: pixels of at least this score are predicted anomalous; None where there
-        is no threshold.
-      scale: the scores of the colours.
-      caption: text above the panels; a long one widens the picture. The font, Pillow's
-        own, has the ASCII characters only.
+      threshold: pixels of at least this score are predicted anomalous; None without a
+        threshold.
+      scale: scores of the colours.
+      caption: text above the panels; a long one widens the picture. The font, Pillow's own, has
+        ASCII characters only.
       size: height and width of a panel before it is enlarged; None for the image's.
 
     Returns:
@@ -272,28 +302,28 @@ def _enlarge(pixels: np.ndarray, factor: int) -> np.ndarray:
 
 
 class _Layout(NamedTuple):
-    """Places in a five-panel picture below the caption, in pixels."""
+    """Positions in a five-panel picture below the caption, in pixels."""
 
     width: int  # of a panel
     height: int
 
     @property
     def text(self) -> int:
-        """Size of the font, in which everything but the panels is measured."""
+        """Return the font size, the unit of everything but the panels."""
         return max(12, self.width // 18)
 
     @property
     def column(self) -> int:
-        """A panel's width, or more where headings and legends need it."""
+        """Return a panel's width, or more if headings and legends need it."""
         return max(self.width, 14 * self.text)
 
     def left(self, column: int) -> int:
-        """Left edge of a panel; of column 5, the right edge of the page."""
+        """Return the left edge of a panel; for column 5, the right edge of the page."""
         return self.text + column * (self.column + self.text)
 
     @property
     def top(self) -> int:
-        """Upper edge of the panels."""
+        """Return the upper edge of the panels."""
         return 2 * self.text
 
 
@@ -301,9 +331,9 @@ class _Layout(NamedTuple):
 def _form(
     layout: _Layout, scale: ColorScale, threshold: float | None, mask_known: bool
 ) -> Image.Image:
-    """What the pictures of one run have in common: headings, frames, legends.
+    """Return the elements shared by all pictures of a run: headings, frames, legends.
 
-    Cached, because text takes longer to draw than all the panels.
+    Cached, because text takes longer to draw than all panels.
     """
     text, top, bottom = layout.text, layout.top, layout.top + layout.height
     font = ImageFont.load_default(text)
@@ -340,7 +370,7 @@ def _form(
 def _color_bar(
     width: int, text: int, scale: ColorScale, threshold: float | None
 ) -> Image.Image:
-    """The colours between their lowest and highest score, with a mark at the threshold."""
+    """Return the colours between their lowest and highest score, with the threshold marked."""
     legend = Image.new("RGB", (width, 3 * text // 2), _PAPER)
     draw, font = ImageDraw.Draw(legend), ImageFont.load_default(text)
     middle = legend.height // 2
@@ -362,7 +392,7 @@ def _color_bar(
 def _key(
     width: int, text: int, entries: Sequence[tuple[str, tuple[int, int, int]]]
 ) -> Image.Image:
-    """What the colours of the outlines mean."""
+    """Return the legend of the outlines' colours."""
     legend = Image.new("RGB", (width, 3 * text // 2), _PAPER)
     draw, font = ImageDraw.Draw(legend), ImageFont.load_default(text)
     x, middle = 0, legend.height // 2
@@ -386,10 +416,10 @@ def _under_caption(form: Image.Image, caption: str, text: int) -> Image.Image:
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """One overview picture: the images row by row in a grid of equal cells.
+    """Return one overview picture: the images row by row in a grid of equal cells.
 
     Args:
-      images: at least one picture; each stands at its cell's top left.
+      images: at least one picture; each is placed at its cell's top left.
       columns: number of pictures side by side.
 
     Returns:
@@ -415,18 +445,22 @@ def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write a picture in the format that the path's suffix names.
+    """Write a picture in the format of the path's suffix.
 
     Use `.jpg` for the many pictures of a test set: five panels of 256x256 pixels of a
     photograph take about 2 ms and 85 kB, against 13 ms and 180 kB as `.png`, which
     keeps the exact values.
 
+    Args:
+      image: the picture.
+      path: file to write.
+
     Raises:
-      ValueError: the suffix names no image format.
+      ValueError: the suffix is no image format's.
       OSError: the file cannot be written.
     """
-    # JPEG at full colour resolution, for the outlines' sake. Each format ignores the
-    # other's settings.
+    # JPEG at full colour resolution, because of the outlines. Each format ignores the other's
+    # settings.
     suffix = path.suffix.lower()
     kind = Image.registered_extensions().get(suffix)
     if kind is None:
@@ -444,16 +478,16 @@ def roc_figure(
     """Write receiver operating characteristic curves as a PNG.
 
     Args:
-      path: the file to write.
-      curves: of each curve the label, the false positive rates and the true positive
-        rates; both ascend, and the points are joined by straight lines.
+      path: file to write.
+      curves: label, false positive rates and true positive rates of each curve; both rates
+        ascend, and the points are joined by straight lines.
       title: text above the diagram.
     """
     figure = diagram(5.0, 5.0)
     axes = figure.add_subplot()
     for (label, fpr, tpr), color in zip(curves, itertools.cycle(_CURVES), strict=False):
-        # A curve over all pixels has millions of points. fpr + tpr grows along a curve:
-        # one point per thousandth of it makes the same picture.
+        # A curve over all pixels has millions of points. fpr + tpr grows along a curve: one
+        # point per thousandth of it gives the same picture.
         position = fpr + tpr
         shown = np.searchsorted(position, np.linspace(position[0], position[-1], 2001))
         shown = np.unique([0, *shown, len(position) - 1])
@@ -476,11 +510,10 @@ def score_histogram(
     """Write a histogram of the image scores, normal against anomalous, as a PNG.
 
     Args:
-      path: the file to write.
+      path: file to write.
       scores: image scores.
       labels: 0 normal, 1 anomalous.
-      threshold: the score from which an image is predicted anomalous, drawn as a line;
-        None for no line.
+      threshold: lowest score predicted anomalous, drawn as a line; None for no line.
     """
     figure = diagram(6.0, 4.0)
     axes = figure.add_subplot()
@@ -502,14 +535,24 @@ def score_histogram(
 
 
 def save_diagram(figure, path: Path) -> None:
-    """Writes a matplotlib figure as a PNG."""
+    """Write a matplotlib figure as a PNG.
+
+    Args:
+      figure: a matplotlib `Figure`.
+      path: file to write.
+    """
     content = io.BytesIO()
     figure.savefig(content, format="png", pil_kwargs={"compress_level": _COMPRESS_LEVEL})
     paths.write(path, content.getvalue())
 
 
 def diagram(width: float, height: float):
-    """An empty matplotlib figure, sizes in inches."""
+    """Return an empty matplotlib figure.
+
+    Args:
+      width: width in inches.
+      height: height in inches.
+    """
     from matplotlib.figure import Figure
 
     # Without pyplot a figure belongs to its caller alone, and is drawn by Agg.

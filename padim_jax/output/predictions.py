@@ -1,4 +1,4 @@
-"""Images without labels: finding them, and writing what the detector says of them."""
+"""Predictions for images without labels: thresholds, tables, maps and overlays."""
 
 import concurrent.futures
 import dataclasses
@@ -33,22 +33,22 @@ from padim_jax.system.paths import Path
 TABLE = "scores.csv"
 COLUMNS = ("path", "score", "predicted", "calibrated")
 
-# Pictures drawn at a time, if there is room for them; see `input_pipeline.ROOM`.
+# Pictures drawn at a time, if memory allows; see `input_pipeline.ROOM`.
 _THREADS = min(8, os.cpu_count() or 1)
 
 _COMPARED = 256  # images of an interrupted run that are read again together
-_MOST_TURNED = 1 << 20  # pixels of a map that are turned back together
+_MOST_TURNED = 1 << 20  # pixels of a map that are rotated back together
 
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
-    """What predictions are called by; None where unknown.
+    """Thresholds of predictions; None where unknown.
 
     Attributes:
-      image: image scores of at least this are called anomalous.
-      pixel: the same of pixels, for the outline.
+      image: lowest image score called anomalous.
+      pixel: lowest score of an outlined pixel.
       scale: colours of the heat maps.
-      text: where all this comes from, for a person.
+      text: origin of the thresholds, for a person.
     """
 
     image: float | None = None
@@ -58,10 +58,10 @@ class Thresholds:
 
 
 def thresholds(calibration: Calibration) -> Thresholds:
-    """Thresholds that need no defect; the image threshold has the middle of the colours."""
+    """Return thresholds from normal images; the image threshold has the middle colour."""
     low = calibration.typical_pixel
     high = 2 * calibration.image_threshold - low
-    # A rate so high that typical images are called anomalous leaves no room for colours.
+    # A rate so high that typical images are called anomalous leaves no range for colours.
     scale = figures.ColorScale(low, high if high > low else low + max(1.0, abs(low)))
     return Thresholds(
         calibration.image_threshold,
@@ -72,15 +72,18 @@ def thresholds(calibration: Calibration) -> Thresholds:
 
 
 def read_evaluation(path: Path, *detector: str) -> Thresholds:
-    """Thresholds and colours of an evaluation's metrics.json, for want of a calibration.
+    """Return thresholds and colours of an evaluation's metrics.json, in place of a calibration.
 
     Args:
       path: the file.
-      detector: fingerprints of the one in use. Where the file is absent or of another
+      detector: fingerprints of the detector in use. If the file is absent or of another
         detector (fitted again since, say), nothing is known.
 
+    Returns:
+      The thresholds.
+
     Raises:
-      UserError: the file is broken.
+      UserError: the file is damaged.
     """
     nothing = Thresholds(
         text=f"no thresholds: the model has none from normal images, and {path} none of this "
@@ -119,16 +122,16 @@ def restore_map(
     config: ImageConfig,
     view: input_pipeline.View | None = None,
 ) -> Float32[np.ndarray, "height width"]:
-    """Brings a map back onto the image that it was computed from.
+    """Map an anomaly map back onto the original image.
 
-    Undoes the resizing, turning and cropping of `input_pipeline.preprocess`, with bilinear
+    Undoes the resizing, rotation and cropping of `input_pipeline.preprocess`, with bilinear
     interpolation between pixel centres.
 
     Args:
-      anomaly_map: at the size of the detector's input.
+      anomaly_map: (h, w) at the size of the detector's input.
       size: original height and width.
-      config: the preprocessing.
-      view: what was seen of the image; None is the centre, unturned.
+      config: preprocessing.
+      view: view of the image; None for the centre, not rotated.
 
     Returns:
       The map at the original size; NaN where the crop left the image unscored.
@@ -156,7 +159,7 @@ def _restore_turned(
     x = (np.arange(size[1]) + 0.5) * width / size[1] - width / 2
     full = np.empty(size, np.float32)
     rows = max(1, _MOST_TURNED // size[1])
-    for start in range(0, size[0], rows):  # a pixel takes some 100 bytes on the way
+    for start in range(0, size[0], rows):  # about 100 bytes per pixel of temporaries
         part = slice(start, start + rows)
         # Counter-clockwise, with y pointing down.
         down = cos * y[part] - sin * x + height / 2 - view.top
@@ -170,7 +173,7 @@ def _sample(
     down: Float[np.ndarray, "_h _w"],
     right: Float[np.ndarray, "_h _w"],
 ) -> Float[np.ndarray, "_h _w"]:
-    """Bilinear samples at distances from the map's edges; NaN outside of it."""
+    """Return bilinear samples at distances from the map's edges; NaN outside the map."""
     height, width = anomaly_map.shape
     inside = (down >= 0) & (down <= height) & (right >= 0) & (right <= width)
     y, x = np.clip(down - 0.5, 0, height - 1), np.clip(right - 0.5, 0, width - 1)
@@ -184,7 +187,7 @@ def _sample(
 def _source_pixels(
     original: int, resized: int, offset: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where the original's pixel centres lie in the map, and whether they lie in it."""
+    """Return the original's pixel centres in the map, and whether they lie within it."""
     edge = (np.arange(original) + 0.5) * resized / original - offset
     return np.clip(edge - 0.5, 0, size - 1), (edge >= 0) & (edge <= size)
 
@@ -196,12 +199,21 @@ def _interpolate(values: np.ndarray, position: np.ndarray) -> np.ndarray:
 
 
 def files(folder: Path, name: str, map_suffix: str) -> tuple[Path, Path]:
-    """Where `Pictures` puts an image's map and overlay, by its relative path."""
+    """Return the paths of an image's map and overlay as `Pictures` writes them.
+
+    Args:
+      folder: folder of the predictions.
+      name: relative path of the image.
+      map_suffix: npy or tiff.
+
+    Returns:
+      Map and overlay.
+    """
     return folder / "maps" / f"{name}.{map_suffix}", folder / "overlays" / f"{name}.jpg"
 
 
 class Pictures:
-    """Draws predictions below a folder.
+    """Writer of predictions' pictures below a folder.
 
     maps/ gets the raw map (float32 .npy or .tiff, NaN where unscored), overlays/ the heat map
     over the image, both at the image's size.
@@ -214,7 +226,7 @@ class Pictures:
         self._thresholds, self.scale = thresholds, thresholds.scale
 
     def set_scale(self, maps: Float32[np.ndarray, "n h w"]) -> None:
-        """Where there is no colour scale, the first maps set it for all."""
+        """Set the colour scale from the first maps, if there is none yet."""
         if self.scale is None:
             self.scale = figures.color_scale(maps, np.zeros(len(maps), int))
 
@@ -224,10 +236,15 @@ class Pictures:
         image: UInt8[np.ndarray, "height width 3"],
         anomaly_map: Float32[np.ndarray, "h w"],
     ) -> None:
-        """Writes an image's map and overlay; there is a colour scale.
+        """Write an image's map and overlay; the colour scale must be set.
 
-        Local ones are on the disk then: what is written later, as their row, says that they
-        are whole.
+        Local files are flushed to disk: their row, written later, states that they are
+        complete.
+
+        Args:
+          name: relative path of the image.
+          image: original pixels (height, width, 3).
+          anomaly_map: (h, w) at the size of the detector's input.
 
         Raises:
           UserError: they cannot be written.
@@ -259,7 +276,17 @@ def rows(
     threshold: float | None,
     calibration: Calibration | None,
 ) -> list[dict[str, Any]]:
-    """What a table says of images, by `COLUMNS`; "" where there is nothing to compare with."""
+    """Return the table's rows for images, by `COLUMNS`; "" where a value is unknown.
+
+    Args:
+      names: relative paths of the images.
+      scores: image scores.
+      threshold: lowest score called anomalous, or None.
+      calibration: calibration of the detector, or None.
+
+    Returns:
+      A row per image.
+    """
     calibrated: Sequence[str] = [""] * len(scores)
     if calibration is not None:
         levels = calibration.calibrated(scores)
@@ -267,7 +294,7 @@ def rows(
     return [
         {
             "path": name,
-            "score": str(score),  # the shortest digits that are this float32's
+            "score": str(score),  # the shortest digits that give this float32
             "predicted": "" if threshold is None else int(score >= threshold),
             "calibrated": level,
         }
@@ -276,7 +303,7 @@ def rows(
 
 
 def encode_row(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], bytes]:
-    """Return what makes a line of a table of the fields of a row."""
+    """Return a function from a row's fields to a line of a table."""
     return lambda fields: tables.as_csv([[fields[column] for column in columns]])
 
 
@@ -284,14 +311,17 @@ _HEADER, _encode = tables.as_csv([COLUMNS]), encode_row(COLUMNS)
 
 
 def open_journal(folder: Path, settings: Mapping[str, Any]) -> Journal:
-    """Open the journal of predictions below a folder, which writes scores.csv as they come.
+    """Open the journal of predictions below a folder, which writes scores.csv along the way.
 
-    An object store can't take a file row by row: there the rows are kept in memory, and
-    scores.csv has its header until `Writer.finish`.
+    Object stores cannot append rows to a file: there the rows are kept in memory, and
+    scores.csv has only its header until `Writer.finish`.
 
     Args:
-      folder: of the predictions, which is there.
+      folder: existing folder of the predictions.
       settings: see `Journal`.
+
+    Returns:
+      The journal.
 
     Raises:
       UserError: see `Journal`.
@@ -311,22 +341,22 @@ def resume(
     batch_size: int,
     devices: Devices,
 ) -> int:
-    """Keep what an interrupted run left that is what this run would write; remove the rest.
+    """Keep an interrupted run's results that this run would repeat; remove the rest.
 
-    The files of images that are scored already are read again: their contents count, not
+    Files of images that are already scored are read again: their contents count, not
     their dates.
 
     Args:
-      journal: of the folder; its rows are those of the first images from now on.
-      folder: of the predictions.
-      map_suffix: of the maps' files.
-      source: the images of this run.
-      batch_size: of this run. Scores depend, in their last bit, on an image's place in its
-        batch: only whole batches are kept.
-      devices: for a progress bar.
+      journal: journal of the folder; reduced to the rows that are kept.
+      folder: folder of the predictions.
+      map_suffix: suffix of the maps' files.
+      source: images of this run.
+      batch_size: batch size of this run. The last bit of a score depends on an image's place in
+        its batch: only complete batches are kept.
+      devices: devices of this process, for a progress bar.
 
     Returns:
-      How many of the first images are scored, with everything written.
+      Number of leading images that are scored, with all their files written.
     """
     records, before, kept = source.records, journal.count(), 0
     if journal.other_settings:
@@ -351,12 +381,12 @@ def resume(
 def _unchanged(
     journal: Journal, folder: Path, map_suffix: str, source: Source, devices: Devices
 ) -> int:
-    """How many of the first images are as they were, their pictures included."""
+    """Return the number of leading images that are unchanged, including their pictures."""
 
     def digest(number: int) -> bytes:
         try:
             return hashlib.sha256(source.read(number)[0]).digest()
-        except UserError:  # scoring it again will tell
+        except UserError:  # scoring it again will report the error
             return b""
 
     rows, total = journal.rows(), min(journal.count(), len(source.records))
@@ -367,7 +397,7 @@ def _unchanged(
         for start in range(0, total, _COMPARED):
             numbers = range(start, min(start + _COMPARED, total))
             found = threads.map(digest, numbers)
-            for number, content, row in zip(numbers, found, rows, strict=False):  # rows go on
+            for number, content, row in zip(numbers, found, rows, strict=False):  # more rows
                 name = source.records[number].relative_path
                 pictures = files(folder, name, map_suffix)
                 if (row.fields["path"], row.identity) != (name, content):
@@ -379,7 +409,7 @@ def _unchanged(
 
 
 def _remove_pictures(folder: Path, map_suffix: str, records: Sequence[Record]) -> None:
-    """Remove what was drawn of images that are not among the records."""
+    """Remove pictures of images that are not among the records."""
     known = {path for x in records for path in files(folder, x.relative_path, map_suffix)}
     for place in (folder / "maps", folder / "overlays"):
         if paths.is_folder(place):
@@ -389,19 +419,19 @@ def _remove_pictures(folder: Path, map_suffix: str, records: Sequence[Record]) -
 
 
 class Writer:
-    """Draws predictions below a folder as they come, and adds their rows to its journal.
+    """Writer that draws predictions below a folder and adds their rows to its journal.
 
-    An image's row comes last: where there is one, its pictures are whole. `Pictures` draws
-    them. Images are decoded a second time for it: keeping them, at their full size, from the
+    An image's row is written last: if it exists, the pictures are complete. `Pictures` draws
+    them. Images are decoded a second time for it: keeping them at full size from the
     pipeline on would take memory that grows with the batch.
 
     Args:
-      folder: where they go.
-      config: how images are seen.
+      folder: folder of the predictions.
+      config: preprocessing.
       map_suffix: npy or tiff.
-      thresholds: what predictions are called by; without a scale it is the journal's, and
+      thresholds: thresholds of the predictions; without a scale it is the journal's, and
         without one there the first batch's.
-      calibration: for the share of normal images that score lower; None for none.
+      calibration: calibration for calibrated scores; None for none.
       journal: see `open_journal`.
     """
 
@@ -437,21 +467,21 @@ class Writer:
         scores: Float32[np.ndarray, " n"],
         digests: UInt8[np.ndarray, "n 32"],
     ) -> None:
-        """Write a batch, all of it or no row.
+        """Write a batch; either all its rows are added or none.
 
         Args:
-          records: the images.
-          maps: what the detector says of them.
-          scores: and of each as a whole.
-          digests: SHA-256 of the files that it saw.
+          records: records of the images.
+          maps: anomaly maps.
+          scores: image scores.
+          digests: SHA-256 of the files that the detector saw.
 
         Raises:
-          UserError: an image cannot be read again, or is another one by now; or something
-            cannot be written.
+          UserError: an image cannot be read again, or has changed; or something cannot be
+            written.
         """
         self._pictures.set_scale(maps)
         identities = [digest.tobytes() for digest in digests]
-        # In threads, since Pillow and NumPy leave Python's lock while they work.
+        # In threads, since Pillow and NumPy release the GIL.
         list(self._threads.map(self._draw, records, maps, identities))
         names = [record.relative_path for record in records]
         fields = rows(names, scores, self._threshold, self._calibration)
@@ -460,7 +490,7 @@ class Writer:
         self._journal.add(done, scale=dataclasses.astuple(self._pictures.scale))
 
     def finish(self) -> None:
-        """Write the table whole, whatever has become of it meanwhile."""
+        """Write the complete table, whatever happened to it meanwhile."""
         self._journal.keep(self._journal.count())
         if not isinstance(self._table, pathlib.Path):
             lines = (_encode(row.fields) for row in self._journal.rows())

@@ -1,6 +1,6 @@
-"""What others published of PaDiM, and in which settings it differs from a run.
+"""Published results of PaDiM, and how their settings differ from a run's.
 
-The figures lie in third_party/published_results.json with source, settings and the date
+The results are stored in third_party/published_results.json with source, settings and the date
 they were read.
 """
 
@@ -16,8 +16,8 @@ from padim_jax.config.settings import Config
 
 AVERAGE = "Avg"
 
-# Training and test images of each, in MVTec AD as it is distributed (Bergmann et al., CVPR
-# 2019, table 1): the published figures are of all of them.
+# Training and test images of each category, in MVTec AD as distributed (Bergmann et al., CVPR
+# 2019, table 1): the published results are for all of them.
 IMAGES = {
     "carpet": (280, 117), "grid": (264, 78), "leather": (245, 124), "tile": (230, 117),
     "wood": (247, 79), "bottle": (209, 83), "cable": (224, 150), "capsule": (219, 132),
@@ -25,7 +25,7 @@ IMAGES = {
     "toothbrush": (60, 42), "transistor": (213, 100), "zipper": (240, 151),
 }  # fmt: skip
 
-# Those of the published tables, in their order, under their keys in metrics.json.
+# Metrics of the published tables, in their order, by their keys in metrics.json.
 METRICS = {
     "image_auroc": "image AUROC",
     "pixel_auroc": "pixel AUROC",
@@ -34,15 +34,14 @@ METRICS = {
     "pixel_ap": "pixel AP",
 }
 
-# A difference up to this is what rounding and another draw of the channels explain.
+# Differences up to this are explained by rounding and another draw of the channels.
 #
-# Rounding to three decimals: 0.0005. Draws: for bottle (ResNet-18, seeds 42 to 49) the
-# standard deviations over seeds are 0.0019, 0.0011, 0.0064, 0.0032 and 0.015. Other
-# categories spread about 3 times as much as this easy one: between xiahaifeng1995's and
-# the paper's pixel AUROC, measured alike up to seed and resampling, the 15 differences
-# have a root mean square of 0.0049, which makes 0.0035 a draw. A difference of two draws
-# stays within 2 sqrt(2) times that: 0.0005 + 3 * 2.8 * 0.0011 = 0.01 for pixel AUROC,
-# and so for each, rounded up.
+# Rounding to three decimals: 0.0005. Draws: for bottle (ResNet-18, seeds 42 to 49) the standard
+# deviations over seeds are 0.0019, 0.0011, 0.0064, 0.0032 and 0.015. Other categories spread
+# about 3 times as much as this easy one: between xiahaifeng1995's and the paper's pixel AUROC,
+# measured alike up to seed and resampling, the 15 differences have a root mean square of
+# 0.0049, which gives 0.0035 per draw. A difference of two draws stays within 2 sqrt(2) times
+# that: 0.0005 + 3 * 2.8 * 0.0011 = 0.01 for pixel AUROC, and likewise for each, rounded up.
 TOLERANCE = {
     "image_auroc": 0.02,
     "pixel_auroc": 0.01,
@@ -51,26 +50,25 @@ TOLERANCE = {
     "pixel_ap": 0.15,
 }
 
-# Figures of one of these views say nothing about another: what is shown is different.
+# Results for one of these views say nothing about another: the images differ.
 _VIEWS = {"image.rotation": 0.0, "image.crop_at": "centre"}
 _UNKNOWN = "unknown"
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """One source's figures for one backbone.
+    """One source's results for one backbone.
 
     Attributes:
-      name: short, for the heading of a column; of several where their figures agree.
-      source: where they stand, or are quoted.
-      url: of the source; of the first one of several.
-      read: when, as an ISO date.
-      note: what is known about how they were measured, besides `settings`.
+      name: short name, for a column's heading; several names if their results agree.
+      source: publication or page that states the results.
+      url: URL of the source; of the first one of several.
+      read: date of reading, ISO.
+      note: what is known about the measurement, besides `settings`.
       backbone: as in config.model.backbone.
-      settings: dotted names of settings and their values. One that is not there is not
-        known.
-      values: by key of metrics.json, then by category or `AVERAGE`; fractions, rounded to
-        three decimals.
+      settings: known settings by dotted name.
+      values: by key of metrics.json, then by category or `AVERAGE`; fractions, rounded to three
+        decimals.
     """
 
     name: str
@@ -84,13 +82,13 @@ class Published:
 
 
 def applicable(config: Config) -> tuple[Published, ...]:
-    """The published figures that a run may be compared with.
+    """Return the published results that a run may be compared with.
 
-    They were measured with ImageNet weights on MVTec AD; nothing is compared otherwise,
-    nor with another backbone, or other random views of the images than the source's.
+    They were measured with ImageNet weights on MVTec AD; runs with other weights, data,
+    backbone or random views of the images than the source's are not compared.
 
     Returns:
-      One for each source; sources that agree in all figures and settings are one.
+      One for each source; sources that agree in all results and settings are merged.
     """
     not_imagenet = (backbones.RANDOM_WEIGHTS, backbones.BUNDLED_WEIGHTS)
     if config.dataset.name != "mvtec_ad" or config.model.weights in not_imagenet:
@@ -112,15 +110,18 @@ def applicable(config: Config) -> tuple[Published, ...]:
 
 
 def not_compared(config: Config, category: str, measured: Mapping[str, Any]) -> str:
-    """Return why a run stands without the published figures, in a sentence; "" if it does not.
+    """Return a sentence on why a run is not compared with published results, or "".
 
-    Figures are compared where the numbers of images are the published ones.
+    Results are compared only if the numbers of images are the published ones.
 
     Args:
-      config: of the run.
-      category: what it is of.
-      measured: what metrics.json holds. Without `train_images`, as before that was kept,
-        the number is not known.
+      config: configuration of the run.
+      category: category of the run.
+      measured: contents of metrics.json. Without `train_images`, as in older files, that number
+        is unknown.
+
+    Returns:
+      The sentence, or "".
     """
     if category not in IMAGES or not applicable(config):
         return ""
@@ -136,7 +137,7 @@ def not_compared(config: Config, category: str, measured: Mapping[str, Any]) -> 
 
 @functools.cache
 def everything() -> tuple[Published, ...]:
-    """All that is in third_party/published_results.json, in its order."""
+    """Return all results in third_party/published_results.json, in its order."""
     file = importlib.resources.files("padim_jax.output") / "published_results.json"
     found = []
     for source in json.loads(file.read_text(encoding="utf-8")):
@@ -151,9 +152,16 @@ def everything() -> tuple[Published, ...]:
 
 
 def differing_settings(config: Config, item: Published) -> dict[str, tuple[Any, Any]]:
-    """The settings of a run, and the published run's, where they differ.
+    """Return the settings that differ between a run and a published one.
 
-    Settings that the source does not tell are left out, and so are weights of a file.
+    Settings unknown for the source are left out, and so are weights from a file.
+
+    Args:
+      config: configuration of the run.
+      item: published results.
+
+    Returns:
+      Value of the run and published value, by dotted name.
     """
     differing = {}
     for name, theirs in item.settings.items():
@@ -168,11 +176,14 @@ def differing_settings(config: Config, item: Published) -> dict[str, tuple[Any, 
 
 
 def in_words(name: str, differing: Mapping[str, Sequence[Any]]) -> str:
-    """One sentence on the settings of a source, by its name.
+    """Return one sentence on the settings of a source.
 
     Args:
-      name: of the source.
-      differing: from `differing_settings`, or read back from JSON.
+      name: name of the source.
+      differing: result of `differing_settings`, or read back from JSON.
+
+    Returns:
+      The sentence.
     """
     if not differing:
         return f"{name}: same settings, as far as they are known"

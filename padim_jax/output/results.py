@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: the table, metrics.json, scores.csv, maps, pictures."""
+"""Outputs of an evaluation: the table, metrics.json, scores.csv, maps, pictures."""
 
 import concurrent.futures
 import dataclasses
@@ -25,18 +25,18 @@ from padim_jax.output import figures, published, tables
 from padim_jax.system import paths
 from padim_jax.system.paths import Path
 
-# With config.outputs.figures="some", of each defect type this many of the highest
-# scored images and as many of the lowest.
+# With config.outputs.figures="some": number of the highest scored, and of the lowest scored,
+# images drawn per defect type.
 _SOME = 2
 
 SKIPPED = "skipped.csv"
 SUSPECTS = "suspects.csv"
 _SUSPECTS_HEADER = ("rank", "path", "score", "expected", "suspect")
 FULL = "pixel metrics at the masks' own sizes; published ones are at the model's"
-_SHOWN = 3  # so many leaks, or skipped images, are named
-_LONGEST_NAME = 200  # bytes of a picture's, of 255 that there may be
+_SHOWN = 3  # leaks, or skipped images, that are named
+_LONGEST_NAME = 200  # bytes of a picture's name, of 255 allowed
 
-# Name in the table and keys of metrics.json and of the published numbers.
+# Name in the table and key in metrics.json and in the published results.
 _ROWS = (
     ("image AUROC", "image_auroc"),
     ("image AP", "image_ap"),
@@ -50,18 +50,18 @@ _ROWS = (
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """A test set and what the detector said of it.
+    """A test set and the detector's results for it.
 
     Attributes:
-      records: the n images.
-      masks: their defect pixels; None where unknown.
+      records: records of the n images.
+      masks: defect pixels; None where unknown.
       maps: anomaly maps.
       scores: image scores.
-      pixels: what is measured at the masks' own sizes, where that is asked for.
-      aspects: width over height of what the maps show, in the proportions of the images' files
-        (see `input_pipeline.aspect`); None where they are the maps'.
-      in_place: whether the strongest region of each map lies on the image's defect (see
-        `locate`), None for images without a known defect pixel; None where that is all images.
+      pixels: pixel metrics at the masks' own sizes, if requested.
+      aspects: width over height of the maps' contents, in the proportions of the image files
+        (see `input_pipeline.aspect`); None if they are the maps'.
+      in_place: whether the strongest region of each map lies at the image's defect (see
+        `locate`), None for images without a known defect pixel; None if that is all images.
     """
 
     records: Sequence[Record]
@@ -73,37 +73,44 @@ class Scored:
     in_place: Sequence[bool | None] | None = None
 
     def drawn_size(self, index: int, side: int | None = None) -> tuple[int, int]:
-        """Height and width at which an image is drawn; see `figures.drawn_size`."""
+        """Return height and width at which an image is drawn; see `figures.drawn_size`.
+
+        Args:
+          index: number of the image.
+          side: maximum of the longer side; None for no limit.
+
+        Returns:
+          Height and width in pixels.
+        """
         aspect = None if self.aspects is None else self.aspects[index]
         return figures.drawn_size(self.maps.shape[1:], aspect, side)
 
     @property
     def labels(self) -> Bool[np.ndarray, " n"]:
-        """True for anomalous images."""
+        """Return True for anomalous images."""
         return np.array([record.label == 1 for record in self.records])
 
 
 def import_libraries() -> None:
-    """Imports what the functions below import on first use, which takes half a second."""
+    """Import what the functions below import on first use, which takes half a second."""
     for name in ("scipy.ndimage", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         importlib.import_module(name)
 
 
 def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str, Any]:
-    """What metrics.json holds of a test set.
+    """Return the contents of metrics.json for a test set.
 
     Args:
       scored: the test set.
-      calibration: of the detector, if it has one.
+      calibration: calibration of the detector, if it has one.
 
     Returns:
       All metrics (see `metrics.evaluate`), of which those named f1 come with the thresholds
       that are best on this test set's own labels; `test_images` and `anomalous_images`, their
-      numbers; `resolution`, at which maps and masks were compared, "model" or "full";
-      `transfer`, whether normal test images score as those that the thresholds rest
-      on (see `verdicts.Transfer`), or None; `normal_threshold`, what thresholds from
-      normal images alone do here, always at the model's size (see `calibration.outcome`),
-      or None.
+      numbers; `resolution` at which maps and masks were compared, "model" or "full";
+      `transfer`, the comparison of normal test images with those behind the thresholds (see
+      `verdicts.Transfer`), or None; `normal_threshold`, the outcome of thresholds from normal
+      images alone, always at the model's size (see `calibration.outcome`), or None.
     """
     known = np.array([mask is not None for mask in scored.masks])
     blank = np.zeros(scored.maps.shape[1:], bool)
@@ -132,14 +139,14 @@ def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str,
 
 
 def locate(scored: Scored, measured: Mapping[str, Any], patch: tuple[float, float]) -> Scored:
-    """Find out whether the strongest region of each map lies on the image's defect.
+    """Determine whether the strongest region of each map lies at the image's defect.
 
-    The strongest region ends where outlines do: at the pixel threshold from normal images, or
-    without one at that of the best F1. Without either it is the map's peak alone.
+    The strongest region is bounded like outlines: by the pixel threshold from normal images, or
+    without one by that of the best F1. Without either it is the map's peak alone.
 
     Args:
       scored: the test set.
-      measured: from `measure`.
+      measured: result of `measure`.
       patch: height and width of a patch in pixels of the maps.
 
     Returns:
@@ -157,18 +164,18 @@ def locate(scored: Scored, measured: Mapping[str, Any], patch: tuple[float, floa
 
 
 def with_in_place(scored: Scored, measured: dict[str, Any]) -> dict[str, Any]:
-    """Add to metrics how many defects are found, and found in the right place.
+    """Add to metrics the shares of defects found, by whether they are found in place.
 
     Args:
-      scored: from `locate`.
-      measured: from `measure`.
+      scored: result of `locate`.
+      measured: result of `measure`.
 
     Returns:
-      `measured` and, where there are defects with masks and an image threshold, `in_place`,
-      overall and in `per_defect` for each type that has any: `threshold`, from which score on
-      an image is called anomalous; `found_in_place` and `found_elsewhere`, the shares of the
-      defects with masks that are called anomalous with their strongest region on the defect
-      and elsewhere (see `verdicts.share`).
+      `measured` and, if there are defects with masks and an image threshold, `in_place`,
+      overall and in `per_defect` for each type that has any: `threshold`, the lowest score
+      called anomalous; `found_in_place` and `found_elsewhere`, the shares of the defects with
+      masks that are called anomalous with their strongest region at the defect and elsewhere
+      (see `verdicts.share`).
     """
     threshold = _threshold(measured, "image")
     if scored.in_place is None or threshold is None:
@@ -194,9 +201,9 @@ def with_in_place(scored: Scored, measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def _transfer(scored: Scored, calibration: Calibration | None) -> dict[str, Any] | None:
-    """Whether normal test images score as those of the thresholds; None where it is unknown.
+    """Compare normal test images with those behind the thresholds; None if impossible.
 
-    Groups are not compared: of test images it is not known which belong together.
+    Groups are not compared: it is unknown which test images belong together.
     """
     if calibration is None or calibration.groups is not None:
         return None
@@ -209,7 +216,7 @@ def _transfer(scored: Scored, calibration: Calibration | None) -> dict[str, Any]
 
 
 def transfer_text(found: Mapping[str, Any]) -> str:
-    """What `transfer` in metrics.json says, for a person, where it is `unlike`."""
+    """Describe for a person `transfer` of metrics.json, if it is `unlike`."""
     return (
         f"normal test images are unlike the training images: {found['images']} of them score "
         f"higher than normal images of the thresholds with a probability of "
@@ -220,9 +227,16 @@ def transfer_text(found: Mapping[str, Any]) -> str:
 
 
 def compare(exact: Scored, half: Scored) -> dict[str, Any]:
-    """What rounding a model changed: metrics of both, and the largest changes.
+    """Return the effect of rounding a model: metrics of both forms, and the largest changes.
 
-    These are in parts of the largest image score and of the largest pixel.
+    Changes are relative to the largest image score and the largest pixel.
+
+    Args:
+      exact: results of the exact form.
+      half: results of the half-size form.
+
+    Returns:
+      JSON values.
     """
     before, after = measure(exact), measure(half)
 
@@ -239,7 +253,7 @@ def compare(exact: Scored, half: Scored) -> dict[str, Any]:
 
 
 def comparison_table(comparison: dict[str, Any]) -> str:
-    """What `compare` found, as a person reads it."""
+    """Format the result of `compare` for a person."""
     lines = [f"{'':14}{'exact':>10}{'half':>10}{'change':>10}"]
     for name, key in _ROWS:
         exact, half = comparison["exact"][key], comparison["half"][key]
@@ -264,18 +278,19 @@ def write(
     load_image: Callable[[int], UInt8[np.ndarray, "h w 3"]],
     calibration: Calibration | None = None,
 ) -> None:
-    """Writes everything but the table; what an earlier evaluation wrote is replaced.
+    """Write everything but the table, replacing an earlier evaluation's files.
 
-    metrics.json goes first and comes last: where it is, an evaluation is whole.
+    metrics.json is deleted first and written last: if it exists, the evaluation is complete.
 
     Args:
-      workdir: exists, where there are folders.
-      config: outputs.{figures,maps} choose what is written.
+      workdir: folder to write to; exists, except on object stores.
+      config: outputs.{figures,maps} select what is written.
       scored: the test set.
-      measured: from `measure`.
-      load_image: the preprocessed image by its number, read again for its picture.
-      calibration: of the detector, if it has one. Pictures then show its thresholds, else
-        those of the best F1.
+      measured: result of `measure`.
+      load_image: function from an image's number to the preprocessed image, read again for its
+        picture.
+      calibration: calibration of the detector, if it has one. Pictures then show its
+        thresholds, else those of the best F1.
     """
     (workdir / "metrics.json").unlink(missing_ok=True)
     _write_scores(workdir / "scores.csv", scored, measured["image_f1_threshold"], calibration)
@@ -286,7 +301,7 @@ def write(
     if config.outputs.maps != "none":
         for record, anomaly_map in zip(scored.records, scored.maps, strict=True):
             save_map(workdir / "maps", record.relative_path, config.outputs.maps, anomaly_map)
-    # Sorting, decoding and encoding leave Python's lock free: threads use all cores.
+    # Sorting, decoding and encoding release the GIL: threads use all cores.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         curves = pool.submit(_roc_curves, scored, measured)
         pictures = _draw_figures(
@@ -307,14 +322,23 @@ def write(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON that any reader takes: no NaN, text as it is. It is there once whole."""
+    """Write JSON for any reader, without NaN and escapes; the file appears when complete.
+
+    Args:
+      path: file to write.
+      value: JSON values.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     content = text.encode() + b"\n"
     paths.write(path, content)
 
 
 def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
-    """List images that were left out in skipped.csv; without any there is no such file.
+    """List images that were left out in skipped.csv; without any, remove the file.
+
+    Args:
+      folder: folder to write to.
+      skipped: the images.
 
     Raises:
       UserError: there is another file of this name.
@@ -329,7 +353,11 @@ def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
 
 
 def write_suspects(folder: Path, suspects: Suspects | None) -> None:
-    """Lists training images by their left-out scores in suspects.csv; without any, no file.
+    """List training images by left-out score in suspects.csv; without any, remove the file.
+
+    Args:
+      folder: folder to write to.
+      suspects: the images, or None.
 
     Raises:
       UserError: there is another file of this name.
@@ -348,7 +376,7 @@ def write_suspects(folder: Path, suspects: Suspects | None) -> None:
 
 
 def require_own_suspects(folder: Path) -> None:
-    """Raise UserError if there is a file suspects.csv of somebody else's."""
+    """Raise UserError if there is a file suspects.csv from elsewhere."""
     _require_own_table(folder / SUSPECTS, _SUSPECTS_HEADER)
 
 
@@ -363,9 +391,15 @@ def _require_own_table(table: Path, header: Sequence[str]) -> None:
 def save_map(
     folder: Path, name: str, suffix: str, anomaly_map: Float32[np.ndarray, "h w"]
 ) -> None:
-    """Writes one raw map as `folder/name.npy` or `.tiff` (one float32 channel).
+    """Write one raw map as `folder/name.npy` or `.tiff` (one float32 channel).
 
-    The image's own suffix stays in the name: a.png and a.jpg may lie side by side.
+    The image's own suffix stays in the name: a.png and a.jpg may exist side by side.
+
+    Args:
+      folder: folder of the maps.
+      name: relative path of the image.
+      suffix: npy or tiff.
+      anomaly_map: (h, w).
     """
     content = io.BytesIO()
     if suffix == "npy":
@@ -376,7 +410,15 @@ def save_map(
 
 
 def table(config: Config, measured: dict[str, Any]) -> str:
-    """The metrics beside the published ones, as a person reads them."""
+    """Format the metrics beside the published ones for a person.
+
+    Args:
+      config: configuration of the run.
+      measured: contents of metrics.json.
+
+    Returns:
+      Several lines.
+    """
     sources = _sources(config, measured)
     model = config.model
     lines = [
@@ -437,7 +479,7 @@ def table(config: Config, measured: dict[str, Any]) -> str:
 
 
 def in_place_text(in_place: Mapping[str, Any]) -> str:
-    """What `in_place` in metrics.json says, for a person."""
+    """Describe for a person `in_place` of metrics.json."""
     found, elsewhere = (
         verdicts.share_text(in_place[key]) for key in ("found_in_place", "found_elsewhere")
     )
@@ -448,7 +490,7 @@ def in_place_text(in_place: Mapping[str, Any]) -> str:
 
 
 def rate_rows(normal: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of a table of thresholds for other rates, and what each does on the test set.
+    """Return rows of a table of thresholds for other rates, and their outcomes.
 
     Args:
       normal: `normal_threshold` of `measure`, with its rates.
@@ -467,12 +509,16 @@ def rate_rows(normal: Mapping[str, Any]) -> list[list[str]]:
 def comparison_rows(
     config: Config, measured: dict[str, Any]
 ) -> list[tuple[str, float | None, list[tuple[str, float]]]]:
-    """What `table` shows, as data.
+    """Return the contents of `table` as data.
+
+    Args:
+      config: configuration of the run.
+      measured: contents of metrics.json.
 
     Returns:
-      For each metric its name, its value (None where undefined) and the published ones,
-      by the name of their source; the source with the settings of this run, if there is
-      one, first.
+      For each metric its name, its value (None if undefined) and the published values by the
+      name of their source; the source with the settings of this run, if there is one, comes
+      first.
     """
     sources = _sources(config, measured)
     return [
@@ -490,7 +536,7 @@ def comparison_rows(
 
 
 def _sources(config: Config, measured: Mapping[str, Any]) -> list[published.Published]:
-    """Those with figures for the category; the ones with this run's settings first."""
+    """Return sources with results for the category; those with this run's settings first."""
     if published.not_compared(config, config.category, measured):
         return []
     found = [
@@ -502,12 +548,12 @@ def _sources(config: Config, measured: Mapping[str, Any]) -> list[published.Publ
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few."""
+    """Return the first few names."""
     return ", ".join(map(shown, names[:_SHOWN])) + ", ..." * (len(names) > _SHOWN)
 
 
 def _thresholds(measured: dict[str, Any]) -> list[str]:
-    """Sentences on the thresholds that there are."""
+    """Return sentences on the available thresholds."""
     sentences = []
     if normal := measured["normal_threshold"]:
         wanted = f"{100 * normal['image_rate']:.3g} % false alarms asked for"
@@ -542,7 +588,7 @@ def _thresholds(measured: dict[str, Any]) -> list[str]:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns two spaces apart: the first to the left, the others to the right."""
+    """Format columns two spaces apart: the first left-aligned, the others right-aligned."""
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
         f"{row[0]:{first}}"
@@ -552,7 +598,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _threshold(measured: Mapping[str, Any], level: str) -> float | None:
-    """From normal images where there is one, else that of the best F1."""
+    """Return the threshold from normal images if there is one, else that of the best F1."""
     if normal := measured["normal_threshold"]:
         return normal[f"{level}_threshold"]
     return measured[f"{level}_f1_threshold"]
@@ -591,7 +637,7 @@ def _write_scores(
 def _roc_curves(
     scored: Scored, measured: dict[str, Any]
 ) -> list[tuple[str, Float[np.ndarray, " _"], Float[np.ndarray, " _"]]]:
-    """Label, false and true positive rates of each curve that is defined."""
+    """Return label, false and true positive rates of each curve that is defined."""
     curves = []
     if curve := metrics.roc_curve(scored.labels, scored.scores):
         curves.append((f"image, AUROC {measured['image_auroc']:.4f}", *curve))
@@ -615,13 +661,13 @@ def _draw_figures(
     load_image: Callable[[int], UInt8[np.ndarray, "h w 3"]],
     pool: concurrent.futures.Executor,
 ) -> Iterator[Image.Image | None]:
-    """Saves the chosen pictures; yields them, or None where there may be many."""
+    """Save the selected pictures, and yield them, or None if there may be many."""
     which = config.outputs.figures
     if which == "none":
         return iter(())
     threshold = _threshold(measured, "image")
     scale = figures.ColorScale(*measured["color_scale"])
-    if isinstance(folder, pathlib.Path):  # an object store knows none
+    if isinstance(folder, pathlib.Path):  # object stores have no folders
         folder.mkdir()
 
     def draw(place: int, index: int) -> Image.Image | None:
@@ -649,7 +695,7 @@ def _draw_figures(
 
 
 def _chosen(scored: Scored, which: str) -> list[int]:
-    """Numbers of the images to draw: defects first, by type, highest score first."""
+    """Return numbers of the images to draw: defects first, by type, highest score first."""
     by_type: dict[str, list[int]] = {}
     for index in np.argsort(-scored.scores, kind="stable"):
         by_type.setdefault(scored.records[index].defect_type, []).append(int(index))

@@ -1,6 +1,6 @@
-"""The table of a sweep: all categories beside the published numbers, as data and as text.
+"""The table of a sweep: all categories beside the published results, as data and as text.
 
-`build` makes of finished runs what table.json holds; the rest only renders that.
+`build` turns finished runs into the contents of table.json; the rest only renders that.
 """
 
 import json
@@ -27,15 +27,14 @@ def build(
     failed: Mapping[str, str],
     categories: Iterable[str],
 ) -> dict[str, Any]:
-    """Puts the runs of a sweep together.
+    """Combine the runs of a sweep.
 
     Args:
-      config: the sweep's.
-      finished: what metrics.json of each finished run holds, by category and number of the
+      config: configuration of the sweep.
+      finished: contents of metrics.json of each finished run, by category and number of the
         repeat.
-      failed: what went wrong, by category, or by "category/repeat".
-      categories: all that the sweep is to have. Those that are neither finished nor failed
-        are missing.
+      failed: error messages, by category, or by "category/repeat".
+      categories: all categories of the sweep. Those neither finished nor failed are missing.
 
     Returns:
       JSON values, with the metrics under their keys in metrics.json:
@@ -45,14 +44,14 @@ def build(
         categories: those with a finished run; textures first, as published
         metrics: keys, in the order of the tables
         this_run: by metric, then by category or "Avg": mean, std (n - 1; None for one
-          run) and values of the repeats; mean is None where undefined. "Avg" is over the
-          categories where there is a mean, its std and values over the repeats that have
+          run) and values of the repeats; mean is None if undefined. "Avg" is over the
+          categories that have a mean, its std and values over the repeats that have
           them all.
-        published: for each source its name as source, reference (where the figures stand),
+        published: for each source its name as source, reference (publication or page),
           url, read, note, settings (a sentence), differing_settings (ours and theirs),
           same_settings, and by metric values, differences (this run minus published) and
-          out_of_tolerance (categories). "Avg" is over the categories that this run's is
-          over, and absent where that cannot be. A category of other numbers of images than
+          out_of_tolerance (categories). "Avg" is over the same categories as this run's,
+          and absent if that is impossible. A category with other numbers of images than
           the published ones has no values; see `published.not_compared`.
     """
     finished = {
@@ -82,7 +81,12 @@ def build(
 
 
 def write(folder: Path, table: Mapping[str, Any]) -> None:
-    """Writes table.csv, table.md and, last, table.json into a folder that is there."""
+    """Write table.csv, table.md and, last, table.json.
+
+    Args:
+      folder: existing folder.
+      table: result of `build`.
+    """
     as_json = json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     contents = (csv_table(table), markdown(table).encode(), as_json.encode())
     for name, content in zip(NAMES, contents, strict=True):
@@ -90,7 +94,7 @@ def write(folder: Path, table: Mapping[str, Any]) -> None:
 
 
 def markdown(table: Mapping[str, Any]) -> str:
-    """One table a metric, with the columns of the published ones."""
+    """Return one Markdown table per metric, with the columns of the published ones."""
     columns = [AVERAGE, *table["categories"]]
     settings = ", ".join(f"{name} {value}" for name, value in table["settings"].items())
     lines = [f"# {_cell(table['title'])}", "", _cell(settings)]
@@ -114,7 +118,7 @@ def markdown(table: Mapping[str, Any]) -> str:
 
 
 def csv_table(table: Mapping[str, Any]) -> bytes:
-    """A row for each metric, source and quantity; a column for each category.
+    """Return CSV with a row for each metric, source and quantity, and a column per category.
 
     Quantities: mean, std and runs of this run; value, difference and mark ("!" beyond the
     tolerance) of each source. An empty cell is undefined or unknown.
@@ -143,7 +147,7 @@ def csv_table(table: Mapping[str, Any]) -> bytes:
 
 
 def text(table: Mapping[str, Any]) -> str:
-    """For a terminal: a row for each category, beside it the differences to one source."""
+    """Return text for a terminal: a row per category, with differences to one source."""
     sources = table["published"]
     reference = next((source for source in sources if source["same_settings"]), None)
     reference = reference or next(iter(sources), None)
@@ -160,7 +164,7 @@ def text(table: Mapping[str, Any]) -> str:
     names = ["", *rows]
     lines = [name.ljust(max(map(len, names))) for name in names]
     for heading, cells in columns:
-        # Room for a mark, so that figures stay below each other.
+        # Room for a mark, so that numbers stay aligned.
         shown = [heading, *(cell if cell.endswith(MARK) else f"{cell} " for cell in cells)]
         if heading == "diff":
             shown[0] = "diff "
@@ -174,14 +178,14 @@ def text(table: Mapping[str, Any]) -> str:
 
 
 def _name(config: Config, category: str) -> str:
-    """How the tables call a category: a dataset without any has the name of its root."""
+    """Return a category's name in the tables: without categories the name of the root."""
     return category or paths.absolute(config.dataset.root).name
 
 
 def _statistics(
     key: str, categories: Sequence[str], finished: Mapping[tuple[str, int], Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Of one metric: mean, std and values by category, and of their average."""
+    """Return mean, std and values of one metric by category, and of their average."""
     runs = {
         category: {
             repeat: measured[key]
@@ -193,8 +197,7 @@ def _statistics(
     found = {category: _spread(list(runs[category].values())) for category in categories}
     defined = [category for category in categories if runs[category]]
     repeats = [set(runs[category]) for category in defined]
-    # The channels are those of one draw in all categories, so that the average has a
-    # spread of its own.
+    # Channels are drawn once for all categories, so the average has a spread of its own.
     average = _spread(
         [
             statistics.fmean(runs[category][repeat] for category in defined)
@@ -221,7 +224,7 @@ def _compare(
     finished: Mapping[tuple[str, int], Mapping[str, Any]],
     apart: Mapping[str, str],
 ) -> dict[str, Any]:
-    """One source beside this run, without the categories that stand apart."""
+    """Compare one source with this run, without the categories that are not comparable."""
     differing = published.differing_settings(config, item)
     if item.settings.get("model.seed") in _seeds(config, finished):
         differing.pop("model.seed", None)  # one of those that are averaged
@@ -270,7 +273,7 @@ def _compare(
 def _not_compared(
     config: Config, finished: Mapping[tuple[str, int], Mapping[str, Any]]
 ) -> dict[str, str]:
-    """Why categories stand without published figures, by category; one run is enough."""
+    """Return why categories are not compared, by category; one run suffices."""
     reasons = {}
     for (category, _), measured in finished.items():
         if why := published.not_compared(config, category, measured):
@@ -279,7 +282,7 @@ def _not_compared(
 
 
 def _average(theirs: Mapping[str, float], ours: Sequence[str]) -> float | None:
-    """The published average over the categories `ours`; None where it is not known."""
+    """Return the published average over the categories `ours`; None if unknown."""
     if set(ours) == set(MVTEC_AD) and AVERAGE in theirs:
         return theirs[AVERAGE]
     if ours and all(category in theirs for category in ours):
@@ -290,7 +293,7 @@ def _average(theirs: Mapping[str, float], ours: Sequence[str]) -> float | None:
 def _seeds(
     config: Config, finished: Mapping[tuple[str, int], Mapping[str, Any]]
 ) -> Sequence[int]:
-    """Channel seeds of the repeats, if there is more than one."""
+    """Return channel seeds of the repeats, if there is more than one."""
     repeats = sorted({repeat for _, repeat in finished})
     return [config.model.seed + repeat for repeat in repeats] if config.repeats > 1 else []
 
@@ -391,7 +394,7 @@ def _sources_with(table: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]
 
 
 def _place(category: str) -> tuple[int, str]:
-    """Sorts as the published tables do, and what they do not have behind, by name."""
+    """Return a sort key: the published tables' order, then other categories by name."""
     known = MVTEC_AD.index(category) if category in MVTEC_AD else len(MVTEC_AD)
     return known, category
 
@@ -420,6 +423,6 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that ends no cell or line of Markdown, and begins no element, link or picture."""
+    """Escape text so that it ends no cell or line and begins no element, link or picture."""
     escaped = re.sub(r"([\\|`\[\]])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
     return " ".join(escaped.split())

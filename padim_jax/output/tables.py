@@ -1,4 +1,4 @@
-"""CSV tables: UTF-8 whatever the names are, and text for a spreadsheet that opens them."""
+"""CSV tables: UTF-8 for any name, and text that is safe to open in a spreadsheet."""
 
 import csv
 import io
@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# What a spreadsheet takes for the beginning of a formula, or skips in front of one; the wide
-# forms of East Asian input methods count as the signs themselves.
+# Characters that a spreadsheet takes for the beginning of a formula, or skips before one; the
+# wide forms of East Asian input methods count as the signs themselves.
 _WIDE = "\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH COMMERCIAL AT}"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", *_WIDE, "\N{FULLWIDTH HYPHEN-MINUS}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -17,9 +17,9 @@ def as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
     r"""Encode rows of a table as CSV in UTF-8.
 
     Args:
-      rows: of numbers and text. Text that a spreadsheet would run as a formula is written
-        with `./` in front, which leaves a relative path what it is; bytes of a file's name
-        that are no text are written as escapes (`\udcff`).
+      rows: rows of numbers and text. Text that a spreadsheet would run as a formula is prefixed
+        with `./`, which leaves a relative path valid; bytes of a file name that are not valid
+        text are escaped (`\udcff`).
     """
     text = io.StringIO(newline="")
     csv.writer(text).writerows(map(_inert, row) for row in rows)

@@ -1,1 +1,1 @@
-"""A backbone from nothing: images that the program draws, and a network taught with them."""
+"""Pretraining of a backbone: procedural images, and a network trained on them."""

@@ -1,6 +1,6 @@
-"""The recipe of a pretraining: a ConfigDict goes in, frozen dataclasses that hold come out.
+"""The recipe of a pretraining: a ConfigDict in, validated frozen dataclasses out.
 
-`defaults` explains every setting. Like `padim_jax.config`, this imports nothing heavy.
+`defaults` explains all settings. Like `padim_jax.config`, this imports nothing heavy.
 """
 
 import dataclasses
@@ -13,29 +13,29 @@ from padim_jax.config import backbones, checks
 from padim_jax.errors import UserError
 from padim_jax.system import paths
 
-# Blocks of two 3x3 convolutions: what the network with norms is written for.
+# Blocks of two 3x3 convolutions, which the network with norms supports.
 BACKBONES = tuple(name for name, spec in backbones.RESNETS.items() if spec.block == "basic")
-# Trained, and what channels are drawn from.
+# Stages that are trained, and that channels are drawn from.
 STAGES = ("layer1", "layer2", "layer3")
-TEXTURE_SIZE = 128  # pixels of a texture, of which every image is cut
+TEXTURE_SIZE = 128  # pixels of a texture's side, from which all images are cut
 FAMILIES = 13  # of textures; fewer classes would leave some out
-_MULTIPLE = 16  # pixels of the input to a cell of layer3
+_MULTIPLE = 16  # input pixels per cell of layer3
 _LEAST_SIZE = 32
-# Far beyond what is of use; above, memory or time would end before the work does.
-_MOST_TEXTURES = 100_000  # of a byte for each pixel, 1.6 GB
-_MOST_PIXELS = 4096  # a side of a photograph
-_MOST_SCENES = 4096  # a step
-_MOST_IMAGES = 256  # of a scene
+# Far above useful values; beyond, memory or time would run out first.
+_MOST_TEXTURES = 100_000  # of one byte per pixel, 1.6 GB
+_MOST_PIXELS = 4096  # per side of a photograph
+_MOST_SCENES = 4096  # per step
+_MOST_IMAGES = 256  # per scene
 _MOST_STEPS = 10_000_000
 _MOST_SEED = 2**31 - 1  # JAX takes 32 bits
 _LEAST_PART = 1e-3
 _LEAST_RATE = 1e-9
-_MOST_AVERAGE = 0.999999  # as float32 has it, not 1
+_MOST_AVERAGE = 0.999999  # in float32 still below 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ImagesConfig:
-    """What the images show."""
+    """Contents of the images."""
 
     size: int
     classes: int
@@ -47,7 +47,7 @@ class ImagesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """What is to be learnt from them."""
+    """The task learnt from them."""
 
     good: int
     inspected: int
@@ -58,7 +58,7 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """How it is learnt."""
+    """Optimisation."""
 
     steps: int
     scenes: int
@@ -70,14 +70,14 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """A whole, valid recipe.
+    """A complete, valid recipe.
 
     Attributes:
-      seed: of weights, textures and images.
-      backbone: a key of `models.RESNETS`, of basic blocks.
-      start: "random", or weights to go on from: a name or a file.
-      precision: of the network's arithmetic.
-      checkpoint_every: seconds.
+      seed: seed of weights, textures and images.
+      backbone: key of `backbones.RESNETS`, with basic blocks.
+      start: "random", or weights to start from: a name or a file.
+      precision: precision of the network's arithmetic.
+      checkpoint_every: interval of saves in seconds.
     """
 
     seed: int
@@ -91,24 +91,24 @@ class PretrainConfig:
 
     @property
     def batch_size(self) -> int:
-        """Images a step."""
+        """Return the number of images per step."""
         return self.optimizer.scenes * (self.task.good + self.task.inspected)
 
 
 def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> PretrainConfig:
-    """Checks a recipe whole.
+    """Validate a complete recipe.
 
     Args:
-      values: a ConfigDict, or the nested mapping that `to_dict` returned.
+      values: a ConfigDict, or the nested mapping returned by `to_dict`.
 
     Returns:
       The same settings as frozen dataclasses.
 
     Raises:
-      UserError: one line that names the field, its value and what is allowed.
+      UserError: a setting is wrong; one line with its name, value and what is allowed.
     """
     checks.fields("config", values, PretrainConfig)
-    groups: Any = values  # unchecked yet: anything
+    groups: Any = values  # not validated yet: any type
     images, task, optimizer = groups["images"], groups["task"], groups["optimizer"]
     checks.fields("config.images", images, ImagesConfig)
     checks.fields("config.task", task, TaskConfig)
@@ -143,7 +143,7 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> PretrainC
             ),
         ),
         task=TaskConfig(
-            # Two at least have a covariance.
+            # A covariance needs at least two.
             good=checks.integer("config.task.good", task["good"], 2, _MOST_IMAGES),
             inspected=checks.integer(
                 "config.task.inspected", task["inspected"], 1, _MOST_IMAGES
@@ -184,7 +184,7 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> PretrainC
 
 
 def to_dict(config: PretrainConfig) -> dict[str, Any]:
-    """The recipe as nested JSON values; `validate` takes it back."""
+    """Return the recipe as nested JSON values, which `validate` reads."""
     values = dataclasses.asdict(config)
     photos = config.images.photos
     values["images"]["photos"] = None if photos is None else str(photos)

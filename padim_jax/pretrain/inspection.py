@@ -1,7 +1,7 @@
-"""PaDiM on a handful of images of one scene, differentiable: the task that is trained for.
+"""Differentiable PaDiM on a few images of one scene: the training task.
 
-The good images of a scene give a Gaussian for every patch; the others' Mahalanobis distances
-are to be larger where there are defects. Of features of any scale the same comes out, as
+The good images of a scene give a Gaussian for each patch; the others' Mahalanobis distances
+should be larger where there are defects. The result is independent of the features' scale, as
 each stage's are standardised first.
 """
 
@@ -15,25 +15,28 @@ from jaxtyping import Array, Bool, Float, Float32
 
 Mean = Callable[[Array], Array]
 
-# PaDiM's default, and the deviation that features are brought to: that of a stage's channels
-# over all images and places, in quadratic mean. Above 1, as what differs between images of one
-# thing is a small part of it, and would drown in epsilon; measured, see the recipe.
+# PaDiM's default, and the deviation that features are scaled to: the root mean square over a
+# stage's channels, over all images and positions. Above 1, because differences between images
+# of one thing are a small part of it and would vanish beside epsilon; measured, see the recipe.
 EPSILON = 0.01
 DEVIATION = 5.0
-# What distances are compared by is sharpened by this much.
+# Factor that sharpens distances before they are compared.
 _SHARPNESS = 2.0
-# Part of a patch that has to be spoilt for it to count in full.
+# Fraction of a patch that has to be defective for it to count fully.
 _PLAIN = 0.25
 
 
 def standardised(
     features: Sequence[Float32[Array, "b _h _w _c"]], over_devices: Mean = lambda x: x
 ) -> tuple[Float32[Array, "b _h _w _c"], ...]:
-    """Every stage's features times one number, for `DEVIATION`.
+    """Scale the features of each stage by one number, to reach `DEVIATION`.
 
     Args:
-      features: of one device's images.
-      over_devices: takes the mean over devices, where there are several.
+      features: features of one device's images.
+      over_devices: function that takes the mean over devices, if there are several.
+
+    Returns:
+      Features of the same shapes.
     """
 
     def mean(x: Array) -> Array:
@@ -51,18 +54,19 @@ def log_distances(
     kept: Sequence[Float32[Array, " _c"]],
     good: int,
 ) -> Float32[Array, "s q h w"]:
-    """Logarithms of the squared Mahalanobis distances of patches, per channel.
+    """Return logarithms of the patches' squared Mahalanobis distances per channel.
 
-    Only the images count, not the channels, in what is inverted (Woodbury; see
+    The size of the inverted matrix depends on the images, not the channels (Woodbury; see
     `padim_jax.core.low_rank`), and deeper stages' products are computed on their own grids.
 
     Args:
-      features: of all scenes' images, the finest stage first; grids divide the first one.
-      kept: 1 for the channels of each stage that are kept, 0 for others.
-      good: how many images of every scene, the first ones, make the Gaussians.
+      features: features of all scenes' images, the finest stage first; grids divide the first
+        one.
+      kept: per stage 1 for the channels that are kept, 0 for others.
+      good: number of leading images of each scene that the Gaussians are fitted to.
 
     Returns:
-      Of the other q = b - good images, on the first stage's grid.
+      (s, q, h, w) for the other q = b - good images, on the first stage's grid.
     """
     height, width = features[0].shape[2:4]
     products, squares = [], []
@@ -92,16 +96,16 @@ def _repeated(x: Float[Array, "s h w *n"], times: tuple[int, int]) -> Float[Arra
 def ranking(
     distances: Float32[Array, "s q h w"], defect: Float32[Array, "s q h w"]
 ) -> tuple[Float32[Array, " s"], Float32[Array, " s"]]:
-    """How far defects stand out from all that is normal in the same scene.
+    """Return how far defects stand out from all normal patches of the same scene.
 
     Args:
-      distances: from `log_distances`.
-      defect: how much of each patch is spoilt.
+      distances: result of `log_distances`.
+      defect: defective fraction of each patch.
 
     Returns:
-      The loss of each scene, the mean over spoilt patches of -log p, p being the part of the
-      patch itself when all normal patches of the scene together weigh as much as one,
-      softmax-wise; 0 without defects. And the AUROC of its patches; NaN without defects.
+      The loss of each scene, the mean over defective patches of -log p, where p is the softmax
+      probability of the patch itself if all normal patches of the scene together weigh as much
+      as one; 0 without defects. And the AUROC of its patches; NaN without defects.
     """
     count = len(distances)
     distance, part = distances.reshape(count, -1), defect.reshape(count, -1)
@@ -117,7 +121,7 @@ def ranking(
 def _auroc(
     scores: Float32[Array, " n"], positive: Bool[Array, " n"], negative: Bool[Array, " n"]
 ) -> Float32[Array, ""]:
-    """NaN without positives or negatives."""
+    """Return the AUROC; NaN without positives or negatives."""
     above = scores[:, None] > scores[None]
     pairs = positive[:, None] & negative[None]
     return jnp.sum(above & pairs) / jnp.sum(pairs)

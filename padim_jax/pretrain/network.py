@@ -1,4 +1,4 @@
-"""The network that is trained: the backbone with batch norm, and a head on every stage."""
+"""The trained network: the backbone with batch norm, and a head on each stage."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +13,14 @@ from padim_jax.devices import parallel
 from padim_jax.models.resnet import ResNet
 
 STAGES = ("layer1", "layer2", "layer3")
-# Pixels that a cell is to tell, a side: its own, of deeper stages averages.
+# Side in pixels of the patch that a cell predicts: its own, averaged for deeper stages.
 PATCH = 4
 EPSILON = 1e-5
 _MOMENTUM = 0.98
 
 
 class ConvNorm(nn.Module):
-    """A convolution and its batch norm, for `nn.Conv`'s arguments.
+    """A convolution and its batch norm, with `nn.Conv`'s arguments.
 
     Statistics are those of the images on all devices.
     """
@@ -34,7 +34,7 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
-        """Applies both; where `batch_stats` is mutable, by the batch's own statistics."""
+        """Apply both; with the batch's own statistics if `batch_stats` is mutable."""
         training = self.is_mutable_collection("batch_stats") and not self.is_initializing()
         x = nn.Conv(
             self.features,
@@ -58,10 +58,10 @@ class ConvNorm(nn.Module):
 
 
 class Network(nn.Module):
-    """A backbone up to layer3, and what each cell of its stages tells of its own pixels.
+    """A backbone up to layer3, and predictions of each cell's own pixels.
 
     Attributes:
-      backbone: a key of `padim_jax.config.backbones.RESNETS`, of basic blocks.
+      backbone: key of `padim_jax.config.backbones.RESNETS`, with basic blocks.
       precision: see `ResNet`.
     """
 
@@ -74,14 +74,14 @@ class Network(nn.Module):
     ) -> tuple[
         tuple[Float32[Array, "b _h _w _c"], ...], tuple[Float32[Array, "b _h _w _p"], ...]
     ]:
-        """Extracts, and tells.
+        """Return features and predicted pixels.
 
         Args:
           images: normalised.
 
         Returns:
-          Of each of `STAGES` the features (b, h / s, w / s, c), with s = 4, 8, 16, and the
-          pixels told (b, h / s, w / s, 3 * PATCH^2).
+          For each of `STAGES` the features (b, h / s, w / s, c), with s = 4, 8, 16, and the
+          predicted pixels (b, h / s, w / s, 3 * PATCH^2).
         """
         features = ResNet(
             RESNETS[self.backbone], STAGES, self.precision, ConvNorm, name="backbone"
@@ -94,7 +94,7 @@ class Network(nn.Module):
 
 
 def channels(backbone: str) -> tuple[int, ...]:
-    """Of each of `STAGES`."""
+    """Return the number of channels of each of `STAGES`."""
     return tuple(map(RESNETS[backbone].channels, STAGES))
 
 
@@ -104,16 +104,19 @@ def with_weights(
     images: Float[Array, "b h w 3"],
     backbone: str,
 ) -> dict[str, Any]:
-    """Puts a backbone's weights, whose norms were folded, into a network with norms.
+    """Put a backbone's weights with folded norms into a network with norms.
 
-    What a norm does to some images is undone by its scale and bias, so that training begins
-    with the function that the weights are.
+    Each norm's scale and bias undo its effect on some images, so that training begins
+    with the function of the weights.
 
     Args:
-      variables: of `Network`, for all else.
+      variables: variables of `Network`, for everything else.
       weights: `params` of the plain backbone.
-      images: normalised; their statistics become the norms'.
-      backbone: whose weights these are.
+      images: normalised images, whose statistics become the norms'.
+      backbone: backbone of the weights.
+
+    Returns:
+      Variables of `Network`.
     """
     plain = ResNet(RESNETS[backbone], STAGES, "float32")
     _, found = plain.apply(
@@ -141,7 +144,7 @@ def with_weights(
 
 
 def folded(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The backbone's weights without norms, by torchvision's names, float32.
+    """Return the backbone's weights with folded norms, by torchvision's names, float32.
 
     Args:
       variables: params and batch_stats of `Network`.
@@ -173,14 +176,17 @@ def folded(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def rescaled(
     tensors: Mapping[str, np.ndarray], factors: Mapping[str, Float32[np.ndarray, " c"]]
 ) -> dict[str, np.ndarray]:
-    """The same network with every channel of the stages' feature maps times a positive factor.
+    """Return the same network with each channel of the feature maps scaled.
 
-    ReLU lets positive factors through, so that what one layer multiplies by, the layers
-    that read it divide by: the function stays what it is up to those factors.
+    ReLU commutes with positive factors, so layers that read a scaled channel divide by its
+    factor: the function is unchanged up to these factors.
 
     Args:
-      tensors: of a ResNet of basic blocks, as from `folded`.
-      factors: of each of `STAGES`.
+      tensors: tensors of a ResNet of basic blocks, as from `folded`.
+      factors: positive factors of the channels for each of `STAGES`.
+
+    Returns:
+      Tensors of the same names and shapes.
     """
     found = {}
     for name, value in tensors.items():

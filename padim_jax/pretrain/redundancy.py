@@ -1,7 +1,7 @@
-"""How much the channels of a stage repeat each other, or say nothing.
+"""Redundancy of a stage's channels: repeated and silent ones.
 
-PaDiM keeps a random part of the channels: what each says should be its own. The terms are
-those of VICReg (Bardes et al., arXiv 2105.04906), of features as they are.
+PaDiM keeps a random part of the channels: each should carry its own information. The terms are
+those of VICReg (Bardes et al., arXiv 2105.04906), applied to unprojected features.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-# Weight of silent channels beside repeated ones.
+# Weight of silent channels relative to repeated ones.
 _SILENT = 10.0
 
 
@@ -18,15 +18,18 @@ def redundancy(
     features: Sequence[Float32[Array, "b _h _w _c"]],
     over_devices: Callable[[Array], Array] = lambda x: x,
 ) -> Float32[Array, ""]:
-    """The mean over stages.
+    """Return the mean redundancy over stages.
 
-    Of each stage it is the sum of a channel's squared correlations with the others, over
-    images and places, the mean over channels; and how far channels' deviations fall short of
-    all channels' quadratic mean, as a part of it.
+    For each stage it is the mean over channels of a channel's summed squared correlations with
+    the others, over images and positions; plus the shortfall of channels' deviations below
+    all channels' root mean square, relative to it.
 
     Args:
-      features: of one device's images.
-      over_devices: takes the mean over devices, where there are several.
+      features: features of one device's images.
+      over_devices: function that takes the mean over devices, if there are several.
+
+    Returns:
+      Scalar.
     """
     found = []
     for x in features:

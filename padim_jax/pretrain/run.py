@@ -1,9 +1,9 @@
-"""A whole pretraining: recipe -> weights, curves and a description; files are written here.
+"""A complete pretraining: recipe -> weights, curves and a description; files are written here.
 
 In the working folder: `backbone.safetensors`, the weights, batch norm folded, float16, by
-torchvision's names, for `config.model.weights`; `recipe.json`, what they were made by;
+torchvision's names, for `config.model.weights`; `recipe.json`, the recipe;
 `curves.png` and `history.json`; `images.png`, some of the images; and `checkpoint`, from
-which an interrupted training goes on.
+which an interrupted training resumes.
 """
 
 import dataclasses
@@ -44,25 +44,26 @@ HISTORY = "history.json"
 CURVES = "curves.png"
 IMAGES = "images.png"
 CHECKPOINT = "checkpoint"
-# Points of the curves, at least, and steps between two of them, at most.
+# Minimum number of points of the curves, and maximum number of steps between two of them.
 _POINTS, _EVERY = 20, 50
-# As `inspection.DEVIATION`, of the result's features. Less than what is trained for: beside
-# epsilon, the least variance of the Gaussians, directions in which features of normal images
-# hardly differ count less then. Measured, see docs/pretraining.md.
+# Like `inspection.DEVIATION`, for the result's features. Lower than in training: directions in
+# which features of normal images hardly differ then count less beside epsilon, the least
+# variance of the Gaussians. Measured, see docs/pretraining.md.
 DEVIATION = 1.0
-# Images that the features' deviation is measured on, at least, and scenes that are shown.
+# Minimum number of images that the features' deviation is measured on, and number of scenes
+# that are shown.
 _MEASURED = 256
 _SHOWN = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """What a training is given, beside its recipe.
+    """Inputs of a training besides its recipe.
 
     Attributes:
-      weights: to go on from; None for random ones.
+      weights: weights to start from; None for random ones.
       photos: the user's own images; None for none.
-      identity: of both, for JSON.
+      identity: identity of both, for JSON.
     """
 
     weights: Tree | None
@@ -71,15 +72,15 @@ class _Inputs:
 
 
 def pretrain(config: PretrainConfig, workdir: pathlib.Path) -> None:
-    """Trains a backbone, or goes on with an interrupted training of the same recipe.
+    """Train a backbone, or resume an interrupted training of the same recipe.
 
     Args:
       config: the recipe.
       workdir: see above; on a file system.
 
     Raises:
-      UserError: something in the recipe cannot be had or done.
-      Stopped: by SIGTERM; what was done is saved.
+      UserError: something in the recipe is unavailable or impossible.
+      Stopped: stopped by SIGTERM; progress is saved.
     """
     devices = parallel.every()
     if config.optimizer.scenes % devices.total:
@@ -89,7 +90,7 @@ def pretrain(config: PretrainConfig, workdir: pathlib.Path) -> None:
         )
     with locks.held(workdir / CHECKPOINT, devices.process):
         recipe = config_lib.to_dict(config)
-        del recipe["checkpoint_every"]  # changes no result
+        del recipe["checkpoint_every"]  # does not change results
         inputs = _inputs(config)
         made_by = {"recipe": recipe, "inputs": inputs.identity}
         if _finished(workdir, made_by):
@@ -119,7 +120,7 @@ def _pretrain(
     state = _train(config, made_by, workdir, state, bank, photos, done, history, devices)
     tensors = _exported(config, state, examples)
     if devices.process == 0:
-        said = {**made_by, "devices": devices.total}  # these change the rounding
+        said = {**made_by, "devices": devices.total}  # it changes the rounding
         _write(config, said, workdir, tensors, history, examples)
 
 
@@ -134,7 +135,7 @@ def _train(
     history: saving.History,
     devices: Devices,
 ) -> State:
-    """All steps that are left; the history grows."""
+    """Train all remaining steps, extending the history."""
     step = parallel.mapped(training.train_step, static=(0,), replicated=(2, 3), donated=(1,))
     bank, photos = parallel.replicate((bank, photos), devices)
     total = config.optimizer.steps
@@ -144,7 +145,7 @@ def _train(
 
     def save() -> None:
         nonlocal kept
-        # What is there already is not given up for another copy of it.
+        # An existing save is not replaced by another copy of it.
         if kept < done:
             host = jax.tree.map(lambda x: np.asarray(x[0]), state)
             saving.save(workdir / CHECKPOINT, done, host, made_by, history, devices)
@@ -160,10 +161,10 @@ def _train(
             state, found = step(config, state, bank, photos)
             measures.append(found)
             done += 1
-            # Joined processes are to look at the same time.
+            # Joined processes must check at the same steps.
             stopping = asked() and devices.processes == 1
             if done % every and done < total and not stopping:
-                # No more than one step ahead of the devices.
+                # At most one step ahead of the devices.
                 jax.block_until_ready(measures[-2:][0])
                 bar.update()
                 continue
@@ -198,7 +199,7 @@ def _train(
 
 def _means(measures: list[Measures]) -> list[float]:
     values = [[float(np.asarray(x)[0]) for x in each] for each in measures]
-    # A step may by chance have no scene with a plain defect, and so no AUROC.
+    # A step may by chance have no scene with an obvious defect, and so no AUROC.
     auroc = [row[1] for row in values if np.isfinite(row[1])]
     means = np.mean(values, 0).tolist()
     means[1] = float(np.mean(auroc)) if auroc else 0.5
@@ -207,7 +208,7 @@ def _means(measures: list[Measures]) -> list[float]:
 
 
 def _inputs(config: PretrainConfig) -> _Inputs:
-    """Reads them; what is at their paths later may be something else."""
+    """Read the inputs; their paths may hold something else later."""
     weights, identity = None, None
     if config.start != RANDOM_WEIGHTS:
         variables, found = pretrained.load(config.start, config.backbone, network.STAGES)
@@ -219,7 +220,7 @@ def _inputs(config: PretrainConfig) -> _Inputs:
 
 
 def _photos(folder: Path, size: int) -> tuple[Photos, dict[str, Any]]:
-    """A folder's images, all of one size; and, for JSON, which files they were."""
+    """Return a folder's images, all of one size, and their files' identity for JSON."""
     resize = {"size": (size, size), "resample": Image.Resampling.BILINEAR}
     pixels, digest = [], hashlib.sha256()
     for file in image_files(folder):
@@ -232,7 +233,7 @@ def _photos(folder: Path, size: int) -> tuple[Photos, dict[str, Any]]:
 def _images(
     config: PretrainConfig, bank: Bank, photos: Photos | None
 ) -> Float[Array, "b s s 3"]:
-    """Some of a training's images, of no step."""
+    """Return example images of a training, which belong to no step."""
     each = config.task.good + config.task.inspected
     scenes = -(-_MEASURED // each)
 
@@ -247,7 +248,7 @@ def _images(
 def _exported(
     config: PretrainConfig, state: State, images: Float[Array, "b s s 3"]
 ) -> dict[str, np.ndarray]:
-    """The average's weights, norms folded, features of `DEVIATION`."""
+    """Return the averaged weights, norms folded, features scaled to `DEVIATION`."""
     tensors = network.folded(state.average)
     variables = pretrained.convert(tensors, config.backbone, network.STAGES, "pretraining")
     model = networks.build(config.backbone, network.STAGES, "float32")
@@ -269,7 +270,7 @@ def _write(
     history: saving.History,
     images: Float[Array, "b s s 3"],
 ) -> None:
-    # In memory's order, and not in that of the axes, safetensors writes what it is given.
+    # safetensors writes arrays in memory order, not in the order of their axes.
     half = {name: np.ascontiguousarray(x, np.float16) for name, x in tensors.items()}
     if not all(np.isfinite(x).all() for x in half.values()):
         raise UserError("pretraining: the weights are too large for float16; lower the rate")
@@ -297,7 +298,7 @@ def _write(
 
 
 def _finished(workdir: pathlib.Path, made_by: dict[str, Any]) -> bool:
-    """Whether there are weights by this recipe, and of these inputs.
+    """Return whether there are weights by this recipe and from these inputs.
 
     Raises:
       UserError: there are others.

@@ -1,4 +1,4 @@
-"""A training on its way, in Orbax checkpoints: one folder a save, the newest one counts."""
+"""A training in progress, in Orbax checkpoints: one folder per save, the newest one counts."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from padim_jax.system.paths import Path
 Tree = TypeVar("Tree")
 History = list[list[float | int]]
 
-# In Orbax's names of what is not written whole, or was not when it was killed.
+# Part of Orbax's names of what is not, or not yet, completely written.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
@@ -30,18 +30,18 @@ def save(
     history: History,
     devices: Devices,
 ) -> None:
-    """Saves, and removes what was saved before.
+    """Save, and then remove the earlier save.
 
     Args:
-      folder: for all saves of one training.
-      step: how many are done.
-      state: arrays of the host, the same in all processes.
-      recipe: what the training is made by, for JSON: it goes on with the same only.
-      history: what was measured.
-      devices: of all processes, which call this together.
+      folder: folder for all saves of one training.
+      step: number of steps done.
+      state: host arrays, equal in all processes.
+      recipe: recipe of the training, for JSON: only the same recipe can resume it.
+      history: measurements.
+      devices: devices of all processes, which call this together.
 
     Raises:
-      UserError: the disk is full, say; the earlier save is as it was.
+      UserError: for example a full disk; the earlier save is unchanged.
     """
     place = paths.absolute(folder) / str(step)
     leaves = {f"{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
@@ -54,10 +54,10 @@ def save(
     try:
         with library_logs.held_back("orbax"):
             ocp.save(os.fspath(place), leaves, custom_metadata=metadata)
-        paths.flush(place)  # before the earlier one goes
+        paths.flush(place)  # before the earlier one is removed
     except Exception as error:
         if devices.process == 0:
-            with contextlib.suppress(OSError):  # what is half done fills a full disk
+            with contextlib.suppress(OSError):  # a partial save fills a full disk
                 _remove_leftovers(folder)
         if (reason := paths.explanation(error, folder)) is None:
             raise
@@ -72,19 +72,19 @@ def save(
 def load(
     folder: Path, state: Tree, recipe: Mapping[str, Any], devices: Devices
 ) -> tuple[int, Tree, History] | None:
-    """The newest save.
+    """Return the newest save.
 
     Args:
       folder: see `save`.
-      state: one of the same structure, shapes and types.
-      recipe: what is to go on.
-      devices: of all processes, which call this together.
+      state: a state of the same structure, shapes and types.
+      recipe: recipe to resume.
+      devices: devices of all processes, which call this together.
 
     Returns:
       Steps done, the state, and the history; None if there is no save.
 
     Raises:
-      UserError: it is made by something else, or cannot be read.
+      UserError: it was made with another recipe, or cannot be read.
     """
     numbers = sorted(_numbered(folder)) if paths.is_folder(folder) else []
     step = parallel.agreed(numbers[-1] if numbers else -1)
@@ -113,7 +113,7 @@ def load(
         history = metadata["history"]
     except UserError:
         raise
-    # Whatever a damaged file makes its readers trip over.
+    # Readers raise arbitrary exceptions on damaged files.
     except Exception as error:
         raise UserError(
             f"{place}: cannot be read ({type(error).__name__}): damaged, or written by "

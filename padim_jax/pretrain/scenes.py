@@ -1,9 +1,9 @@
-"""Procedural images: objects of textured, coloured materials, lit, and sometimes spoilt.
+"""Procedural images: objects of textured, coloured materials, lit, and sometimes defective.
 
-A scene is a ground with some objects on it that may hide each other, as a part under a
-camera. It is seen many times: `key` decides what there is, `view` what differs between two
-photographs of it, defects among that. So a scene is what a category is to PaDiM: normal
-images of one thing, and some in which something is wrong, known pixel by pixel. Everything is a
+A scene is a ground with some objects on it that may hide each other, like a part under a
+camera. It is seen many times: `key` determines the scene, `view` the differences between two
+photographs of it, including defects. A scene thus corresponds to a category for PaDiM: normal
+images of one thing, and some with defects known pixel by pixel. Everything is a
 pure function of random keys, for one image; `jax.vmap` draws many.
 
 Lengths are in pixels, angles in radians, colours in 0..1.
@@ -31,11 +31,11 @@ _DEFECTS = 2
 
 
 class Scene(NamedTuple):
-    """An image and what is wrong with it.
+    """An image and its defects.
 
     Attributes:
       image: RGB.
-      defect: how much of the pixel is spoilt.
+      defect: defective fraction of each pixel.
     """
 
     image: Picture
@@ -48,21 +48,24 @@ class _Canvas(NamedTuple):
 
 
 def scene(key: Random, view: Random, good: Flag, bank: Bank, size: int) -> Scene:
-    """Draws one image.
+    """Draw one image.
 
     Args:
-      key: decides what is there, of which materials, in what light.
-      view: decides what differs between two photographs of that: where exactly things are,
-        which piece of a material it is, brightness and noise; and what is wrong.
-      good: whether nothing may be wrong.
-      bank: the textures to choose from.
+      key: determines the objects, their materials, and the light.
+      view: determines the differences between two photographs of them: exact positions, pieces
+        of material, brightness and noise; and defects.
+      good: whether to draw no defects.
+      bank: textures to choose from.
       size: side of the image, at most that of the bank's textures.
+
+    Returns:
+      The image and its defects.
     """
     keys, views = jax.random.split(key, 4), jax.random.split(view, 5)
     canvas = _ground(keys[0], views[0], bank, size)
     there = jnp.arange(_OBJECTS) < jax.random.randint(keys[1], (), 0, _OBJECTS + 1)
 
-    # A loop, and not its steps in a row: XLA would fuse them, and compute much twice.
+    # A loop instead of unrolled steps, which XLA would fuse and compute partly twice.
     def place(canvas: _Canvas, which: tuple[Random, Random, Flag]) -> tuple[_Canvas, None]:
         return _placed(which[0], which[1], canvas, bank, size, which[2]), None
 
@@ -77,15 +80,18 @@ def scene(key: Random, view: Random, good: Flag, bank: Bank, size: int) -> Scene
 def photograph(
     key: Random, view: Random, good: Flag, photos: Photos, bank: Bank, size: int
 ) -> Scene:
-    """A piece of a photograph of something without defects, sometimes spoilt.
+    """Cut a piece from a photograph of something without defects, and sometimes add defects.
 
     Args:
-      key: decides which piece: views of one key show the same place on different photographs.
-      view: decides which photograph, and what is wrong.
-      good: whether nothing may be wrong.
-      photos: the photographs.
-      bank: textures to spoil it with.
+      key: determines the piece: views of one key show the same place on different photographs.
+      view: determines the photograph and the defects.
+      good: whether to draw no defects.
+      photos: photographs.
+      bank: textures for defects.
       size: side of the image, at most the photographs'.
+
+    Returns:
+      The image and its defects.
     """
     views = jax.random.split(view, 3)
     which = jax.random.randint(views[0], (), 0, len(photos))
@@ -93,13 +99,13 @@ def photograph(
     piece = lax.dynamic_slice(jnp.asarray(photos), (which, top, left, 0), (1, size, size, 3))[0]
     canvas = _Canvas(piece.astype(jnp.float32) / 255, jnp.zeros((size, size)))
     canvas, defect = _spoilt(views[1], canvas, bank, size, good)
-    # Light is in the photograph; only what was done to it has a relief.
+    # The photograph includes its light; only the added defects have a relief.
     shade = 1 + jnp.clip(_slopes(canvas.height)[0], -0.5, 0.5)
     return Scene(jnp.clip(canvas.colour * shade[..., None], 0.0, 1.0), defect)
 
 
 def _varied(key: Random, view: Random, count: int, by: float) -> Float[Array, " count"]:
-    """Numbers in 0..1 that differ by at most half of `by` from view to view."""
+    """Draw numbers in 0..1 that differ by at most half of `by` from view to view."""
     centre = jax.random.uniform(key, (count,))
     return jnp.clip(centre + by * (jax.random.uniform(view, (count,)) - 0.5), 0.0, 1.0)
 
@@ -108,9 +114,9 @@ def _varied(key: Random, view: Random, count: int, by: float) -> Float[Array, " 
 
 
 def _texture(key: Random, view: Random, bank: Bank, size: int) -> Field:
-    """A piece of any texture, standardised.
+    """Cut a piece of any texture, standardised.
 
-    Half of all materials are cut from wherever it may be, the others are in their place.
+    Half of all materials are cut at a random position, the others at a fixed one.
     """
     classes, instances, side, _ = bank.shape
     keys, views = jax.random.split(key, 4), jax.random.split(view)
@@ -132,7 +138,7 @@ def _texture(key: Random, view: Random, bank: Bank, size: int) -> Field:
 
 
 def _colour(key: Random) -> Float[Array, "3"]:
-    """Any brightness, mostly weak colours."""
+    """Draw a colour of any brightness, mostly weakly saturated."""
     keys = jax.random.split(key, 3)
     grey = jax.random.uniform(keys[0], minval=0.03, maxval=0.97)
     saturation = jax.random.uniform(keys[1]) ** 2
@@ -141,7 +147,7 @@ def _colour(key: Random) -> Float[Array, "3"]:
 
 
 def _painted(key: Random, field: Field) -> Picture:
-    """A texture in three colours: of its dark, middle and bright parts."""
+    """Colour a texture with three colours: for its dark, middle and bright parts."""
     keys = jax.random.split(key, 5)
     contrast = jax.random.uniform(keys[0], minval=0.25, maxval=1.0)
     dark, middle, bright = (_colour(k)[None, None] for k in keys[1:4])
@@ -171,9 +177,9 @@ def _axes(size: int) -> tuple[Field, Field]:
 
 
 def _outline(key: Random, view: Random, size: int, low: float, high: float) -> Field:
-    """Distance to a shape's outline, roughly; negative inside. It moves a little by `view`.
+    """Return the approximate distance to a shape's outline, negative inside; `view` moves it.
 
-    A superformula (Gielis 2003) makes discs, ellipses, polygons, stars and petals; bent by
+    A superformula (Gielis 2003) makes discs, ellipses, polygons, stars and petals; distorted by
     noise it makes stains. One in five is a bar.
     """
     keys = jax.random.split(key, 7)
@@ -211,14 +217,14 @@ def _placed(
     size: int,
     there: Flag,
 ) -> _Canvas:
-    """One more object, on top of what there is."""
+    """Add one object on top of the canvas."""
     keys, views = jax.random.split(key, 4), jax.random.split(view)
     outline = _outline(keys[0], views[0], size, size / 10, size / 2)
     cover = jnp.clip(0.5 - outline, 0.0, 1.0) * there
     field = _texture(keys[1], views[1], bank, size)
     colour = _painted(keys[2], field)
     relief, dome, shadow, reach = jax.random.uniform(keys[3], (4,))
-    # Round at the edges, and a shadow about it.
+    # Round at the edges, with a shadow around it.
     round_ = dome**2 * 12 * textures.smooth(-outline / (2 + 10 * reach))
     height = 1.5 * relief**2 * field + round_
     dark = there * 0.6 * shadow * jnp.exp(-jnp.maximum(outline, 0.0) / (1 + 4 * reach))
@@ -235,7 +241,7 @@ def _placed(
 def _spoilt(
     key: Random, canvas: _Canvas, bank: Bank, size: int, good: Flag
 ) -> tuple[_Canvas, Field]:
-    """At most `_DEFECTS` small things that do not belong there, and where they are.
+    """Add up to `_DEFECTS` small defects, and return where they are.
 
     Each is a spot or a scratch, in which the surface has another colour, is another
     material, comes from another place, is blurred, or is dented.
@@ -258,7 +264,7 @@ def _spoilt(
 def _with_defect(
     key: Random, canvas: _Canvas, bank: Bank, size: int, there: Flag
 ) -> tuple[_Canvas, Field]:
-    """One more defect, and which pixels it covers."""
+    """Add one defect, and return the pixels it covers."""
     keys = jax.random.split(key, 8)
     spot = _outline(keys[0], keys[0], size, 1.2, size / 5)
     scratch = _scratch(keys[1], size)
@@ -280,14 +286,14 @@ def _with_defect(
     )
     opacity, depth = jax.random.uniform(keys[7], (2,), minval=0.3)
     colour = canvas.colour + (cover * opacity)[..., None] * (other - canvas.colour)
-    # What keeps its colour is dented.
+    # Defects that keep the colour are dented.
     dent = jnp.where(kind == 5, 6.0, 1.5) * (2 * depth - 1.3)
     height = canvas.height + dent * textures.smooth(0.5 - where / 3) * there
     return _Canvas(colour, height), cover
 
 
 def _scratch(key: Random, size: int) -> Field:
-    """Distance to a thin arc."""
+    """Return the distance to a thin arc."""
     x, y = _axes(size)
     keys = jax.random.split(key, 2)
     x0, y0 = jax.random.uniform(keys[0], (2,), maxval=float(size))
@@ -310,7 +316,7 @@ def _slopes(height: Field) -> tuple[Field, Field]:
 
 
 def _lit(key: Random, view: Random, canvas: _Canvas) -> Picture:
-    """Diffuse light from one side, some gloss."""
+    """Apply diffuse light from one side, and some gloss."""
     azimuth, steep, ambient, gloss, exponent = _varied(key, view, 5, 0.1)
     slope_x, slope_y = _slopes(canvas.height)
     norm = jnp.sqrt(slope_x**2 + slope_y**2 + 1)
@@ -328,14 +334,14 @@ def _lit(key: Random, view: Random, canvas: _Canvas) -> Picture:
 
 
 def _blur(picture: Picture, width: int) -> Picture:
-    """The mean of a square about every pixel."""
+    """Return the mean of a square around each pixel."""
     window = (width, width, 1)
     total = lax.reduce_window(picture, 0.0, lax.add, window, (1, 1, 1), "SAME")
     return total / width**2
 
 
 def _exposed(key: Random, view: Random, picture: Picture) -> Picture:
-    """Uneven light, unsharpness, tone, tint and noise of a camera."""
+    """Apply uneven light, blur, tone, tint and noise of a camera."""
     size = len(picture)
     keys, views = jax.random.split(key), jax.random.split(view)
     blur, gain, gamma, dx, dy, noise = _varied(keys[0], views[0], 6, 0.2)

@@ -1,12 +1,15 @@
-"""Procedural textures: height fields of endless kinds, as pure functions of random keys.
+"""Procedural textures: height fields of many kinds, as pure functions of random keys.
 
 A family is a way to draw (gratings, cells, weaves ...); a class is one choice of a family's
-parameters; an instance is one picture of a class, of which position, angle, scale and
-everything that is noise differ. `bank` draws some instances of many classes once, which
-`scenes` then cuts, colours, lights and composes anew for every training image.
+parameters; an instance is one picture of a class, with its own position, angle, scale and
+noise. `bank` draws some instances of many classes once, which `scenes` then cuts, colours,
+lights and composes anew for each training image.
 
-Lengths are in pixels, angles in radians. Where a family needs a random number for every
-place of a lattice it hashes the place: no tables, no borders.
+Lengths are in pixels, angles in radians. If a family needs a random number for each
+point of a lattice, it hashes the point: no tables, no borders.
+
+All families map (kind, look, x, y) to a height field (s, s): `kind` determines the class,
+`look` the noise, and x, y (s, s) are the coordinates of the pixels.
 """
 
 from collections.abc import Callable
@@ -22,7 +25,7 @@ Field = Float[Array, "s s"]
 Number = Float[Array, ""]
 
 NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1))
-# Instances that are drawn at once: bounds memory, does not change results.
+# Instances drawn at once: bounds memory, does not change results.
 _AT_ONCE = 64
 
 
@@ -33,14 +36,17 @@ def bank(
     size: int,
     drawn: Callable[[int], object] = lambda _: None,
 ) -> UInt8[np.ndarray, "classes instances size size"]:
-    """Draws textures, of mean 127 and standard deviation 51 each where they do not saturate.
+    """Draw textures of mean 127 and standard deviation 51 each, except where they saturate.
 
     Args:
-      key: decides everything.
-      classes: how many kinds, shared out evenly over `FAMILIES`.
-      instances: pictures of each.
-      size: their side.
-      drawn: is told of so many classes more that are drawn.
+      key: determines all textures.
+      classes: number of classes, distributed evenly over `FAMILIES`.
+      instances: number of pictures of each class.
+      size: side of a picture in pixels.
+      drawn: called with the number of additional classes drawn.
+
+    Returns:
+      (classes, instances, size, size) uint8.
     """
     kinds = jax.vmap(lambda c: jax.random.fold_in(key, c))(np.arange(classes))
     looks = jax.vmap(lambda kind: jax.random.split(kind, instances))(kinds)
@@ -70,13 +76,16 @@ def _draw_all(
 def texture(
     family: Callable[..., Field], kind: Random, look: Random, size: int
 ) -> UInt8[Array, "size size"]:
-    """Draws one instance.
+    """Draw one instance.
 
     Args:
       family: one of `FAMILIES`.
-      kind: decides what the texture is: the same for all instances of a class.
-      look: decides where it is seen, from how far, at what angle, and all noise.
-      size: its side.
+      kind: determines the texture: the same for all instances of a class.
+      look: determines position, scale, angle, and all noise.
+      size: side of the picture in pixels.
+
+    Returns:
+      (size, size) uint8.
     """
     own, warping, grain = jax.random.split(kind, 3)
     place, noise = jax.random.split(look)
@@ -99,7 +108,7 @@ def texture(
 
 
 def _pose(key: Random, size: int) -> tuple[Field, Field]:
-    """The coordinates of the pixels as an instance sees them."""
+    """Return the coordinates of the pixels in an instance's pose."""
     keys = jax.random.split(key, 3)
     angle = jax.random.uniform(keys[0], maxval=2 * np.pi)
     scale = jnp.exp2(jax.random.uniform(keys[1], minval=-0.5, maxval=0.5))
@@ -116,7 +125,16 @@ def _standardised(field: Field) -> Field:
 
 
 def hashed(i: Float[Array, "*n"], j: Float[Array, "*n"], seed: UInt32[Array, ""]) -> Array:
-    """Random numbers in [0, 1) of the places (i, j) of a lattice: the same for the same."""
+    """Return pseudo-random numbers in [0, 1) of lattice points, by hashing.
+
+    Args:
+      i: first lattice coordinate.
+      j: second lattice coordinate.
+      seed: seed of the hash.
+
+    Returns:
+      float32 of the coordinates' shape; equal points have equal numbers.
+    """
     a = i.astype(jnp.int32).astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
     b = j.astype(jnp.int32).astype(jnp.uint32) * jnp.uint32(0x85EBCA77)
     h = a ^ (b + seed)
@@ -127,7 +145,16 @@ def hashed(i: Float[Array, "*n"], j: Float[Array, "*n"], seed: UInt32[Array, ""]
 
 
 def value_noise(x: Field, y: Field, seed: UInt32[Array, ""]) -> Field:
-    """Smooth noise in [0, 1] whose knots are 1 apart."""
+    """Return smooth noise in [0, 1] whose knots are 1 apart.
+
+    Args:
+      x: horizontal coordinates.
+      y: vertical coordinates.
+      seed: seed of the knots.
+
+    Returns:
+      (s, s).
+    """
     i, j = jnp.floor(x), jnp.floor(y)
     u, v = smooth(x - i), smooth(y - j)
     top = (1 - u) * hashed(i, j, seed) + u * hashed(i + 1, j, seed)
@@ -138,7 +165,18 @@ def value_noise(x: Field, y: Field, seed: UInt32[Array, ""]) -> Field:
 def fractal_noise(
     x: Field, y: Field, seed: UInt32[Array, ""], octaves: int, gain: Number | float = 0.5
 ) -> Field:
-    """Value noise of several scales (fractional Brownian motion), in [0, 1]."""
+    """Return value noise of several scales (fractional Brownian motion), in [0, 1].
+
+    Args:
+      x: horizontal coordinates.
+      y: vertical coordinates.
+      seed: seed of the noise.
+      octaves: number of scales.
+      gain: ratio of successive amplitudes.
+
+    Returns:
+      (s, s).
+    """
     total, weight, amplitude = jnp.zeros_like(x), jnp.float32(0), jnp.float32(1)
     for n in range(octaves):
         total += amplitude * value_noise(x * 2**n, y * 2**n, seed + jnp.uint32(n))
@@ -147,7 +185,7 @@ def fractal_noise(
 
 
 def smooth(t: Array) -> Array:
-    """A smooth step from 0 at 0 to 1 at 1."""
+    """Return a smooth step from 0 at 0 to 1 at 1."""
     t = jnp.clip(t, 0.0, 1.0)
     return t * t * (3 - 2 * t)
 
@@ -157,7 +195,7 @@ def _uniform(key: Random, count: int, low: float = 0.0, high: float = 1.0) -> Ar
 
 
 def _between(t: Number, low: float, high: float) -> Number:
-    """From 0..1 to low..high, evenly in the logarithm."""
+    """Map 0..1 to low..high, evenly in the logarithm."""
     return low * (high / low) ** t
 
 
@@ -165,10 +203,10 @@ def _between(t: Number, low: float, high: float) -> Number:
 
 
 def spectral_noise(kind: Random, look: Random, x: Field, y: Field) -> Field:
-    """Noise of a power-law spectrum in a band, stretched along a direction."""
+    """Draw noise of a power-law spectrum in a band, stretched along a direction."""
     slope, low, band, stretch, turn = _uniform(kind, 5)
     size = len(x)
-    # The pose, as the coordinates show it, acts on frequencies.
+    # The pose, derived from the coordinates, acts on frequencies.
     cos, sin = (x[0, -1] - x[0, 0]) / (size - 1), (y[0, -1] - y[0, 0]) / (size - 1)
     angle = jnp.arctan2(-sin, cos) + np.pi * turn
     scale = jnp.clip(jnp.sqrt(cos**2 + sin**2), 0.5, 2.0)
@@ -185,7 +223,7 @@ def spectral_noise(kind: Random, look: Random, x: Field, y: Field) -> Field:
 
 
 def clouds(kind: Random, look: Random, x: Field, y: Field) -> Field:
-    """Fractal noise, folded into ridges and billows."""
+    """Draw fractal noise, folded into ridges and billows."""
     far, gain, ridge, power = _uniform(kind, 4)
     seeds = jax.random.bits(look, (2,))
     far = _between(far, 6.0, 40.0)
@@ -197,7 +235,7 @@ def clouds(kind: Random, look: Random, x: Field, y: Field) -> Field:
 
 
 def gratings(kind: Random, look: Random, x: Field, y: Field) -> Field:
-    """One to three gratings, soft or sharp, added or multiplied."""
+    """Draw one to three gratings, soft or sharp, added or multiplied."""
     del look
     keys = jax.random.split(kind, 3)
     period, angle, sharp = (_uniform(key, 3) for key in keys)
@@ -220,7 +258,7 @@ def gratings(kind: Random, look: Random, x: Field, y: Field) -> Field:
 def _lattice_distances(
     x: Field, y: Field, jitter: Number, seed: UInt32[Array, ""], power: Number
 ) -> tuple[Field, Field, Field]:
-    """Distances to the two nearest of jittered points, and the nearest's hash."""
+    """Return distances to the two nearest of jittered points, and the nearest's hash."""
     i, j = jnp.floor(x), jnp.floor(y)
     first, second = jnp.full_like(x, 9.0), jnp.full_like(x, 9.0)
     nearest = jnp.zeros_like(x)
@@ -235,7 +273,7 @@ def _lattice_distances(
 
 
 def cells(kind: Random, look: Random, x: Field, y: Field) -> Field:
-    """Cellular (Worley) noise: cobbles, scales, foam."""
+    """Draw cellular (Worley) noise: cobbles, scales, foam."""
     far, jitter, power, a, b, c = _uniform(kind, 6)
     far = _between(far, 6.0, 24.0)
     seed = jax.random.bits(look)
@@ -246,7 +284,7 @@ def cells(kind: Random, look: Random, x: Field, y: Field) -> Field:
 
 
 def cracks(kind: Random, look: Random, x: Field, y: Field) -> Field:
-    """Thin lines between cells, on ground of its own."""
+    """Draw thin lines between cells, on their own ground."""
     far, jitter, width, ground, step = _uniform(kind, 5)
     far = _between(far, 10.0, 40.0)
     seeds = jax.random.bits(look, (2,))
@@ -260,7 +298,7 @@ def cracks(kind: Random, look: Random, x: Field, y: Field) -> Field:
 
 
 def tiles(kind: Random, look: Random, x: Field, y: Field) -> Field:
-    """Bricks and tiles with joints, each of its own brightness."""
+    """Draw bricks and tiles with joints, each with its own brightness."""
     width, ratio, shift, joint, own, bevel = _uniform(kind, 6)
     width = _between(width, 7.0, 32.0)
     height = width / _between(ratio, 1.0, 3.0)
@@ -276,7 +314,7 @@ def tiles(kind: Random, look: Random, x: Field, y: Field) -> Field:
 
 
 def weave(kind: Random, look: Random, x: Field, y: Field) -> Field:
-    """Cloth: threads over and under each other, plain, twill or satin."""
+    """Draw cloth: threads over and under each other, plain, twill or satin."""
     period, ratio, over, step, width, fibre = _uniform(kind, 6)
     period = _between(period, 3.5, 14.0)
     u, v = x / period, y / (period * _between(ratio, 0.6, 1.6))
@@ -298,7 +336,7 @@ def weave(kind: Random, look: Random, x: Field, y: Field) -> Field:
 
 
 def dots(kind: Random, look: Random, x: Field, y: Field) -> Field:
-    """Dots, rings, squares and diamonds on a lattice, more or less regular."""
+    """Draw dots, rings, squares and diamonds on a more or less regular lattice."""
     far, jitter, power, radius, ring, spread, soft, bright = _uniform(kind, 8)
     far = _between(far, 6.0, 24.0)
     seed = jax.random.bits(look)
@@ -312,7 +350,7 @@ def dots(kind: Random, look: Random, x: Field, y: Field) -> Field:
 
 
 def glyphs(kind: Random, look: Random, x: Field, y: Field) -> Field:
-    """One sign of random strokes, again and again."""
+    """Draw one sign of random strokes, repeatedly."""
     far, jitter, turned, width = _uniform(kind, 4)
     ends = _uniform(jax.random.fold_in(kind, 1), 12, -0.36, 0.36).reshape(3, 4)
     far = _between(far, 12.0, 32.0)
@@ -331,14 +369,14 @@ def glyphs(kind: Random, look: Random, x: Field, y: Field) -> Field:
 
 
 def _to_segment(x: Field, y: Field, x0: Array, y0: Array, x1: Array, y1: Array) -> Field:
-    """Distances to a segment of a line."""
+    """Return distances to a line segment."""
     dx, dy = x1 - x0, y1 - y0
     t = jnp.clip(((x - x0) * dx + (y - y0) * dy) / (dx**2 + dy**2 + 1e-6), 0.0, 1.0)
     return jnp.sqrt((x - x0 - t * dx) ** 2 + (y - y0 - t * dy) ** 2 + 1e-12)
 
 
 def strokes(kind: Random, look: Random, x: Field, y: Field) -> Field:
-    """Fibres and scratches, all along one direction or any."""
+    """Draw fibres and scratches, along one direction or all."""
     far, spread, length, width, levels = _uniform(kind, 5)
     far = _between(far, 4.0, 16.0)
     seed = jax.random.bits(look)
@@ -360,7 +398,7 @@ def strokes(kind: Random, look: Random, x: Field, y: Field) -> Field:
 
 
 def rings(kind: Random, look: Random, x: Field, y: Field) -> Field:
-    """Wood and marble: bands or rings, bent by noise."""
+    """Draw wood and marble: bands or rings, distorted by noise."""
     period, bend, far, sharp, centred, fine = _uniform(kind, 6)
     seeds = jax.random.bits(look, (2,))
     period, far = _between(period, 5.0, 24.0), _between(far, 16.0, 60.0)
@@ -373,7 +411,7 @@ def rings(kind: Random, look: Random, x: Field, y: Field) -> Field:
 
 
 def julia(kind: Random, look: Random, x: Field, y: Field) -> Field:
-    """Escape times of a Julia set: an outline at all scales."""
+    """Draw escape times of a Julia set: an outline at all scales."""
     del look
     turn, radius, zoom, cap = _uniform(kind, 4)
     angle = 2 * np.pi * turn
@@ -382,7 +420,7 @@ def julia(kind: Random, look: Random, x: Field, y: Field) -> Field:
         (0.68 + 0.12 * radius) * jnp.sin(angle),
     )
     side = _between(zoom, 24.0, 90.0)
-    # One set after the other, every second mirrored: without end or seam.
+    # Sets side by side, every second one mirrored: unbounded and seamless.
     re = jnp.abs(jnp.mod(x / side, 4.0) - 2.0) * 1.3 - 1.3
     im = jnp.abs(jnp.mod(y / side, 4.0) - 2.0) * 1.3 - 1.3
 
@@ -402,7 +440,7 @@ def julia(kind: Random, look: Random, x: Field, y: Field) -> Field:
 
 
 def reaction_diffusion(kind: Random, look: Random, x: Field, y: Field) -> Field:
-    """Stripes, spots and labyrinths that form by themselves (Swift and Hohenberg 1977).
+    """Draw self-organising stripes, spots and labyrinths (Swift and Hohenberg 1977).
 
     u' = r u - (1 + laplacian)^2 u + g u^2 - u^3, in Fourier space, the linear part implicit.
     """

@@ -1,9 +1,9 @@
 """One step of training, as a pure function that is mapped over devices.
 
-The task is PaDiM itself, on scenes that are drawn for it (`inspection`), with channels drawn
-anew in every step, since PaDiM keeps some only. Beside it channels are to say different things
-(`redundancy`), and each cell's own pixels are to be told by a linear layer: it keeps features
-from forgetting what no drawn defect was about.
+The task is PaDiM itself, on scenes drawn for it (`inspection`), with channels drawn
+anew in each step, since PaDiM keeps only some. In addition channels should not be redundant
+(`redundancy`), and a linear layer should predict each cell's own pixels: this keeps
+information in the features that no drawn defect was about.
 """
 
 from collections.abc import Callable
@@ -25,22 +25,22 @@ from padim_jax.pretrain.scenes import Bank, Photos, Scene
 
 Tree = Any
 
-# ImageNet's, as configurations of PaDiM have by default.
+# ImageNet's, as in PaDiM's default configuration.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-# What random numbers are for: each draws from a key of its own.
+# Purposes of random numbers: each draws from its own key.
 _WEIGHTS, _TEXTURES, _IMAGES, _CHANNELS = range(4)
 
 
 class State(NamedTuple):
-    """All that training goes on from.
+    """Complete state of a training.
 
     Attributes:
-      step: steps done.
-      params: of `network.Network`.
+      step: number of steps done.
+      params: parameters of `network.Network`.
       batch_stats: running statistics of its norms.
-      optimizer: of `optimizer`.
+      optimizer: state of `optimizer`.
       average: exponential moving averages of params and batch_stats, which are the result.
     """
 
@@ -52,14 +52,14 @@ class State(NamedTuple):
 
 
 class Measures(NamedTuple):
-    """What a step finds.
+    """Measurements of a step.
 
     Attributes:
       ranking: see `inspection.ranking`.
-      auroc: likewise.
+      auroc: see `inspection.ranking`.
       redundancy: see `redundancy`.
-      pixels: squared error, in the images' variance.
-      rate: the learning rate.
+      pixels: squared error, in units of the images' variance.
+      rate: learning rate.
     """
 
     ranking: Float32[Array, ""]
@@ -76,20 +76,28 @@ def _key(config: PretrainConfig, purpose: int) -> Key[Array, ""]:
 def bank(
     config: PretrainConfig, drawn: Callable[[int], object] = lambda _: None
 ) -> UInt8[np.ndarray, "classes instances t t"]:
-    """The recipe's textures; see `textures.bank`."""
+    """Draw the recipe's textures; see `textures.bank`.
+
+    Args:
+      config: the recipe.
+      drawn: see `textures.bank`.
+
+    Returns:
+      (classes, instances, t, t) uint8.
+    """
     images = config.images
     key, side = _key(config, _TEXTURES), TEXTURE_SIZE
     return textures.bank(key, images.classes, images.instances, side, drawn)
 
 
 def schedule(config: PretrainConfig) -> optax.Schedule:
-    """The learning rate: a linear rise, then half a cosine down to 0."""
+    """Return the learning rate: a linear rise, then half a cosine down to 0."""
     own = config.optimizer
     return optax.warmup_cosine_decay_schedule(0.0, own.learning_rate, own.warmup, own.steps)
 
 
 def optimizer(config: PretrainConfig) -> optax.GradientTransformation:
-    """AdamW; only kernels decay, as norms and biases are to have any scale."""
+    """Return AdamW; only kernels decay, as norms and biases may have any scale."""
 
     def kernels(params: Tree) -> Tree:
         return jax.tree.map(lambda x: x.ndim > 1, params)
@@ -104,12 +112,15 @@ def optimizer(config: PretrainConfig) -> optax.GradientTransformation:
 def initial(
     config: PretrainConfig, examples: Float[Array, "b s s 3"], weights: Tree | None = None
 ) -> State:
-    """The state before the first step.
+    """Return the state before the first step.
 
     Args:
       config: the recipe.
-      examples: some images of it.
-      weights: params of a backbone with norms folded, to go on from; else random ones.
+      examples: some of its images.
+      weights: params of a backbone with folded norms to start from; None for random ones.
+
+    Returns:
+      The state.
     """
     model = network.Network(config.backbone, config.precision)
     variables = model.init(_key(config, _WEIGHTS), normalised(examples[:1]))
@@ -134,15 +145,18 @@ def draw(
     bank: Bank,
     photos: Photos | None,
 ) -> Scene:
-    """Some images of a step: the same whichever others are drawn with them.
+    """Draw some images of a step, independent of which others are drawn with them.
 
     Args:
       config: the recipe.
-      step: from 0.
-      numbers: which images of the step's; every scene has `good + inspected` in a row, the
-        good ones first.
+      step: number of the step, from 0.
+      numbers: numbers of the images within the step; each scene has `good + inspected` in a
+        row, the good ones first.
       bank: textures.
       photos: photographs, or None for none.
+
+    Returns:
+      Images (n, s, s, 3) and defects (n, s, s).
     """
     task, images = config.task, config.images
     each = task.good + task.inspected
@@ -164,26 +178,26 @@ def draw(
 
 
 def normalised(images: Float[Array, "b s s 3"]) -> Float32[Array, "b s s 3"]:
-    """As the network expects them."""
+    """Normalise images as the network expects them."""
     return (images - jnp.array(MEAN, ndmin=4)) / jnp.array(STD, ndmin=4)
 
 
 def train_step(
     config: PretrainConfig, state: State, bank: Bank, photos: Photos | None
 ) -> tuple[State, Measures]:
-    """A device's part of a step, inside of `parallel.mapped`.
+    """Compute a device's part of a step, inside `parallel.mapped`.
 
-    Draws its own scenes; gradients and statistics of batches are means over all devices, so
-    that how many there are changes results by rounding only.
+    Each device draws its own scenes; gradients and batch statistics are means over all devices,
+    so that the number of devices changes results by rounding only.
 
     Args:
-      config: the recipe; the devices divide its scenes.
-      state: the same on all devices.
+      config: the recipe; the number of devices divides that of its scenes.
+      state: state, equal on all devices.
       bank: textures.
       photos: photographs, or None for none.
 
     Returns:
-      The state after it, and what was found before.
+      The state after the step, and measurements before it.
     """
     numbers = parallel.share_of(config.batch_size)
     scene = draw(config, state.step, numbers, bank, photos)
@@ -206,7 +220,7 @@ def train_step(
     auroc = parallel.total(jnp.nansum(auroc)) / known
     update, optimizer_state = optimizer(config).update(slope, state.optimizer, state.params)
     params = optax.apply_updates(state.params, update)
-    # Early on, of as many steps as there were: the first ones are soon forgotten.
+    # Early on, an average over the steps so far, which forgets the first ones soon.
     decay = jnp.minimum(config.optimizer.average, (1.0 + state.step) / (10.0 + state.step))
     average = optax.incremental_update(
         {"params": params, "batch_stats": stats}, state.average, 1 - decay
@@ -219,7 +233,7 @@ def train_step(
 def _channels(
     config: PretrainConfig, step: Int32[Array, ""]
 ) -> tuple[Float32[Array, " _c"], ...]:
-    """1 for the channels of each stage that this step keeps, 0 for others."""
+    """Return 1 for the channels of each stage that this step keeps, 0 for others."""
     counts = network.channels(config.backbone)
     key = jax.random.fold_in(_key(config, _CHANNELS), step)
     order = jax.random.permutation(key, sum(counts))
@@ -245,7 +259,7 @@ def _inspected(
 
 
 def _averaged(x: Float[Array, "b h w c"], width: int) -> Float[Array, "b i j c"]:
-    """The mean of every square of pixels."""
+    """Return the mean of each square of pixels."""
     b, h, w, c = x.shape
     return x.reshape(b, h // width, width, w // width, width, c).mean((2, 4))
 
@@ -253,7 +267,7 @@ def _averaged(x: Float[Array, "b h w c"], width: int) -> Float[Array, "b i j c"]
 def _pixel_error(
     told: tuple[Float32[Array, "b _h _w p"], ...], images: Float32[Array, "b s s 3"]
 ) -> Float32[Array, ""]:
-    """Of what each cell tells of its own pixels: 4x4 of them, averages for deeper stages."""
+    """Return the error of each cell's predicted 4x4 pixels, averages for deeper stages."""
     errors = []
     side = network.PATCH
     for stage, guess in zip(STAGES, told, strict=True):

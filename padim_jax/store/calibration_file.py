@@ -1,4 +1,4 @@
-"""A calibration beside its model: calibration.json in a checkpoint's folder."""
+"""Calibration of a stored model: calibration.json in the checkpoint's folder."""
 
 import contextlib
 import json
@@ -13,17 +13,18 @@ from padim_jax.system.paths import Path
 NAME = "calibration.json"
 _GROWING = f"{NAME}.incomplete"
 _LONGEST = 10_000_000  # bytes; it has a few thousand
-# What may lie in a checkpoint's folder besides the checkpoint; the second of a killed process.
+# Files that may lie in a checkpoint's folder besides the checkpoint; the second is left by a
+# killed process.
 NAMES = (NAME, _GROWING)
 
 
 def write(folder: Path, calibration: Calibration, detector: str) -> None:
-    """Writes `folder/calibration.json`; a crash leaves an earlier one as it was.
+    """Write `folder/calibration.json`; a crash leaves an earlier file unchanged.
 
     Args:
-      folder: the checkpoint's.
-      calibration: what to write.
-      detector: fingerprint of the one whose scores it is of.
+      folder: the checkpoint's folder.
+      calibration: calibration to write.
+      detector: fingerprint of the detector that gave the scores.
 
     Raises:
       UserError: it cannot be written.
@@ -40,21 +41,24 @@ def write(folder: Path, calibration: Calibration, detector: str) -> None:
                     (folder / _GROWING).unlink()
                 raise
         else:
-            (folder / NAME).write_bytes(content)  # on an object store there when it is whole
+            (folder / NAME).write_bytes(content)  # object stores show complete files only
     except OSError as error:
         raise UserError(f"{folder / NAME}: cannot be written ({error})") from error
 
 
 def read(folder: Path, *detector: str) -> Calibration | None:
-    """Reads what `write` wrote.
+    """Read a calibration written by `write`.
 
     Args:
-      folder: the checkpoint's.
-      detector: fingerprints of the one in use. A calibration of another one (extended by
-        images since, or with other settings of maps) is not used, and a line says so.
+      folder: the checkpoint's folder.
+      detector: fingerprints of the detector in use. A calibration of another detector (extended
+        by images since, or with other map settings) is not used, and a line is printed.
+
+    Returns:
+      The calibration, or None if there is none for this detector.
 
     Raises:
-      UserError: the file is broken.
+      UserError: the file is damaged.
     """
     path = folder / NAME
     try:
@@ -71,7 +75,19 @@ def read(folder: Path, *detector: str) -> Calibration | None:
 
 
 def restore(path: Path, stored: Any, *detector: str) -> Calibration | None:
-    """What `calibration.to_dict` made, in whatever file it was; see `read`."""
+    """Return the calibration stored by `calibration.to_dict` in any file; see `read`.
+
+    Args:
+      path: path of the file, for messages.
+      stored: result of `calibration.to_dict`.
+      detector: fingerprints of the detector in use.
+
+    Returns:
+      The calibration, or None if it belongs to another detector.
+
+    Raises:
+      UserError: the file is damaged.
+    """
     try:
         found = calibration_lib.from_dict(stored, *detector)
     except ValueError as error:

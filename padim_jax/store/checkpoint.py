@@ -1,20 +1,20 @@
 """Fitted models on disk, with Orbax.
 
-A checkpoint is a folder of steps, 0, 1, ..., each written whole by Orbax: the newest
-finished one is the model, a newer unfinished one is a fit on its way. A step's state
-holds the statistics (of `Moments` count, mean and M2, of this the lower triangles where
-it is symmetric; of `Samples` the images' embeddings), the channel index, the projection if
-there is one and the digest of every image fitted; its custom metadata, JSON, holds the
-configuration, the identity of the backbone's weights, the library's version and a checksum
-of it all. The statistics and not their factorisation are kept, so that models can be
-extended and merged.
-`model_file` has the form for scoring alone.
+A checkpoint is a folder of steps, 0, 1, ..., each written completely by Orbax: the newest
+finished one is the model, a newer unfinished one is a fit in progress. A step's state
+holds the statistics (for `Moments` count, mean and M2, symmetric blocks as lower triangles;
+for `Samples` the images' embeddings), the channel index, the projection if there is one, and
+the digest of each fitted image; its custom metadata, JSON, holds the configuration, the
+identity of the backbone's weights, the library's version and a checksum of everything. It
+keeps the statistics rather than their factorisation, so that models can be extended and
+merged. `model_file` has the form for scoring alone.
 
-Every device writes and reads its own regions and no others, whatever number of devices
-wrote them: what is left over at the end of a region-wise array is cut off or filled up.
+Each device writes and reads only its own regions, whatever number of devices wrote them:
+region-wise arrays are padded or truncated at the end.
 
-A checkpoint may be anybody's: it is arrays and JSON, nothing in it is run, and no room is made
-for an array before its name, type and shape have been compared with what there is to be.
+Checkpoints are untrusted: they are arrays and JSON, nothing in them is executed, and no memory
+is allocated for an array before its name, type and shape have been compared with those
+expected.
 """
 
 import concurrent.futures
@@ -52,15 +52,14 @@ from padim_jax.system.paths import Path
 # Raised when a reader of the older form would misread the newer.
 _FORMAT = 5
 _STEP = re.compile("0|[1-9][0-9]*")
-# Beside a step that is being deleted, until it is gone: what is left of it is no damage.
+# Suffix of a mark beside a step during its deletion: what is left of the step is not damage.
 _DELETED = ".deleted"
-# Of a save or a deletion that was killed.
+# Leftovers of a killed save or deletion.
 _LEFTOVER = re.compile(rf"[0-9]+(\.orbax-checkpoint-tmp.*|{re.escape(_DELETED)})")
-# What Orbax writes last where folders cannot be renamed.
+# The last file that Orbax writes where folders cannot be renamed.
 _COMMITTED = "commit_success.txt"
 _DIGEST = hashlib.sha256
-# State that is the same everywhere, its type and number of axes; all else is one array for
-# all regions each.
+# Replicated state, with its type and number of axes; all other arrays are by region.
 _SMALL = {
     "count": ("int32", 0),
     "digests": ("uint8", 2),
@@ -71,28 +70,28 @@ _SMALL = {
 _OPTIONAL = ("projection",)
 _STATISTICS = re.compile("(mean|values)_[0-9]|m2_[0-9]_[0-9]")
 _LONGEST_REASON = 1000  # characters of a library's error
-# Of descriptions in JSON, which have a few kilobytes.
+# Descriptions in JSON, which have a few kilobytes.
 _DESCRIPTIONS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/_sharding")
 _LONGEST_DESCRIPTION = 64_000_000
 _MOST_IMAGES = 10**7
 _ORBAX = importlib.metadata.version("orbax-checkpoint")
-# Of checkpoints that do not say which one wrote them.
+# Version assumed for checkpoints that do not state it.
 _FIRST_ORBAX = "0.12"
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What a checkpoint holds.
+    """Contents of a checkpoint.
 
     Attributes:
-      config: as the model was fitted with.
-      index: the channels kept, in the embedding's order.
-      statistics: of all images fitted, on the devices.
+      config: configuration that the model was fitted with.
+      index: channels kept, in the embedding's order.
+      statistics: statistics of all fitted images, on the devices.
       weights: identity of the backbone's weights, which the checkpoint does not hold.
-      regions: how many there are; the last device may have some on top, of zeros.
-      images: SHA-256 of every image's file, in the order they were fitted.
-      unfinished: of a fit on its way, what tells its images from others'.
-      projection: the matrix of a reduction by one.
+      regions: number of regions; the last device may have additional ones, of zeros.
+      images: SHA-256 of each image's file, in the order of fitting.
+      unfinished: for a fit in progress, identity of its images.
+      projection: matrix of a reduction by projection, or None.
     """
 
     config: Config
@@ -106,14 +105,14 @@ class Fitted:
 
 
 def save(path: Path, fitted: Fitted, devices: Devices) -> str:
-    """Writes a checkpoint; a crash leaves the earlier one, the new one or both, never half.
+    """Write a checkpoint; a crash leaves the earlier one, the new one or both, never a part.
 
-    An unfinished fit replaces an earlier unfinished one, a finished one all.
+    An unfinished fit replaces an earlier unfinished one, a finished fit replaces all.
 
     Args:
-      path: the folder to write.
-      fitted: what to write.
-      devices: those of the statistics.
+      path: folder to write.
+      fitted: contents to write.
+      devices: devices of the statistics.
 
     Returns:
       The model's identity: a SHA-256 hex digest of its statistics.
@@ -127,12 +126,20 @@ def save(path: Path, fitted: Fitted, devices: Devices) -> str:
 
 @contextlib.contextmanager
 def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
-    """`save`, in which the earlier checkpoint goes at the block's end; an error keeps it.
+    """Write a checkpoint, and delete the earlier one at the block's end unless it fails.
 
-    The block may use the statistics up, and so need no second copy of them.
+    The block may consume the statistics, and so needs no second copy of them.
+
+    Args:
+      path: folder to write.
+      fitted: contents to write.
+      devices: devices of the statistics.
+
+    Yields:
+      The model's identity; see `save`.
 
     Raises:
-      UserError: see `check_destination`; or the disk is full, say.
+      UserError: see `check_destination`; or writing fails, on a full disk for example.
     """
     check_destination(path)
     folder = _absolute(path)
@@ -150,7 +157,7 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
     state = _small_state(fitted, kept | made, devices)
     metadata["sha256"], identity = _digest(state, metadata), _identity(state, fitted.weights)
     state |= parallel.as_global(kept, devices) | parallel.as_global(made, devices, donate=True)
-    del kept, made  # of the statistics, which could not be used up
+    del kept, made  # references to the statistics, which would keep them from being donated
     if devices.process == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
@@ -160,7 +167,7 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
         paths.flush(folder / str(step))
     except Exception as error:
         if devices.process == 0:
-            with contextlib.suppress(OSError):  # what is half done fills a full disk
+            with contextlib.suppress(OSError):  # a partial save fills a full disk
                 _remove_leftovers(folder)
         if (reason := paths.explanation(error, path)) is None:
             raise
@@ -177,17 +184,25 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
             earlier = folder / str(number)
             if number < step and (fitted.unfinished is None or not _is_finished(earlier)):
                 _remove(earlier)
-    parallel.agreed(step)  # for no process to find what another one is deleting
+    parallel.agreed(step)  # no process may find a step that another one is deleting
 
 
 def identity(fitted: Fitted, devices: Devices) -> str:
-    """Return the model's identity, as `save` does; nothing is written."""
+    """Return the model's identity, as `save` does, without writing.
+
+    Args:
+      fitted: the model.
+      devices: devices of the statistics.
+
+    Returns:
+      Hex digest.
+    """
     kept, made = _pack(fitted.statistics)
     return _identity(_small_state(fitted, kept | made, devices), fitted.weights)
 
 
 def _small_state(fitted: Fitted, packed: dict[str, Array], devices: Devices) -> dict[str, Any]:
-    """All of a model's state but the statistics' arrays, of which it has digests."""
+    """Return a model's state, with digests in place of the statistics' arrays."""
     state: dict[str, Any] = {
         "index": fitted.index,
         "count": np.asarray(fitted.statistics.count[0]),
@@ -200,10 +215,10 @@ def _small_state(fitted: Fitted, packed: dict[str, Array], devices: Devices) -> 
 
 
 def check_destination(path: Path) -> None:
-    """Makes sure that `save` would delete nothing but a checkpoint that it replaces.
+    """Check that `save` would delete nothing but a checkpoint that it replaces.
 
     Raises:
-      UserError: `path` is something else than a checkpoint.
+      UserError: `path` is something other than a checkpoint.
     """
     folder = _absolute(path)
     if not paths.is_folder(folder):
@@ -223,17 +238,17 @@ def check_destination(path: Path) -> None:
 
 
 def load(path: str | os.PathLike[str], devices: Devices) -> tuple[Fitted, str]:
-    """Reads the newest finished checkpoint.
+    """Read the newest finished checkpoint.
 
     Args:
       path: its folder.
-      devices: to have the statistics; any number, not only that which wrote it.
+      devices: devices to place the statistics on; any number, not only that which wrote it.
 
     Returns:
-      It, and its identity.
+      The checkpoint, and its identity.
 
     Raises:
-      UserError: there is no checkpoint, or it is broken or of another format.
+      UserError: there is no checkpoint, or it is damaged or of another format.
     """
     folder = _absolute(path)
     finished = [step for step in _steps(folder) if step[1].get("unfinished") is None]
@@ -244,10 +259,10 @@ def load(path: str | os.PathLike[str], devices: Devices) -> tuple[Fitted, str]:
 
 
 def fitted_config(path: Path) -> Config | None:
-    """Read the configuration of the newest finished checkpoint; None where there is none.
+    """Read the configuration of the newest finished checkpoint; None if there is none.
 
     Raises:
-      UserError: it is broken or of another format.
+      UserError: it is damaged or of another format.
     """
     if (step := _newest(path)) is None:
         return None
@@ -257,10 +272,10 @@ def fitted_config(path: Path) -> Config | None:
 
 
 def fitted_images(path: Path) -> UInt8[np.ndarray, "s 32"]:
-    """Read the SHA-256 of every image of the newest finished checkpoint, and nothing else.
+    """Read only the images' SHA-256 from the newest finished checkpoint.
 
     Raises:
-      UserError: it is broken or of another format.
+      UserError: it is damaged or of another format.
     """
     step = _newest(path)
     assert step is not None
@@ -288,10 +303,17 @@ def _newest(path: Path) -> Path | None:
 
 
 def load_unfinished(path: Path, devices: Devices) -> Fitted | None:
-    """Reads the unfinished fit that is newer than any finished one, if there is one.
+    """Read the unfinished fit newer than any finished one, if there is one.
+
+    Args:
+      path: folder of the checkpoint.
+      devices: devices to place the statistics on.
+
+    Returns:
+      The fit, or None.
 
     Raises:
-      UserError: it is broken or of another format.
+      UserError: it is damaged or of another format.
     """
     folder = _absolute(path)
     steps = [(number, metadata.get("unfinished")) for number, metadata in _steps(folder)]
@@ -301,8 +323,8 @@ def load_unfinished(path: Path, devices: Devices) -> Fitted | None:
         try:
             return _load(folder / str(chosen), devices)[0]
         except UserError as error:
-            # A power cut can leave the last one incomplete; until then there was one before.
-            # Several processes may differ in what they can read, and end together.
+            # A power cut can leave the last one incomplete; an earlier one still exists then.
+            # Processes may differ in what they can read, so several of them stop together.
             if not newer or devices.processes > 1:
                 raise
             print(f"{error}. Going back to what was saved before it")
@@ -321,7 +343,7 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
             raise ValueError("its metadata are of other types")
         if info.metadata is None:
             raise ValueError("the list of its arrays cannot be read")
-        _require_plausible(info.metadata, regions, config)  # before room is made for them
+        _require_plausible(info.metadata, regions, config)  # before memory is allocated
         arrays = _read(step, dict(info.metadata), regions, devices)
         small = {name: arrays.pop(name) for name in _SMALL if name in arrays}
         packed = parallel.from_global(arrays, devices)
@@ -347,13 +369,13 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
 def _explained(step: Path, metadata: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
-    except jax.errors.JaxRuntimeError:  # as without memory
+    except jax.errors.JaxRuntimeError:  # for example out of memory
         raise
     except config_lib.UnknownSettingError as error:
         raise UserError(f"{step}: {error}") from error
-    # The parsers raise whatever a damaged file makes them trip over.
+    # Parsers raise arbitrary exceptions on damaged files.
     except Exception as error:
-        # TensorStore appends its whole specification.
+        # TensorStore appends its complete specification.
         reason = " ".join(str(error).partition(" [tensorstore_spec")[0].split())
         reason = reason[:_LONGEST_REASON]
         versions = _orbax_versions(metadata)
@@ -364,10 +386,10 @@ def _explained(step: Path, metadata: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _require_plausible(described: Mapping[str, Any], regions: Any, config: Config) -> None:
-    """Compares the arrays that a checkpoint is said to have with those that there are.
+    """Compare the arrays that a checkpoint declares with those expected.
 
     Raises:
-      ValueError: there are others, or larger ones than a model of this configuration has.
+      ValueError: they differ, or are larger than those of a model with this configuration.
     """
     for name, array in described.items():
         kind = _SMALL.get(name, ("float32", None))
@@ -383,18 +405,18 @@ def _require_plausible(described: Mapping[str, Any], regions: Any, config: Confi
     if width != 32 or images > _MOST_IMAGES:
         raise ValueError(f"it is not of {images} images")
     _require_shapes(described, regions)
-    # A description of a few bytes could ask for all memory there is.
+    # A description of a few bytes could request all memory.
     stride = backbones.STRIDES[config.model.layers[0]]
     patches = math.prod(-(-size // stride) for size in config.image.size)
     channels = config.model.channels
-    most = 64 + 4 * patches * channels * (channels + images + 2)  # a patch may be there twice
+    most = 64 + 4 * patches * channels * (channels + images + 2)  # a patch may be stored twice
     numbers = sum(math.prod(x.shape) for n, x in described.items() if n not in _SMALL)
     if numbers > most:
         raise ValueError(f"{numbers} numbers, more than a model of its configuration has")
 
 
 def _require_shapes(described: Mapping[str, Any], regions: int) -> None:
-    """Makes sure that the statistics' arrays belong to each other."""
+    """Check that the statistics' arrays match each other."""
     shapes = {name: tuple(x.shape) for name, x in described.items() if name not in _SMALL}
     kind = "values" if "values_0" in shapes else "mean"
     levels = range(sum(name.startswith(kind) for name in shapes))
@@ -404,7 +426,7 @@ def _require_shapes(described: Mapping[str, Any], regions: int) -> None:
     if any(len(shape) != (4 if kind == "values" else 3) for shape in dims):
         raise ValueError(f"its statistics have the shapes {dims}")
     channels = [shape[-1] for shape in dims]
-    padded = dims[0][0]  # to what the devices divide that wrote it
+    padded = dims[0][0]  # padded for the number of devices that wrote it
     expected: dict[str, tuple[int, ...]] = {}
     for i in levels:
         cells = dims[i][1]
@@ -423,7 +445,7 @@ def _require_shapes(described: Mapping[str, Any], regions: int) -> None:
 def _read(
     step: Path, described: dict[str, Any], regions: int, devices: Devices
 ) -> dict[str, Any]:
-    """The arrays by name; those of regions on the devices, each with its own."""
+    """Return the arrays by name; those by region are on the devices, each with its own."""
     target = {}
     for name, leaf in described.items():
         if name in _SMALL:
@@ -442,7 +464,7 @@ def _read(
 def _absolute(path: str | os.PathLike[str]) -> Path:
     found = paths.parse(os.fspath(path))
     if isinstance(found, pathlib.Path):
-        return found.resolve()  # what a link leads to is replaced, and not the link
+        return found.resolve()  # replace the target of a link, not the link
     if str(found).startswith("s3://"):
         raise UserError(
             f"{path}: Orbax keeps no checkpoints on s3://; name a place for it on gs:// or on "
@@ -452,7 +474,7 @@ def _absolute(path: str | os.PathLike[str]) -> Path:
 
 
 def _numbered(folder: Path) -> list[int]:
-    """Steps by number, whatever state they are in."""
+    """Return the numbers of all steps, whatever their state."""
     if not paths.is_folder(folder):
         return []
     names = (entry.name for entry in folder.iterdir())
@@ -460,13 +482,13 @@ def _numbered(folder: Path) -> list[int]:
 
 
 def _steps(folder: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Steps and their metadata, the newest last.
+    """Return the steps and their metadata, the newest last.
 
     Raises:
       UserError: one is damaged, or of another format.
     """
     found = []
-    if (old := _describe(folder)) is not None:  # itself, without steps: formats 1 and 2
+    if (old := _describe(folder)) is not None:  # a checkpoint without steps: formats 1 and 2
         _require_format(folder, old.custom_metadata)
     for number in _numbered(folder):
         step = folder / str(number)
@@ -506,10 +528,10 @@ def _is_deleted(step: Path) -> bool:
 
 
 def _is_leftover(entry: Path) -> bool:
-    """Whether a save that was killed left it; what Orbax finished is none."""
+    """Return whether an entry is left by a killed save, not finished by Orbax."""
     if isinstance(entry, pathlib.Path):
         return _LEFTOVER.fullmatch(entry.name) is not None
-    # On object stores, where nothing is renamed, a file says that all is there.
+    # On object stores, where nothing is renamed, a file marks completion.
     return _STEP.fullmatch(entry.name) is not None and not (entry / _COMMITTED).exists()
 
 
@@ -527,9 +549,9 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _describe(folder: Path) -> Any:
-    """Orbax's description of a checkpoint of this program; None of anything else.
+    """Return Orbax's description of a checkpoint of this program; None for anything else.
 
-    `ocp.is_orbax_checkpoint` does not serve: it takes any folder for a checkpoint.
+    `ocp.is_orbax_checkpoint` is unsuitable: it accepts any folder.
     """
     try:
         if isinstance(folder, pathlib.Path):
@@ -544,13 +566,13 @@ def _describe(folder: Path) -> Any:
             return info if type(metadata["format"]) is int else None
     except jax.errors.JaxRuntimeError:
         raise
-    # Whatever a damaged file, or something else than a checkpoint, makes Orbax trip over.
+    # Orbax raises arbitrary exceptions on damaged files and on anything but a checkpoint.
     except Exception:
         return None
 
 
 def _unreadable(step: Path) -> str:
-    """Return why Orbax does not describe a step, as far as its own JSON tells."""
+    """Return why Orbax cannot describe a step, as far as its own JSON tells."""
     try:
         with (step / _DESCRIPTIONS[0]).open("rb") as file:
             content = file.read(_LONGEST_DESCRIPTION)
@@ -568,7 +590,7 @@ def _unreadable(step: Path) -> str:
 
 
 def _orbax_versions(metadata: Mapping[str, Any]) -> str:
-    """Return which Orbax wrote a checkpoint and which one reads it, if another one."""
+    """Return the Orbax versions that wrote and read a checkpoint, if they differ."""
     wrote = metadata.get("orbax")
     if wrote == _ORBAX or (wrote is None and _ORBAX.startswith(f"{_FIRST_ORBAX}.")):
         return ""
@@ -577,7 +599,7 @@ def _orbax_versions(metadata: Mapping[str, Any]) -> str:
 
 
 def _restore_advice(earlier: bool) -> str:
-    """Return what to do about a step; it is not known to be worthless."""
+    """Return advice on a damaged step, which may still be of value."""
     back = "move this folder away to go back to the one before it, " if earlier else ""
     return f"{back}restore it from a copy, or fit to another --checkpoint"
 
@@ -596,7 +618,7 @@ def _no_checkpoint(folder: Path) -> str:
 
 
 def _digest(state: dict[str, Any], metadata: dict[str, Any]) -> str:
-    """SHA-256 of all that a checkpoint says; Orbax's files have no checksum of their own."""
+    """Return the SHA-256 of a checkpoint's contents; Orbax's files have no checksum."""
     said = {key: value for key, value in metadata.items() if key != "sha256"}
     digest = _DIGEST(json.dumps(said, sort_keys=True).encode())
     for name in _small(state):
@@ -611,7 +633,7 @@ def _small(state: dict[str, Any]) -> list[str]:
 
 
 def _identity(state: dict[str, Any], weights: WeightsIdentity) -> str:
-    """SHA-256 of the statistics: wherever the images lay, and whatever wrote them down."""
+    """Return the SHA-256 of the statistics, independent of the images' place and the file."""
     digest = _DIGEST(weights.sha256.encode())
     for name in _small(state):
         digest.update(np.ascontiguousarray(state[name]).data)
@@ -621,7 +643,7 @@ def _identity(state: dict[str, Any], weights: WeightsIdentity) -> str:
 def _region_digests(
     packed: dict[str, Array], regions: int, devices: Devices
 ) -> UInt8[np.ndarray, "r 32"]:
-    """SHA-256 of every region's numbers, computed where they are, known everywhere."""
+    """Return the SHA-256 of each region's numbers, computed locally and gathered."""
     names = sorted(packed)
     found = np.zeros((devices.padded(regions) // devices.processes, 32), np.uint8)
     shapes = [(name, str(x.dtype), x.shape[2:]) for name, x in sorted(packed.items())]
@@ -635,21 +657,22 @@ def _region_digests(
                 own.update(np.ascontiguousarray(arrays[name][region]).data)
             found[first - start + region] = np.frombuffer(own.digest(), np.uint8)
 
-        # In threads: hashlib leaves Python's lock while it works.
+        # In threads: hashlib releases the GIL.
         with concurrent.futures.ThreadPoolExecutor() as threads:
             list(threads.map(digest, range(len(arrays[names[0]]))))
     return parallel.gather(found)[:regions]
 
 
 def _uncompressed() -> ocp.Context:
-    # Features' statistics shrink by 8 %, in twice the time to read and write them.
+    # Compression shrinks features' statistics by 8 % and doubles the time to read and write
+    # them.
     context = ocp.Context()
     context.array.saving.use_compression = False
     return context
 
 
 def _pack(statistics: Moments | Samples) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The statistics' own arrays by name, and new ones; level numbers follow an underscore."""
+    """Return the statistics' own arrays, and new ones, by name with level numbers."""
     if isinstance(statistics, Samples):
         return {f"values_{i}": x for i, x in enumerate(statistics.values)}, {}
     kept = {f"mean_{i}": mean for i, mean in enumerate(statistics.mean)}

@@ -1,9 +1,9 @@
-"""A fitted model for scoring alone: one safetensors file, ready as it is.
+"""A fitted model for scoring alone: one safetensors file, ready to use.
 
-Where a checkpoint keeps statistics that can be extended, this keeps their factorisation:
-loading reads the file and computes nothing. Its arrays lie raw, one after the other, so
-that any program can map them into memory. The half-size form keeps the factorisation in
-float16, and with it the measured change of every metric; computation is in float32.
+A checkpoint keeps statistics that can be extended; this keeps their factorisation:
+loading reads the file and computes nothing. Its arrays are stored raw, one after the other,
+so that any program can map them into memory. The half-size form keeps the factorisation in
+float16, together with the measured change of each metric; computation is in float32.
 """
 
 import contextlib
@@ -37,26 +37,26 @@ SUFFIX = ".safetensors"
 _DTYPES = ("float32", "float16")
 _LONGEST_REASON = 1000  # characters of a library's error
 _FORMAT = "padim_jax model 4"
-# Arrays that are no part of the Gaussians.
+# Arrays that are not part of the Gaussians.
 _SMALL = ("index", "images", "projection")
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What a model file holds.
+    """Contents of a model file.
 
     Attributes:
-      config: as the model was fitted with.
-      index: the channels kept, in the embedding's order.
-      fitted: the Gaussians, float32, on the devices.
+      config: configuration that the model was fitted with.
+      index: channels kept, in the embedding's order.
+      fitted: Gaussians, float32, on the devices.
       weights: identity of the backbone's weights, which the file does not hold.
-      identity: of the statistics, and of their rounding.
-      images: SHA-256 of every file fitted.
+      identity: digest of the statistics, and of their rounding.
+      images: SHA-256 of each fitted file.
       half: whether the file holds the factorisation in float16.
-      comparison: of a half-size form: metrics of both forms on the test set; see
+      comparison: for the half-size form, metrics of both forms on the test set; see
         `export.export`.
       calibration: thresholds from normal images; see `calibration.to_dict`.
-      projection: the matrix of a reduction by one.
+      projection: matrix of a reduction by projection, or None.
     """
 
     config: Config
@@ -72,7 +72,7 @@ class Model:
 
 
 def rounded(fitted: Gaussian | LowRank) -> Gaussian | LowRank:
-    """The Gaussians as the half-size form restores them.
+    """Return the Gaussians as the half-size form restores them.
 
     Raises:
       ValueError: a number is too large for float16.
@@ -87,15 +87,15 @@ def rounded(fitted: Gaussian | LowRank) -> Gaussian | LowRank:
 
 
 def save(path: Path, model: Model, regions: int) -> int:
-    """Writes a model file; a crash leaves an earlier one as it was.
+    """Write a model file; a crash leaves an earlier file unchanged.
 
     Args:
-      path: the file.
-      model: on the devices of a single process.
-      regions: how many there are.
+      path: file to write.
+      model: model on the devices of a single process.
+      regions: number of regions.
 
     Returns:
-      The size of its arrays in bytes.
+      Size of its arrays in bytes.
 
     Raises:
       UserError: it cannot be written.
@@ -144,10 +144,10 @@ def save(path: Path, model: Model, regions: int) -> int:
 def _replace(path: pathlib.Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
     import safetensors.numpy
 
-    target = path.resolve()  # what a link leads to is replaced, and not the link
+    target = path.resolve()  # replace the target of a link, not the link
     growing = paths.growing_file(target)
     try:
-        growing.unlink(missing_ok=True)  # of a process that was killed
+        growing.unlink(missing_ok=True)  # of a killed process
         growing.touch()
         mode = growing.stat().st_mode  # by the umask; the library makes files private
         safetensors.numpy.save_file(arrays, growing, header)
@@ -160,7 +160,7 @@ def _replace(path: pathlib.Path, arrays: dict[str, np.ndarray], header: dict[str
 
 
 def require_own(path: Path) -> None:
-    """Make sure that a model file would replace nothing but another one.
+    """Check that a model file would replace nothing but another model file.
 
     Raises:
       UserError: there is something else, such as weights of that name.
@@ -182,10 +182,17 @@ def require_own(path: Path) -> None:
 
 
 def load(path: Path, devices: Devices) -> Model:
-    """Reads a model file onto the devices.
+    """Read a model file onto the devices.
+
+    Args:
+      path: file to read.
+      devices: devices to place the model on.
+
+    Returns:
+      The model.
 
     Raises:
-      UserError: the file is none, is broken or of another format.
+      UserError: the file is not a model file, is damaged or of another format.
     """
     import safetensors
 
@@ -227,9 +234,9 @@ def load(path: Path, devices: Devices) -> Model:
             described["calibration"],
             arrays.get("projection"),
         )
-    except (UserError, jax.errors.JaxRuntimeError):  # the latter as without memory
+    except (UserError, jax.errors.JaxRuntimeError):  # the latter: out of memory, say
         raise
-    # The parsers raise whatever a damaged file makes them trip over.
+    # Parsers raise arbitrary exceptions on damaged files.
     except Exception as error:
         reason = " ".join(str(error).split())[:_LONGEST_REASON]
         raise UserError(
@@ -239,9 +246,9 @@ def load(path: Path, devices: Devices) -> Model:
 
 
 def _require_types(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Makes sure of what the checksum does not tell: a stranger's may be right for anything.
+    """Check types and axes, which the checksum of an untrusted file does not guarantee.
 
-    Whether shapes are those of the configuration `detector.require_fitting` sees to.
+    `detector.require_fitting` compares shapes with the configuration.
 
     Raises:
       ValueError: something is of another type or number of axes.
@@ -275,7 +282,7 @@ def _require_types(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> 
 
 @contextlib.contextmanager
 def _local(path: Path) -> Iterator[pathlib.Path]:
-    """The file itself, or a copy of a remote one, which only local files are read from."""
+    """Yield the file itself, or a local copy of a remote one, as the library requires."""
     if isinstance(path, pathlib.Path):
         yield path
         return
@@ -286,21 +293,21 @@ def _local(path: Path) -> Iterator[pathlib.Path]:
 
 
 def _large(fitted: Gaussian | LowRank) -> dict[str, Any]:
-    """The parts that take nearly all the memory, and what the half-size form halves."""
+    """Return the parts that take nearly all memory, which the half-size form halves."""
     if isinstance(fitted, Gaussian):
         return {"factor": fitted.factor}
     return {"deviations": fitted.deviations, "root": fitted.root}
 
 
 def _named(name: str, part: Any) -> dict[str, jax.Array]:
-    """The arrays of a nested tuple, as "name_0_1": level 0 with the next coarser one."""
+    """Return the arrays of a nested tuple, as "name_0_1": level 0 with the next coarser one."""
     if not isinstance(part, tuple):
         return {name: part}
     return {k: v for i, item in enumerate(part) for k, v in _named(f"{name}_{i}", item).items()}
 
 
 def _restore(form: str, arrays: dict[str, np.ndarray], devices: Devices) -> Gaussian | LowRank:
-    # Widened on the device: in NumPy that takes more than twice as long.
+    # Converted on the device: NumPy takes more than twice as long.
     floats = {
         name: array.astype(jnp.float32)
         for name, array in parallel.split(
@@ -322,7 +329,7 @@ def _restore(form: str, arrays: dict[str, np.ndarray], devices: Devices) -> Gaus
 
 
 def _digest(arrays: dict[str, np.ndarray], described: dict[str, Any]) -> str:
-    """SHA-256 of all that a model file says."""
+    """Return the SHA-256 of a model file's contents."""
     said = {key: value for key, value in described.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name in sorted(arrays):

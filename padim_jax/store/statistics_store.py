@@ -1,7 +1,7 @@
-"""Where a fitted model keeps its statistics while its Gaussians are in use.
+"""Storage of a fitted model's statistics while its Gaussians are in use.
 
-Finalizing uses statistics up, in place: they are as large as the Gaussians. Whoever needs them
-again, to leave images out or to add some, takes them from where they are kept: a checkpoint's
+Finalizing consumes statistics in place: they are as large as the Gaussians. Whoever needs them
+again, to leave images out or to add some, takes them from their store: a checkpoint's
 folder, or the memory of the process that fitted the model.
 """
 
@@ -27,7 +27,7 @@ from padim_jax.system.paths import Path
 
 @dataclasses.dataclass(frozen=True)
 class OnDisk:
-    """A checkpoint's folder."""
+    """Statistics in a checkpoint's folder."""
 
     path: Path
 
@@ -35,21 +35,26 @@ class OnDisk:
         return str(self.path)
 
     def statistics(self) -> tuple[Fitted, str]:
-        """Return the statistics, on the devices and free to be used up, and their identity."""
+        """Return the statistics, on the devices and free to be consumed, and their identity."""
         return load_checkpoint(self.path, parallel.every())
 
     def write_thresholds(self, thresholds: Calibration, fingerprint: str) -> None:
-        """Keep the thresholds of the detector with this fingerprint; in the first process."""
+        """Store thresholds in the checkpoint's folder, in the first process only.
+
+        Args:
+          thresholds: the thresholds.
+          fingerprint: fingerprint of their detector.
+        """
         if parallel.every().process == 0:
             calibration_file.write(self.path, thresholds, fingerprint)
 
     def read_thresholds(self, fingerprint: str) -> Calibration | None:
-        """Return those of the detector with this fingerprint, if there are any."""
+        """Return the thresholds of the detector with this fingerprint, or None."""
         return calibration_file.read(self.path, fingerprint)
 
     @property
     def calibration(self) -> str:
-        """How a person finds thresholds, for a message."""
+        """Return how to calibrate the detector, for a message."""
         return (
             f"--mode=calibrate --checkpoint={self.path} --input=<normal images that were not "
             "fitted>"
@@ -58,13 +63,13 @@ class OnDisk:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InMemory:
-    """The memory of this process, which is the only one.
+    """Statistics in the memory of this process, which is the only one.
 
     Attributes:
-      arrays: the statistics' numbers, on the host.
-      structure: of the tree that they are the leaves of.
-      others: all else of a `Fitted`.
-      identity: of the statistics.
+      arrays: leaves of the statistics, on the host.
+      structure: tree structure of the statistics.
+      others: all other fields of a `Fitted`.
+      identity: identity of the statistics.
     """
 
     arrays: Sequence[np.ndarray]
@@ -77,7 +82,15 @@ class InMemory:
 
     @classmethod
     def keep(cls, fitted: Fitted, devices: Devices) -> "InMemory":
-        """Copy statistics from the devices, where they stay as they are."""
+        """Copy statistics from the devices, where they stay unchanged.
+
+        Args:
+          fitted: the model.
+          devices: devices of the statistics.
+
+        Returns:
+          The copy.
+        """
         leaves, structure = jax.tree.flatten(fitted.statistics)
         others = {
             field.name: getattr(fitted, field.name)
@@ -88,7 +101,7 @@ class InMemory:
         return cls([np.array(x) for x in leaves], structure, others, identity)
 
     def statistics(self) -> tuple[Fitted, str]:
-        """Return the statistics, on the devices and free to be used up, and their identity."""
+        """Return the statistics, on the devices and free to be consumed, and their identity."""
         placed = parallel.on_devices(self.arrays, parallel.every())
         fitted = Fitted(statistics=self.structure.unflatten(placed), **self.others)
         return fitted, self.identity
@@ -102,19 +115,26 @@ class InMemory:
 
     @property
     def calibration(self) -> str:
-        """See `OnDisk`."""
+        """Return how to calibrate the detector, for a message."""
         return "update(images, thresholds=<normal images that are not fitted>)"
 
 
 Store = OnDisk | InMemory
-"""Where the statistics and the thresholds of one model are kept; `str` names the place."""
+"""Storage of one model's statistics and thresholds; `str` names the place."""
 
 
 def load_checkpoint(path: Path, devices: Devices) -> tuple[Fitted, str]:
-    """`checkpoint.load` of a model whose arrays are those of its configuration.
+    """Load a checkpoint whose arrays match its configuration; see `checkpoint.load`.
+
+    Args:
+      path: its folder.
+      devices: devices to place the statistics on.
+
+    Returns:
+      The checkpoint, and its identity.
 
     Raises:
-      UserError: see there; or they are not.
+      UserError: see there; or the arrays do not match.
     """
     fitted, identity = checkpoint.load(path, devices)
     require_whole(path, fitted, fitted.statistics)
@@ -126,15 +146,15 @@ def require_whole(
     model: Fitted | model_file.Model,
     arrays: Moments | Samples | Gaussian | LowRank,
 ) -> None:
-    """Makes sure of what a file's checksum does not tell: a stranger's is right for anything.
+    """Check what a checksum does not guarantee, which an untrusted file may set.
 
     Args:
-      path: the file or folder.
-      model: what was read from it.
+      path: file or folder that was read.
+      model: its contents.
       arrays: its statistics or Gaussians.
 
     Raises:
-      UserError: the arrays are not those of its configuration.
+      UserError: the arrays do not match its configuration.
     """
     try:
         detector_lib.require_fitting(
@@ -149,14 +169,17 @@ def require_whole(
 def ready(
     fitted: Fitted, identity: str, config: Config, variables: Any, left_out: int = 0
 ) -> Detector:
-    """Return the detector of a model, whose statistics are used up.
+    """Return the detector of a model, whose statistics are consumed.
 
     Args:
       fitted: the model.
-      identity: of its statistics.
-      config: in use.
-      variables: the backbone's, and the projection.
+      identity: identity of its statistics.
+      config: configuration in use.
+      variables: variables of the backbone, and the projection.
       left_out: see `detector.finalize`.
+
+    Returns:
+      The detector, without thresholds.
 
     Raises:
       UserError: see `detector.finalize`.
@@ -169,18 +192,20 @@ def ready(
 
 
 def refinalize(detector: Detector, store: Store, left_out: int = 0) -> Detector:
-    """Return the same detector with Gaussians for so many images left out at a time.
+    """Return the detector with Gaussians for `left_out` images left out at a time.
 
-    The former Gaussians are given up first, so that there is never more than one of them in
-    memory.
+    The former Gaussians are deleted first, so that there is only one set of them in memory.
 
     Args:
-      detector: fitted; not to be used any more, unless it is what is asked for already.
-      store: where its statistics are kept.
+      detector: fitted model; unusable afterwards, unless it already leaves out as many.
+      store: store of its statistics.
       left_out: see `detector.finalize`.
 
+    Returns:
+      The detector.
+
     Raises:
-      UserError: the store has another model by now, or see `detector.finalize`.
+      UserError: the store holds another model by now, or see `detector.finalize`.
     """
     if detector.left_out == left_out:
         return detector
@@ -194,7 +219,7 @@ def refinalize(detector: Detector, store: Store, left_out: int = 0) -> Detector:
 
 
 class NotFiniteError(UserError):
-    """Statistics to which some image has added what is no number."""
+    """Statistics that are not finite because of some image."""
 
 
 def _finalize(fitted: Fitted, left_out: int = 0) -> Gaussian | LowRank:

@@ -26,21 +26,21 @@ _UNKEPT = "Error writing persistent compilation cache entry"  # JAX's warning
 def enabled(folder: Path | None) -> Iterator[None]:
     """Keep what is compiled in the block, and load what earlier runs compiled.
 
-    JAX's settings are restored afterwards. If they name a folder already, as
-    JAX_COMPILATION_CACHE_DIR does, that one is used and nothing is done here. A folder
-    that cannot be written to, or that others may write to or replace, is reported on stderr
-    and not used: results do not depend on it. On an object store nothing bounds the folder but
-    the store's own rules, which also say who may write there.
+    JAX's settings are restored afterwards. If they already name a folder, as
+    JAX_COMPILATION_CACHE_DIR does, that folder is used and nothing is done here. A folder that
+    is not writable, or that others may write to or replace, is reported on stderr and not used:
+    results do not depend on it. On an object store only the store's own rules limit the
+    folder's size and who may write to it.
 
     Args:
-      folder: of the cache, made private if it is missing; None for no cache.
+      folder: folder of the cache, created private if missing; None for no cache.
     """
     if folder is None or jax.config.jax_compilation_cache_dir is not None:
         yield
         return
     try:
         if isinstance(folder, pathlib.Path):
-            # As private as the XDG specification wants it: what lies here is run.
+            # Private, as the XDG specification requires: programs stored here are run.
             for missing in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
                 missing.mkdir(mode=0o700, exist_ok=True)
             _require_private(folder)
@@ -53,11 +53,11 @@ def enabled(folder: Path | None) -> Iterator[None]:
         return
     settings = {
         "jax_compilation_cache_dir": str(folder),
-        # JAX's lock for the removal is a file of this machine.
+        # JAX's lock for the removal is a local file.
         "jax_compilation_cache_max_size": _LIMIT if isinstance(folder, pathlib.Path) else -1,
-        # Not only what took a second: a run has a dozen programs, all below.
+        # Not only compilations of a second or more: a run has a dozen programs, all shorter.
         "jax_persistent_cache_min_compile_time_secs": 0.0,
-        # XLA's own caches have no bound and little to add.
+        # XLA's own caches are unbounded and add little.
         "jax_persistent_cache_enable_xla_caches": "none",
     }
     others = {name: getattr(jax.config, name) for name in settings}
@@ -70,11 +70,11 @@ def enabled(folder: Path | None) -> Iterator[None]:
 
 
 def _require_private(folder: pathlib.Path) -> None:
-    """Raise PermissionError where others may write to a folder, or put another in its place.
+    """Raise PermissionError if others may write to a folder, or replace it.
 
-    Whoever writes here runs programs. Who owns a folder above, or may write to it, can rename
-    what is in it, unless it is sticky (as /tmp). Links count by where they lie and by where
-    they lead.
+    Whoever writes here runs programs. The owner of a parent folder, or anyone who may write to
+    it, can rename its entries, unless it is sticky (as /tmp). Links count by their own place
+    and by their target's.
     """
     above = {*folder.absolute().parents, *folder.resolve().parents} - {folder}
     for place in (folder, *sorted(above, reverse=True)):
@@ -89,7 +89,7 @@ def _require_private(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _told_once(folder: Path) -> Iterator[None]:
-    """JAX warns of every program that it cannot keep: one line does, however many they are."""
+    """Reduce JAX's warnings of programs that it cannot keep to one line."""
     with warnings.catch_warnings():
         show, told = warnings.showwarning, False
 
@@ -118,4 +118,4 @@ def _warn(folder: Path, reason: object) -> None:
 def _configure(settings: dict[str, object]) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()  # which would stay with the folder it has
+    compilation_cache.reset_cache()  # otherwise the cache would keep its folder

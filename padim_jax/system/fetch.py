@@ -1,6 +1,6 @@
-"""A file from the internet: over TLS alone, of a known size, by its hash, resumed.
+"""Download of a file: TLS only, of known size, verified by its hash, resumable.
 
-What it is to become is the caller's; here it grows in a file that nobody takes for whole.
+The caller names the final file; here it grows in a file that is never taken for complete.
 """
 
 import hashlib
@@ -16,26 +16,26 @@ SCHEME = "https"  # of addresses, and of all that they redirect to
 
 
 class RefusedError(Exception):
-    """What came is not what was asked for."""
+    """The download is not what was requested."""
 
 
 def fetch(url: str, part: pathlib.Path, sha256: str, most: int, scheme: str = SCHEME) -> None:
-    """Makes `part` the complete file, starting from what it holds already.
+    """Complete the file `part`, starting from its present contents.
 
-    If that turns out to be no beginning of the file, it is deleted.
+    If these turn out not to be the file's beginning, they are deleted.
 
     Args:
-      url: the file's.
-      part: where it grows, by a name that is nobody else's; an interrupted download goes on
-        from there.
-      sha256: the file's, hex.
-      most: bytes; where there are more the download ends.
-      scheme: of the addresses.
+      url: address of the file.
+      part: path of the growing file, with a name that nobody else uses; an interrupted download
+        is resumed from it.
+      sha256: the file's hex digest.
+      most: maximum size in bytes; a longer download is stopped.
+      scheme: scheme required of all addresses.
 
     Raises:
-      RefusedError: another scheme, too many bytes, or others than published.
-      OSError: of the network or the disk.
-      http.client.HTTPException: of the network.
+      RefusedError: another scheme, too many bytes, or another digest.
+      OSError: the network or the disk failed.
+      http.client.HTTPException: the network failed.
     """
     try:
         _fetch(url, part, sha256, most, scheme)
@@ -49,10 +49,10 @@ def _fetch(url: str, part: pathlib.Path, sha256: str, most: int, scheme: str) ->
     with part.open("a+b") as file:
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256")
-        if digest.hexdigest() == sha256:  # it was what follows that did not succeed
+        if digest.hexdigest() == sha256:  # complete already: a later step had failed
             return
         with _request(url, file.tell(), scheme) as response:
-            if response.status != http.HTTPStatus.PARTIAL_CONTENT:  # all of it, from the start
+            if response.status != http.HTTPStatus.PARTIAL_CONTENT:  # from the start
                 file.seek(0)
                 file.truncate()
                 digest = hashlib.sha256()
@@ -78,7 +78,7 @@ def _fetch(url: str, part: pathlib.Path, sha256: str, most: int, scheme: str) ->
     if size < total:
         raise RefusedError(f"the connection ended after {size} of {total} bytes")
     if digest.hexdigest() != sha256:
-        # Nothing can go on from it, and nothing may take it for the file.
+        # It cannot be resumed, and must not be taken for the file.
         part.unlink()
         raise RefusedError(
             f"it gave {size} bytes with SHA-256 {digest.hexdigest()}, expected {sha256}; they "
@@ -87,26 +87,30 @@ def _fetch(url: str, part: pathlib.Path, sha256: str, most: int, scheme: str) ->
 
 
 def require(url: str, scheme: str = SCHEME) -> None:
-    """Makes sure of an address's scheme.
+    """Require an address's scheme.
+
+    Args:
+      url: the address.
+      scheme: scheme required.
 
     Raises:
-      RefusedError: it is another.
+      RefusedError: it has another scheme.
     """
     if urllib.parse.urlsplit(url).scheme != scheme:
         raise RefusedError(f"{url}: no {scheme} address")
 
 
 def _request(url: str, start: int, scheme: str) -> http.client.HTTPResponse:
-    """Asks for the file from byte `start` on; the answer may be all of it."""
+    """Request the file from byte `start` on; the answer may be the complete file."""
     require(url, scheme)
     headers = {"Range": f"bytes={start}-"} if start else {}
-    request = urllib.request.Request(url, headers=headers)  # noqa: S310 (just seen to)
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 (just checked)
     try:
         return urllib.request.build_opener(_Redirects(scheme)).open(request, timeout=60)
     except urllib.error.HTTPError as error:
         error.close()
         if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return _request(url, 0, scheme)  # as many bytes as the file has, but wrong ones
+            return _request(url, 0, scheme)  # complete in size, but wrong
         raise
 
 

@@ -1,10 +1,10 @@
-"""Signals. Ctrl-C: the process ends at once, wherever it is.
+"""Signals. Ctrl-C ends the process at once, whatever it is doing.
 
-Python's own way is an exception in the main thread. It waits for C++ to return, which may
+Python's default is an exception in the main thread. It waits for C++ to return, which may
 compile or factorise for long, is swallowed by callbacks, destructors and imports, and ends in
-a traceback. Here a thread hears of the signal, from C's handler, and ends the process. What
-is on disk is there whole or not at all, so that this is as safe as a kill, for which the next
-run is prepared anyway. SIGTERM: long work is told, and saves before it ends.
+a traceback. Here C's handler notifies a thread, which ends the process. Files on disk are
+complete or absent, so this is as safe as a kill, which the next run handles anyway. SIGTERM
+is reported to long computations, which save before they end.
 """
 
 import contextlib
@@ -15,27 +15,27 @@ import threading
 from collections.abc import Callable, Iterator
 
 CODE = 130  # 128 + SIGINT, as shells have it
-# For last words, which may meet a full pipe.
+# Time for the last output, which may meet a full pipe.
 _SECONDS = 1.0
 
 
 def install() -> None:
-    """From now on Ctrl-C ends this process with code 130; only once, in the main thread.
+    """Make Ctrl-C end this process with code 130; call once, in the main thread.
 
-    Where SIGINT is ignored, as for a shell's background jobs, it stays so.
+    If SIGINT is ignored, as for a shell's background jobs, it stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, lambda *_: None)  # its number is in the pipe all the same
+    signal.signal(signal.SIGINT, lambda *_: None)  # its number still goes to the pipe
     threading.Thread(target=_end_on_interrupt, args=(reader,), daemon=True).start()
 
 
 @contextlib.contextmanager
 def sigterm() -> Iterator[Callable[[], bool]]:
-    """Tells whether SIGTERM came in the block, which it does not end."""
+    """Yield a function that tells whether SIGTERM came in the block, which continues."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # only the main thread can handle signals

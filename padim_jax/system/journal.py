@@ -1,9 +1,9 @@
-"""The journal of a folder of predictions: which images are done, and what was found of them.
+"""Journal of a folder of predictions: the images that are done, and their results.
 
-`predict` and `--watch` keep it in an SQLite file. The tables that people read are written from
-its rows, and never read. A row is committed before it is appended to a table, together with
-the sizes of the tables, so that an append that was interrupted is repeated by the next process:
-whatever ends this one, no row is lost and none is there twice.
+`predict` and `--watch` keep it in an SQLite file. The tables for people are written from
+its rows, and never read. A row is committed, together with the sizes of the tables, before it
+is appended to a table; the next process repeats an interrupted append. No row is lost or
+duplicated, whatever ends this process.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from padim_jax.system.paths import Path
 
 NAME = "journal.sqlite"
 EARLIER = "journal.jsonl"  # of versions that kept JSON lines
-SUFFIXES = (".sqlite", ".sqlite-journal")  # SQLite has the latter beside it while it commits
+SUFFIXES = (".sqlite", ".sqlite-journal")  # SQLite creates the latter during a commit
 
 _MAGIC, _APPLICATION, _VERSION = b"SQLite format 3\0", 0x5061446D, 1
 _SCHEMA = (
@@ -33,12 +33,12 @@ _SCHEMA = (
 
 
 class Row(NamedTuple):
-    """What is known of an image that is done.
+    """Result of an image that is done.
 
     Attributes:
-      identity: tells its content from others.
+      identity: digest of its content.
       status: "scored" or "refused".
-      fields: what tables say of it, by column; strings and numbers.
+      fields: cells of its table row, by column; strings and numbers.
     """
 
     identity: bytes
@@ -47,25 +47,25 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A file for people: its first bytes, and the fields of a row -> a line."""
+    """A table for people: its first bytes, and a function from a row's fields to a line."""
 
     header: bytes
     encode: Callable[[dict[str, Any]], bytes]
 
 
 class Journal:
-    """An SQLite file, and the tables that are written from it.
+    """An SQLite file, and the tables written from it.
 
-    The caller makes sure that there is one writer (see `locks`), and closes it.
+    The caller ensures that there is one writer (see `locks`), and closes it.
 
     Args:
-      path: a local file, which is made where there is none; None keeps the rows in memory.
-      settings: all that rows depend on beside the images, for JSON; keys are names for a
-        person.
-      tables: local files beside it; one that has been moved away begins again.
+      path: local file, created if missing; None keeps the rows in memory.
+      settings: everything besides the images that rows depend on, for JSON; keys are names for
+        a person.
+      tables: local files beside it; one that was moved away is written anew.
 
     Attributes:
-      other_settings: the names of those that the rows were made with others of.
+      other_settings: names of the settings that differ from those of the existing rows.
 
     Raises:
       UserError: the file is damaged, of another version, in use, or cannot be written.
@@ -78,7 +78,7 @@ class Journal:
         tables: Mapping[pathlib.Path, Table] | None = None,
     ):
         self._path, self._tables = path or pathlib.Path(":memory:"), tables or {}
-        self._settings = json.loads(json.dumps(settings))  # as it is read again
+        self._settings = json.loads(json.dumps(settings))  # as it is read back
         with writing(self._path):
             self._db = sqlite3.connect(self._path, isolation_level=None)
         try:
@@ -90,9 +90,9 @@ class Journal:
             raise
 
     def _open(self) -> list[str]:
-        # Not a write-ahead log, whose shared memory network file systems do not have. EXTRA
-        # makes a commit outlast a power cut before its rows are appended to tables; FULL does
-        # not synchronise the removal of SQLite's journal, without which the commit is undone.
+        # Not a write-ahead log, whose shared memory network file systems lack. EXTRA makes a
+        # commit survive a power cut before its rows are appended to tables; FULL does not
+        # synchronise the removal of SQLite's journal, without which the commit is undone.
         for pragma in ("journal_mode = DELETE", "synchronous = EXTRA"):
             next(self._select(f"PRAGMA {pragma}"), None)
         ((version,),) = self._select("PRAGMA user_version")
@@ -115,7 +115,7 @@ class Journal:
         self._db.close()
 
     def count(self) -> int:
-        """Return how many images are done."""
+        """Return the number of images done."""
         return next(self._select("SELECT count(*) FROM images"))[0]
 
     def rows(self, start: int = 0) -> Iterator[Row]:
@@ -125,16 +125,20 @@ class Journal:
             yield Row(identity, status, self._decode(fields))
 
     def fact(self, name: str) -> Any:
-        """Return what `add` was told by a name; None if nothing."""
+        """Return the value that `add` stored under a name; None if there is none."""
         value = next(self._select("SELECT value FROM facts WHERE name = ?", name), None)
         return None if value is None else self._decode(value[0])
 
     def add(self, rows: Sequence[Row], **facts: Any) -> None:
-        """Add rows and facts, which are there together or not at all, then to the tables.
+        """Add rows and facts in one transaction, then append the rows to the tables.
+
+        Args:
+          rows: rows to add.
+          facts: JSON values to store by name.
 
         Raises:
           UserError: something cannot be written.
-          RemovedError: the file is not there any more.
+          RemovedError: the file has been removed.
         """
         sizes = {x.name: x.stat().st_size if x.exists() else 0 for x in self._tables}
         with self._transaction():
@@ -144,7 +148,7 @@ class Journal:
         self._append()
 
     def keep(self, count: int) -> None:
-        """Forget the rows but the first `count`, without any all; write the tables anew."""
+        """Keep only the first `count` rows (for 0, no facts either), and rewrite the tables."""
         with self._transaction():
             self._db.execute("DELETE FROM images WHERE number > ?", (count,))
             if not count:
@@ -160,7 +164,7 @@ class Journal:
             return
         for path, table in self._tables.items():
             with writing(path), path.open("ab") as file:
-                # Of an append that was interrupted. A table that was moved away is smaller.
+                # Remove an interrupted append. A table that was moved away is smaller.
                 size = min(file.tell(), appending["sizes"][path.name])
                 file.truncate(size)
                 if not size:
@@ -194,17 +198,17 @@ class Journal:
 
 
 def is_ours(path: pathlib.Path) -> bool:
-    """Return whether a file is a journal, or what a killed process left of a new one."""
+    """Return whether a file is a journal, or left of a new one by a killed process."""
     try:
         with path.open("rb") as file:
             start = file.read(100)
     except (FileNotFoundError, IsADirectoryError):
         return False
     ours = start.startswith(_MAGIC) and start[68:72] == _APPLICATION.to_bytes(4)
-    return ours or not start.strip(b"\0")  # zeros are of a power cut
+    return ours or not start.strip(b"\0")  # zeros are left by a power cut
 
 
-# By the beginning of SQLite's name of an error: what is wrong, and what to do.
+# Message and advice, by the prefix of SQLite's error name.
 _ERRORS = {
     "SQLITE_BUSY": "another process uses it; end that one, and give the same command again",
     "SQLITE_FULL": "cannot be written, the disk is full; make room, and the command goes on",
@@ -215,11 +219,11 @@ _ERRORS = {
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Tell the user of an error of a file of results, or of the SQLite file there."""
+    """Raise a UserError for an error of a file of results or of the SQLite file."""
     try:
         yield
     except (OSError, sqlite3.Error, json.JSONDecodeError) as error:
-        damaged = isinstance(error, json.JSONDecodeError)  # a row is
+        damaged = isinstance(error, json.JSONDecodeError)  # a damaged row
         name = "SQLITE_CORRUPT" if damaged else getattr(error, "sqlite_errorname", "")
         if name == "SQLITE_READONLY_DBMOVED":
             raise RemovedError(

@@ -1,4 +1,4 @@
-"""Log records of libraries that say again, at length, what this program says in a line."""
+"""Log records of libraries that repeat at length what this program says in a line."""
 
 import contextlib
 import logging
@@ -12,11 +12,11 @@ _LOGGER = "absl"
 def held_back(library: str) -> Iterator[None]:
     """Hold back warnings and errors that a library logs in the block.
 
-    An error that ends the block tells what there is to tell, and the records are dropped;
+    If the block ends with an error, which says enough, the records are dropped;
     otherwise they are logged at the block's end.
 
     Args:
-      library: a folder's name in the paths of its modules.
+      library: name of a folder in the paths of its modules.
     """
     held: list[logging.LogRecord] = []
 
@@ -34,7 +34,7 @@ def held_back(library: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without(text: str) -> Iterator[None]:
-    """Drop the log records of the block whose message contains a text."""
+    """Drop the block's log records whose message contains a text."""
     with _filtered(lambda record: text not in record.getMessage()):
         yield
 

@@ -1,8 +1,8 @@
-"""One writer a place: locks of the system's, which end with their holder in whatever way.
+"""One writer per place: locks of the operating system, released however their holder ends.
 
-Beside what is written, in a folder `.locks`, lie a file that is locked and, while it is, one
-that says by whom. Object stores have no locks: there nothing is held, and two processes that
-write to one place are the business of who starts them.
+In a folder `.locks` beside the place lie a file that is locked and, while it is, one that
+names the holder. Object stores have no locks: there nothing is locked, and the user must not
+start two processes that write to one place.
 """
 
 import contextlib
@@ -25,14 +25,15 @@ _LONGEST_REASON = 300  # characters of another error
 
 @contextlib.contextmanager
 def held(place: Path, process: int = 0) -> Iterator[None]:
-    """Lets no other process write to a place until the block's end.
+    """Let no other process write to a place until the block's end.
 
     Args:
-      place: a file or folder, which need not be there.
-      process: of joined ones only the first holds the lock, for all.
+      place: file or folder, which need not exist.
+      process: number of this process; of joined processes only the first holds the lock, for
+        all.
 
     Raises:
-      UserError: another process is at it; or nothing can be locked there.
+      UserError: another process writes there, or nothing can be locked there.
       RemovedError: see `attempt`.
     """
     with attempt(place, process) as taken:
@@ -46,16 +47,20 @@ def held(place: Path, process: int = 0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def attempt(place: Path, process: int = 0, wait: bool = False) -> Iterator[bool]:
-    """Whether no other process is at a place; until the block's end none gets it.
+    """Lock a place until the block's end, and yield whether that succeeded.
 
     Args:
       place: see `held`.
       process: see `held`.
-      wait: for another process's end, after a line that says so; the place is had then.
+      wait: whether to wait for another process's end, after printing a line; the lock is then
+        held.
+
+    Yields:
+      True if the lock is held.
 
     Raises:
       UserError: nothing can be locked there.
-      RemovedError: the block has ended with an error after the lock's file was removed.
+      RemovedError: the block ended with an error after the lock's file was removed.
     """
     if process > 0 or not isinstance(place, pathlib.Path):
         yield True
@@ -80,7 +85,7 @@ def attempt(place: Path, process: int = 0, wait: bool = False) -> Iterator[bool]
         yield False
         return
     try:
-        with contextlib.suppress(OSError):  # a full disk holds no lock up
+        with contextlib.suppress(OSError):  # a full disk does not prevent locking
             paths.write(holder, json.dumps(_description()).encode())
         yield True
     except (RemovedError, Stopped):
@@ -88,7 +93,8 @@ def attempt(place: Path, process: int = 0, wait: bool = False) -> Iterator[bool]
     except Exception as error:
         if file.exists():
             raise
-        # With the folder around it, most likely, of which any library may complain.
+        # The folder was most likely removed as well, for which libraries raise arbitrary
+        # errors.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
         if isinstance(error, UserError):
             reason = str(error)
@@ -126,5 +132,5 @@ def _holder(lock: pathlib.Path) -> str:
     try:
         said = json.loads(_holder_file(lock).read_text(encoding="utf-8"))
         return f"process {said['process']} on {said['host']} (since {said['since']})"
-    except (OSError, ValueError, LookupError, TypeError):  # it has only just begun
+    except (OSError, ValueError, LookupError, TypeError):  # the holder has only just begun
         return "another process"

@@ -1,9 +1,9 @@
-"""Paths of this machine and of object stores: what the two do differently.
+"""Local paths and paths of object stores, and where they differ.
 
-`gs://bucket/...` and `s3://bucket/...` are `etils.epath` paths, all else are pathlib's. An
-object store has no folders (a name's prefix is taken for one), no links and no renaming,
-and each question is a request. A file appears there when it is closed, whole: so what is
-written to either is made complete in memory or in a local file first.
+`gs://bucket/...` and `s3://bucket/...` are `etils.epath` paths, all others are pathlib's. An
+object store has no folders (a prefix of names is treated as one), no links and no renaming,
+and each query is a request. A file appears there complete, when it is closed: files for both
+kinds are therefore completed in memory or in a local file first.
 """
 
 import contextlib
@@ -24,28 +24,31 @@ if TYPE_CHECKING:
 
     Path: TypeAlias = pathlib.Path | epath.Path
 else:
-    # What both are. Importing etils takes 0.1 s, and few need it.
+    # The base of both. Importing etils takes 0.1 s, and few need it.
     Path = pathlib.PurePath
 
-# The schemes that etils, TFDS and JAX share, and the package that fsspec takes for each.
+# Schemes that etils, TFDS and JAX share, and the package that fsspec uses for each.
 SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}
-# What operating systems put into folders that people look into: macOS, Windows, KDE, Synology,
-# ext4. Never ours, and no sign that a folder is anybody else's.
+# Files that operating systems add to folders: macOS, Windows, KDE, Synology, ext4. Never ours,
+# and no sign that a folder belongs to somebody else.
 _SYSTEM_FILES = {
     *(".DS_Store", ".directory", "@eaDir", "Thumbs.db", "desktop.ini", "lost+found"),
 }
-_OPEN = ".nfs"  # begins the names of removed files that are open somewhere
-# Packages below them, whose errors are no OSErrors.
+_OPEN = ".nfs"  # prefix of removed files that are open somewhere
+# Packages of object stores whose errors are not OSErrors.
 _CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs")
 
 
 def parse(text: str, *, needed: bool = True) -> Path:
-    """A path from what a person wrote; nothing is looked up there.
+    """Return a path from the user's text, without accessing it.
 
     Args:
-      text: gs://bucket/..., s3://bucket/..., or a path of this machine, where ~ is home.
-      needed: False takes a remote path even if the package to reach it is missing: it may
+      text: gs://bucket/..., s3://bucket/..., or a local path, where ~ is home.
+      needed: False accepts a remote path even if the package to reach it is missing: it may
         never be used here.
+
+    Returns:
+      The path.
 
     Raises:
       UserError: another scheme, no bucket, a missing package, or no home.
@@ -67,14 +70,14 @@ def parse(text: str, *, needed: bool = True) -> Path:
 
 
 def _remote(text: str, scheme: str, needed: bool) -> "epath.Path":
-    # If TensorFlow were there, epath would go through it: seconds to import, the whole of
-    # the GPU's memory taken, other errors. To be set before epath is first asked.
+    # If TensorFlow is installed, epath would use it: seconds to import, all GPU memory taken,
+    # other errors. Must be set before epath is first used.
     os.environ.setdefault("EPATH_USE_TF", "false")
     import fsspec
     from etils import epath
     from fsspec.config import conf
 
-    # Listings would be kept for good, whatever other processes write meanwhile.
+    # Listings would be cached forever, even if other processes write meanwhile.
     for name in ("gs", "gcs", "s3"):
         conf.setdefault(name, {}).setdefault("use_listings_cache", False)
     path = epath.Path(text)
@@ -87,7 +90,7 @@ def _remote(text: str, scheme: str, needed: bool) -> "epath.Path":
 
 
 def _store(text: str) -> tuple[Any, str]:
-    """The object store of a path that is parsed already, and the path's name there."""
+    """Return the object store of a parsed path, and the path's name there."""
     import fsspec
 
     try:
@@ -97,16 +100,16 @@ def _store(text: str) -> tuple[Any, str]:
 
 
 def absolute(path: Path) -> Path:
-    """The path for use from any folder; a remote one is that as it is."""
-    # epath would put the current folder in front.
+    """Return the path for use from any folder; a remote path is absolute already."""
+    # epath would prepend the current folder.
     return path.absolute() if isinstance(path, pathlib.Path) else path
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder; on an object store: anything whose name starts with it.
+    """Return whether there is a folder; on an object store: any name with this prefix.
 
     Raises:
-      UserError: the object store does not answer, or refuses.
+      UserError: the object store does not answer, or denies access.
     """
     if isinstance(path, pathlib.Path):
         return path.is_dir()
@@ -118,12 +121,12 @@ def is_folder(path: Path) -> bool:
 
 
 def listing(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The folders in a folder, and all else in it, each sorted; one request remotely.
+    """Return the folders in a folder, and all else in it, each sorted; one request remotely.
 
     Raises:
       FileNotFoundError: there is none.
       NotADirectoryError: it is a file.
-      UserError: the object store does not answer, or refuses.
+      UserError: the object store does not answer, or denies access.
     """
     if isinstance(folder, pathlib.Path):
         parts: tuple[list[Path], list[Path]] = ([], [])
@@ -133,8 +136,8 @@ def listing(folder: Path) -> tuple[list[Path], list[Path]]:
 
     store, place = _store(str(folder))
     try:
-        # Not epath's walk, which s3fs does not understand, nor its iterdir, which does not
-        # tell folders from files.
+        # Not epath's walk, which s3fs does not support, nor its iterdir, which does not
+        # distinguish folders from files.
         entries = store.ls(place, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         raise
@@ -146,16 +149,16 @@ def listing(folder: Path) -> tuple[list[Path], list[Path]]:
         if name != place.rstrip("/"):
             kind = folders if entry["type"] == "directory" else others
             kind.append(folder / name.rpartition("/")[2])
-        elif entry["size"]:  # else the empty object that some tools leave for a folder
+        elif entry["size"]:  # otherwise the empty object that some tools leave for a folder
             raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(folder))
     return sorted(folders), sorted(others)
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and the folders in it; links to folders are not followed.
+    """Yield all files in a folder and below; links to folders are not followed.
 
     Raises:
-      UserError: the object store does not answer, or refuses.
+      UserError: the object store does not answer, or denies access.
     """
     if isinstance(folder, pathlib.Path):
         yield from (path for path in folder.rglob("*") if not path.is_dir())
@@ -167,14 +170,14 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def glob(pattern: str) -> list[Path]:
-    """The files of an object store that match, as Python's glob would have it.
+    """Return the files of an object store that match, as with Python's glob.
 
     Args:
-      pattern: gs:// or s3://; `**` stands for any depth. Names that begin with a dot match
-        where the pattern has one.
+      pattern: gs:// or s3://; `**` stands for any depth. Names that begin with a dot match only
+        an explicit dot.
 
     Raises:
-      UserError: see `parse`; or the object store does not answer, or refuses.
+      UserError: see `parse`; or the object store does not answer, or denies access.
     """
     given = parse(pattern)
     store, place = _store(pattern)
@@ -190,10 +193,10 @@ def glob(pattern: str) -> list[Path]:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it; on an object store: makes sure one can write there.
+    """Create a folder and its parents; on an object store: check that it is writable.
 
     Raises:
-      OSError: it cannot be made, or written to.
+      OSError: it cannot be created, or written to.
     """
     if isinstance(path, pathlib.Path):
         path.mkdir(parents=True, exist_ok=True)
@@ -205,22 +208,26 @@ def make_folder(path: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file, and the folders above it where there are such things.
+    """Write a file, and create the folders above it where folders exist.
 
-    It is there whole or, after a crash or an error, as it was; what a killed process leaves of
-    it the next one's write replaces.
+    After a crash or an error the file is complete or unchanged; the next write replaces
+    leftovers of a killed process.
+
+    Args:
+      path: file to write.
+      content: its bytes.
 
     Raises:
       OSError: it cannot be written; the error names it.
     """
     if not isinstance(path, pathlib.Path):
-        path.write_bytes(content)  # there when it is whole
+        path.write_bytes(content)  # visible only when complete
         return
     growing = growing_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         growing.unlink(missing_ok=True)
-        with growing.open("xb") as file:  # and through no link that lies there
+        with growing.open("xb") as file:  # do not follow a link at this place
             file.write(content)
         growing.replace(path)
     except OSError as error:
@@ -230,10 +237,10 @@ def write(path: Path, content: bytes) -> None:
 
 
 def sync(path: pathlib.Path) -> None:
-    """Make a file, or the names in a folder, outlast a power cut from now on.
+    """Flush a file, or the names in a folder, to disk, to survive a power cut.
 
     Raises:
-      OSError: it is not there, or cannot be written.
+      OSError: it does not exist, or cannot be written.
     """
     opened = os.open(path, os.O_RDONLY)
     try:
@@ -243,18 +250,18 @@ def sync(path: pathlib.Path) -> None:
 
 
 def growing_file(path: pathlib.Path) -> pathlib.Path:
-    """Return where a file is written until it is whole: by a name that nobody else gives."""
-    # Short, as the name may be as long as one can be.
+    """Return the path of a file while it is written, with a name that nobody else uses."""
+    # Short, as the file's name may have the maximum length.
     mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     return path.with_name(f".{mark}.incomplete")
 
 
 def is_growing(path: Path) -> bool:
-    """Return whether a name is one that `growing_file` gives."""
+    """Return whether a name was made by `growing_file`."""
     return re.fullmatch(r"\.[0-9a-f]{16}\.incomplete", path.name) is not None
 
 
-_LONGEST_LINE = 100_000  # bytes; of what tells whose a file is
+_LONGEST_LINE = 100_000  # bytes; of the line that identifies a file's owner
 
 
 def first_line(path: Path) -> bytes:
@@ -267,7 +274,7 @@ def first_line(path: Path) -> bytes:
 
 
 def modified(path: Path) -> float:
-    """When a file was written: seconds since 1970, by the clock of the place where it is."""
+    """Return a file's modification time in seconds since 1970, by the clock of its storage."""
     if isinstance(path, pathlib.Path):
         return path.stat().st_mtime
     store, name = _store(str(path))
@@ -275,7 +282,11 @@ def modified(path: Path) -> float:
 
 
 def upload(local: pathlib.Path, remote: Path) -> None:
-    """Copies a file to an object store, a piece at a time.
+    """Copy a file to an object store, in pieces.
+
+    Args:
+      local: file to copy.
+      remote: path to write.
 
     Raises:
       OSError: it cannot be read, or written there.
@@ -287,7 +298,11 @@ def upload(local: pathlib.Path, remote: Path) -> None:
 
 
 def download(remote: Path, local: pathlib.Path) -> None:
-    """Copies a file from an object store, a piece at a time.
+    """Copy a file from an object store, in pieces.
+
+    Args:
+      remote: file to copy.
+      local: path to write.
 
     Raises:
       OSError: it cannot be read there, or written here.
@@ -298,12 +313,12 @@ def download(remote: Path, local: pathlib.Path) -> None:
 
 
 def move_folder(source: Path, target: Path, last: str) -> None:
-    """Gives a folder another name, which is free; on an object store copies and removes it.
+    """Rename a folder to an unused name; on an object store copy and remove it.
 
     Args:
       source: the folder.
       target: its new name.
-      last: the file in it whose presence says that all is there: the last to be copied.
+      last: file in it that marks completeness: the last to be copied.
     """
     if isinstance(source, pathlib.Path):
         source.rename(target)
@@ -312,7 +327,7 @@ def move_folder(source: Path, target: Path, last: str) -> None:
     names = [path.relative_to(source).as_posix() for path in files]
     names = [name for name in names if name != last]
     store, _ = _store(str(source))
-    if names:  # all at once; the data do not come here
+    if names:  # all at once, within the store
         store.copy([str(source / name) for name in names], [str(target / n) for n in names])
     if source / last in files:
         store.copy(str(source / last), str(target / last))
@@ -320,7 +335,7 @@ def move_folder(source: Path, target: Path, last: str) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Sees to it that what is in a local folder, and its name, outlive a power cut."""
+    """Flush a local folder's contents, and its name, to disk, to survive a power cut."""
     if isinstance(folder, pathlib.Path):
         for path in (*folder.rglob("*"), folder, folder.parent):
             file = os.open(path, os.O_RDONLY)
@@ -329,15 +344,15 @@ def flush(folder: Path) -> None:
 
 
 def is_system_file(name: str) -> bool:
-    """Return whether an operating system puts files or folders of this name anywhere."""
+    """Return whether operating systems put files or folders of this name anywhere."""
     return name in _SYSTEM_FILES or name.startswith(("._", _OPEN))
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder with all in it, if there is one; links in it, not what they lead to.
+    """Remove a folder and its contents, if it exists; links in it, but not their targets.
 
-    On NFS a file that another process has open stays, as `.nfs...`, until that one closes it.
-    A folder of nothing else goes out of the way, by the name of a growing file.
+    On NFS a file that another process has open stays, as `.nfs...`, until it is closed.
+    A folder with nothing else in it is renamed to the name of a growing file.
 
     Raises:
       UserError: see `require_no_link`.
@@ -362,7 +377,7 @@ def remove_folder(path: Path) -> None:
 
 
 def require_no_link(path: Path) -> None:
-    """Makes sure that what is written below a folder of results is written there.
+    """Require that files written below a folder of results are stored there.
 
     Raises:
       UserError: it is a link to another place.
@@ -375,11 +390,14 @@ def require_no_link(path: Path) -> None:
 
 
 def below(folder: Path, name: str) -> Path:
-    """`folder / name`, for a name that may be a stranger's.
+    """Return `folder / name`, for an untrusted name.
 
     Args:
-      folder: where it has to be.
-      name: a relative path with slashes.
+      folder: folder that must contain the path.
+      name: relative path with slashes.
+
+    Returns:
+      The path.
 
     Raises:
       UserError: the name leads out of the folder.
@@ -390,14 +408,14 @@ def below(folder: Path, name: str) -> Path:
 
 
 def is_below(name: str) -> bool:
-    """Whether a relative path with slashes stays in the folder that it starts from."""
+    """Return whether a relative path with slashes stays in its starting folder."""
     parts = name.split("/")
-    # On Windows a backslash is a slash, and C:x another disk's.
+    # On Windows a backslash is a slash, and C:x is on another disk.
     foreign = os.name == "nt" and any(mark in name for mark in ("\\", ":"))
     return not foreign and "\0" not in name and ".." not in parts and parts[0] != ""
 
 
-# What is wrong with a place, and not with this program.
+# Faults of a place, not of this program, and advice.
 _ADVICE = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there",
@@ -416,9 +434,9 @@ _ADVICE = {
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Makes errors of the block that the place of a file is to blame for UserErrors.
+    """Convert the block's errors that are the fault of a file's place to UserErrors.
 
-    Clients of object stores raise all sorts of errors, of which most can be mended.
+    Clients of object stores raise many types of errors, most of which the user can fix.
     """
     try:
         yield
@@ -429,11 +447,14 @@ def explained() -> Iterator[None]:
 
 
 def explanation(error: BaseException, place: Path | None = None) -> str | None:
-    """What to tell of an error of a disk's or an object store's; None of others.
+    """Return the message for an error of a disk or an object store; None for others.
 
     Args:
-      error: the system's, a client's, or a library's that quotes the system's.
-      place: where it was; None if the error knows.
+      error: error of the system, of a client, or of a library that quotes the system's.
+      place: place of the error; None if the error names it.
+
+    Returns:
+      The message with advice, or None.
     """
     code = error.errno if isinstance(error, OSError) else None
     if code not in _ADVICE and place is not None:
@@ -453,7 +474,7 @@ def explanation(error: BaseException, place: Path | None = None) -> str | None:
 
 @contextlib.contextmanager
 def _as_os_error(path: Path) -> Iterator[None]:
-    """The clients of object stores raise all sorts of errors."""
+    """Convert errors of object stores' clients, which are of many types, to OSErrors."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Progress bars and lines on the terminal: quiet in logs, and where a program asks for it."""
+"""Progress bars and lines on the terminal; silent in logs, and if a program asks for it."""
 
 import contextlib
 import contextvars
@@ -14,11 +14,11 @@ _SHOWN: contextvars.ContextVar[tuple[bool, bool]] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def showing(lines: bool, bars: bool) -> Iterator[None]:
-    """Choose what is printed in the block, for a program that has its own output.
+    """Choose what is printed in the block, for a program with its own output.
 
     Args:
       lines: whether `say` prints.
-      bars: whether there are progress bars, where standard error is a terminal.
+      bars: whether progress bars are shown if standard error is a terminal.
     """
     token = _SHOWN.set((lines, bars))
     try:
@@ -30,16 +30,19 @@ def showing(lines: bool, bars: bool) -> Iterator[None]:
 def bar(
     total: int, what: str, visible: bool = True, start: int = 0, unit: str = "img"
 ) -> tqdm.tqdm:
-    """Return a progress bar; below another one it disappears when it is closed.
+    """Return a progress bar; below another bar it disappears when it is closed.
 
     Args:
       total: number of steps.
       what: name of the bar.
       visible: False in all processes but the first.
-      start: number of steps that are done.
-      unit: of a step.
+      start: number of steps already done.
+      unit: unit of a step.
+
+    Returns:
+      The bar.
     """
-    quiet = None if visible and _SHOWN.get()[1] else True  # None: unless this is a terminal
+    quiet = None if visible and _SHOWN.get()[1] else True  # None: shown on a terminal only
     return tqdm.tqdm(
         total=total, initial=start, desc=what, unit=unit, disable=quiet, leave=None
     )

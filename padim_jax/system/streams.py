@@ -1,4 +1,4 @@
-"""Standard streams: closed or full ones lose what is printed, and no results."""
+"""Standard streams: if closed or full, they lose output but no results."""
 
 import errno
 import io
@@ -7,16 +7,17 @@ import sys
 
 
 def install() -> None:
-    """Keep the process going whoever closes its standard streams, or whatever fills up.
+    """Keep the process running even if standard streams are closed or their disk is full.
 
-    Streams that were closed before the start are opened to nowhere, so that no file gets
-    their numbers, to which libraries print. Streams that are replaced already stay as they are.
+    Streams that were closed before the start are opened to the null device, so that no file
+    gets their numbers, to which libraries print. Streams that were already replaced stay
+    unchanged.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     if sys.stdout is sys.__stdout__:
         sys.stdout = opened(1)
     if sys.stderr is sys.__stderr__:
@@ -26,8 +27,8 @@ def install() -> None:
 def opened(number: int) -> io.TextIOWrapper:
     """Return a text stream of a file descriptor that survives its reader and a full disk.
 
-    Each line is written when it is complete, to files and pipes too: a log tells how far a
-    process came that was killed.
+    Each line is written when it is complete, also to files and pipes: a log shows how far a
+    killed process came.
     """
     like = sys.__stdout__ if sys.__stdout__ is not None else sys.__stderr__
     return io.TextIOWrapper(
@@ -39,7 +40,7 @@ def opened(number: int) -> io.TextIOWrapper:
 
 
 class _Lasting(io.FileIO):
-    """A file descriptor that leads to nowhere from the first error in writing on."""
+    """A file descriptor that is redirected to the null device at the first write error."""
 
     def write(self, data: object) -> int:
         """Write bytes; those that cannot be written are lost."""
@@ -49,7 +50,7 @@ class _Lasting(io.FileIO):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
-            # Who stops reading wants no more; a full disk is another matter.
+            # A reader that stops wants no more output; a full disk needs a warning.
             if self.fileno() != 2 and error.errno != errno.EPIPE:
                 print(
                     f"warning: standard output cannot be written ({error.strerror}): what is "

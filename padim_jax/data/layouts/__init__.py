@@ -1,6 +1,6 @@
 """Datasets: a folder layout is a pure function from a root folder to records.
 
-`LAYOUTS[name].records(root, category, seed)` lists a dataset's images; `tfds_builder` packs
+`LAYOUTS[name].records(root, category, seed)` lists a dataset's images; `packing` packs
 the same records into files of another format. Nothing here imports JAX.
 """
 
@@ -23,7 +23,7 @@ from padim_jax.system.paths import Path
 
 
 def _synthetic(root: Path, category: str) -> list[Record]:
-    # Drawing needs SciPy, which checking a configuration should not wait for.
+    # Drawing needs SciPy, which is slow to import and not needed to check a configuration.
     from padim_jax.data.layouts.synthetic import synthetic
 
     return synthetic(root, category)

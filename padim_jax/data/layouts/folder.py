@@ -6,8 +6,9 @@
     root/masks/<defect type>/<name>.png  or  <name>_mask.png    optional ground truth
 
 A folder of normal images may have any of the names in `GOOD_NAMES`, the folder of masks any
-of those in `MASKS`. With a category, `root/category` is read instead of `root`. png, jpg, jpeg,
-bmp, tif, tiff and webp, in any case. The layout of the PyTorch project Lornatang/PaDiM.
+of those in `MASKS`. With a category, `root/category` is read instead of `root`. Files are png,
+jpg, jpeg, bmp, tif, tiff and webp, in any case. It is the layout of the PyTorch project
+Lornatang/PaDiM.
 """
 
 import collections
@@ -26,36 +27,35 @@ from padim_jax.data.records import GOOD, Record
 from padim_jax.errors import UserError
 from padim_jax.system.paths import Path, is_folder
 
-# Compared without regard to case, spaces, hyphens and underscores: "Defect-free" is one, too.
+# Compared without regard to case, spaces, hyphens and underscores: "Defect-free" matches, too.
 GOOD_NAMES = (
     *(GOOD, "normal", "ok", "okay", "fine", "pass", "passed", "healthy"),
     *("defect free", "no defect", "no defects", "non defective"),
 )
 MASKS = ("masks", "mask", "ground_truth")
-_MOST_LISTED = 20  # folders in a line
+_MOST_LISTED = 20  # folders per line
 
 
 def folder(root: Path, category: str = "") -> list[Record]:
-    """Lists the images of `root` (or `root/category`), sorted by path.
+    """List the images of `root` (or `root/category`), sorted by path.
 
     Masks are all or nothing for a defect type: a type without a folder under
     `masks/` has none (only image-level metrics can then be computed); one with a
-    folder must have a mask for each of its images. Masks of good images are not
-    looked at: they have no defect pixel.
+    folder must have a mask for each of its images. Masks of good images are
+    ignored: they have no defect pixel.
 
     Args:
       root: the dataset's folder.
       category: a folder below it, or "" for the root itself.
 
     Returns:
-      Records of train/good, then of val/*. An absent `val` gives only the former:
-      a model can be fitted, and used on images of which nothing is known. Several folders
-      of normal images, as `good` and `OK`, are all read; `summary` names them.
+      Records of train/good, then of val/*. Without `val` only the former: enough to fit a model
+      and to score unlabelled images. Several folders of normal images, such as `good` and `OK`,
+      are all read; `summary` names them.
 
     Raises:
-      UserError: a folder is missing or empty, images lie beside the folders that they
-        belong in, there are several folders of masks, or a mask is missing, left over or
-        ambiguous.
+      UserError: a folder is missing or empty, images lie beside the folders that should contain
+        them, there are several folders of masks, or a mask is missing, left over or ambiguous.
     """
     base = root / category
     if not is_folder(base):
@@ -114,10 +114,17 @@ def folder(root: Path, category: str = "") -> list[Record]:
 
 
 def unused(root: Path, category: str = "") -> list[Path]:
-    """The folders with images that `folder` passes over, sorted.
+    """Return the folders with images that `folder` passes over, sorted.
 
     They lie beside train, val and the masks, or in train beside the normal images; train is
-    one if images lie directly in it.
+    one of them if images lie directly in it.
+
+    Args:
+      root: the dataset's folder.
+      category: a folder below it, or "" for the root itself.
+
+    Returns:
+      The folders.
     """
     base = root / category
     used = set(map(_plain, ("train", "val", *MASKS)))
@@ -129,7 +136,7 @@ def unused(root: Path, category: str = "") -> list[Path]:
 
 
 def is_good(name: str) -> bool:
-    """Whether a folder of this name holds normal images; see `GOOD_NAMES`."""
+    """Return whether a folder's name marks normal images; see `GOOD_NAMES`."""
     return _plain(name) in map(_plain, GOOD_NAMES)
 
 
@@ -153,7 +160,7 @@ def _plain(name: str) -> str:
 
 
 def _good_folders(train: Path) -> list[Path]:
-    """The folders of normal images in `train`; where there is none, the one expected."""
+    """Return the folders of normal images in `train`; without any, the expected one."""
     folders = subfolders(train) if is_folder(train) else []
     good = [path for path in folders if is_good(path.name)]
     if folders and not good:
@@ -176,10 +183,10 @@ def _mask_folder(base: Path) -> Path | None:
 
 
 def categories(root: Path) -> list[str]:
-    """The folders below `root` in this layout, sorted; [""] if it is one itself.
+    """Return the folders below `root` in this layout, sorted; [""] if it is one itself.
 
     Raises:
-      UserError: neither.
+      UserError: there is neither.
     """
     if is_folder(root / "train"):
         return [""]

@@ -3,9 +3,8 @@
     root/train/{10000.png, 10000_GT.png, ..}
     root/test/{20000.png, 20000_GT.png, ..}
 
-Every image has a mask; those of images without a defect are empty, which is all that tells
-the two apart. Of the training images 246 have a defect: they are not listed, since a model is
-fitted to normal images.
+All images have a mask; only an empty mask tells that an image has no defect. 246 training
+images have a defect: they are not listed, because a model is fitted to normal images.
 
 Božič, Tabernik and Skočaj, "Mixed supervision for surface-defect detection: from weakly to
 fully supervised learning", Computers in Industry 129, 2021. Licence: see docs/datasets.md.
@@ -28,22 +27,22 @@ COPIES = ("10301 (copy).png", "10301_GT (copy).png")
 
 
 def ksdd2(root: Path, category: str = "") -> list[Record]:
-    """Lists the images: normal ones of train, then all of test, each sorted by path.
+    """List the images: normal ones of train, then all of test, each sorted by path.
 
-    Every mask is read and decoded, in threads, to see whether it is empty: one or two seconds
-    for as many as are published.
+    All masks are read and decoded, in threads, to see whether they are empty: one or two
+    seconds for the published dataset.
 
     Args:
-      root: the folder that holds train and test.
+      root: folder that holds train and test.
       category: "", there are none.
 
     Returns:
-      The records; the defect type is "defect". Those without a defect have no mask. The two
-      `COPIES` are left out. An absent `test` gives only train: a model can be fitted.
+      The records; the defect type is "defect". Images without a defect have no mask. The two
+      `COPIES` are left out. Without `test` only train is listed, which suffices to fit a model.
 
     Raises:
-      UserError: the root or train is not there; an image is without a mask, or a mask without
-        an image; a mask cannot be read; no normal image is left; or a category is given.
+      UserError: the root or train is missing; an image lacks a mask, or a mask an image; a mask
+        cannot be read; no normal image is left; or a category is given.
     """
     require_no_category(NAME, category)
     require_root(root, NAME, "train/10000.png, train/10000_GT.png and test", URL)
@@ -58,7 +57,7 @@ def ksdd2(root: Path, category: str = "") -> list[Record]:
 
 
 def categories(root: Path) -> list[str]:
-    """[""]: there are none. Raises UserError unless the training images are there."""
+    """Return [""]: there are none. Raise UserError unless the training images are there."""
     require_root(root, NAME, "train/10000.png, train/10000_GT.png and test", URL)
     image_files(root / "train")
     return [""]
@@ -68,7 +67,7 @@ LAYOUT = Layout(split_given(ksdd2), categories, lambda root, _: root)
 
 
 def _split(root: Path, split: Split) -> list[Record]:
-    # Pillow is for those who use it: every configuration imports this module.
+    # Pillow is imported only if needed: all configurations import this module.
     from padim_jax.data import masks
 
     pairs = _pairs(root / split)
@@ -92,7 +91,7 @@ def _split(root: Path, split: Split) -> list[Record]:
 
 
 def _pairs(folder: Path) -> dict[Path, Path]:
-    """The images of a split with their masks."""
+    """Return the images of a split with their masks."""
     files = [path for path in image_files(folder) if path.name not in COPIES]
     images = {path.stem: path for path in files if not path.stem.endswith(MASK)}
     masks = {path.stem.removesuffix(MASK): path for path in files if path.stem.endswith(MASK)}

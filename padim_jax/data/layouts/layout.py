@@ -1,4 +1,4 @@
-"""What every layout offers, and the errors that several share."""
+"""Interface of all layouts, and errors shared by several."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,16 +19,18 @@ def _no_folders(root: Path, category: str) -> list[Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a dataset lies in its folders.
+    """Folder structure of a dataset.
 
     Attributes:
-      records: lists the images, of (root, category, seed). The seed is `dataset.seed`: it
-        draws the split of a dataset that is published without one, and nothing else.
-      categories: of a root, those that are there and can be evaluated, in the published
-        order; [""] of a dataset without categories. Raises UserError if there is none.
-      folder: of (root, category), the folder without which the images are not here.
-      unused: of (root, category), the folders in and beside those of the splits that hold
-        images which are not read, sorted; of a layout that has no room for such, none.
+      records: function of (root, category, seed) that lists the images. The seed is
+        `dataset.seed`: it draws the split of a dataset published without one, and nothing else.
+      categories: function of a root that lists the present categories that can be evaluated, in
+        the published order; [""] for a dataset without categories. Raises UserError if there is
+        none.
+      folder: function of (root, category) that returns the folder without which the images are
+        missing.
+      unused: function of (root, category) that lists, sorted, the folders in and beside those
+        of the splits whose images are not read; empty for a layout without such folders.
       test: where test images are expected, for messages; "" if that takes more words.
     """
 
@@ -40,12 +42,22 @@ class Layout:
 
 
 def split_given(records: Callable[[Path, str], list[Record]]) -> Callable[..., list[Record]]:
-    """For `Layout.records`: of a dataset that is published with a split."""
+    """Adapt a function to `Layout.records`, for a dataset published with a split."""
     return lambda root, category, seed: records(root, category)
 
 
 def require_root(root: Path, name: str, expected: str, url: str) -> None:
-    """Raises UserError, with what should be there and its source, unless `root` is a folder."""
+    """Require the root to be a folder.
+
+    Args:
+      root: the dataset's folder.
+      name: the dataset's name.
+      expected: files and folders expected below `root`.
+      url: the dataset's source.
+
+    Raises:
+      UserError: it is not; states what should be there and its source.
+    """
     if not is_folder(root):
         raise UserError(
             f"config.dataset.root={root}: no such folder. Expected {name}'s folder, with "
@@ -55,7 +67,12 @@ def require_root(root: Path, name: str, expected: str, url: str) -> None:
 
 
 def require_no_category(name: str, category: str) -> None:
-    """Raises UserError unless `category` is "": of a dataset that has none."""
+    """Raise UserError unless `category` is "", for a dataset without categories.
+
+    Args:
+      name: the dataset's name.
+      category: the configured category.
+    """
     if category:
         raise UserError(
             f"config.category={category!r}: {name} has no categories; expected "

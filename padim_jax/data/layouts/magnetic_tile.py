@@ -3,8 +3,8 @@
     root/MT_Free/Imgs/*.jpg, *.png
     root/MT_{Blowhole,Break,Crack,Fray,Uneven}/Imgs/*.jpg, *.png
 
-A .png is the mask of the .jpg of its name. No split is published: one in five of the images
-without a defect is drawn for the test, as others are said to have done.
+A .png is the mask of the .jpg of the same name. No split is published: one in five of the
+images without a defect is drawn for the test, as others are said to have done.
 
 Huang et al., "Surface defect saliency of magnetic tile", The Visual Computer 36, 2020.
 Licence: none is stated.
@@ -22,16 +22,16 @@ NAME = "Magnetic Tile Defects"
 URL = "https://github.com/abin24/Magnetic-tile-defect-datasets."
 FREE = "MT_Free"
 DEFECTS = ("MT_Blowhole", "MT_Break", "MT_Crack", "MT_Fray", "MT_Uneven")
-TESTED = 0.2  # of the images without a defect
+TESTED = 0.2  # fraction of the images without a defect
 
 
 def magnetic_tile(root: Path, category: str = "", seed: int = 0) -> list[Record]:
-    """Lists the images and splits those without a defect.
+    """List the images and split those without a defect.
 
     Args:
-      root: the folder that holds the MT_ folders.
+      root: folder that holds the MT_ folders.
       category: "", there are none.
-      seed: of the split: `random.Random(seed).sample` of the sorted images draws the
+      seed: seed of the split: `random.Random(seed).sample` of the sorted images draws the
         tested fifth.
 
     Returns:
@@ -39,8 +39,8 @@ def magnetic_tile(root: Path, category: str = "", seed: int = 0) -> list[Record]
       blowhole, break, crack, fray and uneven. Masks of images without a defect are not read.
 
     Raises:
-      UserError: the root or one of the six folders is not there, or is without images;
-        images and masks do not match; or a category is given.
+      UserError: the root or one of the six folders is missing or holds no images; images and
+        masks do not match; or a category is given.
     """
     require_no_category(NAME, category)
     categories(root)
@@ -71,7 +71,7 @@ def magnetic_tile(root: Path, category: str = "", seed: int = 0) -> list[Record]
 
 
 def categories(root: Path) -> list[str]:
-    """[""]: there are none. Raises UserError unless all the folders are there."""
+    """Return [""]: there are none. Raise UserError unless all folders are there."""
     require_root(root, NAME, f"{FREE}/Imgs and {DEFECTS[0]}/Imgs", URL)
     if missing := [name for name in (FREE, *DEFECTS) if not is_folder(root / name / "Imgs")]:
         raise UserError(
@@ -86,7 +86,7 @@ LAYOUT = Layout(magnetic_tile, categories, lambda root, _: root)
 
 
 def _pairs(folder: Path) -> dict[Path, Path]:
-    """The images of a folder with their masks."""
+    """Return the images of a folder with their masks."""
     files = image_files(folder)
     masks = {path.stem: path for path in files if path.suffix.lower() == ".png"}
     images = {path.stem: path for path in files if path.suffix.lower() != ".png"}

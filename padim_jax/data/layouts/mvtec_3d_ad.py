@@ -5,7 +5,7 @@
     root/category/test/{good,<defect type>}/rgb/*.png
     root/category/test/<defect type>/gt/<name>.png
 
-There are masks of normal test images too, without a defect pixel; they are not read.
+Normal test images have masks too, without a defect pixel; these are not read.
 
 Bergmann et al., "The MVTec 3D-AD Dataset for Unsupervised 3D Anomaly Detection and
 Localization", VISAPP 2022. Licence: CC BY-NC-SA 4.0.

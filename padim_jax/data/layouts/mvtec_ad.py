@@ -18,5 +18,13 @@ TREE = Tree("MVTec AD", URL, MVTEC_AD)
 
 
 def mvtec_ad(root: Path, category: str) -> list[Record]:
-    """Lists the images of one category of MVTec AD; see `Tree.records`."""
+    """List the images of one category of MVTec AD; see `Tree.records`.
+
+    Args:
+      root: folder that holds the category folders.
+      category: a folder below `root`.
+
+    Returns:
+      The records.
+    """
     return TREE.records(root, category)

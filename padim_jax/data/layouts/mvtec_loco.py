@@ -5,9 +5,9 @@
     root/category/test/{good,logical_anomalies,structural_anomalies}/*.png
     root/category/ground_truth/<defect type>/<name>/{000,001,..}.png
 
-An image has a mask for each of its defects; a pixel is anomalous if any of them says so. The
-grey level in them (of defects_config.json) says how much of a defect has to be found, for a
-metric of the dataset's own (saturated PRO), which is not computed here.
+An image has one mask for each of its defects; a pixel is anomalous if any mask marks it. The
+grey level of a mask (of defects_config.json) states how much of a defect has to be found, for
+the dataset's own metric (saturated PRO), which is not computed here.
 
 Bergmann et al., "Beyond Dents and Scratches: Logical Constraints in Unsupervised Anomaly
 Detection and Localization", IJCV 130, 2022. Licence: CC BY-NC-SA 4.0.

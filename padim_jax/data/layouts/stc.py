@@ -1,4 +1,4 @@
-"""STC, the ShanghaiTech Campus dataset: thirteen scenes under a fixed camera each.
+"""STC, the ShanghaiTech Campus dataset: thirteen scenes, each under a fixed camera.
 
     root/training/frames/01_001/{000,001,..}.jpg      unpacked from root/training/videos/*.avi
     root/testing/frames/01_0014/{000,001,..}.jpg
@@ -6,7 +6,7 @@
     root/testing/test_pixel_mask/01_0014.npy          (frames, height, width)
 
 A category is a scene, 01 to 13, the first part of its videos' names. Scene 13 has no test
-videos. Training videos are published as .avi only: ffmpeg makes frames of them.
+videos. Training videos are published as .avi only: ffmpeg extracts their frames.
 
 Liu et al., "Future Frame Prediction for Anomaly Detection - A New Baseline", CVPR 2018.
 Licence: see docs/datasets.md.
@@ -35,26 +35,25 @@ from padim_jax.system.paths import Path, is_folder
 NAME = "ShanghaiTech Campus"
 URL = "https://svip-lab.github.io/dataset/campus_dataset.html"
 ANOMALY = "anomaly"
-_HEAD = 2**16  # bytes of an .npy file, which begins with what it holds
+_HEAD = 2**16  # bytes read of an .npy file, which begins with its header
 
 
 def stc(root: Path, category: str) -> list[Record]:
-    """Lists the frames of one scene: train, then test, by video and frame number.
+    """List the frames of one scene: train, then test, by video and frame number.
 
     Args:
-      root: the folder that holds training and testing.
-      category: a scene, as in "01".
+      root: folder that holds training and testing.
+      category: a scene, such as "01".
 
     Returns:
-      Records of the training frames, then of the test frames; of a scene without test videos
-      (13) the former only. A test frame's label is test_frame_mask's; the mask of an
-      anomalous one is its frame in test_pixel_mask, counted from 0. The defect type is
-      "anomaly".
+      Records of the training frames, then of the test frames; for a scene without test videos
+      (13) only the former. A test frame's label is test_frame_mask's; the mask of an anomalous
+      one is its frame in test_pixel_mask, counted from 0. The defect type is "anomaly".
 
     Raises:
-      UserError: the root or the scene is not there; training videos are not unpacked; a
-        video's frames are not numbered one after the other, or are not as many as its masks;
-        or a mask is missing or of another form.
+      UserError: the root or the scene is missing; training videos are not unpacked; a video's
+        frames are not numbered consecutively, or their number differs from its masks'; or a
+        mask is missing or of another form.
     """
     require_root(root, NAME, "training/frames and testing/frames", URL)
     videos = _training_videos(root, category)
@@ -71,10 +70,10 @@ def stc(root: Path, category: str) -> list[Record]:
 
 
 def categories(root: Path) -> list[str]:
-    """The scenes that have test frames, sorted; 13 is published without.
+    """Return the scenes that have test frames, sorted; 13 is published without.
 
     Raises:
-      UserError: the root is not there, or there is none.
+      UserError: the root is missing, or there is no scene.
     """
     require_root(root, NAME, "training/frames and testing/frames", URL)
     frames = root / "testing" / "frames"
@@ -90,7 +89,7 @@ LAYOUT = Layout(split_given(stc), categories, lambda root, _: root / "training")
 
 
 def _record(root: Path, frame: Path, mask: Path | None, number: int | None) -> Record:
-    """Of a training frame (number None) or a test frame (mask None: a normal one)."""
+    """Return the record of a training frame (no number) or a test frame (no mask if normal)."""
     return Record(
         split="train" if number is None else "test",
         image=frame,
@@ -103,7 +102,7 @@ def _record(root: Path, frame: Path, mask: Path | None, number: int | None) -> R
 
 
 def _training_videos(root: Path, category: str) -> list[Path]:
-    """The folders of a scene's unpacked training videos."""
+    """Return the folders of a scene's unpacked training videos."""
     frames, packed = root / "training" / "frames", root / "training" / "videos"
     unpacked = subfolders(frames) if is_folder(frames) else []
     videos = [folder for folder in unpacked if _scene(folder) == category]
@@ -131,7 +130,7 @@ def _training_videos(root: Path, category: str) -> list[Path]:
 
 
 def _unpacking(root: Path, category: str) -> str:
-    # -r 1 on both sides gives every frame once, whatever the video's rate; numbers start at 0
+    # -r 1 on both sides extracts each frame once, whatever the video's rate; numbers start at 0
     # as in the published test frames.
     return (
         f"cd {shlex.quote(str(root / 'training'))} && for video in videos/{category}_*.avi; do "
@@ -162,7 +161,7 @@ def _labels(root: Path, video: Path, count: int) -> Bool[np.ndarray, " frames"]:
     path = root / "testing" / "test_frame_mask" / f"{video.name}.npy"
     data = read_file(path)
     shape, dtype, start = _header(data, path)
-    if shape != (count,):  # before room is made for what the header claims
+    if shape != (count,):  # before memory is allocated for what the header claims
         raise UserError(
             f"{path}: labels of shape {shape} for the {count} frames in {video}; "
             "expected one for each. Unpack masks and test frames again"
@@ -179,7 +178,7 @@ def _labels(root: Path, video: Path, count: int) -> Bool[np.ndarray, " frames"]:
 
 
 def _require_masks(path: Path, video: Path, count: int) -> None:
-    """Raises UserError unless there is a mask for each frame; only the file's head is read."""
+    """Raise UserError unless there is a mask for each frame; only the file's head is read."""
     require_file(path)
     try:
         with path.open("rb") as file:
@@ -195,7 +194,7 @@ def _require_masks(path: Path, video: Path, count: int) -> None:
 
 
 def _header(data: bytes, path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape and dtype that an .npy file claims, and where its data begin."""
+    """Return the shape and dtype that an .npy file claims, and the offset of its data."""
     file = io.BytesIO(data)
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -203,14 +202,14 @@ def _header(data: bytes, path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
     }
     try:
         shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
-    # NumPy parses Python's syntax there, with whatever errors that has.
+    # NumPy parses Python syntax there, which raises arbitrary exceptions.
     except Exception as error:
         raise UserError(f"{path}: not an .npy file of NumPy: {error}") from error
     return shape, dtype, file.tell()
 
 
 def _frames(video: Path) -> dict[int, Path]:
-    """The frames of a video by number, in that order: 1000.jpg comes after 999.jpg."""
+    """Return the frames of a video by number, in that order: 1000.jpg comes after 999.jpg."""
     found: dict[int, Path] = {}
     for path in image_files(video):
         if not path.stem.isdecimal() or int(path.stem) in found:

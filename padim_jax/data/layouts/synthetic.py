@@ -1,15 +1,15 @@
-"""A made-up inspection category, drawn on the spot: the demo that needs no download.
+"""A synthetic inspection category, drawn on demand: the demo that needs no download.
 
 The one category, `part`, is a brushed-metal cover with screws, a boss, a connector,
 a label and a plug, photographed from above. It is written as PNG files in MVTec AD's
-layout, so that everything behind it reads it like real data:
+layout, so that all later stages read it like real data:
 
     root/part/train/good/000.png ..
     root/part/test/{good,scratch,stain,missing_piece,misplaced_part}/000.png ..
     root/part/ground_truth/<defect>/000_mask.png ..
     root/part/synthetic.json             what was generated, by which version
 
-How it is drawn is the business of `synthetic_part`.
+`synthetic_part` draws the images.
 """
 
 import concurrent.futures
@@ -33,23 +33,23 @@ from padim_jax.system import locks, paths
 from padim_jax.system.paths import Path
 
 CATEGORY = "part"
-VERSION = 1  # raise it with every change to the pixels: older folders are regenerated
+VERSION = 1  # raise it with each change to the pixels: older folders are regenerated
 MARKER = "synthetic.json"
 GENERATOR = "padim_jax.data.layouts.synthetic"
 
 
 def synthetic(root: Path, category: str) -> list[Record]:
-    """Lists the images of the made-up category, drawing them first if they are not there.
+    """List the images of the synthetic category, drawing them first if they are missing.
 
     Args:
-      root: the folder for the category folder; created if need be.
+      root: folder for the category folder; created if needed.
       category: "part".
 
     Returns:
       Records of train/good, then of test/*, as `mvtec_ad` gives them.
 
     Raises:
-      UserError: another category, or see `generate`.
+      UserError: another category is given, or see `generate`.
     """
     if category != CATEGORY:
         raise UserError(
@@ -75,15 +75,15 @@ def generate(
     n_test_per_defect: int = 7,
     size: int = 320,
 ) -> pathlib.Path:
-    """Draws the category into `root/part`, unless just that is there already.
+    """Draw the category into `root/part`, unless exactly that is there already.
 
     Equal arguments give byte-identical files (with the same versions of NumPy, SciPy and
-    Pillow). The folder appears at once, when all is written. A folder made by other
-    arguments or another version, or one that lacks files, is replaced.
+    Pillow). The folder appears in one step, when all is written. A folder made with other
+    arguments or by another version, or one that lacks files, is replaced.
 
     Args:
-      root: the folder for the category folder; created if need be.
-      seed: of everything random; not negative.
+      root: folder for the category folder; created if needed.
+      seed: seed of everything random; not negative.
       n_train: number of good training images.
       n_test_good: number of good test images.
       n_test_per_defect: number of test images of each kind of defect.
@@ -118,9 +118,9 @@ def generate(
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locks.attempt(folder, wait=True):
-            # Another process may have made the same meanwhile (one per host, say).
+            # Another process (one per host, say) may have made the same meanwhile.
             if not _is_current(folder, marker):
-                for left in root.glob(f".{CATEGORY}-*"):  # by a process that was killed
+                for left in root.glob(f".{CATEGORY}-*"):  # of a killed process
                     shutil.rmtree(left)
                 _replace(folder, shots, seed, size, marker)
     except OSError as error:
@@ -133,7 +133,7 @@ def generate(
 
 @dataclasses.dataclass(frozen=True)
 class _Shot:
-    """One photograph to take: `stream` picks its random numbers; names are POSIX paths."""
+    """One photograph to take: `stream` selects its random numbers; names are POSIX paths."""
 
     kind: str
     stream: tuple[int, int]
@@ -157,7 +157,7 @@ def _shots(n_train: int, n_test_good: int, n_test_per_defect: int) -> list[_Shot
 
 
 def _is_current(folder: pathlib.Path, marker: dict[str, object]) -> bool:
-    """Whether the folder is what the marker says; raises UserError where it is not ours."""
+    """Return whether the folder matches the marker; raise UserError if it is not ours."""
     if not os.path.lexists(folder):
         return False
     try:
@@ -186,7 +186,7 @@ def _is_current(folder: pathlib.Path, marker: dict[str, object]) -> bool:
 
 
 def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The files below a folder that hold something, but for hidden ones."""
+    """Yield the non-empty files below a folder, except hidden ones."""
     for path in folder.rglob("*"):
         hidden = path.name.startswith(".") or paths.is_system_file(path.name)
         if path.is_file() and path.stat().st_size and not hidden:
@@ -203,7 +203,7 @@ def _write(folder: pathlib.Path, shot: _Shot, seed: int, size: int) -> None:
 def _replace(
     folder: pathlib.Path, shots: list[_Shot], seed: int, size: int, marker: dict[str, object]
 ) -> None:
-    # A hidden sibling: on the same file system, and no category in anybody's eyes.
+    # A hidden sibling: on the same file system, and never listed as a category.
     with tempfile.TemporaryDirectory(prefix=f".{CATEGORY}-", dir=folder.parent) as work:
         fresh = pathlib.Path(work, "new")
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

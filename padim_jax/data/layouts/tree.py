@@ -1,11 +1,11 @@
-"""Datasets laid out as MVTec AD is, up to names: a folder for every defect type.
+"""Datasets laid out like MVTec AD, up to names: one folder per defect type.
 
     root/category/train/good/*.png
     root/category/test/{good,<defect type>}/*.png
     root/category/ground_truth/<defect type>/<name>_mask.png
 
-MVTec LOCO AD, MVTec 3D-AD, MVTec AD 2, BTAD and MPDD differ from it by the few names that a
-`Tree` holds.
+MVTec LOCO AD, MVTec 3D-AD, MVTec AD 2, BTAD and MPDD differ from it by the few names in a
+`Tree`.
 """
 
 import dataclasses
@@ -31,20 +31,20 @@ GROUND_TRUTH = "ground_truth"
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """The names by which such datasets differ.
+    """Names by which such datasets differ.
 
     Attributes:
-      name: how messages call the dataset.
-      url: where it comes from.
+      name: the dataset's name in messages.
+      url: its source.
       published: its categories, in the order of the published tables.
-      good: the folder of normal images, in each split.
-      validation: the split of normal images that are not fitted, which may be absent.
-      test: the split to evaluate on.
-      unlisted: published folders of images that are not read on purpose.
-      images: the folder of images within that of a defect type; "" if it is the same.
-      masks: the folder of a defect type's masks, below the category's.
-      mask: the name of an image's mask, without a suffix.
-      several_masks: whether that is a folder of masks, of which all hold.
+      good: folder of normal images, in each split.
+      validation: split of normal images that are not fitted; may be absent.
+      test: split to evaluate on.
+      unlisted: published folders of images that are intentionally not read.
+      images: folder of images within that of a defect type; "" if it is the same.
+      masks: folder of a defect type's masks, below the category's.
+      mask: name of an image's mask, without suffix.
+      several_masks: whether that is a folder of masks, whose union counts.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Tree:
 
     @property
     def layout(self) -> Layout:
-        """These functions, for `LAYOUTS`."""
+        """Return these functions, for `LAYOUTS`."""
         return Layout(
             split_given(self.records),
             self.categories,
@@ -70,20 +70,19 @@ class Tree:
         )
 
     def records(self, root: Path, category: str) -> list[Record]:
-        """Lists the images of one category, by split, each sorted by path.
+        """List the images of one category, by split, each sorted by path.
 
         Args:
-          root: the folder that holds the category folders.
+          root: folder that holds the category folders.
           category: a folder below `root`: a published one or your own in the same layout.
 
         Returns:
-          Records of train, validation, then test. Where one of the latter two is absent it
-          has none: a model can be fitted all the same. Masks for which there is no image,
-          as in a part of the dataset, are not looked at.
+          Records of train, validation, then test. The latter two may be absent: a model can
+          still be fitted. Masks without an image, as in a part of the dataset, are ignored.
 
         Raises:
-          UserError: the folder, the category, a split or a mask is not there, or images lie
-            beside the folders that they belong in.
+          UserError: the folder, the category, a split or a mask is missing, or images lie
+            beside the folders that should contain them.
         """
         base = root / category
         if not is_folder(base):
@@ -128,10 +127,17 @@ class Tree:
         return records
 
     def unused(self, root: Path, category: str) -> list[Path]:
-        """The folders of a category with images that `records` passes over, sorted.
+        """Return the folders of a category with images that `records` passes over, sorted.
 
-        Of train and validation these are all but the normal images' folder, and the split
+        In train and validation these are all except the normal images' folder, and the split
         itself if images lie directly in it.
+
+        Args:
+          root: folder that holds the category folders.
+          category: a folder below `root`.
+
+        Returns:
+          The folders.
         """
         base = root / category
         used = {"train", self.validation, self.test, GROUND_TRUTH, *self.unlisted}
@@ -142,7 +148,7 @@ class Tree:
         return sorted(found)
 
     def categories(self, root: Path) -> list[str]:
-        """The category folders, published ones first and in that order, then others, sorted.
+        """Return the category folders, published ones first and in that order, others sorted.
 
         Raises:
           UserError: there is none.

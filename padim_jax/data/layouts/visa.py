@@ -32,18 +32,18 @@ ANOMALY = "anomaly"
 
 
 def visa(root: Path, category: str) -> list[Record]:
-    """Lists the images of one category: train, then test, each sorted by path.
+    """List the images of one category: train, then test, each sorted by path.
 
     Args:
-      root: the folder that holds split_csv and the category folders.
+      root: folder that holds split_csv and the category folders.
       category: an object of the table.
 
     Returns:
-      A record for every row; the defect type is "anomaly".
+      A record for each row; the defect type is "anomaly".
 
     Raises:
-      UserError: the root, the table or the category is not there; a row is not as expected
-        or names a file that is not there; or the table leaves out an image.
+      UserError: the root, the table or the category is missing; a row is not as expected or
+        names a missing file; or the table leaves out an image.
     """
     rows = [row for row in _rows(root) if row["object"] == category]
     if not rows:
@@ -57,10 +57,10 @@ def visa(root: Path, category: str) -> list[Record]:
 
 
 def categories(root: Path) -> list[str]:
-    """The objects of the table, in its order, whose folders are there.
+    """Return the objects of the table whose folders are there, in its order.
 
     Raises:
-      UserError: the root or the table is not there, or no folder.
+      UserError: the root, the table or all folders are missing.
     """
     objects = dict.fromkeys(row["object"] for row in _rows(root))
     found = [name for name in objects if is_folder(root / name)]
@@ -134,7 +134,7 @@ def _record(root: Path, category: str, row: Mapping[str, str]) -> Record:
 
 
 def _require_files(root: Path, category: str, records: list[Record]) -> None:
-    """Raises UserError unless the table and the folders agree."""
+    """Raise UserError unless the table and the folders agree."""
     named = {path for record in records for path in (record.image, record.mask) if path}
     folders = {path.parent for path in named}
     there = {folder / name for folder in folders for name in file_names(folder)}

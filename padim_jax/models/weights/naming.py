@@ -1,4 +1,4 @@
-"""What weight files call the tensors of a backbone: torchvision's names, and timm's."""
+"""Tensor names in a backbone's weight files: torchvision's and timm's."""
 
 import dataclasses
 import functools
@@ -16,14 +16,14 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """A convolution of a network, and what a weights file calls it.
+    """A convolution of a network and its names in a weights file.
 
     Attributes:
-      path: the modules that lead to it in the network's parameters.
-      shape: of its kernel: outputs, inputs, height, width.
-      name: what the names of its own tensors begin with.
-      norm: what those of the batch norm after it begin with; None where there is none,
-        and the convolution has a bias in every file.
+      path: names of the modules that lead to it in the network's parameters.
+      shape: shape of its kernel: outputs, inputs, height, width.
+      name: prefix of its own tensors' names.
+      norm: prefix of the names of the batch norm after it; None if there is none, in which case
+        the convolution has a bias in all files.
     """
 
     path: tuple[str, ...]
@@ -32,7 +32,7 @@ class Convolution:
     norm: str | None
 
     def tensors(self, folded: bool) -> dict[str, Shape]:
-        """Names and shapes in a file, with batch norm or with batch norm folded."""
+        """Return names and shapes in a file, with batch norm or with batch norm folded."""
         found = {f"{self.name}.weight": self.shape}
         if folded or self.norm is None:
             return found | {f"{self.name}.bias": self.shape[:1]}
@@ -42,14 +42,14 @@ class Convolution:
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """How the weight files of one origin call a network's tensors.
+    """Tensor names of a network in weight files of one origin.
 
     Attributes:
-      origin: whose names these are.
-      names: from the modules that lead to a convolution to its names.
-      head: of the convolutions behind the last stage.
-      classifier: what the names of the last layer's weight and bias begin with.
-      epsilon: that batch norm adds to variances in the networks of this origin.
+      origin: name of the origin.
+      names: function from the modules that lead to a convolution to its names.
+      head: names of the convolutions behind the last stage.
+      classifier: prefix of the last layer's weight and bias.
+      epsilon: constant that batch norm adds to variances in networks of this origin.
     """
 
     origin: str
@@ -59,7 +59,7 @@ class Naming:
     epsilon: float
 
     def behind(self, folded: bool) -> set[str]:
-        """Names of the tensors that belong to no stage."""
+        """Return the names of the tensors that belong to no stage."""
         found = {f"{self.classifier}.weight", f"{self.classifier}.bias"}
         for names in self.head:
             found |= Convolution((), (), *names).tensors(folded).keys()
@@ -67,10 +67,10 @@ class Naming:
 
 
 def namings(backbone: str) -> tuple[Naming, ...]:
-    """The namings that a backbone's files may have, torchvision's first."""
+    """Return the namings that a backbone's files may use, torchvision's first."""
     spec = BACKBONES[backbone]
     if not isinstance(spec, EfficientNetSpec):
-        # timm's names are the same.
+        # timm uses the same names.
         return (Naming("torchvision", _resnet, (), "fc", 1e-5),)
 
     def torchvision(path: Sequence[str]) -> Names:
@@ -82,21 +82,29 @@ def namings(backbone: str) -> tuple[Naming, ...]:
     last = len(spec.groups) + 1
     head = (f"features.{last}.0", f"features.{last}.1")
     return (
-        # From TensorFlow, where 1e-3 is the default; torchvision has it for B5 to B7.
+        # From TensorFlow, whose default is 1e-3; torchvision uses it for B5 to B7.
         Naming("torchvision", torchvision, (head,), "classifier.1", 1e-3),
-        # What timm trained itself has PyTorch's default.
+        # Networks that timm trained itself use PyTorch's default.
         Naming("timm", timm, (("conv_head", "bn2"),), "classifier", 1e-5),
     )
 
 
 def convolutions(backbone: str, naming: Naming) -> list[Convolution]:
-    """All convolutions of a network up to its deepest part."""
+    """Return all convolutions of a network up to its deepest part.
+
+    Args:
+      backbone: key of `padim_jax.config.backbones.BACKBONES`.
+      naming: naming to use.
+
+    Returns:
+      The convolutions, in the order of the network's parameters.
+    """
     return [Convolution(path, shape, *naming.names(path)) for path, shape in _kernels(backbone)]
 
 
 @functools.cache
 def _kernels(backbone: str) -> list[tuple[tuple[str, ...], Shape]]:
-    """Modules and kernel shapes of all convolutions; traced, not computed."""
+    """Return modules and kernel shapes of all convolutions; traced, not computed."""
     model = network.build(backbone, (BACKBONES[backbone].parts[-1],), "float32")
     params = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, MIN_INPUT, MIN_INPUT, 3)))
@@ -111,7 +119,7 @@ def _kernels(backbone: str) -> list[tuple[tuple[str, ...], Shape]]:
 
 
 def _resnet(path: Sequence[str]) -> Names:
-    """E.g. layer2_0, conv2 -> layer2.0.conv2, layer2.0.bn2."""
+    """Map, for example, layer2_0, conv2 to layer2.0.conv2, layer2.0.bn2."""
     name = ".".join(path).replace("_", ".")
     if path[-1] == "downsample":
         return f"{name}.0", f"{name}.1"
@@ -119,7 +127,7 @@ def _resnet(path: Sequence[str]) -> Names:
 
 
 def _group(spec: EfficientNetSpec, block: str) -> tuple[int, int]:
-    """The number of a block's group, and its own number in the group."""
+    """Return the number of a block's group, and the block's number within it."""
     i = spec.parts.index(block)
     for group, (depth, *_) in enumerate(spec.groups):
         if i < depth:
@@ -129,12 +137,12 @@ def _group(spec: EfficientNetSpec, block: str) -> tuple[int, int]:
 
 
 def _torchvision(spec: EfficientNetSpec, path: Sequence[str]) -> Names:
-    """E.g. block7, project -> features.2.4.block.3.0, features.2.4.block.3.1."""
+    """Map, for example, block7, project to features.2.4.block.3.0, features.2.4.block.3.1."""
     if path[0] == "stem":
         return "features.0.0", "features.0.1"
     block, layer = path
     group, i = _group(spec, block)
-    # Layers are numbered; without expansion one less.
+    # Layers are numbered; blocks without expansion have one less.
     layers = ["expand", "depthwise", "squeeze", "project"]
     if spec.groups[group][1] == 1:
         del layers[0]
@@ -147,7 +155,7 @@ def _torchvision(spec: EfficientNetSpec, path: Sequence[str]) -> Names:
 
 
 def _timm(spec: EfficientNetSpec, path: Sequence[str]) -> Names:
-    """E.g. block7, project -> blocks.1.4.conv_pwl, blocks.1.4.bn3."""
+    """Map, for example, block7, project to blocks.1.4.conv_pwl, blocks.1.4.bn3."""
     if path[0] == "stem":
         return "conv_stem", "bn1"
     block, layer = path

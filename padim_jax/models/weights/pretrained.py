@@ -1,7 +1,7 @@
 """Names of weights and weight files -> checked variables with batch norm folded.
 
-A file may be anybody's: nothing in it is run, and nothing of it is expanded before its header
-has been compared with what the backbone needs.
+Files are untrusted: nothing in them is executed, and nothing is decompressed before its
+header has been compared with what the backbone needs.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from padim_jax.models.weights import naming
 from padim_jax.models.weights.naming import Convolution
 from padim_jax.system import fetch, locks
 
-Tensors = dict[str, np.ndarray]  # by a file's names, convolutions OIHW
+Tensors = dict[str, np.ndarray]  # by the file's names, convolutions OIHW
 StoredTensors = Mapping[str, "np.ndarray | Stored"]
 Variables = dict[str, Any]
 
@@ -48,11 +48,11 @@ BUNDLED_ORIGIN = "bundled with padim_jax (trained on procedural images, not Imag
 BUNDLED_FOLDER = pathlib.Path(__file__).parents[1] / "bundled"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MOST_LISTED = 10  # names of one kind in an error message
-MOST_BYTES = 1_500_000_000  # of a file; a wide_resnet101_2 of float64 has 1.02e9
+MOST_BYTES = 1_500_000_000  # per file; a wide_resnet101_2 in float64 has 1.02e9
 SCHEME = fetch.SCHEME
-_MOST_MEMBERS = 10_000  # of an archive; the largest backbone has 800 tensors
-_MEMBER = b"PK\x01\x02"  # what the directory of a zip archive has for each
-# numpy refuses to read a longer header, but not before it has been expanded.
+_MOST_MEMBERS = 10_000  # per archive; the largest backbone has 800 tensors
+_MEMBER = b"PK\x01\x02"  # entry of a member in a zip archive's directory
+# NumPy rejects longer headers, but only after decompressing them.
 _LONGEST_HEADER = 10_000
 _LEAST_TORCH = (2, 6)
 _LONGEST_ORIGIN = 1000  # characters
@@ -63,12 +63,12 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 @dataclasses.dataclass(frozen=True)
 class WeightsIdentity:
-    """Which weights a model was made with.
+    """Identity of the weights that a model was fitted with.
 
     Attributes:
-      origin: hub repository and its commit, file name, or that the weights are random or
-        bundled.
-      sha256: hex digest of the file's bytes; for random weights of the tensors' bytes
+      origin: hub repository and its commit, file name, or a statement that the weights are
+        random or bundled.
+      sha256: hex digest of the file's bytes; for random weights, of the tensors' bytes
         (little-endian float32) in the order of their names.
     """
 
@@ -77,10 +77,10 @@ class WeightsIdentity:
 
 
 def identity(stored: Any) -> WeightsIdentity:
-    """Of what a model's file says of its weights, as `dataclasses.asdict` made it.
+    """Return the identity stored in a model's file by `dataclasses.asdict`.
 
     Raises:
-      ValueError: it says something else.
+      ValueError: `stored` is something else.
     """
     if not isinstance(stored, Mapping) or set(stored) != {"origin", "sha256"}:
         raise ValueError("it does not say which weights it was fitted with")
@@ -94,12 +94,12 @@ def identity(stored: Any) -> WeightsIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor that is in its file still; `np.asarray` reads it.
+    """A tensor that is still in its file; `np.asarray` reads it.
 
     Attributes:
-      shape: as the file's header has it.
-      dtype: likewise.
-      read: gets the values.
+      shape: shape in the file's header.
+      dtype: dtype in the file's header.
+      read: function that reads the values.
     """
 
     shape: tuple[int, ...]
@@ -113,25 +113,25 @@ class Stored:
 def load(
     name_or_path: str, backbone: str, stages: tuple[str, ...]
 ) -> tuple[Variables, WeightsIdentity]:
-    """Gets the weights of a backbone cut after the deepest of `stages`.
+    """Load the weights of a backbone cut after the deepest of `stages`.
 
     Args:
-      name_or_path: a name from `backbones.WEIGHTS` (downloaded from the Hugging
-        Face hub once, then taken from its cache; with @REVISION behind it another commit than
-        the pinned one), a `.safetensors`, `.npz`, `.pth` or
-        `.pt` file with torchvision's or timm's tensor names (with batch norm, or with
-        batch norm already folded into each convolution's weight and bias; all of them may
-        begin with the same prefix, as "module.", which the origin then states), "bundled" (a
-        file of this package; see `padim_jax.config.backbones.BUNDLED`), or "random".
-      backbone: a key of `padim_jax.config.backbones.BACKBONES`.
-      stages: stages in use, of the backbone's.
+      name_or_path: a name from `backbones.WEIGHTS` (downloaded from the Hugging Face hub once,
+        then read from its cache; a suffix @REVISION selects another commit than the pinned
+        one); a `.safetensors`, `.npz`, `.pth` or `.pt` file with torchvision's or timm's tensor
+        names (with batch norm, or with batch norm already folded into each convolution's weight
+        and bias; all names may share a prefix such as "module.", which the origin then states);
+        "bundled" (a file of this package; see `padim_jax.config.backbones.BUNDLED`); or
+        "random".
+      backbone: key of `padim_jax.config.backbones.BACKBONES`.
+      stages: stages in use, from the backbone's.
 
     Returns:
       `{"params": ...}` for the network's `apply`, float32 NumPy arrays (put them on devices
-      once, not at each call), and what identifies the weights.
+      once, not at each call), and the identity of the weights.
 
     Raises:
-      UserError: the name is unknown or another backbone's, the file cannot be had or
+      UserError: the name is unknown or another backbone's, the file cannot be downloaded or
         read, or its tensors are not exactly what the backbone needs.
     """
     if name_or_path == RANDOM_WEIGHTS:
@@ -205,32 +205,32 @@ def _bundled(backbone: str, stages: tuple[str, ...]) -> tuple[Variables, Weights
 def convert(
     tensors: StoredTensors, backbone: str, stages: tuple[str, ...], source: str
 ) -> Variables:
-    """Checks the tensors of a weights file and makes variables of them.
+    """Check the tensors of a weights file and convert them to variables.
 
     Args:
-      tensors: what a weights file holds, by torchvision's names or timm's (decided by which
-        more are there of): convolutions (OIHW) each with its batch norm, or each with
-        batch norm already folded into weight and bias; decided from all names. Float16,
-        bfloat16, float32 or float64. Of `Stored` ones no more than needed are read, and
-        those after their shapes have been compared.
-      backbone: a key of `padim_jax.config.backbones.BACKBONES`.
-      stages: stages in use; tensors behind the deepest may be there and are left out.
-      source: where the tensors are from, as an error message begins.
+      tensors: contents of a weights file, by torchvision's names or timm's (whichever matches
+        more): convolutions (OIHW), either all with batch norm or all with batch norm already
+        folded into weight and bias, as decided from all names. Float16, bfloat16, float32 or
+        float64. `Stored` tensors are read only if needed, and after their shapes have been
+        compared.
+      backbone: key of `padim_jax.config.backbones.BACKBONES`.
+      stages: stages in use; tensors behind the deepest are accepted and left out.
+      source: description of the tensors' origin that begins error messages.
 
     Returns:
       `{"params": ...}` for the network's `apply`: kernels (HWIO) and biases, float32.
 
     Raises:
-      UserError: names every tensor that is missing, unexpected, set twice, of the wrong
-        shape or dtype, or not finite.
+      UserError: names each tensor that is missing, unexpected, set twice, of the wrong shape or
+        dtype, or not finite.
     """
     origin, network = _recognise(tensors, backbone)
     used = _used(network, backbone, stages)
     biases = {f"{layer.name}.bias" for layer in network if layer.norm}
     folded = (_expected(network, False).keys() - _expected(network, True)).isdisjoint(tensors)
     expected = _expected(used, folded)
-    # What lies behind the cut may be there; batch norm's counters serve training only,
-    # and torchvision's oldest files have none.
+    # Tensors behind the cut are accepted; batch norm's counters serve training only, and
+    # torchvision's oldest files have none.
     allowed = _expected(network, folded).keys() | origin.behind(folded)
     if not folded:
         norms = [layer.norm for layer in network] + [norm for _, norm in origin.head]
@@ -273,7 +273,7 @@ def convert(
             for name in layer.tensors(folded):
                 values[name] = np.asarray(found[name], np.float32)
         else:
-            with np.errstate(over="ignore", invalid="ignore"):  # seen to on the next line
+            with np.errstate(over="ignore", invalid="ignore"):  # checked on the next line
                 folded_in = _fold(layer, found, origin.epsilon)
             if not all(np.isfinite(tensor).all() for tensor in folded_in.values()):
                 raise UserError(
@@ -285,15 +285,21 @@ def convert(
 
 
 def common_prefix(tensors: StoredTensors, backbone: str, source: str) -> str:
-    """What the names of a backbone's tensors begin with, where it is a part of another module.
+    """Return the common prefix of a backbone's tensors that are part of another module.
 
-    As "module." of DataParallel, or "model.feature_extractor." of a Lightning checkpoint.
+    Examples are "module." of DataParallel and "model.feature_extractor." of a Lightning
+    checkpoint.
+
+    Args:
+      tensors: contents of a weights file.
+      backbone: key of `padim_jax.config.backbones.BACKBONES`.
+      source: description of the tensors' origin that begins error messages.
 
     Returns:
-      The prefix below which the most tensors of the backbone are; "" if it has none.
+      The prefix with the most tensors of the backbone; "" if they have none.
 
     Raises:
-      UserError: the backbone is there several times.
+      UserError: the file contains the backbone several times.
     """
     best, prefixes = 0, [""]
     for origin in naming.namings(backbone):
@@ -319,7 +325,7 @@ def common_prefix(tensors: StoredTensors, backbone: str, source: str) -> str:
 def _recognise(
     tensors: StoredTensors, backbone: str
 ) -> tuple[naming.Naming, list[Convolution]]:
-    """Whose names the tensors have, and the whole network by them."""
+    """Return the naming that the tensors use, and the whole network by it."""
     found = [
         (origin, naming.convolutions(backbone, origin)) for origin in naming.namings(backbone)
     ]
@@ -329,7 +335,7 @@ def _recognise(
 def _used(
     network: Sequence[Convolution], backbone: str, stages: Sequence[str]
 ) -> list[Convolution]:
-    """The convolutions up to the deepest stage in use."""
+    """Return the convolutions up to the deepest stage in use."""
     spec = BACKBONES[backbone]
     behind = set(spec.parts) - set(parts_to_compute(spec, stages))
     # A ResNet's parts have several blocks: layer1_0, layer1_1.
@@ -349,9 +355,9 @@ def _expectation(found: str, backbone: str, stages: Sequence[str], problem: str)
 
 
 def _to_bundled(backbone: str, stages: Sequence[str]) -> str:
-    """What else can be done, in a message about weights that are not to be had.
+    """Return the alternative to state when weights cannot be obtained.
 
-    It is said, and never done unasked: results are others.
+    It is only suggested, never applied automatically: results differ.
     """
     known = backbone if backbone in BUNDLED else next(iter(BUNDLED))
     settings = [] if known == backbone else [f"--config.model.backbone={known}"]
@@ -376,7 +382,7 @@ def _local_file(name_or_path: str, backbone: str, stages: Sequence[str]) -> path
 
 
 def _read(path: pathlib.Path) -> bytes:
-    # Read whole, so that what is hashed is what is parsed.
+    # Read at once, so that the bytes hashed are the bytes parsed.
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -392,16 +398,16 @@ def _read(path: pathlib.Path) -> bytes:
 
 
 def _from_hub(name: str, revision: str, otherwise: str) -> tuple[pathlib.Path, str, str]:
-    """A file of the hub's cache, downloaded if it is not there yet.
+    """Return a file of the hub's cache, downloaded if missing.
 
     Args:
-      name: of the weights.
-      revision: a commit, tag or branch; "" for the pinned one, or if none is for the newest.
-        What is in the cache under that name stays.
-      otherwise: what else can be done, for error messages.
+      name: name of the weights.
+      revision: commit, tag or branch; "" for the pinned commit, or the newest if none is
+        pinned. A file cached under that name is not updated.
+      otherwise: alternative to state in error messages.
 
     Returns:
-      Its path; where it comes from; the SHA-256 that is published for it, or "".
+      Its path; its origin; the SHA-256 published for it, or "".
     """
     if revision and not _REVISION.fullmatch(revision):
         raise UserError(
@@ -414,7 +420,7 @@ def _from_hub(name: str, revision: str, otherwise: str) -> tuple[pathlib.Path, s
     try:
         path = _cached(repository, wanted)
         if path is None and pin and (other := _cached(repository, "main")):
-            # From before: whatever the commit, the bytes count.
+            # Cached earlier: only the bytes count, not the commit.
             path = other if _has_sha256(other, pin.sha256) else None
         if path is None:
             path = _download(repository, wanted)
@@ -429,7 +435,7 @@ def _from_hub(name: str, revision: str, otherwise: str) -> tuple[pathlib.Path, s
             f"Where there is no connection, download {HUB_FILE} from that page with a browser "
             f"and pass --config.model.weights=/path/to/{HUB_FILE}. {otherwise}"
         ) from error
-    # snapshots/<commit>/model.safetensors, which links to blobs/<SHA-256> where it can.
+    # snapshots/<commit>/model.safetensors, usually a link to blobs/<SHA-256>.
     blob, commit = path.resolve().name, path.parent.name
     published = pin.sha256 if pin else blob if _SHA256.fullmatch(blob) else ""
     origin = f"huggingface.co/{repository}"
@@ -449,13 +455,13 @@ def _has_sha256(path: pathlib.Path, digest: str) -> bool:
 
 
 def _download(repository: str, revision: str) -> pathlib.Path:
-    """Gets a file of the hub into its client's cache, whole or not at all.
+    """Download a file of the hub into its client's cache, completely or not at all.
 
-    The client knows the cache's layout and what there is in the hub. It does not go on with
-    what another process has begun, nor does it mind where the hub redirects to.
+    The client knows the cache's layout and the hub's contents, but it neither resumes another
+    process's download nor checks where the hub redirects to.
 
     Raises:
-      UserError: the hub offers something else, or somewhere else.
+      UserError: the hub offers something else, or redirects elsewhere.
     """
     import huggingface_hub as hub
     from huggingface_hub import constants
@@ -480,7 +486,7 @@ def _download(repository: str, revision: str) -> pathlib.Path:
                 part.replace(blob)
     except fetch.RefusedError as error:
         raise UserError(f"{error}; nothing is taken from there") from error
-    # It finds the file there, and gives it its name.
+    # The client finds the blob and links it under its name.
     hub.hf_hub_download(repository, HUB_FILE, revision=commit)
     return pathlib.Path(hub.hf_hub_download(repository, HUB_FILE, revision=revision))
 
@@ -490,7 +496,7 @@ def _parse(content: bytes, path: pathlib.Path) -> StoredTensors:
         return READERS[path.suffix](content)
     except UserError as error:
         raise UserError(f"weights file {path}: {error}") from error
-    # The parsers raise whatever a damaged file makes them trip over.
+    # Parsers raise arbitrary exceptions on damaged files.
     except Exception as error:
         raise UserError(
             f"weights file {path} cannot be read as {path.suffix}: it is damaged, incomplete "
@@ -506,8 +512,8 @@ def _first_line(error: Exception) -> str:
 def _read_safetensors(content: bytes) -> StoredTensors:
     import safetensors
 
-    # `safetensors.numpy.load` does not know bfloat16, so the views are made here. Integers
-    # occur as batch norm's counters, which are not used.
+    # `safetensors.numpy.load` does not support bfloat16, so the views are made here. Integers
+    # are batch norm's counters, which are not used.
     dtypes = {"F16": "<f2", "BF16": jnp.bfloat16, "F32": "<f4", "F64": "<f8", "I64": "<i8"}
     tensors = {}
     for name, view in safetensors.deserialize(content):
@@ -519,7 +525,7 @@ def _read_safetensors(content: bytes) -> StoredTensors:
 
 
 def _read_npz(content: bytes) -> StoredTensors:
-    # Not by np.load, which expands a member to whatever it claims to be.
+    # Not with np.load, which decompresses a member to whatever size it claims.
     if content.startswith(np.lib.format.MAGIC_PREFIX):
         raise UserError("holds a single array; expected an .npz archive of named arrays")
     archive = _open_zip(content)
@@ -583,7 +589,7 @@ def _read_torch(content: bytes) -> StoredTensors:
         )
     if content.startswith(b"PK"):
         _require_plain(_open_zip(content), len(content))
-    # weights_only: a pickle is a program, and anything but tensors is refused unrun.
+    # weights_only: a pickle is a program; anything but tensors is rejected without running it.
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor)
@@ -594,7 +600,7 @@ def _read_torch(content: bytes) -> StoredTensors:
 
 
 def _require_plain(archive: zipfile.ZipFile, size: int) -> None:
-    """torch.save compresses nothing, so that a file expands to no more than its size."""
+    """Reject compressed archives and programs: torch.save compresses nothing."""
     infos = archive.infolist()
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos) or (
         sum(info.file_size for info in infos) > size
@@ -610,7 +616,7 @@ def _torch_tensor(value: Any, name: str) -> Stored:
         raise UserError(f"{_some([name])} is {kind}; expected {', '.join(FLOATS)}")
 
     def read() -> np.ndarray:
-        # NumPy has no bfloat16 of its own; float32 holds both half precisions exactly.
+        # NumPy has no bfloat16 of its own; float32 represents both half precisions exactly.
         half = kind in ("float16", "bfloat16")
         return (value.detach().float() if half else value.detach()).numpy()
 
@@ -618,7 +624,7 @@ def _torch_tensor(value: Any, name: str) -> Stored:
     return Stored(tuple(value.shape), dtype, read)
 
 
-READERS = {  # of models.WEIGHT_FILES
+READERS = {  # one for each of backbones.WEIGHT_FILES
     ".safetensors": _read_safetensors,
     ".npz": _read_npz,
     ".pth": _read_torch,
@@ -627,7 +633,7 @@ READERS = {  # of models.WEIGHT_FILES
 
 
 def _expected(network: Sequence[Convolution], folded: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a file has to hold for these convolutions."""
+    """Return names and shapes of the tensors that a file must hold for these convolutions."""
     return {k: v for layer in network for k, v in layer.tensors(folded).items()}
 
 
@@ -648,7 +654,7 @@ def _mismatch(tensor: "np.ndarray | Stored", shape: tuple[int, ...]) -> str:
 def _values(tensor: "np.ndarray | Stored", name: str) -> np.ndarray:
     try:
         return np.asarray(tensor)
-    # A damaged archive is noticed where it is read.
+    # Damage in an archive is noticed only when a member is read.
     except Exception as error:
         raise UserError(
             f"{name} cannot be read: it is damaged or incomplete "
@@ -668,7 +674,7 @@ def _fault(name: str, tensor: np.ndarray) -> str:
 
 
 def _fold(layer: Convolution, tensors: Tensors, epsilon: float) -> Tensors:
-    """Folds batch norm into the convolution before it.
+    """Fold batch norm into the convolution before it.
 
     gamma (w * x - mean) / sqrt(var + eps) + beta = (s w) * x + (beta - s mean) with
     s = gamma / sqrt(var + eps), in float64.
@@ -686,10 +692,10 @@ def _fold(layer: Convolution, tensors: Tensors, epsilon: float) -> Tensors:
 
 
 def _random(network: Sequence[Convolution], spec: Spec) -> Tensors:
-    """Normal weights that keep the scale of activations, zero biases.
+    """Return normal weights that preserve the scale of activations, and zero biases.
 
-    Each tensor has a generator of its own, seeded by its name, so that it is the same
-    wherever the network is cut.
+    Each tensor has its own generator, seeded by its name, so that it is the same wherever the
+    network is cut.
     """
     tensors = {}
     for layer in network:
@@ -702,12 +708,12 @@ def _random(network: Sequence[Convolution], spec: Spec) -> Tensors:
 
 
 def _gain(path: Sequence[str], spec: Spec) -> float:
-    """Variance of random weights times fan-in.
+    """Return the variance of random weights times fan-in.
 
-    One over the mean square of what comes in, for outputs of variance 1: 2 behind a ReLU
-    (He et al., arXiv 1502.01852), 2.8 behind a SiLU. Excitation is around 1/2 of it.
+    It is one over the mean square of the input, for outputs of variance 1: 2 after a ReLU
+    (He et al., arXiv 1502.01852), 2.8 after a SiLU. Excitation is around 1/2 of it.
     Residual branches are scaled by blocks ** -0.5: without that, and without batch norm's
-    statistics, activations would double at each block, to 1e7 in a resnet152, past what
+    statistics, activations would double at each block, to 1e7 in a resnet152, beyond what
     a float32 covariance can hold.
     """
     if isinstance(spec, ResNetSpec):
@@ -722,7 +728,7 @@ def _gain(path: Sequence[str], spec: Spec) -> float:
 
 
 def _variables(tensors: Tensors, network: Sequence[Convolution]) -> Variables:
-    """Folded tensors by a file's names, OIHW -> the network's nested parameters, HWIO."""
+    """Map folded tensors (a file's names, OIHW) to the network's nested parameters (HWIO)."""
     params: dict[str, Any] = {}
     for layer in network:
         module = params

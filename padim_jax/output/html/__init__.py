@@ -1,7 +1,7 @@
-"""`report.html`: what an evaluation or a sweep found, as one page to open from disk.
+"""`report.html`: the results of an evaluation or a sweep on one page to open from disk.
 
-Pure: arrays and plain data in, the text of the page out. Nothing in a page comes from
-elsewhere, and its Content-Security-Policy forbids that anything could.
+Pure: arrays and plain data in, the text of the page out. A page loads nothing from
+elsewhere, and its Content-Security-Policy forbids that it could.
 """
 
 from padim_jax.output.html.pictures import thumbnails

@@ -10,33 +10,33 @@ from padim_jax.output.html.document import text
 Curve = tuple[Float[np.ndarray, " _"], Float[np.ndarray, " _"]]
 
 _BINS = 48
-_POINTS = 400  # of a curve, at most: more cannot be told apart on a screen
-_RUG = 1000  # images up to which each has a mark of its own
+_POINTS = 400  # per curve, at most: more cannot be distinguished on a screen
+_RUG = 1000  # largest number of images with individual marks
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """The scores that the histogram and the slider span.
+    """Range of scores of the histogram and the slider.
 
     Attributes:
-      low: below every score, so that all images can be called anomalous.
-      high: above every score, so that none can.
+      low: below all scores, so that all images can be called anomalous.
+      high: above all scores, so that none can.
     """
 
     low: float
     high: float
 
     def part(self, score: float) -> float:
-        """Where a score lies: 0 at `low`, 1 at `high`."""
+        """Return the position of a score: 0 at `low`, 1 at `high`."""
         return (score - self.low) / (self.high - self.low)
 
     def percent(self, score: float) -> str:
-        """The same as SVG has it, within the axis."""
+        """Return the position as an SVG percentage, clipped to the axis."""
         return f"{100 * min(max(self.part(score), 0.0), 1.0):.2f}%"
 
 
 def score_axis(scores: Float[np.ndarray, " n"]) -> Axis:
-    """An axis somewhat wider than the scores."""
+    """Return an axis slightly wider than the scores."""
     low, high = float(scores.min()), float(scores.max())
     margin = 0.03 * (high - low) or 0.05 * max(1.0, abs(low))
     return Axis(low - margin, high + margin)
@@ -48,16 +48,19 @@ def histogram(
     axis: Axis,
     marks: list[tuple[str, float]],
 ) -> str:
-    """Normal images upwards, anomalous ones downwards, each to its own height.
+    """Return a histogram: normal images upwards, anomalous ones downwards, scaled separately.
 
-    Places along the axis are percentages, so that the diagram follows the page's width and
+    Positions along the axis are percentages, so that the diagram follows the page's width and
     its text keeps its size.
 
     Args:
       scores: image scores.
       labels: True for anomalous images.
-      axis: the scores at the left and right edge.
+      axis: scores at the left and right edge.
       marks: named thresholds.
+
+    Returns:
+      SVG.
     """
     middle, height = 110, 84
     edges = np.linspace(axis.low, axis.high, _BINS + 1)
@@ -114,7 +117,7 @@ def histogram(
 
 
 def _ticks(axis: Axis) -> list[float]:
-    """Some four to nine round numbers."""
+    """Return about four to nine round numbers."""
     rough = (axis.high - axis.low) / 5
     power = 10.0 ** np.floor(np.log10(rough))
     step = power * min((1, 2, 5, 10), key=lambda factor: abs(factor * power - rough))
@@ -124,7 +127,7 @@ def _ticks(axis: Axis) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A curve of a diagram, with the words that explain it and a class that colours it."""
+    """A curve of a diagram, with its label and a class that colours it."""
 
     label: str
     style: str
@@ -134,15 +137,18 @@ class Line:
 def curves(
     lines: list[Line], limit: float, x_name: str, y_name: str, summary: str, dot: str = ""
 ) -> str:
-    """Curves over rates of false positives in [0, limit], the height in [0, 1].
+    """Return curves over false positive rates in [0, limit], with heights in [0, 1].
 
     Args:
-      lines: those that are defined.
+      lines: curves that are defined.
       limit: right edge.
-      x_name: what the horizontal axis is.
-      y_name: what the vertical one is.
-      summary: all of it in words, for those who do not see it.
+      x_name: label of the horizontal axis.
+      y_name: label of the vertical axis.
+      summary: description for readers who do not see the diagram.
       dot: id of a point that the page's script moves; "" for none.
+
+    Returns:
+      SVG.
     """
     left, top, side = 50, 10, 260
     right, bottom = left + side, top + side
@@ -192,7 +198,7 @@ def curves(
 
 
 def _thin(curve: Curve, limit: float) -> Curve:
-    """A curve's part within the limit by few points that look the same."""
+    """Return a curve's part within the limit, reduced to points that look the same."""
     x, y = curve
     inside = int(np.searchsorted(x, limit, "right"))
     if inside < len(x):

@@ -1,4 +1,4 @@
-"""The frame of a page, and how text, data and pictures are put into HTML safely."""
+"""The frame of a page, and safe embedding of text, data and pictures in HTML."""
 
 import base64
 import hashlib
@@ -13,27 +13,35 @@ from jaxtyping import Float32
 
 
 def text(value: object) -> str:
-    """Text as HTML shows it, also between the quotes of an attribute.
+    """Escape text for HTML, also for use in quoted attributes.
 
-    Bytes of a file name that are no UTF-8, which Python keeps as lone surrogates, become
-    replacement characters: no page could be written with them.
+    Bytes of a file name that are not UTF-8, which Python keeps as lone surrogates, become
+    replacement characters: a page with surrogates could not be written.
     """
     plain = str(value).encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     return html.escape(plain, quote=True)
 
 
 def name(value: object) -> str:
-    """Text from strangers: its writing direction stays its own."""
+    """Escape untrusted text, isolating its writing direction."""
     return f"<bdi>{text(value)}</bdi>"
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A metric as HTML, or a dash."""
+    """Format a metric as HTML.
+
+    Args:
+      value: the metric, or None.
+      digits: number of decimals.
+
+    Returns:
+      The number; a dash for None.
+    """
     return "&ndash;" if value is None else f"{value:.{digits}f}"
 
 
 def difference(value: float | None) -> str:
-    """As HTML a signed difference with a real minus sign, or a dash; never a negative zero."""
+    """Format a signed difference with a real minus sign, or a dash; never a negative zero."""
     if value is None:
         return "&ndash;"
     shown = f"{value:+.3f}"
@@ -41,20 +49,31 @@ def difference(value: float | None) -> str:
 
 
 def cell(content: str, attributes: str = "") -> str:
-    """A table's cell of HTML."""
+    """Return a table cell.
+
+    Args:
+      content: HTML.
+      attributes: HTML attributes of the cell.
+
+    Returns:
+      HTML.
+    """
     return f"<td{attributes and ' ' + attributes}>{content}</td>"
 
 
 def table(head: Iterable[str], rows: Iterable[str], caption: str) -> str:
-    """A table that scrolls by itself where it is too wide.
+    """Return a table that scrolls by itself if it is too wide.
 
     Args:
       head: HTML of the column headings.
-      rows: HTML of whole rows, <tr> included.
+      rows: HTML of complete rows, <tr> included.
       caption: HTML above the table.
+
+    Returns:
+      HTML.
     """
     headings = "".join(f'<th scope="col">{heading}</th>' for heading in head)
-    # A region that scrolls must be reachable by keyboard, and so named.
+    # A scrolling region must be reachable by keyboard, and therefore named.
     return (
         '<div class="scroll" tabindex="0" role="group" aria-label="table"><table>'
         f"<caption>{caption}</caption><thead><tr>{headings}</tr></thead>"
@@ -63,17 +82,33 @@ def table(head: Iterable[str], rows: Iterable[str], caption: str) -> str:
 
 
 def data_url(content: bytes, kind: str) -> str:
-    """A picture as part of the page."""
+    """Return a picture as a data: URL.
+
+    Args:
+      content: bytes of the image file.
+      kind: its format, "png" or "jpeg".
+
+    Returns:
+      The URL.
+    """
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def floats(values: Float32[np.ndarray, " n"]) -> str:
-    """Numbers for the page's script: little-endian float32 in base64, to the last bit."""
+    """Encode numbers for the page's script: little-endian float32 in base64, lossless."""
     return base64.b64encode(np.ascontiguousarray(values, "<f4").tobytes()).decode("ascii")
 
 
 def header(title: str, facts: str) -> str:
-    """The head of every page; both arguments are plain text."""
+    """Return the head of a page.
+
+    Args:
+      title: plain text.
+      facts: plain text below the title.
+
+    Returns:
+      HTML.
+    """
     return (
         '<a class="visually-hidden" href="#main">to the content</a>'
         f'<header class="top"><div><h1>{name(title)}</h1>'
@@ -85,18 +120,21 @@ def header(title: str, facts: str) -> str:
 def page(
     title: str, body: str, data: dict[str, Any] | None = None, scripts: Iterable[str] = ()
 ) -> str:
-    """A whole HTML document.
+    """Return a complete HTML document.
 
     Args:
       title: plain text.
       body: HTML.
       data: JSON for the page's script, as the element `data`.
-      scripts: names of the package's scripts that run, besides the one for light and dark.
+      scripts: names of the package's scripts to run, besides the one for light and dark.
+
+    Returns:
+      HTML.
     """
     style = _asset("report.css")
     code = "".join(_asset(script) for script in ("theme.js", *scripts))
-    # Only this style and this script, no network, no frames, no forms: whatever got into the
-    # page by mistake does not run, and has nowhere to go.
+    # Only this style and this script, no network, no frames, no forms: anything injected into
+    # the page does not run, and cannot connect anywhere.
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
         f"script-src '{_digest(code)}'; base-uri 'none'; form-action 'none'"
@@ -127,7 +165,7 @@ def page(
 def _asset(file: str) -> str:
     path = importlib.resources.files("padim_jax.output.html") / file
     content = path.read_text(encoding="utf-8")
-    # HTML reads a line's end as \n, and the digest is of what it reads.
+    # HTML reads line ends as \n, and the digest is of what it reads.
     return content.replace("\r\n", "\n")
 
 
@@ -138,6 +176,6 @@ def _digest(content: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that no HTML parser finds an end in: `</script>`, `<!--` have no `<`."""
-    # ASCII only, so that nothing depends on the encoding either.
+    """Return JSON in which no HTML parser finds an end: `</script>`, `<!--` have no `<`."""
+    # ASCII only, to be independent of the encoding.
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

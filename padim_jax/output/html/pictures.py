@@ -1,4 +1,4 @@
-"""Which images of a test set a page shows, and how they are made small."""
+"""Selection of the images that a page shows, and their reduction in size."""
 
 import concurrent.futures
 import dataclasses
@@ -15,22 +15,22 @@ from padim_jax.output.results import Scored
 
 LoadImage = Callable[[int], UInt8[np.ndarray, "h w 3"]]
 
-# A page stays below 15 MB: so many characters of pictures, and of everything else little.
+# Characters of pictures, so that a page, with little else, stays below 15 MB.
 _BUDGET = 12_000_000
 _MOST = 1000  # pictures, which a browser still scrolls well
-_SIDE = 384  # of a picture, in pixels, at most
-_SMALL = 128  # of a picture beside its heat map
-_TELLING = 3  # of every defect type, highest and lowest scored images that come first
+_SIDE = 384  # maximum side of a picture in pixels
+_SMALL = 128  # side of a picture beside its heat map
+_TELLING = 3  # highest and lowest scored images per defect type that come first
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """What lies over each other in the gallery, as data: URLs.
+    """Layers of an image in the gallery, as data: URLs.
 
     Attributes:
-      image: as the model sees it.
+      image: image as the model sees it.
       heat: its anomaly map in the run's colours, at half the size: it is smooth.
-      mask: ground truth, white on black; "" where it is unknown or has no defect pixel.
+      mask: ground truth, white on black; "" if unknown or without defect pixel.
       lines: outlines of ground truth and prediction, elsewhere transparent; "" for none.
       size: width and height in pixels.
     """
@@ -52,17 +52,17 @@ def encode(
     threshold: float | None,
     load_image: LoadImage,
 ) -> dict[int, Picture]:
-    """The pictures of as many images as a page may hold.
+    """Return pictures of as many images as a page may hold.
 
     Args:
       scored: the test set.
-      order: numbers of the images, those that matter most first.
-      scale: the scores of the heat maps' colours.
+      order: numbers of the images, the most important first.
+      scale: scores of the heat maps' colours.
       threshold: pixels of at least this score are outlined; None for no prediction.
-      load_image: the preprocessed image by its number.
+      load_image: function from an image's number to the preprocessed image.
 
     Returns:
-      By number, those of the first ones of `order`.
+      Pictures of the first images of `order`, by number.
     """
 
     def picture(index: int) -> Picture:
@@ -77,7 +77,7 @@ def encode(
 
     shown: dict[int, Picture] = {}
     size = 0
-    # Decoding and encoding leave Python's lock free: threads use all cores.
+    # Decoding and encoding release the GIL: threads use all cores.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for start in range(0, min(len(order), _MOST), 64):
             chunk = order[start : min(start + 64, _MOST)]
@@ -96,19 +96,21 @@ def telling_order(
     thresholds: Sequence[float],
     elsewhere: Sequence[int] = (),
 ) -> list[int]:
-    """Images by how much a page would miss them.
+    """Return the images by their importance for a page.
 
-    First all that are on the wrong side of one of the thresholds, the furthest first; then
-    defects that are found elsewhere than where they are; then the highest and lowest scored
-    ones of each type; then the rest such that any number of them is an even sample of the
-    scores.
+    First come all images on the wrong side of one of the thresholds, the furthest first; then
+    defects found at a wrong place; then the highest and lowest scored images of each type; then
+    the rest, ordered such that any number of them is an even sample of the scores.
 
     Args:
       scores: image scores.
       labels: True for anomalous images.
       types: defect types.
-      thresholds: scores from which an image may be called anomalous.
-      elsewhere: numbers of the images that are found elsewhere.
+      thresholds: lowest scores that may be called anomalous.
+      elsewhere: numbers of the images found at a wrong place.
+
+    Returns:
+      Numbers of all images.
     """
     scores = scores.astype(float)
     wrong = [np.where(labels, t - scores, scores - t) for t in thresholds]
@@ -135,16 +137,16 @@ def telling_order(
 def thumbnails(
     scored: Scored, scale: figures.ColorScale, load_image: LoadImage, each: int = 3
 ) -> list[dict[str, str]]:
-    """Where a model is weakest: the least suspicious defects, the most suspicious normals.
+    """Return a model's weakest results: the lowest defects and the highest normal images.
 
     Args:
       scored: the test set.
-      scale: the scores of the heat maps' colours.
-      load_image: the preprocessed image by its number.
-      each: how many of both.
+      scale: scores of the heat maps' colours.
+      load_image: function from an image's number to the preprocessed image.
+      each: number of images of either kind.
 
     Returns:
-      For JSON, of each `caption`, plain text, and `url`: image and heat map side by side.
+      For JSON, `caption`, plain text, and `url` of each: image and heat map side by side.
     """
     ranked = np.argsort(scored.scores, kind="stable")
     labels = scored.labels[ranked]
@@ -167,13 +169,16 @@ def strip(
     aspects: Sequence[float],
     scale: figures.ColorScale,
 ) -> list[str]:
-    """Images and their heat maps side by side, small, as data: URLs.
+    """Return small images and their heat maps side by side, as data: URLs.
 
     Args:
-      images: as the model sees them.
+      images: images as the model sees them.
       maps: their anomaly maps.
-      aspects: of each, width over height; see `figures.drawn_size`.
-      scale: the scores of the heat maps' colours.
+      aspects: width over height of each; see `figures.drawn_size`.
+      scale: scores of the heat maps' colours.
+
+    Returns:
+      A URL per image.
     """
     return [
         _side_by_side(image, heat, scale, figures.drawn_size(heat.shape, aspect, _SMALL))
@@ -221,7 +226,7 @@ def _picture(
 def _outlines(
     mask: Bool[np.ndarray, "h w"] | None, predicted: Bool[np.ndarray, "h w"] | None
 ) -> str:
-    """Green around the ground truth and, on top of it, red around the prediction."""
+    """Outline the ground truth in green and, on top of it, the prediction in red."""
     drawn = [(i, r) for i, r in ((1, mask), (2, predicted)) if r is not None and r.any()]
     if not drawn:
         return ""

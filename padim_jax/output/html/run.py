@@ -18,7 +18,7 @@ from padim_jax.output.html import charts, document, pictures
 from padim_jax.output.html.document import cell, name, number, text
 from padim_jax.output.results import Scored
 
-# Names of the four outcomes, as `run.js` has them too.
+# Names of the four outcomes, as in `run.js`.
 _FOUND, _MISSED, _ALARM, _PASSED = "found", "missed", "false alarm", "passed"
 _ELSEWHERE = "found elsewhere"  # called anomalous, but not at the defect
 _STEPS = 1000  # of the slider
@@ -37,18 +37,19 @@ def run_page(
     load_image: pictures.LoadImage,
     suspects: Suspects | None = None,
 ) -> str:
-    """`report.html` of one evaluation, below 15 MB whatever the number of images.
+    """Return `report.html` of one evaluation, below 15 MB for any number of images.
 
-    Histogram, curves and counts are of all images. Where there are more pictures than
-    fit, the page has those with errors first, and says how many it shows. It opens with
-    the threshold from normal images, or where there is none with that of the best F1.
+    Histogram, curves and counts cover all images. If not all pictures fit, the page has those
+    with errors first, and states how many it shows. It opens with the threshold from normal
+    images, or if there is none with that of the best F1.
 
     Args:
-      config: of the run; paths in it are not shown.
-      scored: at least one image.
-      measured: what metrics.json holds.
-      load_image: the preprocessed image by its number; called from several threads.
-      suspects: training images by their left-out scores, if this run has fitted them.
+      config: configuration of the run; its paths are not shown.
+      scored: test set of at least one image.
+      measured: contents of metrics.json.
+      load_image: function from an image's number to the preprocessed image; called from several
+        threads.
+      suspects: training images by their left-out scores, if this run fitted them.
 
     Returns:
       HTML, all of which can be encoded.
@@ -92,12 +93,12 @@ def run_page(
     in_place = np.array([place is True for place in scored.in_place or ()])
     known = np.array([place is not None for place in scored.in_place or ()])
     data = {
-        # Normal images first, then every defect type as in the table, each ascending.
+        # Normal images first, then each defect type as in the table, each ascending.
         "groups": [document.floats(np.sort(scored.scores[group])) for group in groups],
-        # Upper limits of shares by count: of normal images, of defects, of every type.
+        # Upper limits of shares by count: for normal images, for defects, for each type.
         "limits": [_limits(group) for group in (~labels, labels, *of_types)],
-        # Of all defects with masks, then of every type: the scores of those whose strongest
-        # region lies on the defect, and limits.
+        # For all defects with masks, then for each type: scores of those whose strongest region
+        # lies at the defect, and limits.
         "places": None
         if scored.in_place is None
         else [
@@ -114,19 +115,19 @@ def run_page(
 
 
 def _limits(group: Bool[np.ndarray, " n"]) -> list[float]:
-    """Upper limits of shares of these images, by the count."""
+    """Return upper limits of shares of these images, by count."""
     return np.round(verdicts.upper_limits(int(np.count_nonzero(group))), 6).tolist()
 
 
 def _elsewhere(scored: Scored) -> list[int]:
-    """Defects whose map is highest elsewhere, the highest scored first."""
+    """Return defects whose map is highest at a wrong place, the highest scored first."""
     places = scored.in_place or ()
     ranked = np.argsort(-scored.scores, kind="stable").tolist()
     return [index for index in ranked if places and places[index] is False]
 
 
 def _named(measured: Mapping[str, Any]) -> list[tuple[str, float, str]]:
-    """Label, value and meaning of the image thresholds, the one to start with first."""
+    """Return label, value and meaning of the image thresholds, the initial one first."""
     named = []
     transfer = measured.get("transfer")
     if normal := measured["normal_threshold"]:
@@ -158,7 +159,7 @@ def _named(measured: Mapping[str, Any]) -> list[tuple[str, float, str]]:
 
 
 def _pixel_threshold(measured: Mapping[str, Any]) -> tuple[float | None, str]:
-    """From which score on pixels are outlined, and what that threshold is."""
+    """Return the pixel threshold, and its meaning."""
     if normal := measured["normal_threshold"]:
         value = normal["pixel_threshold"]
         if not normal["pixel_rate"]:
@@ -172,7 +173,7 @@ def _pixel_threshold(measured: Mapping[str, Any]) -> tuple[float | None, str]:
 
 
 def _float32(threshold: float) -> float:
-    # As NumPy compares it with the scores, and so the page's script.
+    # As NumPy compares it with the scores, and so does the page's script.
     return float(np.float32(threshold))
 
 
@@ -181,7 +182,7 @@ def _percent(rate: float) -> str:
 
 
 def _share(called: Bool[np.ndarray, " n"]) -> str:
-    """How many of these images are called anomalous, with the interval of 95 %, as HTML."""
+    """Format the number of these images called anomalous, with the 95 % interval, as HTML."""
     if not len(called):
         return "&ndash;"
     count, _, interval = verdicts.share_text(verdicts.share(called)).partition(" (")
@@ -190,7 +191,7 @@ def _share(called: Bool[np.ndarray, " n"]) -> str:
 
 def _header(config: Config, scored: Scored) -> str:
     model, (height, width) = config.model, config.image.size
-    weights = pathlib.PurePath(model.weights).name  # its folder is nobody else's business
+    weights = pathlib.PurePath(model.weights).name  # its folder is private
     anomalous = int(scored.labels.sum())
     facts = (
         f"{model.backbone} · {' + '.join(model.layers)} · {model.channels} channels "
@@ -229,7 +230,7 @@ def _metrics(
 
 
 def _notes(config: Config, measured: Mapping[str, Any], sources: list[str]) -> list[str]:
-    """What has to be known about the numbers in the table."""
+    """Return notes on the numbers in the table."""
     notes = [
         published.in_words(source.name, differing)
         for source in published.applicable(config)
@@ -272,7 +273,7 @@ def _per_defect(scored: Scored, measured: Mapping[str, Any], start: float | None
 
 
 def _found_in_place(scored: Scored, chosen: Bool[np.ndarray, " n"], start: float | None) -> str:
-    """How many of the chosen defects with masks are found where they are, as HTML."""
+    """Format the share of the selected defects with masks that are found in place, as HTML."""
     places = scored.in_place or ()
     if start is None:
         return "&ndash;"
@@ -359,7 +360,7 @@ def _thresholds(
 
 
 def _cost(scored: Scored, threshold: float) -> str:
-    """What a threshold does to the test images, as HTML."""
+    """Format the outcome of a threshold on the test images as HTML."""
     called, labels = scored.scores >= np.float32(threshold), scored.labels
     costs = [
         f"{words} {_share(called[chosen])}"
@@ -370,7 +371,7 @@ def _cost(scored: Scored, threshold: float) -> str:
 
 
 def _rates(normal: Mapping[str, Any] | None) -> str:
-    """Thresholds to choose from by the false alarms that they promise, and what each does."""
+    """Return a table of thresholds by the false alarms they promise, and their outcomes."""
     if not normal or not normal["rates"]:
         return ""
     head, *rows = results.rate_rows(normal)
@@ -383,7 +384,7 @@ def _rates(normal: Mapping[str, Any] | None) -> str:
 
 
 def _suspects(found: Suspects | None, scale: figures.ColorScale) -> str:
-    """The training images of the highest left-out scores, which set the threshold."""
+    """Return the training images of the highest left-out scores, which set the threshold."""
     if found is None or not found.images:
         return ""
     items = []
@@ -558,7 +559,7 @@ def _card(
         layers.append(f'<span class="mask">{"" if known else "mask unknown"}</span>')
     if picture.lines:
         layers.append(f'<img class="lines" src="{picture.lines}" alt="" {size}>')
-    # The score to the last bit, so that the script calls what the counts have.
+    # The score at full precision, so that the script agrees with the counts.
     return (
         f'<li class="card" data-score="{score!r}" data-label="{record.label}" '
         f'data-type="{row}" data-verdict="{verdict}"{located}>'
@@ -571,7 +572,7 @@ def _card(
 
 
 def _data(data: Mapping[str, Any] | None) -> str:
-    """What was read: images by split, their sizes, masks and what was warned of."""
+    """Return a section on the data: images by split, sizes, masks and warnings."""
     if data is None:
         return ""
     lines = []
@@ -594,7 +595,7 @@ def _data(data: Mapping[str, Any] | None) -> str:
 
 
 def _settings(config: Config) -> str:
-    """What decides the numbers; not where files lie, which is nobody else's business."""
+    """Return the settings that determine the numbers, without the private paths of files."""
     values = config_lib.to_dict(config)
     values["dataset"] = {
         key: values["dataset"][key]

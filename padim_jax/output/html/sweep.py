@@ -1,4 +1,4 @@
-"""The page of a sweep: every metric's table beside the published ones, and the worst images."""
+"""The page of a sweep: tables of metrics beside the published ones, and the worst images."""
 
 import pathlib
 import urllib.parse
@@ -15,19 +15,19 @@ def sweep_page(
     links: Mapping[str, str] | None = None,
     pictures: Mapping[str, Sequence[Mapping[str, str]]] | None = None,
 ) -> str:
-    """`report.html` of a sweep.
+    """Return `report.html` of a sweep.
 
     Args:
-      sweep: what table.json holds (see `sweep_table.build`).
-      links: of a category the path of its own report, relative to this page.
-      pictures: of a category its worst images, from `thumbnails`.
+      sweep: contents of table.json (see `sweep_table.build`).
+      links: path of each category's own report, relative to this page.
+      pictures: worst images of each category, from `thumbnails`.
 
     Returns:
       HTML, all of which can be encoded.
     """
     links, pictures = links or {}, pictures or {}
     settings = dict(sweep["settings"])
-    if "weights" in settings:  # whose folder is nobody else's business
+    if "weights" in settings:  # the folder is private
         settings["weights"] = pathlib.PurePath(settings["weights"]).name
     body = "\n".join(
         [
