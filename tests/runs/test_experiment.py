@@ -38,15 +38,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def settings(root: pathlib.Path, **model: Any) -> Any:
+    """One layer, which compiles in half the time of three; tests of more ask for them."""
     values: Any = defaults.get_config()
     # Read as MVTec AD: the synthetic layout would generate its own full set.
     values.dataset.name, values.dataset.root, values.category = "mvtec_ad", str(root), "part"
     values.image.resize = (64, 64)
     values.model.weights, values.model.channels = "random", 20
+    values.model.layers = ("layer1",)
     values.model.update(model)
     values.batch_size = 4
     values.outputs.figures = "none"
     return values
+
+
+ALL_LAYERS = ("layer1", "layer2", "layer3")
 
 
 def run(values: Any, workdir: pathlib.Path, images: int | None = None) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def run_for_maps(values: Any, workdir: pathlib.Path, images: int | None = None) 
 
 
 # One of each kind; of all of them the features are compared in test_resnet and others.
-@pytest.mark.parametrize("backbone", ["resnet34", "wide_resnet50_2", "efficientnet_b5"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "efficientnet_b5"])
 def test_every_kind_of_backbone(backbone: str, root: pathlib.Path, tmp_path: pathlib.Path):
     layers = backbones.BACKBONES[backbone].stages[:3]
     measured = run(settings(root, backbone=backbone, layers=layers), tmp_path)
@@ -76,7 +81,7 @@ def test_every_kind_of_backbone(backbone: str, root: pathlib.Path, tmp_path: pat
     assert set(measured["per_defect"]) == set(DEFECTS)
 
 
-@pytest.mark.parametrize("size", [(192, 320), (75, 50)])
+@pytest.mark.parametrize("size", [(64, 112), (75, 50)])
 def test_rectangular_input(size: tuple[int, int], root: pathlib.Path, tmp_path: pathlib.Path):
     values = settings(root)
     values.image.resize, values.outputs.maps = size, "npy"
@@ -131,7 +136,7 @@ def test_pictures_keep_the_proportions_of_the_files(root: pathlib.Path, tmp_path
 
 
 def test_all_channels(root: pathlib.Path, tmp_path: pathlib.Path):
-    measured = run(settings(root, channels=448), tmp_path)
+    measured = run(settings(root, layers=ALL_LAYERS, channels=448), tmp_path)
     assert measured["pixel_auroc"] > 0.8
 
 
@@ -156,9 +161,12 @@ def test_results_do_not_depend_on_the_batch_size(root: pathlib.Path, tmp_path: p
 def test_results_do_not_depend_on_the_form(
     images: int, channels: int, root: pathlib.Path, tmp_path: pathlib.Path
 ):
+    layers = ("layer1", "layer2")
     moments, samples = (
         run_for_maps(
-            settings(root, channels=channels, statistics=form), tmp_path / form, images
+            settings(root, layers=layers, channels=channels, statistics=form),
+            tmp_path / form,
+            images,
         )
         for form in ("moments", "samples")
     )
@@ -178,7 +186,7 @@ def test_the_form_follows_the_number_of_images(
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ):
-    values = settings(root, channels=channels)
+    values = settings(root, layers=ALL_LAYERS, channels=channels)
     config = validate(values)
     training = FolderSource(dataset_splits.open_dataset(config)["train"].records[:images])
     fitting.train(config, training, tmp_path / "checkpoint")
@@ -275,8 +283,8 @@ def in_groups(root: pathlib.Path, tmp_path: pathlib.Path, sizes: list[int]) -> F
     return FolderSource(sorted(found, key=lambda record: record.relative_path))
 
 
-@pytest.mark.parametrize("form", ["moments", "samples"])
-@pytest.mark.parametrize("devices", [1, 3])
+# Three devices do what one does, and have groups of images that they do not share out evenly.
+@pytest.mark.parametrize(("devices", "form"), [(1, "moments"), (3, "moments"), (3, "samples")])
 def test_left_out_thresholds_are_those_of_fits_without_the_group(
     form: str,
     devices: int,
@@ -289,7 +297,7 @@ def test_left_out_thresholds_are_those_of_fits_without_the_group(
     # Images of the largest group are more than a batch.
     values.threshold.groups, values.batch_size = "part[0-9]+", 3
     values.threshold.image_rate, values.threshold.pixel_rate = 0.3, 0.3
-    source = in_groups(root, tmp_path, [1, 2, 2, 5])
+    source = in_groups(root, tmp_path, [2, 2, 2, 4])
     dataset = {"train": source, "validation": FolderSource([])}
     whole = train.train(validate(values), dataset, tmp_path / "whole")
     assert whole.calibration is not None
@@ -373,7 +381,7 @@ def test_copies_change_nothing(root: pathlib.Path, tmp_path: pathlib.Path):
 
 def test_too_little_memory(root: pathlib.Path, tmp_path: pathlib.Path):
     # 4000 x 4000 patches of 448 channels: more bytes than any machine has.
-    values = settings(root, channels=448)
+    values = settings(root, layers=ALL_LAYERS, channels=448)
     values.image.resize = (16_000, 16_000)
     with pytest.raises(UserError, match=r"not enough memory"):
         modes.run("train", validate(values), tmp_path, tmp_path / "checkpoint")
