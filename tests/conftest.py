@@ -17,8 +17,18 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # neither. Before the imports, of which one may ask for the place.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="padim_jax_tests_")
 
+# What one test has compiled, the others of this run load: those of other workers, and child
+# processes. Made by the first process, whose environment the workers inherit.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.mkdtemp(prefix="padim_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
+    atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
+
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 # Every shape written in a signature is checked at run time, in every test.
@@ -42,6 +52,31 @@ def one_device() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "every", lambda: parallel.Devices(1))
         yield
+
+
+@pytest.fixture
+def no_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Neither this process nor its children use the cache of this run of the tests."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES")
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+
+
+QUICK = ("core", "config", "test_api.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what the core, the settings and the public functions are tested by: `-m quick`."""
+    tests = pathlib.Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(tests) and item.path.relative_to(tests).parts[0] in QUICK:
+            item.add_marker("quick")
 
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"

@@ -1125,6 +1125,7 @@ class TestOwnFolder:
         assert "at least 2" in message
 
 
+@pytest.mark.usefixtures("no_compilation_cache")
 class TestCompilationCache:
     """`tests/system/test_compilation_cache.py` tests what is loaded from it."""
 

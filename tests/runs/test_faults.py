@@ -204,6 +204,7 @@ class TestFullDisk:
             run(mode, None, workdir, **given)
         assert content(workdir) == content(finished)
 
+    @pytest.mark.usefixtures("no_compilation_cache")
     def test_of_the_caches_alone(
         self,
         root: pathlib.Path,

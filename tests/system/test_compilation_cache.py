@@ -10,6 +10,8 @@ import pytest
 
 from padim_jax.system import compilation_cache
 
+pytestmark = pytest.mark.usefixtures("no_compilation_cache")
+
 SETTINGS = (
     "jax_compilation_cache_dir",
     "jax_compilation_cache_max_size",

@@ -791,6 +791,7 @@ class TestModelFile:
             model_file.load(path, parallel.every())
 
 
+@pytest.mark.usefixtures("no_compilation_cache")
 class TestCompilationCache:
     @pytest.fixture
     def run(self, store: Any) -> Iterator[Callable[[], list[str]]]:
