@@ -177,9 +177,8 @@ def fit_and_score(
 @pytest.mark.parametrize(
     ("form", "model"),
     [
-        ("moments", {}),
-        ("samples", {}),
-        ("moments", {"layers": ("layer1",), "backbone": "resnet34"}),
+        ("moments", {"layers": ("layer1", "layer2")}),
+        ("samples", {"layers": ("layer1",)}),
         # Every channel, and every patch has its own.
         (
             "samples",
@@ -199,7 +198,7 @@ def test_results_do_not_depend_on_the_number_of_devices(form: str, model: dict):
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     statistics, maps, scores = fit_and_score(config, images, 1, form)
     assert len(maps) == len(scores) == 15  # which no number of devices divides
-    for count in COUNTS[1:]:
+    for count in (2, 8):
         others = fit_and_score(config, images, count, form)
         assert others[0][0] == statistics[0] == 15
         # The same sums in the same order; only convolutions of another number of images may

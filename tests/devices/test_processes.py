@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "category": "part",
     "image.resize": (64, 64),
     "model.weights": "random",
+    "model.layers": ("layer1",),  # compiled sooner than three; test_parallel has several
     "model.channels": 20,
     "batch_size": 6,  # 16 devices' share of it is none
     "outputs.figures": "none",
@@ -79,7 +80,7 @@ def require_same_results(workdir: pathlib.Path, expected: pathlib.Path) -> None:
         assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
 
 
-@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("count", [2, 8])
 def test_devices(
     count: int,
     root: pathlib.Path,
