@@ -119,10 +119,8 @@ class TestBatch:
             ("resnet18", {"image.resize": (300, 420), "model.channels": 448}, 8),
             ("resnet18", {"model.reduction": "semi_orthogonal", "model.pooling": 3}, 8),
             ("resnet18", {"model.reduction": "none", "model.upsample": "bilinear"}, 8),
-            ("resnet34", {"model.precision": "bfloat16"}, 32),
             ("resnet50", {"model.layers": ("layer2", "layer3")}, 16),
             ("wide_resnet50_2", {"model.channels": 550, "model.precision": "bfloat16"}, 32),
-            ("wide_resnet50_2", {"model.channels": 1792}, 8),
             ("efficientnet_b5", {}, 16),
         ],
     )
@@ -163,7 +161,7 @@ class TestBatch:
         assert found <= 1.6 * taken.temp_size_in_bytes + 3.4 * backbone_size
 
     @pytest.mark.parametrize("backbone", backbones.BACKBONES)
-    @pytest.mark.parametrize("deepest", [0, 2, -1])
+    @pytest.mark.parametrize("deepest", [0, -1])
     def test_weights(self, backbone: str, deepest: int):
         """They are counted three times, of the stages that are there."""
         layers = (backbones.BACKBONES[backbone].stages[deepest],)
