@@ -24,6 +24,9 @@ from padim_jax.data.layouts.synthetic import generate
 from padim_jax.devices.parallel import Devices
 from padim_jax.store import checkpoint
 
+# Writing to the cache of compiled programs is killed as well: each run has its own.
+pytestmark = pytest.mark.usefixtures("no_compilation_cache")
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 AT_ONCE = 4
 SETTINGS = {
@@ -31,6 +34,7 @@ SETTINGS = {
     "category": "part",
     "image.resize": "(64,64)",
     "model.weights": "random",
+    "model.layers": "('layer1',)",
     "model.channels": "12",
     "batch_size": "4",
     "train.checkpoint_every": "0",
@@ -191,8 +195,8 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Command]:
 
 
 KILLS = {
-    **{"train_and_eval": 8, "train": 4, "eval": 6, "sweep": 6, "packing": 4},
-    **{"drawing": 4, "export": 3, "calibrate": 3, "predict": 4},
+    **{"train_and_eval": 4, "train": 2, "eval": 3, "sweep": 3, "packing": 2},
+    **{"drawing": 2, "export": 2, "calibrate": 2, "predict": 2},
 }
 
 
@@ -268,7 +272,7 @@ def test_killed(commands: dict[str, Command], tmp_path: pathlib.Path) -> None:
         points = [(name, i) for name, count in KILLS.items() for i in range(count)]
         killed = list(threads.map(lambda x: survive(*x), points))
     print(*killed, f"{len(killed)} kills survived", sep="\n")
-    assert len(killed) >= 30
+    assert len(killed) >= 20
 
 
 def _same(found: bytes, wanted: bytes, folder: pathlib.Path, expected: pathlib.Path) -> bool:
@@ -303,6 +307,6 @@ def test_interrupted(commands: dict[str, Command], tmp_path: pathlib.Path) -> No
         return seconds
 
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as threads:
-        seconds = list(threads.map(survive, range(12)))
+        seconds = list(threads.map(survive, range(6)))
     print(f"ended after {min(seconds):.2f} to {max(seconds):.2f} s")
     assert max(seconds) < 2

@@ -135,7 +135,7 @@ def test_memory_is_flat(start: Start, images: pathlib.Path, tmp_path: pathlib.Pa
     require_flat(found)
 
 
-def test_killed_ten_times(start: Start, images: pathlib.Path, tmp_path: pathlib.Path):
+def test_killed_five_times(start: Start, images: pathlib.Path, tmp_path: pathlib.Path):
     some = tmp_path / "some"
     some.mkdir()
     for path in sorted((images / "0").iterdir())[:400]:
@@ -143,9 +143,9 @@ def test_killed_ten_times(start: Start, images: pathlib.Path, tmp_path: pathlib.
     assert start(some, tmp_path / "whole").wait(120) == 0
     cut, kills, draw = tmp_path / "cut", [], random.Random(0)
     table = cut / "predictions.incomplete" / "scores.csv"
-    for number in range(10):
+    for number in range(5):
         process, before = start(some, cut), rows(table)
-        if number in (0, 5):  # anywhere before the first batch, or in it
+        if number in (0, 3):  # anywhere before the first batch, or in it
             time.sleep(draw.uniform(0, 3))
         else:  # anywhere in what a batch takes
             while process.poll() is None and rows(table) <= before:
@@ -158,8 +158,8 @@ def test_killed_ten_times(start: Start, images: pathlib.Path, tmp_path: pathlib.
     assert start(some, cut).wait(120) == 0
     output = (tmp_path / "output").read_text()
     assert "Traceback" not in output
-    # The first of the eight may have none.
-    assert output.count("going on with interrupted predictions") >= 6
+    # After the first kill there may be no rows.
+    assert output.count("going on with interrupted predictions") >= 3
     assert tree(cut / "predictions") == tree(tmp_path / "whole" / "predictions")
 
 
