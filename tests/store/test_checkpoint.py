@@ -834,7 +834,7 @@ class TestLoadingFails:
         rng, refused = np.random.default_rng(0), []
         for file in sorted(file for file in path.rglob("*") if file.is_file()):
             whole = file.read_bytes()
-            for place in rng.integers(len(whole), size=min(len(whole), 4)):
+            for place in rng.integers(len(whole), size=min(len(whole), 2)):
                 broken = bytearray(whole)
                 broken[place] ^= 1
                 file.write_bytes(broken)
@@ -852,9 +852,7 @@ class TestDevices:
     """Saved on some devices, loaded on others: "two levels" has 6 regions."""
 
     @both_forms
-    @pytest.mark.parametrize(
-        ("writers", "readers"), [(8, 1), (8, 2), (8, 4), (8, 3), (1, 8), (3, 8), (4, 5), (5, 4)]
-    )
+    @pytest.mark.parametrize(("writers", "readers"), [(8, 1), (8, 3), (1, 8), (4, 5)])
     def test_bit_for_bit_and_no_more_than_its_share(
         self, writers: int, readers: int, form: str, tmp_path: pathlib.Path
     ):
@@ -921,15 +919,11 @@ class TestDevices:
         assert sizes
         assert max(sizes) <= largest / 4
 
-    @pytest.mark.parametrize(("writers", "readers"), [((1, 2), (2, 2)), ((2, 2), (1, 3))])
-    def test_processes(
-        self, writers: tuple[int, int], readers: tuple[int, int], tmp_path: pathlib.Path
-    ):
-        """Written and read by 1 or 2 processes of some devices each."""
+    def test_processes(self, tmp_path: pathlib.Path):
+        """Written by two processes of two devices, and read by as many and by this one."""
         ports = [free_port() for _ in range(2)]
-        for (processes, devices), what, port in zip(
-            (writers, readers), ("save", "load"), ports, strict=True
-        ):
+        processes = devices = 2
+        for what, port in zip(("save", "load"), ports, strict=True):
             call = f"import {__name__} as here; here.{what}_both({str(tmp_path)!r}"
             children = [
                 start(f"{call}, {processes}, {i}, {port})", devices=devices)
