@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import re
+import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,6 @@ from padim_jax.config.backbones import (
 from padim_jax.errors import UserError
 from padim_jax.models.weights import naming
 from padim_jax.models.weights.naming import Convolution
-from padim_jax.system import fetch, locks
 
 Tensors = dict[str, np.ndarray]  # by the file's names, convolutions OIHW
 StoredTensors = Mapping[str, "np.ndarray | Stored"]
@@ -48,11 +48,11 @@ BUNDLED_ORIGIN = "bundled with padim_jax (trained on procedural images, not Imag
 BUNDLED_FOLDER = pathlib.Path(__file__).parents[1] / "bundled"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MOST_LISTED = 10  # names of one kind in an error message
-MOST_BYTES = 1_500_000_000  # per file; a wide_resnet101_2 in float64 has 1.02e9
-SCHEME = fetch.SCHEME
-_MOST_MEMBERS = 10_000  # per archive; the largest backbone has 800 tensors
-_MEMBER = b"PK\x01\x02"  # entry of a member in a zip archive's directory
-# NumPy rejects longer headers, but only after decompressing them.
+MOST_BYTES = 1_500_000_000  # of a file; a wide_resnet101_2 of float64 has 1.02e9
+SCHEME = "https"  # of addresses, and of those that they redirect to
+_MOST_MEMBERS = 10_000  # of an archive; the largest backbone has 800 tensors
+_MEMBER = b"PK\x01\x02"  # what the directory of a zip archive has for each
+# numpy refuses to read a longer header, but not before it has been expanded.
 _LONGEST_HEADER = 10_000
 _LEAST_TORCH = (2, 6)
 _LONGEST_ORIGIN = 1000  # characters
@@ -420,8 +420,8 @@ def _from_hub(name: str, revision: str, otherwise: str) -> tuple[pathlib.Path, s
     try:
         path = _cached(repository, wanted)
         if path is None and pin and (other := _cached(repository, "main")):
-            # Cached earlier: only the bytes count, not the commit.
-            path = other if _has_sha256(other, pin.sha256) else None
+            # From before: whatever the commit, the bytes count.
+            path = other if _sha256(other) == pin.sha256 else None
         if path is None:
             path = _download(repository, wanted)
     except UserError as error:
@@ -435,9 +435,8 @@ def _from_hub(name: str, revision: str, otherwise: str) -> tuple[pathlib.Path, s
             f"Where there is no connection, download {HUB_FILE} from that page with a browser "
             f"and pass --config.model.weights=/path/to/{HUB_FILE}. {otherwise}"
         ) from error
-    # snapshots/<commit>/model.safetensors, usually a link to blobs/<SHA-256>.
-    blob, commit = path.resolve().name, path.parent.name
-    published = pin.sha256 if pin else blob if _SHA256.fullmatch(blob) else ""
+    published = pin.sha256 if pin else _stated_sha256(path)
+    commit = path.parent.name
     origin = f"huggingface.co/{repository}"
     return path, f"{origin}@{commit}" if _COMMIT.fullmatch(commit) else origin, published
 
@@ -449,46 +448,49 @@ def _cached(repository: str, revision: str) -> pathlib.Path | None:
     return pathlib.Path(found) if isinstance(found, str) else None
 
 
-def _has_sha256(path: pathlib.Path, digest: str) -> bool:
+def _sha256(path: pathlib.Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == digest
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(repository: str, revision: str) -> pathlib.Path:
-    """Download a file of the hub into its client's cache, completely or not at all.
-
-    The client knows the cache's layout and the hub's contents, but it neither resumes another
-    process's download nor checks where the hub redirects to.
+    """Download a file of the hub into its client's cache.
 
     Raises:
-      UserError: the hub offers something else, or redirects elsewhere.
+      UserError: the hub offers something else, or from somewhere else.
     """
     import huggingface_hub as hub
-    from huggingface_hub import constants
 
     url = hub.hf_hub_url(repository, HUB_FILE, revision=revision)
-    try:
-        fetch.require(url, SCHEME)
-        facts = hub.get_hf_file_metadata(url)
-        digest, commit = facts.etag or "", facts.commit_hash or ""
-        if not _SHA256.fullmatch(digest) or not _COMMIT.fullmatch(commit):
-            raise UserError(f"{url}: the hub states no SHA-256 and commit of it")
-        if (facts.size or 0) > MOST_BYTES:
-            raise UserError(f"{url}: {facts.size} bytes; expected at most {MOST_BYTES}")
-        folder = f"models--{repository}".replace("/", "--")
-        blob = pathlib.Path(constants.HF_HUB_CACHE, folder, "blobs", digest)
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        part = blob.with_name(f"{digest}.padim_jax.part")
-        with locks.attempt(blob, wait=True):
-            if not blob.exists():
-                exact = hub.hf_hub_url(repository, HUB_FILE, revision=commit)
-                fetch.fetch(exact, part, digest, MOST_BYTES, SCHEME)
-                part.replace(blob)
-    except fetch.RefusedError as error:
-        raise UserError(f"{error}; nothing is taken from there") from error
-    # The client finds the blob and links it under its name.
-    hub.hf_hub_download(repository, HUB_FILE, revision=commit)
-    return pathlib.Path(hub.hf_hub_download(repository, HUB_FILE, revision=revision))
+    _require_https(url)
+    metadata = hub.get_hf_file_metadata(url)
+    _require_https(metadata.location)  # it may be stored elsewhere
+    if (metadata.size or 0) > MOST_BYTES:
+        raise UserError(f"{url}: {metadata.size} bytes; expected at most {MOST_BYTES}")
+    path = pathlib.Path(hub.hf_hub_download(repository, HUB_FILE, revision=revision))
+    stated = _stated_sha256(path)
+    if stated and (digest := _sha256(path)) != stated:  # the client compares sizes only
+        path.resolve().unlink()
+        path.unlink()
+        raise UserError(
+            f"{url}: it gave a file with SHA-256 {digest}, expected {stated}; it was deleted"
+        )
+    return path
+
+
+def _require_https(url: str) -> None:
+    if urllib.parse.urlsplit(url).scheme != SCHEME:
+        raise UserError(f"{url} is no {SCHEME} address; nothing is downloaded from there")
+
+
+def _stated_sha256(path: pathlib.Path) -> str:
+    """Return the SHA-256 that the hub states of a file in its cache, or "" if unknown.
+
+    snapshots/<commit>/model.safetensors links to blobs/<SHA-256>, unless the file system has
+    no links. The blob may itself be a link, to a file by another hash.
+    """
+    blob = path.readlink().name if path.is_symlink() else ""
+    return blob if _SHA256.fullmatch(blob) else ""
 
 
 def _parse(content: bytes, path: pathlib.Path) -> StoredTensors:
