@@ -116,6 +116,8 @@ def require_https_redirect(response: Any, **_: Any) -> None:
     Raises:
       ValueError: it redirects to another scheme.
     """
+    if not response.ok:
+        response.close()  # pooch raises its error and leaves the connection open
     if response.is_redirect:
         target = urllib.parse.urljoin(response.url, response.headers["Location"])
         if urllib.parse.urlsplit(target).scheme != "https":
