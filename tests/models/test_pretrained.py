@@ -27,7 +27,8 @@ from padim_jax.config.backbones import (
     ResNetSpec,
 )
 from padim_jax.errors import UserError
-from padim_jax.models.weights import pretrained
+from padim_jax.models.weights import folding, pretrained, readers
+from padim_jax.models.weights import hub as hub_files
 from padim_jax.models.weights.naming import Convolution
 
 LAYER1 = ("layer1",)
@@ -121,7 +122,7 @@ def test_batch_norm_is_folded_into_the_convolution():
         "bn1.running_var": (4 - 1e-5) * one,
     }
     layer = Convolution(("conv1",), (1, 1, 1, 1), "conv1", "bn1")
-    found = pretrained._fold(layer, tensors, epsilon=1e-5)
+    found = folding.fold_batch_norm(layer, tensors, epsilon=1e-5)
     np.testing.assert_allclose(found["conv1.weight"], 3, rtol=1e-6)
     np.testing.assert_allclose(found["conv1.bias"], 4, rtol=1e-6)
 
@@ -356,7 +357,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 def cache(tmp_path, monkeypatch):
     """An empty cache of the client's, in which the weights have no hash that we know."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(pretrained, "PINNED", {})
+    monkeypatch.setattr(hub_files, "PINNED", {})
     return tmp_path / "cache" / f"models--timm--{NAME}"
 
 
@@ -374,7 +375,7 @@ def hub(tmp_path, unfolded, monkeypatch, cache):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + path)
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
         # The made server has no certificate; whatever the scheme is, it is the only one.
-        monkeypatch.setattr(pretrained, "SCHEME", "http")
+        monkeypatch.setattr(hub_files, "SCHEME", "http")
         yield served
         served.shutdown()
         thread.join()
@@ -382,7 +383,7 @@ def hub(tmp_path, unfolded, monkeypatch, cache):
 
 def pin(monkeypatch, content, revision=COMMIT):
     pinned = Pin(revision, hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(pretrained, "PINNED", {NAME: pinned})
+    monkeypatch.setattr(hub_files, "PINNED", {NAME: pinned})
 
 
 def files(folder):
@@ -457,7 +458,7 @@ def test_a_blob_may_link_to_a_store_of_the_cache(hub, cache):
 def test_an_interrupted_download_leaves_nothing(hub, cache, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's tries
     hub.ends_after = 1000
-    assert "could not be had" in refusal(NAME)
+    assert "could not be downloaded" in refusal(NAME)
     assert not [path for path in files(cache) if path.parent.name == "blobs"]
     hub.ends_after = None
     load(NAME)
@@ -470,8 +471,8 @@ def test_a_file_of_another_size_than_stated_is_not_taken(hub, cache):
 
 
 def test_a_file_that_is_too_large_is_not_downloaded(hub, cache):
-    hub.size = pretrained.MOST_BYTES + 1
-    assert f"at most {pretrained.MOST_BYTES}" in refusal(NAME)
+    hub.size = readers.MOST_BYTES + 1
+    assert f"at most {readers.MOST_BYTES}" in refusal(NAME)
     assert {kind for kind, _ in hub.files()} == {"HEAD"}
     assert not files(cache)
 
@@ -479,11 +480,11 @@ def test_a_file_that_is_too_large_is_not_downloaded(hub, cache):
 @pytest.mark.parametrize("which", ["hub", "redirect"])
 def test_only_https_is_downloaded_from(hub, cache, monkeypatch, which):
     if which == "hub":
-        monkeypatch.setattr(pretrained, "SCHEME", "https")
+        monkeypatch.setattr(hub_files, "SCHEME", "https")
     else:
         hub.location = "ftp://127.0.0.1/model.safetensors"
     message = refusal(NAME)
-    assert f"no {pretrained.SCHEME} address" in message
+    assert f"no {hub_files.SCHEME} address" in message
     assert message.endswith(BUNDLED_FLAG)
     assert not files(cache)
 
