@@ -102,7 +102,12 @@ def _archive(folder: pathlib.Path) -> pathlib.Path:
         hooks={"response": require_https_redirect},
     )
     path = pooch.retrieve(
-        ARCHIVE_URL, f"sha256:{SHA256}", fname=ARCHIVE, path=folder, downloader=downloader
+        ARCHIVE_URL,
+        f"sha256:{SHA256}",
+        fname=ARCHIVE,
+        path=folder,
+        # Its protocol for downloaders names the arguments otherwise than its own downloader.
+        downloader=downloader,  # pyright: ignore[reportArgumentType]
     )
     return pathlib.Path(path)
 
