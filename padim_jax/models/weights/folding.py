@@ -11,7 +11,7 @@ from padim_jax.models.weights import naming, readers
 from padim_jax.models.weights.naming import Convolution
 from padim_jax.models.weights.readers import Stored, StoredTensors
 
-Tensors = dict[str, np.ndarray]  # by a file's names, convolutions OIHW
+Tensors = dict[str, np.ndarray]  # by the file's names, convolutions OIHW
 Variables = dict[str, Any]
 
 
@@ -21,21 +21,21 @@ def convert(
     """Check the tensors of a weights file and make variables of them.
 
     Args:
-      tensors: what a weights file holds, by torchvision's names or timm's (decided by which
-        more are there of): convolutions (OIHW) each with its batch norm, or each with
-        batch norm already folded into weight and bias; decided from all names. Float16,
-        bfloat16, float32 or float64. Of `Stored` ones no more than needed are read, and
-        those after their shapes have been compared.
-      backbone: a key of `padim_jax.config.backbones.BACKBONES`.
-      stages: stages in use; tensors behind the deepest may be there and are left out.
-      source: where the tensors are from, as an error message begins.
+      tensors: contents of a weights file, by torchvision's names or timm's (whichever matches
+        more): convolutions (OIHW), either all with batch norm or all with batch norm already
+        folded into weight and bias, as decided from all names. Float16, bfloat16, float32 or
+        float64. `Stored` tensors are read only if needed, and after their shapes have been
+        compared.
+      backbone: key of `padim_jax.config.backbones.BACKBONES`.
+      stages: stages in use; tensors behind the deepest are accepted and left out.
+      source: description of the tensors' origin that begins error messages.
 
     Returns:
       `{"params": ...}` for the network's `apply`: kernels (HWIO) and biases, float32.
 
     Raises:
-      UserError: names every tensor that is missing, unexpected, set twice, of the wrong
-        shape or dtype, or not finite.
+      UserError: names each tensor that is missing, unexpected, set twice, of the wrong shape or
+        dtype, or not finite.
     """
     origin, network = naming.recognize(tensors, backbone)
     used = naming.used(network, backbone, stages)
@@ -43,8 +43,8 @@ def convert(
     norm_tensors = naming.tensors(network, False).keys() - naming.tensors(network, True)
     folded = norm_tensors.isdisjoint(tensors)
     expected = naming.tensors(used, folded)
-    # What lies behind the cut may be there; batch norm's counters serve training only,
-    # and torchvision's oldest files have none.
+    # Tensors behind the cut are accepted; batch norm's counters serve training only, and
+    # torchvision's oldest files have none.
     allowed = naming.tensors(network, folded).keys() | origin.behind(folded)
     if not folded:
         norms = [layer.norm for layer in network] + [norm for _, norm in origin.head]
@@ -89,7 +89,7 @@ def convert(
             for name in layer.tensors(folded):
                 values[name] = np.asarray(found[name], np.float32)
         else:
-            with np.errstate(over="ignore", invalid="ignore"):  # seen to on the next line
+            with np.errstate(over="ignore", invalid="ignore"):  # checked on the next line
                 folded_in = fold_batch_norm(layer, found, origin.epsilon)
             if not all(np.isfinite(tensor).all() for tensor in folded_in.values()):
                 raise UserError(

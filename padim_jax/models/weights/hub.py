@@ -45,7 +45,7 @@ def fetch(name: str, revision: str, otherwise: str) -> tuple[pathlib.Path, str, 
     try:
         path = _cached(repository, wanted)
         if path is None and pin and (other := _cached(repository, "main")):
-            # From before: whatever the commit, the bytes count.
+            # Cached earlier: only the bytes count, not the commit.
             path = other if _sha256(other) == pin.sha256 else None
         if path is None:
             path = _download(repository, wanted)

@@ -12,8 +12,8 @@ from padim_jax.models.weights.naming import Convolution
 def random_tensors(network: Sequence[Convolution], spec: Spec) -> dict[str, np.ndarray]:
     """Draw normal weights that keep the scale of activations; biases are zero.
 
-    Each tensor has a generator of its own, seeded by its name, so that it is the same
-    wherever the network is cut.
+    Each tensor has its own generator, seeded by its name, so that it is the same wherever the
+    network is cut.
 
     Args:
       network: the convolutions in use.
@@ -35,10 +35,10 @@ def random_tensors(network: Sequence[Convolution], spec: Spec) -> dict[str, np.n
 def _gain(path: Sequence[str], spec: Spec) -> float:
     """Return the variance of random weights times fan-in.
 
-    One over the mean square of what comes in, for outputs of variance 1: 2 behind a ReLU
-    (He et al., arXiv 1502.01852), 2.8 behind a SiLU. Excitation is around 1/2 of it.
+    It is one over the mean square of the input, for outputs of variance 1: 2 after a ReLU
+    (He et al., arXiv 1502.01852), 2.8 after a SiLU. Excitation is around 1/2 of it.
     Residual branches are scaled by blocks ** -0.5: without that, and without batch norm's
-    statistics, activations would double at each block, to 1e7 in a resnet152, past what
+    statistics, activations would double at each block, to 1e7 in a resnet152, beyond what
     a float32 covariance can hold.
     """
     if isinstance(spec, ResNetSpec):

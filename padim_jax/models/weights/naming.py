@@ -133,18 +133,19 @@ def recognize(names: Collection[str], backbone: str) -> tuple[Naming, list[Convo
 def common_prefix(names: Collection[str], backbone: str, source: str) -> str:
     """Return what the names of a backbone begin with, where it is a part of another module.
 
-    As "module." of DataParallel, or "model.feature_extractor." of a Lightning checkpoint.
+    Examples are "module." of DataParallel and "model.feature_extractor." of a Lightning
+    checkpoint.
 
     Args:
-      names: of all tensors of a file.
-      backbone: a key of `padim_jax.config.backbones.BACKBONES`.
-      source: where the tensors are from, as an error message begins.
+      names: names of all tensors of a file.
+      backbone: key of `padim_jax.config.backbones.BACKBONES`.
+      source: description of the tensors' origin that begins error messages.
 
     Returns:
-      The prefix below which the most tensors of the backbone are; "" if it has none.
+      The prefix with the most tensors of the backbone; "" if they have none.
 
     Raises:
-      UserError: the backbone is there several times.
+      UserError: the file contains the backbone several times.
     """
     best, prefixes = 0, [""]
     for naming in namings(backbone):

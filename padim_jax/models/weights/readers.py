@@ -1,7 +1,7 @@
 """Weight files -> tensors by their names: `.safetensors`, `.npz`, `.pth` and `.pt`.
 
-A file may be anybody's: nothing in it is run, and nothing of it is expanded before its header
-has been compared with what the backbone needs.
+Files are untrusted: nothing in them is executed, and nothing is decompressed before its
+header has been compared with what the backbone needs.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from padim_jax.models.weights import naming
 StoredTensors = Mapping[str, "np.ndarray | Stored"]  # by a file's names
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-MOST_BYTES = 1_500_000_000  # of a file; a wide_resnet101_2 of float64 has 1.02e9
-_MOST_MEMBERS = 10_000  # of an archive; the largest backbone has 800 tensors
-_MEMBER = b"PK\x01\x02"  # what the directory of a zip archive has for each
-# numpy refuses to read a longer header, but not before it has been expanded.
+MOST_BYTES = 1_500_000_000  # per file; a wide_resnet101_2 in float64 has 1.02e9
+_MOST_MEMBERS = 10_000  # per archive; the largest backbone has 800 tensors
+_MEMBER = b"PK\x01\x02"  # entry of a member in a zip archive's directory
+# NumPy rejects longer headers, but only after decompressing them.
 _LONGEST_HEADER = 10_000
 _LEAST_TORCH = (2, 6)
 
@@ -83,7 +83,7 @@ def parse(content: bytes, path: pathlib.Path) -> StoredTensors:
         return READERS[path.suffix](content)
     except UserError as error:
         raise UserError(f"weights file {path}: {error}") from error
-    # The parsers raise whatever a damaged file makes them trip over.
+    # Parsers raise arbitrary exceptions on damaged files.
     except Exception as error:
         raise UserError(
             f"weights file {path} cannot be read as {path.suffix}: it is damaged, incomplete "
@@ -108,7 +108,7 @@ def values(tensor: "np.ndarray | Stored", name: str) -> np.ndarray:
     """
     try:
         return np.asarray(tensor)
-    # A damaged archive is noticed where it is read.
+    # Damage in an archive is noticed only when a member is read.
     except Exception as error:
         raise UserError(
             f"{name} cannot be read: it is damaged or incomplete "
@@ -119,8 +119,8 @@ def values(tensor: "np.ndarray | Stored", name: str) -> np.ndarray:
 def _read_safetensors(content: bytes) -> StoredTensors:
     import safetensors
 
-    # `safetensors.numpy.load` does not know bfloat16, so the views are made here. Integers
-    # occur as batch norm's counters, which are not used.
+    # `safetensors.numpy.load` does not support bfloat16, so the views are made here. Integers
+    # are batch norm's counters, which are not used.
     dtypes = {"F16": "<f2", "BF16": jnp.bfloat16, "F32": "<f4", "F64": "<f8", "I64": "<i8"}
     tensors = {}
     for name, view in safetensors.deserialize(content):
@@ -132,7 +132,7 @@ def _read_safetensors(content: bytes) -> StoredTensors:
 
 
 def _read_npz(content: bytes) -> StoredTensors:
-    # Not by np.load, which expands a member to whatever it claims to be.
+    # Not with np.load, which decompresses a member to whatever size it claims.
     if content.startswith(np.lib.format.MAGIC_PREFIX):
         raise UserError("holds a single array; expected an .npz archive of named arrays")
     archive = _open_zip(content)
@@ -196,7 +196,7 @@ def _read_torch(content: bytes) -> StoredTensors:
         )
     if content.startswith(b"PK"):
         _require_plain(_open_zip(content), len(content))
-    # weights_only: a pickle is a program, and anything but tensors is refused unrun.
+    # weights_only: a pickle is a program; anything but tensors is rejected without running it.
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor)
@@ -207,7 +207,7 @@ def _read_torch(content: bytes) -> StoredTensors:
 
 
 def _require_plain(archive: zipfile.ZipFile, size: int) -> None:
-    """torch.save compresses nothing, so that a file expands to no more than its size."""
+    """Reject compressed archives and programs: torch.save compresses nothing."""
     infos = archive.infolist()
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos) or (
         sum(info.file_size for info in infos) > size
@@ -223,7 +223,7 @@ def _torch_tensor(value: Any, name: str) -> Stored:
         raise UserError(f"{naming.listed([name])} is {kind}; expected {', '.join(FLOATS)}")
 
     def read() -> np.ndarray:
-        # NumPy has no bfloat16 of its own; float32 holds both half precisions exactly.
+        # NumPy has no bfloat16 of its own; float32 represents both half precisions exactly.
         half = kind in ("float16", "bfloat16")
         return (value.detach().float() if half else value.detach()).numpy()
 
