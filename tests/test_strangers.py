@@ -34,7 +34,7 @@ from padim_jax.data.input_pipeline import FolderSource
 from padim_jax.data.layouts import LAYOUTS
 from padim_jax.data.records import Record
 from padim_jax.errors import DataWarning, UserError
-from padim_jax.models.weights import pretrained
+from padim_jax.models.weights import pretrained, readers
 from padim_jax.output import results, tables
 from padim_jax.runs import fitting, loading, train
 from padim_jax.store import calibration_file, checkpoint, model_file, statistics_store
@@ -199,8 +199,8 @@ class TestWeights:
         for suffix in (".npz", ".safetensors", ".pth"):
             path = tmp_path / f"a{suffix}"
             with path.open("wb") as file:
-                file.truncate(pretrained.MOST_BYTES + 1)  # a hole
-            assert f"more than {pretrained.MOST_BYTES} bytes" in refusal(path)
+                file.truncate(readers.MOST_BYTES + 1)  # a hole
+            assert f"more than {readers.MOST_BYTES} bytes" in refusal(path)
 
     def test_a_link_to_a_device(self, tmp_path: pathlib.Path):
         (tmp_path / "a.npz").symlink_to("/dev/zero")

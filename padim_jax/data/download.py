@@ -1,22 +1,26 @@
-"""Download of MVTec AD from its publisher on request, with check and unpacking.
+"""Download MVTec AD from its publisher, check it and unpack it, when the user asks for it.
 
-It is one archive of all fifteen categories: 5.3 GB, and as much again when unpacked.
+It is one archive of all fifteen categories: 5.3 GB, and as much again unpacked.
 """
 
-import http.client
+import contextlib
 import lzma
 import os
 import pathlib
+import shutil
+import sys
 import tarfile
 import tempfile
+import urllib.parse
 from collections.abc import Callable
+from typing import Any
 
+import pooch
 import tqdm
 
 from padim_jax.config.datasets import MVTEC_AD
 from padim_jax.data.layouts.mvtec_ad import URL
 from padim_jax.errors import UserError
-from padim_jax.system import fetch
 from padim_jax.system.paths import Path
 
 # Both as in anomalib 2.7.0. MVTec renews the link from time to time; the archive is unchanged.
@@ -25,10 +29,9 @@ ARCHIVE_URL = (
     "download/420938113-1629960298/mvtec_anomaly_detection.tar.xz"
 )
 SHA256 = "cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d"
-SCHEME = fetch.SCHEME
-# The archive has 5.3e9 bytes, and as many when unpacked.
-MOST_BYTES = 6_000_000_000
-MOST_UNPACKED = 2 * MOST_BYTES
+ARCHIVE = "mvtec_anomaly_detection.tar.xz"
+FOLDER = ".padim_jax_download"  # below the root, so that folders can be renamed into place
+MOST_UNPACKED = 12_000_000_000  # bytes; the archive has 5.3e9, and as many unpacked
 LICENCE = (
     "MVTec AD, (c) MVTec Software GmbH, is licensed under CC BY-NC-SA 4.0 and not for "
     "commercial use: https://creativecommons.org/licenses/by-nc-sa/4.0/"
@@ -36,19 +39,20 @@ LICENCE = (
 
 
 def mvtec_ad(root: Path, category: str) -> None:
-    """Download MVTec AD's category folders to `root`, unless `root/category` exists.
+    """Put MVTec AD's category folders below `root`, unless `root/category` exists.
 
-    The archive is written to a `.part` file beside `root`, from which an interrupted download
-    is resumed. After its SHA-256 has been verified, its folders are moved to `root`, each in
-    one step; existing ones are not replaced.
+    The archive is downloaded to a hidden folder of `root`. Only if its SHA-256 is right are
+    its folders moved to `root`, each in one step and none in place of what exists already.
+    An interrupted download starts again from the beginning; a complete archive that could
+    not be unpacked is kept for the next call.
 
     Args:
       root: folder of the category folders; created if missing.
       category: category needed; all fifteen are downloaded.
 
     Raises:
-      UserError: MVTec AD has no such category, or the archive could not be downloaded, verified
-        or unpacked; states how to get it by hand.
+      UserError: MVTec AD has no such category, or the archive could not be downloaded,
+        checked or unpacked; says how to get it by hand.
     """
     if not isinstance(root, pathlib.Path):
         raise UserError(
@@ -56,7 +60,7 @@ def mvtec_ad(root: Path, category: str) -> None:
             "there archives are unpacked; download to one, and copy the category folders"
         )
     if (root / category).exists():
-        print(f"{root / category}: is there already, nothing downloaded")
+        print(f"{root / category}: exists already, nothing downloaded")
         return
     if not hasattr(tarfile, "data_filter"):
         raise UserError(
@@ -69,45 +73,78 @@ def mvtec_ad(root: Path, category: str) -> None:
             f"be one of {', '.join(MVTEC_AD)}"
         )
     print(LICENCE)
-    # A name of our own, so as not to use a browser's unfinished download.
-    part = root.resolve().parent / "mvtec_anomaly_detection.tar.xz.padim_jax.part"
+    folder = root / FOLDER
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        # Created first, so that a folder that is not writable is noticed before 5 GB are
-        # downloaded.
-        with tempfile.TemporaryDirectory(prefix=".unpacking_", dir=root) as unpacked:
-            fetch.fetch(ARCHIVE_URL, part, SHA256, MOST_BYTES, SCHEME)
-            _unpack(part, unpacked, root)
-        part.unlink()
-    except (
-        *(fetch.RefusedError, OSError, http.client.HTTPException),
-        *(tarfile.TarError, lzma.LZMAError, EOFError, ValueError),
-    ) as error:
-        kept = part.stat().st_size if part.is_file() else 0
+        archive = _archive(folder)
+        with tempfile.TemporaryDirectory(dir=folder) as unpacked:
+            _unpack(archive, unpacked, root)
+        shutil.rmtree(folder)
+    # Those of the network are OSErrors, a wrong hash is a ValueError.
+    except (OSError, ValueError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+        kept = folder / ARCHIVE
         raise UserError(
             f"--download: {ARCHIVE_URL} could not be unpacked into config.dataset.root={root}: "
             f"{error}. Try again, or get MVTec AD from {URL} with a browser and unpack it so "
             f"that {root}/{category}/train/good, {root}/{category}/test and "
             f"{root}/{category}/ground_truth exist."
-            + (f" {part} holds {kept} bytes; --download goes on from there." if kept else "")
+            + (f" {kept} is kept for the next --download." if kept.exists() else "")
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if it is empty
+
+
+def _archive(folder: pathlib.Path) -> pathlib.Path:
+    """Return the archive in `folder`, complete and checked; download it if it is not there."""
+    downloader = pooch.HTTPDownloader(
+        progressbar=sys.stderr.isatty(),
+        chunk_size=1 << 20,
+        hooks={"response": require_https_redirect},
+    )
+    path = pooch.retrieve(
+        ARCHIVE_URL,
+        f"sha256:{SHA256}",
+        fname=ARCHIVE,
+        path=folder,
+        # Its protocol for downloaders names the arguments otherwise than its own downloader.
+        downloader=downloader,  # pyright: ignore[reportArgumentType]
+    )
+    return pathlib.Path(path)
+
+
+def require_https_redirect(response: Any, **_: Any) -> None:
+    """Refuse a redirect to another scheme than https, before it is followed.
+
+    Args:
+      response: a `requests.Response`, of which this is a hook.
+
+    Raises:
+      ValueError: it redirects to another scheme.
+    """
+    if not response.ok:
+        response.close()  # pooch raises its error and leaves the connection open
+    if response.is_redirect:
+        target = urllib.parse.urljoin(response.url, response.headers["Location"])
+        if urllib.parse.urlsplit(target).scheme != "https":
+            response.close()
+            raise ValueError(f"it redirects to {target}; expected an https address")
 
 
 def _unpack(archive: pathlib.Path, folder: str, root: pathlib.Path) -> None:
-    """Unpack into `folder`, then move to `root` what is not there yet."""
+    """Unpack into `folder`, then move to `root` what does not exist there yet."""
     with tarfile.open(archive, "r:xz") as tar:
         members = tqdm.tqdm(tar, "unpack", disable=None, unit="file")
         tar.extractall(folder, members, filter=_limited(MOST_UNPACKED))  # noqa: S202 (filter)
     for entry in sorted(pathlib.Path(folder).iterdir()):
         target = root / entry.name
         if os.path.lexists(target):
-            print(f"{target}: is there already, left as it is")
+            print(f"{target}: exists already, left as it is")
         else:
             entry.rename(target)
 
 
 def _limited(most: int) -> Callable[[tarfile.TarInfo, str], tarfile.TarInfo]:
-    """Return a filter that accepts contained files and folders of at most `most` bytes."""
+    """Return a filter that accepts files and folders within, `most` bytes together."""
     left = most
 
     def inside(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:

@@ -28,7 +28,7 @@ from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import Stopped, UserError
 from padim_jax.models import network as networks
-from padim_jax.models.weights import pretrained
+from padim_jax.models.weights import folding, pretrained
 from padim_jax.output import figures
 from padim_jax.pretrain import config as config_lib
 from padim_jax.pretrain import network, saving, training
@@ -250,7 +250,7 @@ def _exported(
 ) -> dict[str, np.ndarray]:
     """Return the averaged weights, norms folded, features scaled to `DEVIATION`."""
     tensors = network.folded(state.average)
-    variables = pretrained.convert(tensors, config.backbone, network.STAGES, "pretraining")
+    variables = folding.convert(tensors, config.backbone, network.STAGES, "pretraining")
     model = networks.build(config.backbone, network.STAGES, "float32")
     features = jax.jit(model.apply)(variables, training.normalised(images))
     factors = {

@@ -19,7 +19,7 @@ from padim_jax.detector import detector
 from padim_jax.errors import UserError
 from padim_jax.models import network
 from padim_jax.models.efficientnet import Depthwise
-from padim_jax.models.weights import naming, pretrained
+from padim_jax.models.weights import folding, naming, pretrained
 
 B5 = "efficientnet_b5"
 SPEC = backbones.EFFICIENTNETS[B5]
@@ -47,7 +47,7 @@ def test_equals_torchvision(shared):
         for name, shape in shapes.items()
     }
     outputs = np.load(folder / "backbones.npz")
-    variables = pretrained.convert(tensors, B5, STAGES, "test")
+    variables = folding.convert(tensors, B5, STAGES, "test")
     found = features(variables, STAGES, outputs["input"].transpose(0, 2, 3, 1))
     for stage, map_ in zip(STAGES, found, strict=True):
         # Measured: 2.4e-7.
@@ -154,7 +154,7 @@ def assert_same(a, b):
 
 def refusal(tensors, stages=("block7",)):
     with pytest.raises(UserError) as caught:
-        pretrained.convert(tensors, B5, stages, "weights file w.npz")
+        folding.convert(tensors, B5, stages, "weights file w.npz")
     return str(caught.value)
 
 
@@ -163,14 +163,14 @@ def test_folded_and_unfolded_files_give_the_same_variables(unfolded):
     # Squeeze and excitation have biases and no batch norm in either.
     assert sum(".fc" in name for name in folded) == 13 * 4
     assert_same(
-        pretrained.convert(unfolded, B5, ("block7",), "test"),
-        pretrained.convert(folded, B5, ("block7",), "test"),
+        folding.convert(unfolded, B5, ("block7",), "test"),
+        folding.convert(folded, B5, ("block7",), "test"),
     )
 
 
 def test_timms_names_are_read_with_timms_epsilon(unfolded):
     folded = fold(unfolded, 1e-5)
-    expected = pretrained.convert(folded, B5, ("block7",), "test")
+    expected = folding.convert(folded, B5, ("block7",), "test")
     head = {
         "conv_head.weight": np.zeros((2048, 512, 1, 1)),
         "bn2.weight": np.zeros(2048),
@@ -181,9 +181,9 @@ def test_timms_names_are_read_with_timms_epsilon(unfolded):
     renamed = {timm(name): value for name, value in unfolded.items()}
     assert "blocks.0.0.conv_pw.weight" in renamed
     assert "blocks.1.4.bn3.running_var" in renamed
-    assert_same(pretrained.convert(renamed | head, B5, ("block7",), "test"), expected)
+    assert_same(folding.convert(renamed | head, B5, ("block7",), "test"), expected)
     renamed = {timm(name): value for name, value in folded.items()}
-    assert_same(pretrained.convert(renamed, B5, ("block7",), "test"), expected)
+    assert_same(folding.convert(renamed, B5, ("block7",), "test"), expected)
     message = refusal(renamed | {"conv_stem.weight": np.zeros((48, 3, 3), np.float32)})
     assert "by timm's names" in message
     assert "conv_stem.weight has shape (48, 3, 3), not (48, 3, 3, 3)" in message
@@ -231,12 +231,12 @@ def test_nothing_lies_behind_the_cut_and_stages_come_in_the_order_asked_for(unfo
     images = np.random.default_rng(2).normal(size=(1, 32, 48, 3))
     behind = ("features.2.3", "features.2.4", "features.3")
     shallow = {k: v for k, v in unfolded.items() if not k.startswith(behind)}
-    variables = pretrained.convert(shallow, B5, ("block5",), "test")
+    variables = folding.convert(shallow, B5, ("block5",), "test")
     names = ["stem", *(f"block{i}" for i in range(6))]
     assert sorted(variables["params"]) == sorted(names)
     # Flax would refuse to apply if it wanted any more parameters than these.
     (alone,) = features(variables, ("block5",), images)
-    deeper = pretrained.convert(unfolded, B5, ("block9", "block5"), "test")
+    deeper = folding.convert(unfolded, B5, ("block9", "block5"), "test")
     block9, block5 = features(deeper, ("block9", "block5"), images)
     np.testing.assert_allclose(alone, block5, rtol=1e-5, atol=1e-5)
     assert block9.shape == (1, 4, 6, 64)
@@ -244,7 +244,7 @@ def test_nothing_lies_behind_the_cut_and_stages_come_in_the_order_asked_for(unfo
 
 def test_bfloat16_computes_in_bfloat16_and_returns_float32(unfolded):
     images = np.random.default_rng(3).normal(size=(1, 64, 64, 3))
-    variables = pretrained.convert(unfolded, B5, ("block3",), "test")
+    variables = folding.convert(unfolded, B5, ("block3",), "test")
     model = network.build(B5, ("block3",), "bfloat16")
     traced = jax.make_jaxpr(model.apply)(variables, jnp.asarray(images, jnp.float32))
     found: Any = [eqn for eqn in traced.eqns if eqn.primitive.name == "conv_general_dilated"]

@@ -15,14 +15,14 @@ from PIL import Image
 from padim_jax.config import backbones
 from padim_jax.config.backbones import RESNETS
 from padim_jax.models.resnet import ResNet, max_pool
-from padim_jax.models.weights import pretrained
+from padim_jax.models.weights import folding, pretrained
 
 STAGES = ("layer1", "layer2", "layer3")
 
 
 def features(tensors, backbone, stages, images, precision: backbones.Precision = "float32"):
     """Feature maps of NHWC images with the given tensors (torchvision's names)."""
-    variables = pretrained.convert(tensors, backbone, stages, "test")
+    variables = folding.convert(tensors, backbone, stages, "test")
     model = ResNet(RESNETS[backbone], stages, precision)
     return jax.jit(model.apply)(variables, jnp.asarray(images, jnp.float32))
 
@@ -211,7 +211,7 @@ def test_stages_come_in_the_order_asked_for_and_nothing_lies_behind_the_cut():
     np.testing.assert_array_equal(swapped[0], layer2)
     np.testing.assert_array_equal(swapped[1], layer1)
 
-    variables = pretrained.convert(
+    variables = folding.convert(
         {k: v for k, v in tensors.items() if "layer2" not in k}, "resnet18", ("layer1",), "test"
     )
     assert sorted(variables["params"]) == ["conv1", "layer1_0", "layer1_1"]

@@ -12,7 +12,7 @@ import pytest
 from padim_jax.config.backbones import RESNETS, Precision
 from padim_jax.devices import parallel
 from padim_jax.models.resnet import ResNet
-from padim_jax.models.weights import pretrained
+from padim_jax.models.weights import folding, pretrained
 from padim_jax.pretrain import defaults, inspection, network, run, training
 from padim_jax.pretrain.config import STAGES, validate
 from padim_jax.pretrain.inspection import DEVIATION, EPSILON
@@ -328,7 +328,7 @@ class TestNetwork:
         variables = random_variables(8)
         features, told = jax.jit(network.Network(BACKBONE, "float32").apply)(variables, IMAGES)
         tensors = network.folded(variables)
-        convert = pretrained.convert
+        convert = folding.convert
         plain = convert(tensors, BACKBONE, network.STAGES, "test")
         require_near(plain_features(plain), features)
         for x, guess, stride in zip(features, told, (4, 8, 16), strict=True):
@@ -385,7 +385,7 @@ class TestNetwork:
             np.testing.assert_allclose(x[0], y, rtol=0, atol=1e-4 * np.abs(y).max())
         # And its weights are those.
         folded = network.folded(variables)
-        converted = pretrained.convert(folded, BACKBONE, network.STAGES, "test")
+        converted = folding.convert(folded, BACKBONE, network.STAGES, "test")
         for x, y in zip(jax.tree.leaves(converted), jax.tree.leaves(weights), strict=True):
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
 
@@ -437,7 +437,7 @@ def test_weights_are_read_as_they_were_written(tmp_path: pathlib.Path):
     run._write(recipe, {}, tmp_path, tensors, [row], images)
     path = str(tmp_path / run.WEIGHTS)
     found, _ = pretrained.load(path, BACKBONE, network.STAGES)
-    expected = pretrained.convert(tensors, BACKBONE, network.STAGES, "test")
+    expected = folding.convert(tensors, BACKBONE, network.STAGES, "test")
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(x, y.astype(np.float16))
 

@@ -2,16 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from padim_jax.config.backbones import BACKBONES, MIN_INPUT, EfficientNetSpec
+from padim_jax.config.backbones import (
+    BACKBONES,
+    MIN_INPUT,
+    EfficientNetSpec,
+    parts_to_compute,
+)
+from padim_jax.errors import UserError
 from padim_jax.models import network
 
 Names = tuple[str, str | None]  # of a convolution and of the batch norm after it, if any
 Shape = tuple[int, ...]
+MOST_LISTED = 10  # names of one kind in an error message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +107,72 @@ def convolutions(backbone: str, naming: Naming) -> list[Convolution]:
       The convolutions, in the order of the network's parameters.
     """
     return [Convolution(path, shape, *naming.names(path)) for path, shape in _kernels(backbone)]
+
+
+def used(
+    network: Sequence[Convolution], backbone: str, stages: Sequence[str]
+) -> list[Convolution]:
+    """Return the convolutions up to the deepest stage in use."""
+    spec = BACKBONES[backbone]
+    behind = set(spec.parts) - set(parts_to_compute(spec, stages))
+    # A ResNet's parts have several blocks: layer1_0, layer1_1.
+    return [layer for layer in network if layer.path[0].split("_")[0] not in behind]
+
+
+def tensors(network: Sequence[Convolution], folded: bool) -> dict[str, Shape]:
+    """Return names and shapes of the tensors that a file has to hold for these convolutions."""
+    return {k: v for layer in network for k, v in layer.tensors(folded).items()}
+
+
+def recognize(names: Collection[str], backbone: str) -> tuple[Naming, list[Convolution]]:
+    """Return the naming that a file's names follow, and the whole network by it."""
+    networks = [(naming, convolutions(backbone, naming)) for naming in namings(backbone)]
+    return max(networks, key=lambda x: sum(f"{layer.name}.weight" in names for layer in x[1]))
+
+
+def common_prefix(names: Collection[str], backbone: str, source: str) -> str:
+    """Return what the names of a backbone begin with, where it is a part of another module.
+
+    Examples are "module." of DataParallel and "model.feature_extractor." of a Lightning
+    checkpoint.
+
+    Args:
+      names: names of all tensors of a file.
+      backbone: key of `padim_jax.config.backbones.BACKBONES`.
+      source: description of the tensors' origin that begins error messages.
+
+    Returns:
+      The prefix with the most tensors of the backbone; "" if they have none.
+
+    Raises:
+      UserError: the file contains the backbone several times.
+    """
+    best, prefixes = 0, [""]
+    for naming in namings(backbone):
+        weights = [f"{layer.name}.weight" for layer in convolutions(backbone, naming)]
+        first = weights[0]
+        ends = {name.removesuffix(first) for name in names if name.endswith(f".{first}")}
+        for prefix in ["", *sorted(ends)]:
+            count = sum(prefix + name in names for name in weights)
+            if count > best:
+                best, prefixes = count, [prefix]
+            elif count == best:
+                prefixes.append(prefix)
+    if "" in prefixes:
+        return ""
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{source} holds {backbone} {len(prefixes)} times, by names that begin with "
+            f"{listed(prefixes)}; keep one of them"
+        )
+    return prefixes[0]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as an error message lists them, long ones and long lists cut off."""
+    rest = len(names) - MOST_LISTED
+    shown = (name if len(name) < 200 else f"{name[:200]}..." for name in names[:MOST_LISTED])
+    return "; ".join(shown) + (f"; and {rest} more" if rest > 0 else "")
 
 
 @functools.cache
