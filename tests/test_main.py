@@ -36,7 +36,7 @@ from padim_jax.devices import distributed
 from padim_jax.errors import Stopped, UserError
 from padim_jax.models.weights import pretrained
 from padim_jax.pretrain import run as pretrain_run
-from padim_jax.runs import evaluate, loading
+from padim_jax.runs import evaluate, loading, modes
 
 # Of ml_collections, which loads configuration files so.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
@@ -192,7 +192,7 @@ class TestHelp:
         done = self.probe("--help")
         assert done.returncode == 0
         assert done.stderr.splitlines() == ["imported:"]
-        for mode in main.MODES:
+        for mode in modes.MODES:
             assert re.search(rf"^  {mode}  ", done.stdout, re.MULTILINE), mode
         for flag in (
             "config",

@@ -248,7 +248,7 @@ def _shared_settings(config: Mapping[str, Any]) -> dict[str, str]:
     return settings
 
 
-def _workdir(mode: str, config: config_lib.Config | None) -> paths.Path:
+def _workdir(mode: str, config: Any) -> paths.Path:
     if _WORKDIR.value is not None:
         return paths.parse(_WORKDIR.value, needed=mode != "pretrain")
     if mode == "pretrain":

@@ -19,7 +19,11 @@ from padim_jax.system.paths import Path
 
 _LIMIT = 1 << 28  # bytes; JAX removes the least recently used. A run leaves 0.2 MB on CPUs.
 _TRUSTED = (0,)  # users whose programs are run: root, who has other means
-_UNKEPT = "Error writing persistent compilation cache entry"  # JAX's warning
+# How JAX's warnings begin, and what they mean.
+_FAULTS = {
+    "Error writing persistent compilation cache entry": "kept for the next run",
+    "Error reading persistent compilation cache entry": "read, and are compiled again",
+}
 
 
 @contextlib.contextmanager
@@ -89,27 +93,28 @@ def _require_private(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _told_once(folder: Path) -> Iterator[None]:
-    """Reduce JAX's warnings of programs that it cannot keep to one line."""
+    """Reduce JAX's warnings of programs that it cannot keep or read to one line each."""
     with warnings.catch_warnings():
-        show, told = warnings.showwarning, False
+        show, told = warnings.showwarning, set[str]()
 
         def showwarning(message: Warning | str, *args: Any, **options: Any) -> None:
-            nonlocal told
-            if not str(message).startswith(_UNKEPT):
+            fault = next((x for x in _FAULTS if str(message).startswith(x)), None)
+            if fault is None:
                 show(message, *args, **options)
-            elif not told:
-                told = True
-                _warn(folder, str(message).rpartition(": ")[2])
+            elif fault not in told:
+                told.add(fault)
+                _warn(folder, str(message).rpartition(": ")[2], _FAULTS[fault])
 
         warnings.showwarning = showwarning
-        warnings.filterwarnings("always", message=_UNKEPT)
+        for fault in _FAULTS:
+            warnings.filterwarnings("always", message=fault)
         yield
 
 
-def _warn(folder: Path, reason: object) -> None:
+def _warn(folder: Path, reason: object, fault: str = "kept for the next run") -> None:
     print(
-        f"warning: {folder}: compiled programs cannot be kept for the next run ({reason}); "
-        "name another folder with --config.cache.dir, or switch this off with "
+        f"warning: {folder}: compiled programs cannot be {fault} ({reason}); empty this "
+        "folder, name another one with --config.cache.dir, or switch this off with "
         "--config.cache.compilation=False",
         file=sys.stderr,
     )

@@ -151,6 +151,19 @@ def test_unusable_folder_is_told(
     assert (tmp_path / taken).read_text() == "mine"
 
 
+def test_an_entry_that_was_cut_off_is_compiled_again(
+    folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    """By a full disk, or a process that was killed while it wrote."""
+    run(folder)
+    path = entry(folder)
+    path.write_bytes(path.read_bytes()[:-9])
+    capsys.readouterr()
+    assert run(folder) == [0, 2, 4, 6]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {folder}: compiled programs cannot be read, and are ")
+
+
 def test_size_is_bounded(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     run(folder, 2.0)
     first = entry(folder)
