@@ -12,12 +12,13 @@ made by integer arithmetic and written byte by byte.
 """
 
 import hashlib
+import importlib
 import json
 import pathlib
 import struct
 import sys
 import tempfile
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -135,7 +136,11 @@ def settings(values: Any, root: pathlib.Path, weights: pathlib.Path, form: str) 
 
 def main(folder: pathlib.Path) -> None:
     """Make the models."""
-    from padim_jax import config, defaults, detector, experiment  # where that version has them
+    modules = [  # where that version has them
+        importlib.import_module(f"padim_jax.{name}")
+        for name in ("config", "defaults", "detector", "experiment")
+    ]
+    config, defaults, detector, experiment = cast(list[Any], modules)
 
     work = pathlib.Path(tempfile.mkdtemp())
     root, weights = write_dataset(work / "data"), write_weights(work / "weights.safetensors")
@@ -143,9 +148,8 @@ def main(folder: pathlib.Path) -> None:
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images": hashlib.sha256(np.stack(tested()).tobytes()).hexdigest(),
     }
-    first: Any = experiment  # as that version has it
     plain = defaults.get_config
-    dataset = first.open_dataset(config.validate(settings(plain(), root, weights, "auto")))
+    dataset = experiment.open_dataset(config.validate(settings(plain(), root, weights, "auto")))
     for form in FORMS:
         wanted = config.validate(settings(plain(), root, weights, form))
         experiment.train(wanted, dataset, folder / form)

@@ -27,7 +27,6 @@ import safetensors.numpy
 from fuzzing import ONE
 from PIL import Image
 
-from padim_jax import main
 from padim_jax.config import defaults
 from padim_jax.config.settings import Config, validate
 from padim_jax.data.input_pipeline import FolderSource
@@ -38,7 +37,7 @@ from padim_jax.models.weights import pretrained, readers
 from padim_jax.output import results, tables
 from padim_jax.runs import fitting, loading, train
 from padim_jax.store import calibration_file, checkpoint, model_file, statistics_store
-from padim_jax.system import paths
+from padim_jax.system import ending, paths
 
 # Threads of Orbax, where reading fails; see test_checkpoint.
 pytestmark = [
@@ -576,7 +575,7 @@ class TestNumbers:
 def test_what_a_terminal_would_act_on_is_not_printed(tmp_path, capsys):
     name = "a\x1b]0;title\x07\x1b[2J\r\udcff é.npz"
     with pytest.raises(SystemExit) as caught:
-        main._fail(f"{tmp_path / name}: cannot be read\nat all")
+        ending.fail(f"{tmp_path / name}: cannot be read\nat all")
     assert caught.value.code == 2
     said = capsys.readouterr().err
     assert said.endswith(
