@@ -66,14 +66,14 @@ def calibrate(detector: Detector, source: Source, origin: str, path: Path) -> De
 
 
 def find(detector: Detector, source: Source, origin: str, store: Store) -> Detector:
-    """As `calibrate`, in a store that is the caller's alone."""
+    """Find thresholds as `calibrate` does, in a store that no other process uses."""
     return find_ranked(detector, source, origin, store)[0]
 
 
 def find_ranked(
     detector: Detector, source: Source, origin: str, store: Store
 ) -> tuple[Detector, Suspects | None]:
-    """As `calibrate`; and how images that were left out rank, in the first process."""
+    """Find thresholds as `find` does, and rank left-out images in the first process."""
     config, given = detector.config, origin == "given"
     left_out = origin in ("leave_one_out", "leave_some_out")
     source = copies.distinct(source, parallel.every())
@@ -298,7 +298,7 @@ def _by_size(
 
 
 def _require_unknown(record: Record, fitted: bool, origin: str) -> None:
-    """Images that a model was fitted to score lower than others: no thresholds come of them."""
+    """Refuse images that the model was fitted to: they score lower than others."""
     if fitted:
         raise UserError(
             f"{'--input' if origin == 'given' else 'thresholds'}: {record.image} is one of the "

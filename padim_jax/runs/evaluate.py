@@ -40,7 +40,7 @@ from padim_jax.system.paths import Path
 def evaluate(
     config: Config, detector: Detector, source: Source, workdir: Path, overwrite: bool = False
 ) -> dict:
-    """Scores a test set and writes metrics, scores, maps and pictures.
+    """Score a test set and write metrics, scores, maps and pictures.
 
     Args:
       config: dataset and outputs.
@@ -81,7 +81,7 @@ def evaluate_unlocked(
     summary: summary_lib.Summary,
     suspects: Suspects | None = None,
 ) -> dict:
-    """As `evaluate`, in a results folder that is held by the caller."""
+    """Evaluate as `evaluate` does, in a results folder that the caller has locked."""
     if parallel.every().process == 0:  # which keeps the maps
         memory.require_for_maps(config, len(source.records))
     # While the device computes, for the results that follow.
@@ -156,7 +156,7 @@ def evaluate_unlocked(
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """What a pass over a test set has read; see `scoring_pass.Part`."""
+    """Facts read in a pass over a test set; see `scoring_pass.Part`."""
 
     digests: UInt8[np.ndarray, "n 32"]
     sizes: Int32[np.ndarray, "n 2"]
@@ -164,7 +164,7 @@ class _Read:
 
 
 def score(detector: Detector, source: Source) -> tuple[results.Scored | None, _Read]:
-    """Scores a test set, for the first process; and what was read of it.
+    """Score a test set; return scores, in the first process, and facts that were read.
 
     Raises:
       UserError: most of the masks are a defect by more than half; see `masks.FullCheck`.

@@ -21,7 +21,7 @@ from padim_jax.system.paths import Path
 def export(
     detector: Detector, path: Path, half: bool = False, test: Source | None = None
 ) -> None:
-    """Writes a model file: for scoring alone, loaded without factorising.
+    """Write a model file, for scoring alone; it loads without factorising.
 
     Args:
       detector: fitted.

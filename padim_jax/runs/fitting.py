@@ -59,7 +59,7 @@ def train(
     tests: int = 0,
     left_out: int = 0,
 ) -> Detector:
-    """Fits a detector to normal images and saves it.
+    """Fit a detector to normal images and save it.
 
     A fit of the same images and settings that was interrupted goes on where it was last
     saved; its result is the same. On SIGTERM it is saved and stopped.
@@ -115,7 +115,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class Extended:
-    """What `update` makes.
+    """Result of `update`.
 
     Attributes:
       detector: the extended model.
@@ -137,7 +137,7 @@ def update(
     weights: str | None = None,
     check: Callable[[Config, UInt8[np.ndarray, "m 32"]], None] | None = None,
 ) -> Extended:
-    """Extends a fitted model by normal images that are not in it yet.
+    """Extend a fitted model by normal images that are not in it yet.
 
     The result is that of one fit to all, up to rounding. It has no thresholds; see
     `grow.update`, which also locks the checkpoint.
@@ -215,7 +215,7 @@ def update(
 def merge(
     models: Sequence[str | os.PathLike[str]], destination: Path
 ) -> tuple[Detector, list[Config]]:
-    """Joins models that were fitted to disjoint images of the same kind.
+    """Join models that were fitted to disjoint images of the same kind.
 
     The result is that of one fit to all images, up to rounding. It can be merged or
     extended again. It has no thresholds; see `grow.merge`, which also locks the
@@ -354,7 +354,7 @@ def _scatter(
     devices: Devices,
     asked: Callable[[], bool],
 ) -> reduction.Scatter:
-    """Of all images' embeddings, in a pass of its own."""
+    """Return the scatter of all images' embeddings, in a pass of its own."""
     found = reduction.empty(detector_lib.total_channels(config.model))
     cache = image_cache.open_cache(config.cache)
     for batch in passes.batches(source, config, "principal components", cache, devices):
@@ -451,7 +451,7 @@ def with_stored_range(config: Config, fitted: Config) -> Config:
 
 
 def require_same(path: Path | str, fitted: Config, wanted: Config) -> None:
-    """Makes sure that a model serves a configuration.
+    """Check that a model serves a configuration.
 
     Raises:
       UserError: what its statistics depend on differs.
@@ -621,7 +621,7 @@ def finalize(
     variables: Any,
     left_out: int = 0,
 ) -> Detector:
-    """As `statistics_store.ready`; an error names the image whose features are not finite.
+    """Factorise as `statistics_store.ready` does; name the image whose features are not finite.
 
     Args:
       fitted: see there.
@@ -650,7 +650,7 @@ def _fit(
     devices: Devices,
     left_out: int = 0,
 ) -> Detector:
-    """Adds the images from `start` on, saving now and then, and saves the finished model."""
+    """Add the images from `start` on; save at intervals and when finished."""
     variables = parallel.replicate(
         detector_lib.with_projection(variables, fitted.projection), devices
     )
@@ -697,7 +697,7 @@ def _check_place(path: Path, devices: Devices) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder for results.
+    """Make a folder for results.
 
     Raises:
       UserError: it cannot be made.
@@ -731,7 +731,7 @@ def _not_finite(
 
 
 class _Alike:
-    """Whether all images of a fit are the same, pixel for pixel.
+    """Check of whether all images of a fit are the same, pixel for pixel.
 
     Then nothing is known of how good parts differ: the covariances are the regularization
     alone, and each difference from that image counts as if it were a defect. The numbers
@@ -743,13 +743,13 @@ class _Alike:
         self._alike = True
 
     def add(self, images: UInt8[np.ndarray, "n h w 3"]) -> None:
-        """Looks at a process's share of a batch, until two images differ."""
+        """Compare a process's share of a batch, until two images differ."""
         if self._alike and len(images):
             self._first = images[0] if self._first is None else self._first
             self._alike = bool(np.all(images == self._first))
 
     def said(self) -> bool:
-        """Of all processes' images. A collective."""
+        """Return the result for all processes' images. A collective."""
         pixels = b"" if self._first is None else self._first.tobytes()
         digest = np.frombuffer(hashlib.sha256(pixels).digest(), np.uint8)
         some = np.array([self._first is not None])

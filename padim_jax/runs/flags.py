@@ -198,7 +198,7 @@ def command(overrides: Sequence[str]) -> Command:
 
 
 def _settings() -> Mapping[str, Any] | ml_collections.ConfigDict | None:
-    """What --config gives, unchecked."""
+    """Return what --config gives, unchecked."""
     if not _CONFIG.present:
         return None
     values = _CONFIG.value
@@ -214,7 +214,7 @@ def _settings() -> Mapping[str, Any] | ml_collections.ConfigDict | None:
 
 
 def _config_file() -> str:
-    """As it was given."""
+    """Return the name of the configuration file as it was given."""
     return config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])
 
 
@@ -238,7 +238,7 @@ def _recipe(values: Any) -> Any:
 
 
 def _shared_settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """What has to be the same in all processes, for comparison."""
+    """Return the settings that must be the same in all processes."""
     settings = {f"--{flag.name}": str(flag.value) for flag in (_MODE, *_REQUEST, STRICT)}
     settings["version of padim_jax"] = padim_jax.__version__
     settings["version of jax"] = importlib.metadata.version("jax")
@@ -332,7 +332,7 @@ def _typed(overrides: Sequence[str]) -> config_lib.Overrides:
 
 
 def _explanation(error: Exception) -> str:
-    """What is wrong with the command line, from what absl or ml_collections raised."""
+    """Explain an error of absl or ml_collections in one line."""
     cause: BaseException | None = error
     while cause is not None:  # both wrap what the configuration file raises
         for frame, line in traceback.walk_tb(cause.__traceback__):

@@ -174,7 +174,7 @@ def _find_ranked(
     hashed: Sequence[tuple[Source, UInt8[np.ndarray, "_n 32"]]],
     store: Store,
 ) -> tuple[Detector, Suspects | None]:
-    """As `find_thresholds`; and how the images rank, in the first process."""
+    """Find thresholds as `find_thresholds` does, and rank the images in the first process."""
     config, devices, minimum = detector.config, parallel.every(), calibration_lib.MIN_IMAGES
     if config.threshold.normal == "none":
         # Those of the model before, if it had some, are not silently gone.
@@ -293,5 +293,5 @@ def as_fitted(config: Config, splits: Mapping[str, Source]) -> dict[str, Source]
 
 
 def _all_processes(said: bool) -> bool:
-    """Whether all processes say so. A collective."""
+    """Return whether the flag is true in all processes. A collective."""
     return bool(np.all(parallel.gather(np.array([said]))))

@@ -21,7 +21,7 @@ def load(
     config: Config | config_lib.Overrides | None = None,
     weights: str | None = None,
 ) -> Detector:
-    """Loads a fitted detector.
+    """Load a fitted detector.
 
     It serves the process that loads it: JAX does not work after a fork. Where several
     processes score, start them by "spawn" and load it in each.

@@ -156,7 +156,7 @@ def dependencies(detector: Detector, known: predictions.Thresholds) -> dict[str,
 
 
 def _remove_predictions(folder: Path) -> None:
-    """Removes them; killed on the way, the next run knows the rest for one of ours."""
+    """Remove predictions, their table last: after a kill the rest is still known as ours."""
     results_folder.remove(folder, folder / predictions.TABLE)
 
 

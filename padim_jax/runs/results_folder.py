@@ -33,7 +33,7 @@ _RESULTS = (
 
 
 def remove(folder: Path, sign: Path) -> None:
-    """Removes a folder, in the end the file in it that says whose it is."""
+    """Remove a folder, last the file in it that identifies it."""
     if isinstance(folder, pathlib.Path) and folder.is_dir() and not folder.is_symlink():
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -57,7 +57,7 @@ def writing_results(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing_results(workdir: Path) -> Iterator[Path]:
-    """Where to write results, which at the block's end take an earlier evaluation's place.
+    """Yield a folder for results, which replaces earlier ones at the end of the block.
 
     An error, as of a full disk, keeps those. An object store, where nothing can be renamed, is
     written to at once.
@@ -128,7 +128,7 @@ def other_data(workdir: Path, stored: Mapping[str, Any], now: Mapping[str, Any])
 
 
 def require_same_data(workdir: Path, now: Mapping[str, Any]) -> None:
-    """Keeps results of other images: those of a folder of the same name, say."""
+    """Refuse to replace results of other images, such as a folder of the same name."""
     refusal = ""
     if parallel.every().process == 0:  # the only one that reads and writes results
         # What cannot be read is shown to nobody, and replaced as it was before.
@@ -141,7 +141,7 @@ def require_same_data(workdir: Path, now: Mapping[str, Any]) -> None:
 
 
 def require_model_of_same_data(path: Path, config: Config, source: Source) -> None:
-    """Keeps a model of other images; see `inputs.are_same_data`."""
+    """Refuse to replace a model of other images; see `inputs.are_same_data`."""
     fitted = checkpoint.fitted_config(path)
     if fitted is None or inputs.folder(fitted) == inputs.folder(config):
         return

@@ -121,7 +121,7 @@ def _require_plain_names(config: Config, categories: Sequence[str]) -> None:
 
 
 def run(config: Config, workdir: Path, overwrite: bool = False) -> None:
-    """Fits and evaluates what nobody has finished yet, and writes the table of all.
+    """Fit and evaluate all runs that are not finished yet, and write the table of all.
 
     A run that fails is reported, and the others go on; only joined processes, which may
     differ in what they can read, end with it. What a run prints is in its folder's log.txt.
@@ -157,7 +157,7 @@ def run(config: Config, workdir: Path, overwrite: bool = False) -> None:
             reasons = _changed(runs, backbone[1].sha256, failures, devices)
 
         def attempt(one: Run, following: Sequence[Run]) -> str:
-            """Does a run if nobody has or is at it; its state before."""
+            """Do a run unless it is finished or taken; return its state before."""
             lock = workdir / one.name.replace("/", "_")
             with locks.attempt(lock, devices.process) as taken:
                 again = overwrite or one.name in reasons
@@ -222,7 +222,7 @@ class _Failures:
         self.bugs: list[Exception] = []
 
     def add(self, one: Run, error: Exception) -> None:
-        """Reports an error, and keeps it beside the run for the other processes."""
+        """Report an error, and keep it beside the run for the other processes."""
         known = isinstance(error, UserError)
         message = str(error) if known else f"{type(error).__name__}: {error}"
         self.messages[one.name] = message
@@ -241,7 +241,7 @@ def _failed(runs: Sequence[Run], own: Mapping[str, str]) -> dict[str, str]:
 
 
 def _versions(one: Run) -> tuple[Any, Any]:
-    """Of a run's metrics and of its error; other ones once it is done again. None for none."""
+    """Return versions of a run's metrics and error, which change when it is done again."""
     return _version(one.workdir / _METRICS), _version(one.workdir / _ERROR)
 
 
@@ -255,7 +255,7 @@ def _version(path: Path) -> Any:
 
 
 def _state(one: Run, before: tuple[Any, Any], again: bool, taken: bool) -> str:
-    """What is to be said of a run, with its `_versions` at the beginning; see `_STATES`."""
+    """Return the state of a run, given its `_versions` at the beginning; see `_STATES`."""
     metrics, error = _versions(one)
     if metrics is not None and not (again and metrics == before[0]):
         return _STATES[1]
@@ -354,7 +354,7 @@ def _changed(
 
 
 def _difference(one: Run, weights: str, now: Mapping[str, Any]) -> str:
-    """What is not as a finished run read it; empty where all is."""
+    """Return how data or settings differ from those of a finished run; empty if they agree."""
     _measured(one)
     try:
         stored = results_folder.stored_inputs(one.workdir)
@@ -397,7 +397,7 @@ def _require_same(one: Run) -> None:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings by their full names, but for those that results do not depend on."""
+    """Return settings by full name, without those that results do not depend on."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         if name not in _ASIDE:
@@ -408,7 +408,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    """What a run wrote there, a group or a list."""
+    """Return the JSON that a run wrote, a group or a list."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -440,7 +440,7 @@ def _error(one: Run) -> str:
 
 @contextlib.contextmanager
 def _decoding(following: Sequence[Run], devices: Devices) -> Iterator[None]:
-    """Decodes the images of the next runs into the cache, while the block computes."""
+    """Decode images of the next runs into the cache while the block computes."""
     stop = threading.Event()
     if devices.processes > 1:  # finding the images is a matter of all of them
         following = ()
@@ -471,7 +471,7 @@ def _write(
     failures: Mapping[str, str],
     devices: Devices,
 ) -> None:
-    """Writes the table of what there is by now, of all processes, and the page."""
+    """Write the table and the page of all results so far, of all processes."""
     # One process at a time: so the last one's table is the most complete.
     with locks.attempt(workdir / "table.json", devices.process, wait=True):
         failed = _failed(runs, failures)

@@ -127,7 +127,7 @@ def _train(
     overwrite: bool = False,
     tests: int = 0,
 ) -> tuple[Detector, Suspects | None]:
-    """As `train`; with images left out one by one also how these rank, in the first process.
+    """Fit as `train` does; return the ranking of left-out images, in the first process.
 
     There has to be memory for evaluating `tests` images afterwards.
     """

@@ -64,7 +64,7 @@ _LISTING_SHARE = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How a folder is watched, in seconds.
+    """Intervals of watching a folder, in seconds.
 
     Attributes:
       poll: between two looks at it.
@@ -76,7 +76,7 @@ class Timing:
 
 
 class Stamp(NamedTuple):
-    """What tells a file from an earlier one of its name: bytes, and date in nanoseconds."""
+    """Size in bytes and date in nanoseconds; together they tell versions of a file apart."""
 
     size: int
     modified: int
@@ -103,7 +103,7 @@ class Arrival:
 
     @property
     def key(self) -> bytes:
-        """Tells this arrival from all others."""
+        """Return a key that identifies this arrival."""
         return _key(self.name, self.stamp)
 
 
@@ -114,7 +114,7 @@ def _key(name: str, stamp: Stamp) -> bytes:
 
 
 class Folder:
-    """Which files have arrived in a folder, and in the folders in it; see `files.walk`.
+    """The files that have arrived in a folder and below it; see `files.walk`.
 
     Args:
       root: the folder.
@@ -185,7 +185,7 @@ def _stamp(file: "pathlib.Path | os.DirEntry[str]") -> Stamp:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What is said of an arrival.
+    """The verdict on an arrival.
 
     Attributes:
       arrival: of which file.
@@ -219,7 +219,7 @@ def _json_line(fields: Mapping[str, Any]) -> bytes:
 
 @dataclasses.dataclass
 class _Delay:
-    """Of a file that the machine was at fault for.
+    """Delay before a file is tried again that the machine was at fault for.
 
     Attributes:
       until: when to try it again.
@@ -239,11 +239,11 @@ class Delays:
         self._delays: dict[bytes, _Delay] = {}
 
     def __len__(self) -> int:
-        """How many files wait."""
+        """Return the number of waiting files."""
         return len(self._delays)
 
     def __contains__(self, arrival: Arrival) -> bool:
-        """Whether it failed before, and was neither scored nor refused since."""
+        """Return whether a file failed before and was neither scored nor refused since."""
         return arrival.key in self._delays
 
     def due(self, arrivals: Sequence[Arrival], now: float) -> list[Arrival]:
@@ -275,7 +275,7 @@ class Delays:
 
 
 class Log(Journal):
-    """What is finished of a watched folder: the journal, and the tables that it writes.
+    """The finished files of a watched folder: the journal and the tables that it writes.
 
     Args:
       folder: where they are; local.
@@ -378,7 +378,7 @@ def run(
     timing: Timing,
     stop: threading.Event | None = None,
 ) -> None:
-    """Scores the images of a folder, and those that arrive there, until it is told to stop.
+    """Score the images of a folder, and those that arrive there, until told to stop.
 
     scores.csv gets a row an image, scores.jsonl a line: what is in the table, and the file's
     SHA-256, size and date and the time in UTC. maps/ and overlays/ are as in `predictions`.
@@ -464,7 +464,7 @@ def _loop(
 
 
 def _groups(arrivals: Sequence[Arrival], delays: Delays) -> list[list[Arrival]]:
-    """Which files to score together; those that failed before last, each alone.
+    """Return groups of files to score together; those that failed come last, each alone.
 
     Together they may have been what took the memory.
     """
@@ -497,7 +497,7 @@ class _Scorer:
         self._told = False  # that grey levels are lost
 
     def score(self, arrivals: Sequence[Arrival]) -> None:
-        """Scores a few files, and writes what is said of them."""
+        """Score a few files, and write the verdicts."""
         loaded = list(self._threads.map(self._load, arrivals))
         results = [x for x in loaded if isinstance(x, Result)]
         if images := [x for x in loaded if isinstance(x, _Image)]:

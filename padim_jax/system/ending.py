@@ -1,4 +1,4 @@
-"""How the program ends: one line for a mistake, one for a warning, and the exit code."""
+"""The end of the program: one line for a mistake, one for a warning, and the exit code."""
 
 import contextlib
 import os
