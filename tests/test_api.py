@@ -132,6 +132,14 @@ class TestFit:
             held_out.thresholds.scores, np.sort(none.score(arrays[4:]).scores)
         )
 
+    def test_groups_are_found_in_paths(self, paths: list[pathlib.Path], tmp_path: pathlib.Path):
+        """In a list of paths as in a folder; two images a group."""
+        for i, path in enumerate(paths[:6]):
+            (tmp_path / f"part{i // 2}_{i}.png").write_bytes(path.read_bytes())
+        found = padim_jax.fit(sorted(tmp_path.iterdir()), groups=r"part\d+", **SETTINGS)
+        assert found.thresholds is not None
+        assert (found.thresholds.images, found.thresholds.groups) == (6, 3)
+
     def test_copies_count_once(self, arrays: np.ndarray, fitted: padim_jax.Detector):
         with pytest.warns(padim_jax.DataWarning, match="3 of 11 images are copies"):
             found = padim_jax.fit([*arrays[:GOOD], *arrays[:3]], **SETTINGS)

@@ -113,7 +113,17 @@ def _listed(images: Images) -> tuple[list[Input], list[str]]:
         return [record.image for record in found], [record.relative_path for record in found]
     input_pipeline.require_several(images)
     items = [item.read() if isinstance(item, io.IOBase) else item for item in images]
-    return items, [f"images[{i}]" for i in range(len(items))]
+    # Files are known by their paths, which `threshold.groups` looks at.
+    return items, [
+        _relative(item) if isinstance(item, str | os.PathLike) else f"images[{i}]"
+        for i, item in enumerate(items)
+    ]
+
+
+def _relative(path: str | os.PathLike[str]) -> str:
+    """Return a path without its root and without `..`."""
+    parts = pathlib.Path(os.fspath(path)).parts
+    return "/".join(part for part in parts if part.strip("/") not in ("", ".."))
 
 
 def _encoded(item: Input, name: str) -> bytes:

@@ -156,5 +156,5 @@ def test_random_views_are_compared_with_the_like():
 
 
 def test_the_package_carries_the_file():
-    ours = (ROOT / "padim_jax" / "published_results.json").read_bytes()
+    ours = (ROOT / "padim_jax" / "output" / "published_results.json").read_bytes()
     assert ours == (ROOT / "third_party" / "published_results.json").read_bytes()
