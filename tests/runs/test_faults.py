@@ -31,7 +31,7 @@ from padim_jax.errors import UserError
 from padim_jax.output import results
 from padim_jax.runs import evaluate, fitting, loading, modes, sweep, train
 from padim_jax.store import checkpoint
-from padim_jax.system import library_logs, locks, paths, progress
+from padim_jax.system import library_logs, locks, paths
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -273,7 +273,7 @@ class TestRemoved:
                     shutil.rmtree(workdir)
                 yield batch
 
-        monkeypatch.setattr(progress, "batches", removing)
+        monkeypatch.setattr(passes, "batches", removing)
         given = {"pattern": f"{root}/part/test/good"} if mode == "calibrate" else {}
         with pytest.raises(UserError, match=rf"^{workdir}: was removed, or files in it, while"):
             run(mode, settings(root) if "train" in mode else None, workdir, **given)
@@ -630,7 +630,7 @@ class TestClock:
         monkeypatch.setattr(detector, "fit_batch", jump)
         monkeypatch.setattr(time, "time", lambda: real() + offset)
         for seconds, expected in ((1e5, 0), (0.0, 1)):
-            config = settings(root, **{"fitting.checkpoint_every": seconds})
+            config = settings(root, **{"train.checkpoint_every": seconds})
             fitting.train(config, dataset_splits.open_dataset(config)["train"], tmp_path / "c")
             assert len(saves) == expected
         found = checkpoint.load(tmp_path / "c", Devices(1))[1]

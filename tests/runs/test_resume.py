@@ -76,7 +76,7 @@ SMALL = {
     "model.weights": "random",
     "model.channels": 12,
     "batch_size": 16,
-    "fitting.checkpoint_every": 0.0,
+    "train.checkpoint_every": 0.0,
 }
 
 
@@ -251,7 +251,7 @@ def test_saved_by_the_clock(
         return save(path, fitted, devices)
 
     monkeypatch.setattr(checkpoint, "save", counted)
-    config = make_config(root, "moments", **{"fitting.checkpoint_every": seconds})
+    config = make_config(root, "moments", **{"train.checkpoint_every": seconds})
     fit(config, tmp_path / "checkpoint")
     assert saves == expected
 
@@ -277,7 +277,7 @@ class TestTerminated:
         tmp_path: pathlib.Path,
         monkeypatch: pytest.MonkeyPatch,
     ):
-        config = make_config(root, form, **{"fitting.checkpoint_every": 1e6})
+        config = make_config(root, form, **{"train.checkpoint_every": 1e6})
         path, fit_batch = tmp_path / "checkpoint", detector.fit_batch
 
         def terminated(*args: Any) -> Any:
@@ -412,7 +412,7 @@ class TestAnother:
         self, root: pathlib.Path, path: pathlib.Path, uninterrupted: dict[str, Saved]
     ):
         config = make_config(
-            root, "moments", **{"map.sigma": 2.0, "fitting.checkpoint_every": 1e6}
+            root, "moments", **{"map.sigma": 2.0, "train.checkpoint_every": 1e6}
         )
         fit(config, path)
         found = saved(path).statistics
