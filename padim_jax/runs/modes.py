@@ -12,6 +12,7 @@ from typing import Any
 from padim_jax.config.datasets import MVTEC_AD
 from padim_jax.config.settings import ALL, Config, Overrides
 from padim_jax.errors import UserError
+from padim_jax.pretrain.config import PretrainConfig
 from padim_jax.system import paths
 from padim_jax.system.paths import Path
 
@@ -337,7 +338,7 @@ def check(mode: str, given: Mapping[str, Any], config: Config | None) -> None:
 
 def run(
     mode: str,
-    config: Config | Overrides | None,
+    config: Config | Overrides | PretrainConfig | None,
     workdir: Path,
     checkpoint: Path,
     pattern: str | None = None,

@@ -238,7 +238,7 @@ SLOW = """
 import pathlib, sys, time
 sys.path[:0] = {path!r}
 from padim_jax.runs import train; from padim_jax.runs import sweep
-from tests.test_sweep import finish, settings
+from tests.runs.test_sweep import finish, settings
 
 def pretend(config, workdir, *given):
     with open({log!r}, "a") as log:
@@ -340,7 +340,7 @@ def test_what_killed_processes_left_is_done(root: pathlib.Path, tmp_path: pathli
 import pathlib, sys, time
 sys.path[:0] = {path!r}
 from padim_jax.runs import train; from padim_jax.runs import sweep
-from tests.test_sweep import finish, settings
+from tests.runs.test_sweep import finish, settings
 folder, name = pathlib.Path({folder!r}), sys.argv[1]
 
 def pretend(config, workdir, *given):
