@@ -101,7 +101,9 @@ def session(
         yield
         return
     _join(launch, timeout)
-    threading.Thread(target=_follow, daemon=True).start()
+    left = threading.Event()
+    follower = threading.Thread(target=_follow, args=(left,), daemon=True)
+    follower.start()
     try:
         _silence(parallel.every().process)
         _require_same({**settings, "--processes": str(launch["num_processes"])})
@@ -111,6 +113,9 @@ def session(
     except BaseException as error:
         _end(error)
     finally:
+        # Python would abort at its end while a thread is in JAX's client.
+        left.set()
+        follower.join()
         jax.distributed.shutdown()
 
 
@@ -180,16 +185,16 @@ def _require_same(settings: Mapping[str, str]) -> None:
                 )
 
 
-def _follow() -> None:
+def _follow(left: threading.Event) -> None:
     """End this process, whatever it waits for, when another one says that it ended."""
     client: Any = jax_distributed.global_state.client
     own = f"{_ENDED}{jax_distributed.global_state.process_id}"
     with contextlib.suppress(RuntimeError):  # when this process has left
-        while True:
+        while not left.is_set():
             for key, message in client.key_value_dir_get(_ENDED):
                 if key != own:
                     _exit(**json.loads(message))
-            time.sleep(_POLL_SECONDS)
+            left.wait(_POLL_SECONDS)
 
 
 def _end(error: BaseException) -> NoReturn:
