@@ -131,7 +131,7 @@ import json, pathlib, sys, warnings
 from padim_jax.config import settings as config
 from padim_jax.data import dataset_splits
 from padim_jax.config import defaults
-from padim_jax.runs import loading, predict, train
+from padim_jax.runs import train
 warnings.simplefilter("ignore")  # of random images
 values = defaults.get_config()
 values.update_from_flattened_dict({k: tuple(v) if isinstance(v, list) else v
@@ -142,8 +142,9 @@ train.train(valid, dataset_splits.open_dataset(valid), path)
 """
 PREDICTING = """
 import pathlib, re, sys, warnings
-from padim_jax.runs import loading, predict, train; from padim_jax.output import predictions
+from padim_jax.data import listing
 from padim_jax.data.input_pipeline import FolderSource
+from padim_jax.runs import loading, predict
 warnings.simplefilter("ignore")
 work = pathlib.Path(sys.argv[1])
 source = FolderSource(listing.find(str(work / "data/part/test")))
