@@ -158,8 +158,9 @@ def test_killed_five_times(start: Start, images: pathlib.Path, tmp_path: pathlib
     assert start(some, cut).wait(120) == 0
     output = (tmp_path / "output").read_text()
     assert "Traceback" not in output
-    # After the first kill there may be no rows.
-    assert output.count("going on with interrupted predictions") >= 3
+    # The third kill comes after a batch at the earliest (the second after the header alone), and
+    # the fourth before its process says anything: the fifth and the last process say it.
+    assert output.count("going on with interrupted predictions") >= 2
     assert tree(cut / "predictions") == tree(tmp_path / "whole" / "predictions")
 
 
