@@ -12,6 +12,7 @@ import psutil
 from padim_jax.config import backbones
 from padim_jax.config.settings import Config, ModelConfig
 from padim_jax.core import embedding, metrics
+from padim_jax.data import input_pipeline
 from padim_jax.detector import detector
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
@@ -314,6 +315,11 @@ def available(cgroups: pathlib.Path = _CGROUPS, own: pathlib.Path = _OWN_CGROUPS
     """
     free = parallel.free_memory()
     return available_to_host(cgroups, own) if free is None else free
+
+
+def limit_images() -> None:
+    """Leave half of the free memory to images at full size, the other half to all else."""
+    input_pipeline.ROOM.limit = available_to_host() // 2
 
 
 def available_to_host(

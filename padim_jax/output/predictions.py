@@ -17,10 +17,7 @@ from padim_jax.config.settings import ImageConfig
 from padim_jax.core import calibration as calibration_lib
 from padim_jax.core.calibration import Calibration
 from padim_jax.data import decoding, input_pipeline
-from padim_jax.data.files import (
-    read_file,
-    shown,
-)
+from padim_jax.data.files import read_file, shown
 from padim_jax.data.records import Record, Source
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError

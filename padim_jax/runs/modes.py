@@ -106,7 +106,6 @@ def _eval(request: Request) -> None:
     from padim_jax.runs import evaluate
 
     with _loaded(request) as detector:
-        print(f"weights: {detector.weights.origin}")
         dataset = dataset_splits.open_dataset(detector.config)
         dataset_splits.say_folders(detector.config, {"test": dataset["test"]})
         evaluate.evaluate(
@@ -124,12 +123,10 @@ def _predict(request: Request) -> None:
         folder = _local_folder(request.pattern)
         timing = watch.Timing(request.poll_seconds, request.settle_seconds)
         with _loaded(request) as detector:
-            print(f"weights: {detector.weights.origin}")
             watch.watch(detector, folder, request.workdir, timing)
         return
     source = FolderSource(listing.find(request.pattern))
     with _loaded(request) as detector:
-        print(f"weights: {detector.weights.origin}")
         predict.predict(detector, source, request.workdir)
 
 
@@ -143,7 +140,6 @@ def _calibrate(request: Request) -> None:
     source = FolderSource(listing.find(request.pattern))
     _require_checkpoint(request.checkpoint, "calibrate")
     with _loaded(request) as detector:
-        print(f"weights: {detector.weights.origin}")
         config = scoring_pass.for_new_images(detector).config
         sources, _ = scoring_pass.readable(config, {"input": source}, cached=False)
         evaluate.take_survey(sources, config, cached=False)
@@ -181,7 +177,7 @@ def _export(request: Request) -> None:
     from padim_jax.store import model_file
 
     _require_checkpoint(request.checkpoint, "export")
-    with _loaded(request) as detector:
+    with _loaded(request, scores=False) as detector:
         test = None
         if request.half:
             sources = {"test": dataset_splits.open_dataset(detector.config)["test"]}
@@ -202,13 +198,18 @@ def _pretrain(request: Request) -> None:
 
 
 @contextlib.contextmanager
-def _loaded(request: Request) -> Iterator[Any]:
-    """Load the stored model of a request, and keep what is compiled for it."""
+def _loaded(request: Request, scores: bool = True) -> Iterator[Any]:
+    """Load the stored model of a request, and keep what is compiled for it.
+
+    With `scores`, the origin of its weights is printed.
+    """
     from padim_jax.runs import loading
     from padim_jax.system import compilation_cache
 
     detector = loading.load(request.checkpoint, request.config, request.weights)
     with compilation_cache.enabled(detector.config.cache.programs):
+        if scores:
+            print(f"weights: {detector.weights.origin}")
         yield detector
 
 
@@ -360,14 +361,14 @@ def run(
     """
     import jax
 
+    from padim_jax.detector import memory
     from padim_jax.devices import parallel
-    from padim_jax.runs.train import limit_images
 
     request = Request(config, workdir, checkpoint, pattern, **arguments)
     parallel.every()  # missing devices are reported before anything else
     if request.download:
         _download(request.config)
-    limit_images()
+    memory.limit_images()
     try:
         MODES[mode].run(request)
     except jax.errors.JaxRuntimeError as error:

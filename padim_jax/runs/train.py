@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from padim_jax.config.settings import Config
 from padim_jax.core.suspects import Suspects
-from padim_jax.data import copies, dataset_splits, input_pipeline, inputs
+from padim_jax.data import copies, dataset_splits, inputs
 from padim_jax.data.records import Source
 from padim_jax.detector import memory, scoring_pass
 from padim_jax.detector.detector import Detector
@@ -67,7 +67,7 @@ def train_and_eval(
       UserError: something to mend in the settings or the files, or too little memory.
       Stopped: by SIGTERM, during the fit.
     """
-    limit_images()
+    memory.limit_images()
     dataset = dataset_splits.open_dataset(config)
     dataset_splits.say_folders(config, dataset)
     dataset_splits.require_test_images(config, dataset["test"])
@@ -154,8 +154,3 @@ def _train(
             print("no thresholds: leaving one out needs at least 3 images that were fitted")
             return detector, None
         return calibrate.find_ranked(detector, source, "leave_one_out", OnDisk(path))
-
-
-def limit_images() -> None:
-    """Leave half of the free memory to images at full size, the other half to all else."""
-    input_pipeline.ROOM.limit = memory.available_to_host() // 2
