@@ -14,7 +14,7 @@ from PIL import Image
 from padim_jax.config import defaults
 from padim_jax.config import settings as config_lib
 from padim_jax.config.settings import Config, validate
-from padim_jax.data import copies, dataset_splits
+from padim_jax.data import copies, dataset_splits, input_pipeline
 from padim_jax.data.input_pipeline import FolderSource
 from padim_jax.data.layouts.synthetic import generate
 from padim_jax.data.records import Record
@@ -191,7 +191,7 @@ def test_scores_of_samples_are_those_of_the_files(
     config = make_config(root, "samples")
     source = normal(root, 0, 14)
     fitting.train(config, source, tmp_path / "model")
-    batch = next(train.input_pipeline.batches(source, config.image, 14))
+    batch = next(input_pipeline.batches(source, config.image, 14))
     store = OnDisk(tmp_path / "model")
     left_out = statistics_store.refinalize(loading.load(store.path), store, 1)
     expected = detector.score_pixels(left_out, batch.images)
