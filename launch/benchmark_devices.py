@@ -117,7 +117,8 @@ def devices(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
     def score(part: Devices, statistics: Any, variables: Any) -> tuple:
         model = detector.finalize(statistics, config.model.regularization)
         images = parallel.share(batches[0].images, part)
-        return variables, model, images, config.image, config.model, config.map, inputs.index
+        settings = config.image, config.model, config.map, config.score.image, inputs.index
+        return variables, model, images, *settings
 
     def results(arguments: tuple) -> list[np.ndarray]:
         return [np.asarray(x).reshape(-1) for x in detector.score_batch(*arguments)]
@@ -315,7 +316,7 @@ def plain_score(
         upsample=map_.upsample,
         sigma=map_.sigma,
     )
-    return maps, scoring.image_scores(maps)
+    return maps, jnp.max(maps, axis=(1, 2))
 
 
 def overhead(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:

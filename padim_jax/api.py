@@ -35,7 +35,7 @@ from padim_jax.system import locks, paths
 from padim_jax.system import progress as progress_lib
 
 # The groups of settings that matter to a fit from Python; others are about files.
-_GROUPS = ("image", "model", "map", "threshold")
+_GROUPS = ("image", "model", "map", "score", "threshold")
 _TOP = ("batch_size",)
 
 
@@ -250,7 +250,7 @@ def fit(
       **settings: by their short names, as in `backbone="resnet18"`, `channels=100`,
         `resize=(256, 256)`, `weights="bundled"`; `defaults` explains them all. Where two
         groups have a setting of this name, the group goes before it: `model_seed`,
-        `image_seed`, `model_upsample`, `map_upsample`.
+        `image_seed`, `model_upsample`, `map_upsample`; and for the image score: `score_image`.
 
     Returns:
       The fitted detector, with thresholds.
@@ -439,8 +439,9 @@ def _places() -> dict[str, list[Any]]:
             if (group, field.name) != ("threshold", "normal"):
                 names.setdefault(field.name, []).append(group)
     for name, groups in names.items():
-        places[name] = groups
-        if len(groups) > 1:
+        if len(groups) > 1 or name not in schemas:  # `image` alone is a group's name
+            places[name] = groups
+        if len(groups) > 1 or name in schemas:
             places |= {f"{group}_{name}": [group] for group in groups}
     return places
 

@@ -493,7 +493,7 @@ def prepare() -> None:
 
 THRESHOLDS = calibration.calibrate(
     [
-        (np.full((1, 4, 4), value, np.float32), np.array([value], np.float32))
+        (np.full((1, 4, 4), value, np.float32), np.array([[value]], np.float32))
         for value in np.random.default_rng(0).gamma(4, size=30).astype(np.float32)
     ],
     30,

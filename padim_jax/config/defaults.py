@@ -141,12 +141,24 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # to rounding.
     config.model.statistics = "auto"
 
+    # Tolerance to displaced parts, in patches: each patch is compared with the Gaussians of all
+    # patches this near, and takes the smallest distance. 1 multiplies the work of the distances
+    # by about 9. Range: 0 to 8.
+    config.model.shift = 0
+
     config.map = ml_collections.ConfigDict()
     # Interpolation from patch distances to the input's size: bilinear or bicubic.
     config.map.upsample = "bilinear"
     # Standard deviation of the Gaussian blur, in pixels of the input; 0 for none.
     # Range: 0 to 16384.
     config.map.sigma = 4.0
+
+    config.score = ml_collections.ConfigDict()
+    # Summary of an anomaly map that scores the image: max (its maximum, as published), top
+    # (mean of its highest 1 %), band (standard deviation of the distances between blurs of 1
+    # and 10 patches) or combined (top, band, deviation and total variation, measured by normal
+    # images; needs thresholds).
+    config.score.image = "max"
 
     # Thresholds from normal images alone, and calibrated scores.
     config.threshold = ml_collections.ConfigDict()

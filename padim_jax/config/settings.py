@@ -38,6 +38,7 @@ ALL = "all"  # config.category: one run after the other
 # Far above useful values; beyond, memory or time would run out first.
 _MOST_PIXELS = 16384  # per side
 _MOST_CELLS = 63  # per side of a neighbourhood, all of which are added
+_MOST_SHIFT = 8  # patches; each multiplies the work of scoring
 _MOST_IMAGES = 65536  # per batch
 _MOST_REPEATS = 1000
 _LEAST_STD = 1e-6  # of pixels of 0 to 1: float32 divides by it
@@ -46,6 +47,7 @@ _LONGEST_PATTERN = 1000
 _HIGHEST_RATE = 0.9999
 _LONGEST_NAME = 255  # of a folder, in bytes, on all file systems
 UPSAMPLINGS = ("bilinear", "bicubic")
+IMAGE_SCORES = ("max", "top", "band", "combined")
 FIGURES = ("none", "some", "all")
 MAPS = ("none", "npy", "tiff")
 RESOLUTIONS = ("model", "full")
@@ -116,6 +118,7 @@ class ModelConfig:
     precision: backbones.Precision
     regularization: float
     statistics: str
+    shift: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,13 @@ class MapConfig:
 
     upsample: str
     sigma: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """Scores of images."""
+
+    image: str = "max"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +224,7 @@ class Config:
     outputs: OutputsConfig
     cache: CacheConfig
     metrics: MetricsConfig = MetricsConfig()
+    score: ScoreConfig = ScoreConfig()
 
     @property
     def title(self) -> str:
@@ -248,7 +259,7 @@ class Config:
 
 
 # Groups of settings that scores depend on. Others state places and further outputs.
-_SCORES = ("image", "model", "map")
+_SCORES = ("image", "model", "map", "score")
 # Those of them that statistics depend on.
 FITTED = ("image", "model")
 
@@ -281,6 +292,7 @@ def _validate(
     checks.fields("config.image", image, ImageConfig)
     checks.fields("config.model", model, ModelConfig)
     checks.fields("config.map", map_, MapConfig)
+    checks.fields("config.score", groups["score"], ScoreConfig)
     checks.fields("config.threshold", threshold, ThresholdConfig)
     checks.fields("config.train", train, TrainConfig)
     checks.fields("config.metrics", groups["metrics"], MetricsConfig)
@@ -343,10 +355,14 @@ def _validate(
             statistics=checks.one_of(
                 "config.model.statistics", model["statistics"], STATISTICS
             ),
+            shift=checks.integer("config.model.shift", model["shift"], 0, _MOST_SHIFT),
         ),
         map=MapConfig(
             upsample=checks.one_of("config.map.upsample", map_["upsample"], UPSAMPLINGS),
             sigma=checks.within("config.map.sigma", map_["sigma"], 0.0, float(_MOST_PIXELS)),
+        ),
+        score=ScoreConfig(
+            image=checks.one_of("config.score.image", groups["score"]["image"], IMAGE_SCORES)
         ),
         threshold=ThresholdConfig(
             normal=checks.one_of("config.threshold.normal", threshold["normal"], THRESHOLDS),
@@ -492,7 +508,7 @@ def score_settings(config: Config, groups: Sequence[str] = _SCORES) -> dict[str,
     if config.model.reduction not in ("random", "semi_orthogonal"):
         aside.add("model.seed")
     stored = to_stored(config)
-    found = {f"{g}.{name}": value for g in groups for name, value in stored[g].items()}
+    found = {f"{g}.{name}": value for g in groups for name, value in stored.get(g, {}).items()}
     return {name: value for name, value in found.items() if name not in aside}
 
 
@@ -593,6 +609,11 @@ def _check_together(config: Config) -> None:
         raise UserError(
             "config.image.crop_at=random: without config.image.crop there is nothing to place; "
             "the paper crops 224x224 of 256x256 (--config=...:rd)"
+        )
+    if config.score.image == "combined" and config.threshold.normal == "none":
+        raise UserError(
+            "config.score.image=combined: with config.threshold.normal=none there are no "
+            "normal images to measure it by; use another of these, or max, top or band"
         )
     cache = config.cache
     if cache.images_gb and cache.dir and not isinstance(cache.dir, pathlib.Path):

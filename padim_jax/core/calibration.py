@@ -44,7 +44,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
 import padim_jax
-from padim_jax.core import verdicts
+from padim_jax.core import image_score, verdicts
 
 # Origins of the normal images, and their descriptions.
 ORIGINS = {
@@ -71,7 +71,8 @@ _SCORES = 512  # most scores kept
 # Keeps a threshold for a rate of, say, 1e-300 finite.
 _FARTHEST = 1e30
 _FORMAT = "padim_jax calibration 2"
-_LISTS = ("quantiles", "levels", "rates", "rate_thresholds", "scores")
+_SUMMARIES = ("summary_means", "summary_deviations")
+_LISTS = ("quantiles", "levels", "rates", "rate_thresholds", "scores", *_SUMMARIES)
 _ASIDE = {"format", "version", "detector", "sha256"}
 _LONGEST_WARNING = 100_000
 _LARGEST = float(np.finfo(np.float32).max)  # of values compared with scores
@@ -110,6 +111,9 @@ class Calibration:
       rate_thresholds: image threshold for each of them; descending.
       scores: normal scores, ascending; for many images a few hundred evenly spaced in rank.
         Empty for thresholds stored by older versions.
+      summary_means: mean of each summary of the normal images, which `combined` scores are
+        measured by (see `image_score`); empty for other scores.
+      summary_deviations: standard deviation of each summary.
     """
 
     origin: str
@@ -129,6 +133,8 @@ class Calibration:
     rates: tuple[float, ...] = ()
     rate_thresholds: tuple[float, ...] = ()
     scores: tuple[float, ...] = ()
+    summary_means: tuple[float, ...] = ()
+    summary_deviations: tuple[float, ...] = ()
 
     @property
     def independent(self) -> int:
@@ -161,7 +167,7 @@ class Calibration:
 
 
 def calibrate(
-    parts: Iterable[tuple[Float32[np.ndarray, "_n h w"], Float32[np.ndarray, " _n"]]],
+    parts: Iterable[tuple[Float32[np.ndarray, "_n h w"], Float32[np.ndarray, "_n _k"]]],
     images: int,
     origin: str,
     image_rate: float,
@@ -171,8 +177,8 @@ def calibrate(
     """Return thresholds and the distribution of normal scores.
 
     Args:
-      parts: anomaly maps (n, h, w) and image scores (n,) of normal images, batch by batch. Only
-        the highest `pixel_rate` of all pixels is kept.
+      parts: anomaly maps (n, h, w) and summaries (n, k) of normal images, batch by batch; see
+        `image_score.summaries`. Only the highest `pixel_rate` of all pixels is kept.
       images: total number of images.
       origin: see `Calibration`.
       image_rate: fraction of normal images that may be called anomalous, below 1; 0 for
@@ -194,24 +200,29 @@ def calibrate(
         if groups is not None:
             what += f" in {independent} groups that are independent"
         raise ValueError(f"{what}; thresholds need at least {MIN_IMAGES}")
-    scores, maxima, medians = [], [], []
+    summaries, maxima, medians = [], [], []
     highest = np.zeros(0, np.float32)
     for maps, part in parts:
-        scores.append(part)
+        summaries.append(part)
         maxima.append(maps.max(axis=(1, 2)))
         # Maps are smooth: a sixteenth of the pixels suffices for their median.
         medians.append(np.median(maps[:, ::4, ::4], axis=(1, 2)))
         if pixel_rate:
             pixels = images * math.prod(maps.shape[1:])
             highest = _largest(highest, maps.ravel(), pixels - _rank(pixels, pixel_rate) + 1)
-    found = np.concatenate(scores) if scores else np.zeros(0, np.float32)
-    if len(found) != images:
-        raise ValueError(f"{len(found)} normal images; {images} were to come")
-    if not np.all(np.isfinite(found)):
+    count = sum(map(len, summaries))
+    if count != images:
+        raise ValueError(f"{count} normal images; {images} were to come")
+    every = np.concatenate(summaries)
+    if not np.all(np.isfinite(every)):
         raise ValueError("a score of a normal image is not finite")
+    scores = image_score.of_normal(every, groups)
+    means = deviations = np.zeros(0)
+    if every.shape[1] > 1:
+        means, deviations = image_score.moments(every)
     found, peaks = (
         np.sort(values if groups is None else _highest(values, groups))
-        for values in (found, np.concatenate(maxima))
+        for values in (scores, np.concatenate(maxima))
     )
     image_rate = image_rate or automatic_rate(independent)
     tail = _tail(found)
@@ -238,6 +249,8 @@ def calibrate(
         rates=promised,
         rate_thresholds=tuple(conformal(found, rate) for rate in promised),
         scores=tuple(some.tolist()),
+        summary_means=tuple(means.tolist()),
+        summary_deviations=tuple(deviations.tolist()),
     )
 
 
@@ -572,6 +585,8 @@ def _check(fields: Mapping[str, Any]) -> None:
         raise ValueError("as many levels as quantiles were expected")
     if len(fields["rates"]) != len(fields["rate_thresholds"]):
         raise ValueError("as many thresholds as rates were expected")
+    if len(fields["summary_means"]) != len(fields["summary_deviations"]):
+        raise ValueError("as many deviations as means of summaries were expected")
 
 
 def _valid(name: str, value: Any) -> bool:
@@ -595,13 +610,16 @@ def _valid(name: str, value: Any) -> bool:
 
 def _valid_list(name: str, value: Any) -> bool:
     # Fields added later are empty in files written before.
-    if name in ("rates", "rate_thresholds", "scores") and value in ((), []):
+    later = ("rates", "rate_thresholds", "scores", *_SUMMARIES)
+    if name in later and value in ((), []):
         return True
     if not isinstance(value, list) or not value or {type(x) for x in value} != {float}:
         return False
     array = np.array(value)
     if not np.all(np.abs(array) <= _LARGEST):  # false for NaN
         return False
+    if name in _SUMMARIES:
+        return name == "summary_means" or bool(np.all(array >= 0))
     steps = np.diff(array)
     if name in ("rate_thresholds", "scores"):  # some may be equal
         return bool(np.all((steps if name == "scores" else -steps) >= 0))

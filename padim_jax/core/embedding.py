@@ -20,9 +20,11 @@ Two stages on grids of 2x2 and 1x1 form one region with four cells and one cell:
 
 import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -67,6 +69,27 @@ class Pyramid:
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
         """Return (r, n, d) of each level: regions, cells per region, own channels."""
         return tuple((*level.source.shape, len(level.channels)) for level in self.levels)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shifts:
+    """Cells that the embeddings of nearby patches are made of.
+
+    The neighbours of a cell's patches have features of few cells of its level: within one patch
+    of 16 patches that share a layer-3 cell lie patches of that cell and of 8 others. These are
+    the cell's *variants*, the first of which is the cell itself. Variants outside the grid are
+    the cell again.
+
+    Attributes:
+      sources: per level, the cells that are variants, (r, n, v), as numbers among all cells of
+        the level. v differs from level to level.
+      coarser: per level, for each coarser level j, which variant of the cell of level j at the
+        same place has the features that belong to each variant: (r, n, v).
+    """
+
+    sources: tuple[Int[Array | np.ndarray, "*r _n _v"], ...]
+    coarser: tuple[tuple[Int[Array | np.ndarray, "*r _n _v"], ...], ...]
 
 
 def channel_index(total: int, channels: int, seed: int) -> Int[np.ndarray, " d"]:
@@ -127,6 +150,54 @@ def pyramid(
         source = sources[i].reshape(regions, -1)
         levels.append(Level(i, kept[order] - offsets[i], order, source))
     return Pyramid(tuple(levels), patches)
+
+
+@functools.cache
+def shifts(pyramid: Pyramid, grid: tuple[int, int], radius: int) -> Shifts:
+    """Return the cells of all patches within a distance of each patch, rows and columns.
+
+    Args:
+      pyramid: correspondence between the grids.
+      grid: height and width of the finest grid, in patches.
+      radius: largest distance in patches, at least 1.
+
+    Returns:
+      The shifts; the finest level has (2 radius + 1)^2 variants.
+    """
+    steps = sorted(itertools.product(range(-radius, radius + 1), repeat=2), key=any)
+    rows, columns = (axis.reshape(-1, 1) for axis in np.indices(grid))
+    y, x = rows + np.array(steps)[:, 0], columns + np.array(steps)[:, 1]
+    inside = (y >= 0) & (y < grid[0]) & (x >= 0) & (x < grid[1])
+    near = np.where(inside, y * grid[1] + x, rows * grid[1] + columns)
+    regions, finest, _ = pyramid.shapes[0]
+    fine = np.arange(regions * finest)[:, None].repeat(len(steps), 1)
+    fine[pyramid.patches] = pyramid.patches[near]  # repeated cells keep to themselves
+    own = np.arange(len(fine))[:, None]
+    sources, numbers = [], []
+    for _, cells, _ in pyramid.shapes:
+        fan, count = finest // cells, regions * cells
+        # Distinct pairs of a cell and a source, sorted: a cell itself before all others.
+        cell, source = np.broadcast_to(own // fan, fine.shape), fine // fan
+        pairs = cell * (count + 1) + np.where(source == cell, 0, source + 1)
+        distinct, inverse = np.unique(pairs, return_inverse=True)
+        cells_of = distinct // (count + 1)
+        rank = np.arange(len(distinct)) - np.searchsorted(cells_of, cells_of)
+        variants = np.arange(count)[:, None].repeat(rank.max() + 1, 1)
+        variants[cells_of, rank] = np.where(rank, distinct % (count + 1) - 1, cells_of)
+        sources.append(variants)
+        numbers.append(rank[inverse].reshape(fine.shape))
+    coarser = []
+    for i, variants in enumerate(sources):
+        fan = len(fine) // len(variants)
+        maps = []
+        for number in numbers[i + 1 :]:
+            # Variants that are the cell again have the coarser cell's first variant: itself.
+            table = np.zeros((len(variants), variants.shape[1]), int)
+            table[np.broadcast_to(own // fan, fine.shape), numbers[i]] = number
+            maps.append(table.reshape(regions, -1, variants.shape[1]))
+        coarser.append(tuple(maps))
+    shaped = (variants.reshape(regions, -1, variants.shape[1]) for variants in sources)
+    return Shifts(tuple(shaped), tuple(coarser))
 
 
 def select(features: Sequence[FeatureMap], pyramid: Pyramid, pooling: int = 1) -> Levels:

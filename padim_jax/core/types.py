@@ -25,7 +25,6 @@ Levels = tuple[Float32[Array, "r _n _d b"], ...]  # the embeddings, finest level
 LevelMatrices = tuple[tuple[Float32[Array, "*k r _n _d _e"], ...], ...]
 Distances = Float32[Array, "b p"]
 AnomalyMaps = Float32[Array, "b h w"]
-Scores = Float32[Array, " b"]
 # From all stages' channels to the embedding's; columns are orthonormal. See `reduction`.
 Projection = Float32[np.ndarray, "c d"]
 Valid = Bool[Array, " b"]

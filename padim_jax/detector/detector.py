@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
 from padim_jax.config import backbones
 from padim_jax.config import settings as config_lib
 from padim_jax.config.settings import Config, ImageConfig, MapConfig, ModelConfig
-from padim_jax.core import embedding, gaussian, low_rank, reduction, scoring
+from padim_jax.core import embedding, gaussian, image_score, low_rank, reduction, scoring
 from padim_jax.core.calibration import Calibration
 from padim_jax.core.embedding import Pyramid
 from padim_jax.core.types import (
@@ -38,7 +38,6 @@ from padim_jax.core.types import (
     Moments,
     Projection,
     Samples,
-    Scores,
     Valid,
 )
 from padim_jax.data import input_pipeline
@@ -151,7 +150,7 @@ class Anomalies:
 
     Attributes:
       maps: Mahalanobis distance per pixel of the preprocessed image, blurred.
-      scores: maximum of each map.
+      scores: image score of each; see `core.image_score`.
       samples: about 2,000 numbers of each image's embeddings, at the same positions for all
         images.
       is_anomalous: whether each score is at least the image threshold; None if the detector has
@@ -176,6 +175,21 @@ class Anomalies:
         return (
             f"Anomalies: {count} images, maps of {height}x{width}{called}\n  scores: {scores}"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """Measures of n images, of which image scores are made.
+
+    Attributes:
+      maps: as in `Anomalies`.
+      summaries: see `image_score.summaries`.
+      samples: as in `Anomalies`.
+    """
+
+    maps: Float32[np.ndarray, "n h w"]
+    summaries: Float32[np.ndarray, "n _k"]
+    samples: Float32[np.ndarray, "n _s"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -670,11 +684,17 @@ def _score_batch(
     image: ImageConfig,
     model: ModelConfig,
     map_: MapConfig,
+    score: str,
     index: tuple[int, ...],
-) -> tuple[AnomalyMaps, Scores, Float32[Array, "b _s"]]:
+) -> tuple[AnomalyMaps, Float32[Array, "b _k"], Float32[Array, "b _s"]]:
     levels = extract(variables, images, image=image, model=model, index=index)
-    by_region = scoring.mahalanobis(fitted, parallel.to_regions(levels))
-    return *_maps_and_scores(by_region, image, model, map_, index), _sample(levels)
+    if model.shift:
+        near = parallel.own_regions(_shifts(image, model, index))
+        every = parallel.of_all_images_levels(levels)
+        by_region = scoring.mahalanobis_nearby(fitted, every, near)
+    else:
+        by_region = scoring.mahalanobis(fitted, parallel.to_regions(levels))
+    return *_maps_and_summaries(by_region, image, model, map_, score, index), _sample(levels)
 
 
 def _score_left_out_batch(
@@ -685,13 +705,25 @@ def _score_left_out_batch(
     image: ImageConfig,
     model: ModelConfig,
     map_: MapConfig,
+    score: str,
     index: tuple[int, ...],
     size: int,
     most: int,
-) -> tuple[AnomalyMaps, Scores, Float32[Array, "b _s"]]:
+) -> tuple[AnomalyMaps, Float32[Array, "b _k"], Float32[Array, "b _s"]]:
     levels = _extract_by_parts(variables, images, image, model, index, most)
-    left_out = scoring.leave_out(fitted, parallel.to_regions(levels), count, size)
-    return *_maps_and_scores(left_out, image, model, map_, index), _sample(levels)
+    if model.shift:
+        near = parallel.own_regions(_shifts(image, model, index))
+        every = parallel.of_all_images_levels(levels)
+        left_out = scoring.leave_out_nearby(fitted, every, near, count, size)
+    else:
+        left_out = scoring.leave_out(fitted, parallel.to_regions(levels), count, size)
+    return *_maps_and_summaries(left_out, image, model, map_, score, index), _sample(levels)
+
+
+def _shifts(image: ImageConfig, model: ModelConfig, index: tuple[int, ...]) -> embedding.Shifts:
+    """Return the neighbours of all regions' patches."""
+    laid = pyramid(image, model, index)
+    return embedding.shifts(laid, patch_grid(image, model.layers), model.shift)
 
 
 def _extract_by_parts(
@@ -731,35 +763,37 @@ def _score_samples_batch(
     image: ImageConfig,
     model: ModelConfig,
     map_: MapConfig,
+    score: str,
     index: tuple[int, ...],
-) -> tuple[AnomalyMaps, Scores, Float32[Array, "b _s"]]:
+) -> tuple[AnomalyMaps, Float32[Array, "b _k"], Float32[Array, "b _s"]]:
     rows = jnp.minimum(start + jnp.arange(size), count - 1)  # padding repeats the last image
     levels = tuple(
         (deviations[:, :, rows] + mean[:, :, None]).swapaxes(-1, -2)
         for deviations, mean in zip(fitted.deviations, fitted.mean, strict=True)
     )
-    left_out = scoring.leave_out(fitted, levels, count)
+    if model.shift:
+        near = parallel.own_regions(_shifts(image, model, index))
+        every = tuple(map(parallel.of_all_regions, levels))
+        left_out = scoring.leave_out_nearby(fitted, every, near, count)
+    else:
+        left_out = scoring.leave_out(fitted, levels, count)
     samples = parallel.to_images(_sample(levels).T[:, None])[:, 0].T  # of all regions
-    return *_maps_and_scores(left_out, image, model, map_, index), samples
+    return *_maps_and_summaries(left_out, image, model, map_, score, index), samples
 
 
-def _maps_and_scores(
+def _maps_and_summaries(
     by_region: Float32[Array, "r n _b"],
     image: ImageConfig,
     model: ModelConfig,
     map_: MapConfig,
+    score: str,
     index: tuple[int, ...],
-) -> tuple[AnomalyMaps, Scores]:
-    """Return maps and scores of a device's images, from distances in a device's regions."""
-    patches = pyramid(image, model, index).patches
-    maps = scoring.anomaly_maps(
-        scoring.on_grid(parallel.to_images(by_region), patches),
-        grid=patch_grid(image, model.layers),
-        size=image.size,
-        upsample=map_.upsample,
-        sigma=map_.sigma,
-    )
-    return maps, scoring.image_scores(maps)
+) -> tuple[AnomalyMaps, Float32[Array, "b _k"]]:
+    """Return maps and summaries of a device's images, from distances in a device's regions."""
+    patches, grid = pyramid(image, model, index).patches, patch_grid(image, model.layers)
+    distances = scoring.on_grid(parallel.to_images(by_region), patches)
+    maps = scoring.anomaly_maps(distances, grid, image.size, map_.upsample, map_.sigma)
+    return maps, image_score.summaries(maps, distances, grid, score)
 
 
 def _update(statistics: Moments | Samples, levels: Levels, valid: Valid) -> Moments | Samples:
@@ -828,18 +862,18 @@ Args:
   image, model, index: as in `extract`, static.
 """
 
-score_batch = parallel.mapped(_score_batch, replicated=(0,), static=(3, 4, 5, 6))
-"""Return anomaly maps (k, b, h, w), scores (k, b) and samples (k, b, s) of images.
+score_batch = parallel.mapped(_score_batch, replicated=(0,), static=(3, 4, 5, 6, 7))
+"""Return anomaly maps (k, b, h, w), summaries (k, b, j) and samples (k, b, s) of images.
 
 Args:
   variables: variables of the backbone, on every device.
   fitted: see `finalize`.
   images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
-  image, model, map_, index: settings and channels kept, static.
+  image, model, map_, score, index: settings and channels kept, static.
 """
 
 score_left_out_batch = parallel.mapped(
-    _score_left_out_batch, replicated=(0, 2), static=(4, 5, 6, 7, 8, 9)
+    _score_left_out_batch, replicated=(0, 2), static=(4, 5, 6, 7, 8, 9, 10)
 )
 """Apply `score_batch` to fitted images, each scored by the model without its group.
 
@@ -848,11 +882,11 @@ Args:
   size: images per group, static; see `scoring.leave_out`. The devices' images, concatenated,
     are complete groups followed by padding.
   most: number of images that a device's backbone processes at a time, static.
-  variables, fitted, images, image, model, map_, index: as in `score_batch`.
+  variables, fitted, images, image, model, map_, score, index: as in `score_batch`.
 """
 
 score_samples_batch = parallel.mapped(
-    _score_samples_batch, replicated=(1, 2), static=(3, 4, 5, 6, 7)
+    _score_samples_batch, replicated=(1, 2), static=(3, 4, 5, 6, 7, 8)
 )
 """Apply `score_left_out_batch` to images whose embeddings the fitted model holds.
 
@@ -861,7 +895,7 @@ Args:
   count: number of fitted images.
   start: number of the first image of the batch, in the order of fitting.
   size: images in the batch, divisible by the number of devices; static.
-  image, model, map_, index: settings and channels kept, static.
+  image, model, map_, score, index: settings and channels kept, static.
 """
 
 
@@ -870,10 +904,69 @@ def score_pixels(
 ) -> Anomalies:
     """Score images that are already preprocessed (resized and cropped, uint8).
 
-    With several processes, each passes the same number of its own images and gets their scores.
-    A detector that leaves k images out at a time (`Detector.left_out`) accepts fitted images
-    only: those of all processes together are groups of k, each image is scored by the model
-    without its group, and only padding follows the last complete group.
+    Args:
+      detector: fitted model.
+      images: (b, h, w, 3), as from `input_pipeline.preprocess`; see `measure_pixels`.
+      names: names of the images for error messages.
+
+    Returns:
+      Maps (b, h, w), scores (b,) and samples.
+
+    Raises:
+      UserError: see `measure_pixels` and `image_scores`.
+      ValueError: see `measure_pixels`.
+    """
+    measures = measure_pixels(detector, images, names)
+    scores = image_scores(detector, measures.summaries)
+    return Anomalies(measures.maps, scores, measures.samples)
+
+
+def image_scores(
+    detector: Detector, summaries: Float32[np.ndarray, "b _k"]
+) -> Float32[np.ndarray, " b"]:
+    """Return the image scores, by `config.score.image`, of what was measured.
+
+    Args:
+      detector: model that measured the images.
+      summaries: see `image_score.summaries`.
+
+    Returns:
+      (b,) float32.
+
+    Raises:
+      UserError: the score is `combined`, and the detector has no normal images to measure by.
+    """
+    require_scorable(detector)
+    if detector.config.score.image != "combined" or detector.calibration is None:
+        return summaries[:, 0]
+    thresholds = detector.calibration
+    means, deviations = thresholds.summary_means, thresholds.summary_deviations
+    return image_score.combine(summaries, np.array(means), np.array(deviations))
+
+
+def require_scorable(detector: Detector) -> None:
+    """Raise UserError if image scores need normal images and the detector has none."""
+    thresholds = detector.calibration
+    if detector.config.score.image == "combined" and not (
+        thresholds and thresholds.summary_means
+    ):
+        raise UserError(
+            "config.score.image=combined: the model has no thresholds, and this score is "
+            "measured by the normal images that they were found on. Find thresholds "
+            "(--mode=calibrate --input=<normal images>; in Python "
+            "detector.update([], thresholds=images)), or use max, top or band"
+        )
+
+
+def measure_pixels(
+    detector: Detector, images: UInt8[np.ndarray, "b h w 3"], names: Sequence[str] = ()
+) -> Measures:
+    """Compute maps and their summaries of images that are already preprocessed.
+
+    With several processes, each passes the same number of its own images and gets their
+    measures. A detector that leaves k images out at a time (`Detector.left_out`) accepts fitted
+    images only: those of all processes together are groups of k, each image is scored by the
+    model without its group, and only padding follows the last complete group.
 
     Args:
       detector: fitted model.
@@ -881,11 +974,11 @@ def score_pixels(
       names: names of the images for error messages.
 
     Returns:
-      Maps (b, h, w), scores (b,) and samples.
+      The measures.
 
     Raises:
-      UserError: a score is not finite (the image is named), or this process was forked from the
-        one that loaded the detector.
+      UserError: a summary is not finite (the image is named), or this process was forked from
+        the one that loaded the detector.
       ValueError: fewer than two images would be left, which give no covariance; or the detector
         was given up by `calibrate.calibrate`.
     """
@@ -896,9 +989,8 @@ def score_pixels(
     if padding:
         images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
     shared = images.reshape(devices, -1, *images.shape[1:])
-    static = (config.image, config.model, config.map, tuple(detector.index.tolist()))
     if not left_out:
-        found = score_batch(detector.variables, detector.gaussian, shared, *static)
+        each = score_batch(detector.variables, detector.gaussian, shared, *_static(detector))
     elif detector.count - left_out < 2:
         raise ValueError(
             f"{detector.count} images fitted: without {left_out} there is no covariance"
@@ -906,18 +998,19 @@ def score_pixels(
     else:
         every = devices * parallel.every().processes
         fitted, most = np.int32(detector.count), -(-config.batch_size // every)
-        found = score_left_out_batch(
-            detector.variables, detector.gaussian, fitted, shared, *static, left_out, most
+        static = (*_static(detector), left_out, most)
+        each = score_left_out_batch(
+            detector.variables, detector.gaussian, fitted, shared, *static
         )
-    maps, scores, samples = (np.asarray(x).reshape(-1, *x.shape[2:])[:count] for x in found)
-    _require_finite(detector, scores, names)
-    return Anomalies(maps, scores, samples)
+    measures = Measures(*(np.asarray(x).reshape(-1, *x.shape[2:])[:count] for x in each))
+    _require_finite(detector, measures.summaries, names)
+    return measures
 
 
-def score_samples(
+def measure_samples(
     detector: Detector,
-) -> Iterator[tuple[Anomalies, Bool[np.ndarray, " _b"]]]:
-    """Score each fitted image by the model without it, from the model alone.
+) -> Iterator[tuple[Measures, Bool[np.ndarray, " _b"]]]:
+    """Measure each fitted image by the model without it, from the model alone.
 
     The low-rank form holds the embeddings of all its images; no file is read.
 
@@ -926,11 +1019,11 @@ def score_samples(
         image out at a time.
 
     Yields:
-      In the order of fitting, batch by batch: the scores of this process's part of a batch, and
-      which of them are not padding.
+      In the order of fitting, batch by batch: the measures of this process's part of a batch,
+      and which of them are not padding.
 
     Raises:
-      UserError: a score is not finite.
+      UserError: a summary is not finite.
       ValueError: the model has another form, has too few images, or leaves none out.
     """
     _require_usable(detector)
@@ -943,15 +1036,21 @@ def score_samples(
         raise ValueError(f"{detector.count} images fitted: without one there is no covariance")
     size = devices.padded(min(config.batch_size, detector.count))
     own = size // devices.processes
-    static = (size, config.image, config.model, config.map, tuple(detector.index.tolist()))
     count = np.int32(detector.count)
     for start in range(0, detector.count, size):
+        static = (size, *_static(detector))
         each = score_samples_batch(fitted, count, np.int32(start), *static)
-        found = Anomalies(*(np.asarray(x).reshape(-1, *x.shape[2:]) for x in each))
+        measures = Measures(*(np.asarray(x).reshape(-1, *x.shape[2:]) for x in each))
         first = start + devices.process * own
         numbers = range(first, first + own)
-        _require_finite(detector, found.scores, [f"fitted image {i}" for i in numbers])
-        yield found, np.array(numbers) < detector.count
+        _require_finite(detector, measures.summaries, [f"fitted image {i}" for i in numbers])
+        yield measures, np.array(numbers) < detector.count
+
+
+def _static(detector: Detector) -> tuple[Any, ...]:
+    """Return the static arguments of the mapped functions that score."""
+    config, index = detector.config, tuple(detector.index.tolist())
+    return config.image, config.model, config.map, config.score.image, index
 
 
 def _require_usable(detector: Detector) -> None:
@@ -971,10 +1070,10 @@ def _require_usable(detector: Detector) -> None:
 
 
 def _require_finite(
-    detector: Detector, scores: Float32[np.ndarray, " b"], names: Sequence[str]
+    detector: Detector, summaries: Float32[np.ndarray, "b _k"], names: Sequence[str]
 ) -> None:
-    """Reject scores that are not finite; a score is finite only if its whole map is."""
-    finite = np.isfinite(scores)
+    """Reject summaries that are not finite; they are finite only if the whole map is."""
+    finite = np.isfinite(summaries).all(axis=1)
     if finite.all():
         return
     if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(detector.gaussian)):
@@ -984,7 +1083,7 @@ def _require_finite(
         )
     i = int(np.argmin(finite))
     raise UserError(
-        f"{names[i] if i < len(names) else f'image {i}'}: a score of {scores[i]}: the "
+        f"{names[i] if i < len(names) else f'image {i}'}: a score of {summaries[i, 0]}: the "
         "backbone's features of it are not finite, or too large for float32. Its weights "
         f"({detector.weights.origin}) are broken, or config.image.std is too small"
     )

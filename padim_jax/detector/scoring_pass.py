@@ -1,4 +1,4 @@
-"""A fitted model's pass over images: scores by batch, identical in all processes."""
+"""A fitted model's pass over images: maps by batch, identical in all processes."""
 
 import dataclasses
 import math
@@ -43,12 +43,12 @@ def for_new_images(detector: Detector) -> Detector:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Scores of consecutive images of a source, from all processes.
+    """Measures of consecutive images of a source, from all processes.
 
     Attributes:
       records: records of the images.
       maps: anomaly maps.
-      scores: image scores.
+      summaries: summaries of the maps; see `image_score.summaries`.
       masks: defect pixels; all False if unknown.
       known: whether the mask is known.
       digests: SHA-256 of the image files.
@@ -59,7 +59,7 @@ class Part:
 
     records: Sequence[Record]
     maps: Float32[np.ndarray, "n h w"]
-    scores: Float32[np.ndarray, " n"]
+    summaries: Float32[np.ndarray, "n _k"]
     masks: Bool[np.ndarray, "n h w"]
     known: Bool[np.ndarray, " n"]
     digests: UInt8[np.ndarray, "n 32"]
@@ -68,25 +68,25 @@ class Part:
     facts: Int32[np.ndarray, "n 4"]
 
 
-def scores(
+def measure(
     detector: Detector,
     source: Source,
     what: str,
     cache: image_cache.ImageCache | None,
     start: int = 0,
 ) -> Iterator[Part]:
-    """Score a source batch by batch; each process gets all processes' scores.
+    """Measure a source batch by batch; each process gets all processes' measures.
 
     Args:
       detector: fitted model. If it leaves images out, the source consists of such groups; see
-        `detector.score_pixels`.
-      source: images to score.
+        `detector.measure_pixels`.
+      source: images to measure.
       what: description of the pass for the progress bar.
       cache: cache of preprocessed images, or None.
       start: number of leading images to pass over, a multiple of the batch size.
 
     Yields:
-      Scores of consecutive images, padding removed.
+      Measures of consecutive images, padding removed.
     """
     config, devices, left_out = detector.config, parallel.every(), detector.left_out
     few: dict[str, int] = {}
@@ -96,17 +96,17 @@ def scores(
         config = dataclasses.replace(config, batch_size=size)
     for batch in passes.batches(source, config, what, cache, devices, start):
         names = [str(record.image) for record in batch.records]
-        found = detector_lib.score_pixels(detector, batch.images, names)
+        measures = detector_lib.measure_pixels(detector, batch.images, names)
         padding = len(batch.images) - len(batch.records)
         nothing = np.zeros(config.image.size, bool)
         masks = [nothing if mask is None else mask for mask in batch.masks]
         own: dict[str, Any] = {
-            "maps": found.maps,
-            "scores": found.scores,
+            "maps": measures.maps,
+            "summaries": measures.summaries,
             "masks": np.stack(masks + padding * [nothing]),
             "known": np.array([mask is not None for mask in batch.masks] + padding * [False]),
             "digests": batch.digests,
-            "samples": found.samples,
+            "samples": measures.samples,
             "sizes": np.array([*batch.sizes, *(padding * [(0, 0)])], np.int32),
             "facts": np.array([*batch.facts, *(padding * [image_cache.NO_MASK])], np.int32),
         }

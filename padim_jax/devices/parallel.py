@@ -220,6 +220,23 @@ def to_regions(levels: Levels) -> tuple[Float32[Array, "_k _n _d _b"], ...]:
     return tuple(exchange(x) for x in levels)
 
 
+def of_all_images_levels(levels: Levels) -> tuple[Float32[Array, "r _n _d _b"], ...]:
+    """Inside `mapped`: gather the embeddings of a device's images to all images'."""
+    return tuple(lax.all_gather(x, AXIS, axis=3, tiled=True) for x in levels)
+
+
+def own_regions(tree: Tree) -> Tree:
+    """Inside `mapped`: return this device's regions of constant arrays (r, ...)."""
+    size = lax.psum(1, AXIS)
+
+    def part(x: np.ndarray) -> Array:
+        own = -(-len(x) // size)
+        x = np.pad(x, ((0, own * size - len(x)), *[(0, 0)] * (x.ndim - 1)))
+        return lax.dynamic_slice_in_dim(jnp.asarray(x), lax.axis_index(AXIS) * own, own)
+
+    return jax.tree.map(part, tree)
+
+
 def to_images(distances: Float32[Array, "r n b"]) -> Float32[Array, "_r n _b"]:
     """Inside `mapped`: undo `to_regions` for distances, (r / k, n, b) to (r, n, b / k)."""
     return lax.all_to_all(distances, AXIS, split_axis=2, concat_axis=0, tiled=True)

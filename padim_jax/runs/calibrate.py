@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int, UInt8
 
 from padim_jax.config.settings import Config
 from padim_jax.core import calibration as calibration_lib
+from padim_jax.core import image_score
 from padim_jax.core import suspects as suspects_lib
 from padim_jax.core.calibration import Calibration
 from padim_jax.core.suspects import Suspects
@@ -104,9 +105,7 @@ def find_ranked(
     # Given ones are seen once; see `predict`.
     cache = None if given else image_cache.open_cache(config.cache)
     samples: list[np.ndarray] = []
-    scores: list[np.ndarray] = []
-    # Score, place in `order`, map, height and width of the file's image.
-    highest: list[tuple[float, int, np.ndarray, list[int]]] = []
+    summaries: list[np.ndarray] = []
 
     def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         nonlocal seen
@@ -115,7 +114,7 @@ def find_ranked(
             chosen = sampling.part(source, numbers.tolist())
             if size:
                 seen = statistics_store.refinalize(seen, store, size)
-            for part in scoring_pass.scores(seen, chosen, "calibrate", cache):
+            for part in scoring_pass.measure(seen, chosen, "calibrate", cache):
                 for record, digest in zip(part.records, map(bytes, part.digests), strict=True):
                     if not left_out:
                         _require_unknown(record, digest in unused, origin)
@@ -124,34 +123,67 @@ def find_ranked(
                     unused[digest] -= 1
                 if sum(map(len, samples)) < copies.MOST_COMPARED:
                     samples.append(part.samples)
-                start = sum(map(len, scores))
-                scores.append(part.scores)
-                for i in np.argsort(-part.scores)[: suspects_lib.SHOWN].tolist():
-                    anomaly_map, pixels = part.maps[i].copy(), part.sizes[i].tolist()
-                    highest.append((float(part.scores[i]), start + i, anomaly_map, pixels))
-                highest.sort(key=lambda one: (-one[0], order[one[1]]))
-                del highest[suspects_lib.SHOWN :]
-                yield part.maps, part.scores
+                summaries.append(part.summaries)
+                yield part.maps, part.summaries
 
-    found = _thresholds(detector, parts(), count, origin, groups[order] if pattern else None)
-    if not pattern:  # the order is then the source's
-        names = [record.relative_path for record in source.records]
-        found = _with_warning(found, samples, names)
-    if left_out:
-        detector = statistics_store.refinalize(seen, store)
-    detector = _keep_thresholds(detector, found, store)
-    if not left_out or parallel.every().process > 0:
-        return detector, None
-    back = np.argsort(order)  # to the source's order
+    within = groups[order] if pattern else None
+    thresholds = _thresholds(detector, parts(), count, origin, within)
     names = [record.relative_path for record in source.records]
-    ranked = _rank(config, names, np.concatenate(scores)[back], groups, found)
-    images = [
-        input_pipeline.load_image(source, config.image, int(order[place]), cache)
-        for _, place, *_ in highest
-    ]
-    maps = [anomaly_map for *_, anomaly_map, _ in highest]
-    aspects = [input_pipeline.aspect(config.image, pixels) for *_, pixels in highest]
+    if not pattern:  # the order is then the source's
+        thresholds = _with_warning(thresholds, samples, names)
+    if not left_out:
+        return _keep_thresholds(detector, thresholds, store), None
+    scores = image_score.of_normal(np.concatenate(summaries), within)
+    scores = scores[np.argsort(order)]  # in the source's order
+    shown = np.argsort(-scores, kind="stable")[: suspects_lib.SHOWN].tolist()
+    seen, measured = _measure_again(seen, store, source, passes, groups, shown, cache)
+    detector = statistics_store.refinalize(seen, store)
+    detector = _keep_thresholds(detector, thresholds, store)
+    if parallel.every().process > 0:
+        return detector, None
+    ranked = _rank(config, names, scores, groups, thresholds)
+    images = [input_pipeline.load_image(source, config.image, i, cache) for i in shown]
+    maps = [measured[i][0] for i in shown]
+    aspects = [input_pipeline.aspect(config.image, measured[i][1]) for i in shown]
     return detector, dataclasses.replace(ranked, images=images, maps=maps, aspects=aspects)
+
+
+def _measure_again(
+    detector: Detector,
+    store: Store,
+    source: Source,
+    passes: Sequence[tuple[int, Int[np.ndarray, " _n"]]],
+    groups: Int[np.ndarray, " n"],
+    images: Sequence[int],
+    cache: image_cache.ImageCache | None,
+) -> tuple[Detector, dict[int, tuple[Float32[np.ndarray, "h w"], list[int]]]]:
+    """Return the left-out map and the file's size (height, width) of a few images.
+
+    Args:
+      detector: model that leaves out groups of the last pass's size.
+      store: store of its statistics.
+      source: images that were fitted.
+      passes: size of the groups, and numbers of their images, of each pass.
+      groups: group number of each image of the source.
+      images: numbers of the images in the source.
+      cache: cache of preprocessed images, or None.
+
+    Returns:
+      The detector, which may leave out groups of another size, and map and size by number.
+    """
+    measured = {}
+    for size, numbers in reversed(passes):
+        numbers = numbers[np.isin(groups[numbers], groups[images])]  # groups are left out whole
+        if not len(numbers):
+            continue
+        detector = statistics_store.refinalize(detector, store, size)
+        left = iter(numbers.tolist())
+        part = sampling.part(source, numbers.tolist())
+        for measures in scoring_pass.measure(detector, part, "calibrate", cache):
+            for anomaly_map, pixels in zip(measures.maps, measures.sizes.tolist(), strict=True):
+                if (number := next(left)) in images:
+                    measured[number] = anomaly_map.copy(), pixels
+    return detector, measured
 
 
 def _rank(
@@ -184,24 +216,26 @@ def find_from_model(
     """
     left_out = statistics_store.refinalize(detector, store, 1)
     samples: list[np.ndarray] = []
-    every: list[np.ndarray] = []
+    summaries: list[np.ndarray] = []
 
     def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for found, valid in detector_lib.score_samples(left_out):
-            own: Any = (valid, found.maps, found.scores, found.samples)
-            valid, maps, scores, part = parallel.gather(own)
-            samples.append(part[valid])
-            every.append(scores[valid])
-            yield maps[valid], scores[valid]
+        for measures, valid in detector_lib.measure_samples(left_out):
+            own: Any = (valid, measures.maps, measures.summaries, measures.samples)
+            valid, maps, part, sample = parallel.gather(own)
+            samples.append(sample[valid])
+            summaries.append(part[valid])
+            yield maps[valid], part[valid]
 
-    found = _thresholds(detector, parts(), detector.count, "leave_one_out")
+    thresholds = _thresholds(detector, parts(), detector.count, "leave_one_out")
     numbered = [f"image {i + 1}" for i in range(detector.count)]
-    found = _with_warning(found, samples, names or numbered)
-    detector = _keep_thresholds(statistics_store.refinalize(left_out, store), found, store)
+    thresholds = _with_warning(thresholds, samples, names or numbered)
+    detector = statistics_store.refinalize(left_out, store)
+    detector = _keep_thresholds(detector, thresholds, store)
     if names is None or parallel.every().process > 0:
         return detector, None
     groups = np.arange(len(names))
-    return detector, _rank(detector.config, names, np.concatenate(every), groups, found)
+    scores = image_score.of_normal(np.concatenate(summaries))
+    return detector, _rank(detector.config, names, scores, groups, thresholds)
 
 
 def _thresholds(
@@ -211,7 +245,7 @@ def _thresholds(
     origin: str,
     groups: Int[np.ndarray, " n"] | None = None,
 ) -> Calibration:
-    """Thresholds of the maps and scores of `count` normal images."""
+    """Return thresholds from the measures of `count` normal images."""
     threshold = detector.config.threshold
     try:
         return calibration_lib.calibrate(

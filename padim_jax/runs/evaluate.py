@@ -169,12 +169,13 @@ def score(detector: Detector, source: Source) -> tuple[results.Scored | None, _R
     Raises:
       UserError: most of the masks are a defect by more than half; see `masks.FullCheck`.
     """
+    detector_lib.require_scorable(detector)
     check = masks.FullCheck(sum(record.mask is not None for record in source.records))
     checked = detector.config.dataset.inverted_masks == "check"
     cache = image_cache.open_cache(detector.config.cache)
     parts = []
     read: list[_Read] = []
-    for part in scoring_pass.scores(detector, source, "evaluate", cache):
+    for part in scoring_pass.measure(detector, source, "evaluate", cache):
         read.append(_Read(part.digests, part.sizes, part.facts))
         if checked:
             for record, (defect, *_), size in zip(
@@ -201,7 +202,7 @@ def score(detector: Detector, source: Source) -> tuple[results.Scored | None, _R
         source.records,
         known_masks,
         np.concatenate([part.maps for part in parts]),
-        np.concatenate([part.scores for part in parts]),
+        detector_lib.image_scores(detector, np.concatenate([part.summaries for part in parts])),
         aspects=[
             input_pipeline.aspect(detector.config.image, size) for size in every.sizes.tolist()
         ],

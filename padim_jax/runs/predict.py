@@ -48,6 +48,7 @@ def predict(detector: Detector, source: Source, workdir: Path) -> None:
     Raises:
       UserError: an unreadable image, or another process is writing there.
     """
+    detector_lib.require_scorable(detector)
     known = known_thresholds(detector, workdir)
     detector = scoring_pass.for_new_images(detector)
     devices = parallel.every()
@@ -80,7 +81,7 @@ def _predict(
     folder, growing = workdir / "predictions", workdir / "predictions.incomplete"
     suffix, size = map_suffix(config), passes.batch_size(source, config, devices)
     if devices.process > 0:  # the first one writes
-        for _ in _scored(detector, source, 0):
+        for _ in _measured(detector, source, 0):
             pass
         return
     for place in (folder, growing):
@@ -104,8 +105,9 @@ def _predict(
         with predictions.Writer(
             growing, config.image, suffix, known, detector.calibration, log
         ) as writer:
-            for part in _scored(detector, source, start):
-                writer.add(part.records, part.maps, part.scores, part.digests)
+            for part in _measured(detector, source, start):
+                scores = detector_lib.image_scores(detector, part.summaries)
+                writer.add(part.records, part.maps, scores, part.digests)
             writer.finish()
     results.write_skipped(growing, skipped)
     # Earlier predictions stay until these are whole.
@@ -116,11 +118,11 @@ def _predict(
     print(f"scored {len(source.records)} images{left_out}\nresults: {folder}")
 
 
-def _scored(detector: Detector, source: Source, start: int) -> Iterator[scoring_pass.Part]:
-    """Score images from where the first process says."""
+def _measured(detector: Detector, source: Source, start: int) -> Iterator[scoring_pass.Part]:
+    """Measure images from where the first process says."""
     start = parallel.agreed(start)
     # Not cached: images that are seen once would push out those that are seen again.
-    return scoring_pass.scores(detector, source, "predict", cache=None, start=start)
+    return scoring_pass.measure(detector, source, "predict", cache=None, start=start)
 
 
 def _require_elsewhere(source: Source, folder: Path) -> None:

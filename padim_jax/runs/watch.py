@@ -362,6 +362,7 @@ def watch(detector: Detector, folder: pathlib.Path, workdir: Path, timing: Timin
     Raises:
       UserError: see `run`.
     """
+    detector_lib.require_scorable(detector)
     known = predict.known_thresholds(detector, workdir)
     detector = scoring_pass.for_new_images(detector)
     suffix, said = predict.map_suffix(detector.config), predict.dependencies(detector, known)

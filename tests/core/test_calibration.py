@@ -28,7 +28,7 @@ def of_scores(scores: Any, image_rate: float = 0.01, pixel_rate: float = 0.001) 
     """Of images whose maps have one value each."""
     scores = np.asarray(scores, np.float32)
     maps = np.broadcast_to(scores[:, None, None], (len(scores), 4, 4))
-    return calibrate([(maps, scores)], len(scores), "held_out", image_rate, pixel_rate)
+    return calibrate([(maps, scores[:, None])], len(scores), "held_out", image_rate, pixel_rate)
 
 
 def drawn(count: int, seed: int) -> Any:
@@ -131,7 +131,7 @@ class TestPixels:
     MAPS = np.random.default_rng(1).gumbel(4, 1, (23, 7, 9)).astype(np.float32)
 
     def in_parts(self, maps: np.ndarray, ends: list[int], rate: float) -> Calibration:
-        parts = [(part, part.max(axis=(1, 2))) for part in np.split(maps, ends)]
+        parts = [(part, part.max(axis=(1, 2))[:, None]) for part in np.split(maps, ends)]
         return calibrate(parts, len(maps), "given", 0.05, rate)
 
     @pytest.mark.parametrize("rate", [0.0001, 0.001, 0.01, 0.3, 0.95])
@@ -202,7 +202,9 @@ class TestPixels:
     def test_by_images_an_outline_is_a_verdict(self, images: int):
         """As many normal images have an outlined pixel as are called anomalous, any split."""
         maps = np.random.default_rng(images).gumbel(4, 1, (images, 6, 5)).astype(np.float32)
-        parts = [(part, part.max(axis=(1, 2))) for part in np.split(maps, [2, images // 2])]
+        parts = [
+            (part, part.max(axis=(1, 2))[:, None]) for part in np.split(maps, [2, images // 2])
+        ]
         found = calibrate(parts, images, "given", 0.0, 0.0)
         assert found.pixel_rate == 0
         assert found.pixel_threshold == found.image_threshold
@@ -218,7 +220,9 @@ class TestPixels:
         """A group has an outline where any of its images has."""
         maps = np.random.default_rng(0).gumbel(4, 1, (12, 3, 3)).astype(np.float32)
         groups = np.arange(12) // 4
-        found = calibrate([(maps, maps.max(axis=(1, 2)))], 12, "given", 0.5, 0.0, groups)
+        found = calibrate(
+            [(maps, maps.max(axis=(1, 2))[:, None])], 12, "given", 0.5, 0.0, groups
+        )
         peaks = np.sort(maps.reshape(3, -1).max(axis=1))
         assert found.pixel_threshold == np.nextafter(peaks[1], np.float32(np.inf))
 
@@ -317,7 +321,7 @@ class TestInput:
         of_scores([1, 2, 3])
 
     def test_another_number_than_was_said(self):
-        maps, scores = np.ones((4, 2, 2), np.float32), np.ones(4, np.float32)
+        maps, scores = np.ones((4, 2, 2), np.float32), np.ones((4, 1), np.float32)
         with pytest.raises(ValueError, match="4 normal images; 5 were to come"):
             calibrate([(maps, scores)], 5, "given", 0.1, 0.1)
         with pytest.raises(ValueError, match="0 normal images; 5 were to come"):
@@ -404,14 +408,21 @@ class TestStored:
 
     @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Calibration)])
     def test_missing(self, name: str):
-        found = dataclasses.replace(of_scores(GAMMA), groups=209, warning="near copies")
+        found = dataclasses.replace(
+            of_scores(GAMMA),
+            groups=209,
+            warning="near copies",
+            summary_means=(1.0, 2.0),
+            summary_deviations=(0.5, 0.25),
+        )
         stored = to_dict(found, "abc")
         del stored[name]
         # What older files lack is missed by the digest.
-        later = ("groups", "warning", "rates", "rate_thresholds", "scores")
+        summaries = ("summary_means", "summary_deviations")
+        later = ("groups", "warning", "rates", "rate_thresholds", "scores", *summaries)
         reason = name
         if name in later:
-            reason = "as many thresholds|not what was saved"
+            reason = "as many (thresholds|deviations)|not what was saved"
         with pytest.raises(ValueError, match=reason):
             from_dict(stored, "abc")
 
@@ -534,7 +545,7 @@ class TestGroups:
 
     def calibration(self, scores: np.ndarray, ends: list[int], rate: float) -> Calibration:
         maps = scores[:, None, None] * np.ones((1, 2, 2), np.float32)
-        parts = list(zip(np.split(maps, ends), np.split(scores, ends), strict=True))
+        parts = list(zip(np.split(maps, ends), np.split(scores[:, None], ends), strict=True))
         return calibrate(parts, len(scores), "given", rate, 0.01, self.GROUPS)
 
     def test_are_what_one_image_of_the_highest_score_each_would_be(self):
@@ -552,7 +563,7 @@ class TestGroups:
         assert "so few groups promise 3.2 % at best" in calibration.text(found)
 
     def test_too_few(self):
-        part = (np.zeros((4, 2, 2), np.float32), np.zeros(4, np.float32))
+        part = (np.zeros((4, 2, 2), np.float32), np.zeros((4, 1), np.float32))
         with pytest.raises(ValueError, match="4 normal images in 2 groups that are indep"):
             calibrate([part], 4, "given", 0.1, 0.1, np.array([0, 0, 1, 1]))
 
@@ -576,7 +587,7 @@ class TestRealDetector:
     """Normal images of the made-up category, a small ResNet-18 with random weights."""
 
     def calibration(self, found: detector.Anomalies) -> Calibration:
-        part = (found.maps, found.scores)
+        part = (found.maps, found.scores[:, None])
         return calibrate([part], FITTED, "leave_one_out", RATE, 0.01)
 
     def most(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage
 
 from padim_jax.core import gaussian, low_rank, scoring
-from padim_jax.core.scoring import anomaly_maps, image_scores, mahalanobis
+from padim_jax.core.scoring import anomaly_maps, mahalanobis
 from padim_jax.core.types import Gaussian, LowRank
 
 # One float32 product per axis, over at most 20 samples of the grid or 33 of the blur: an
@@ -355,10 +355,3 @@ def test_distances_of_another_grid_raise():
 def test_unknown_upsampling_raises():
     with pytest.raises(ValueError, match="'area': expected 'nearest', 'bilinear'"):
         maps_of(np.zeros((1, 2, 2)), (4, 4), upsample="area")
-
-
-def test_image_score_is_the_maximum_of_the_map():
-    maps = np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32)
-    maps[1] -= 100  # a maximum below 0
-    maps[2, 4, 6] = 9
-    np.testing.assert_array_equal(image_scores(jnp.asarray(maps)), maps.max(axis=(1, 2)))

@@ -169,7 +169,8 @@ def test_fit_and_score_in_batches(form: str):
     x = np.asarray(embedding.concatenate(levels, pyramid))
     squared, _ = patchwise.distances(x[[0, 1, 2, 3, 5]], x, config.model.regularization)
     found = detector.score_batch(
-        variables, fitted, images[None], config.image, config.model, config.map, given["index"]
+        *(variables, fitted, images[None], config.image, config.model, config.map),
+        *(config.score.image, given["index"]),
     )
     maps, scores, _ = (np.asarray(x)[0] for x in found)
     expected = scoring.anomaly_maps(
@@ -182,9 +183,9 @@ def test_fit_and_score_in_batches(form: str):
     # Features of variance up to 10 beside an epsilon of 0.01: roundoffs are amplified by
     # 1000 and summed 20 times; measured 9e-6 (moments) and 3e-5 (samples).
     np.testing.assert_allclose(maps, expected, rtol=3e-4)
-    np.testing.assert_array_equal(scores, maps.max(axis=(1, 2)))
+    np.testing.assert_array_equal(scores[:, 0], maps.max(axis=(1, 2)))
     # The image that was marked as padding is not among those fitted.
-    assert np.argmax(scores) == 4
+    assert np.argmax(scores[:, 0]) == 4
 
 
 SMALL = make_config(channels=8, layers=("layer1",))

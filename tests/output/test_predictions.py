@@ -337,7 +337,7 @@ def calibration(image_rate: float = 0.1) -> Calibration:
     scores = np.linspace(2, 3, 40, dtype=np.float32)
     maps = np.ones((40, 8, 8), np.float32)
     maps[:, 3, 3] = scores
-    return calibrate([(maps, scores)], 40, "held_out", image_rate, 0.01)
+    return calibrate([(maps, scores[:, None])], 40, "held_out", image_rate, 0.01)
 
 
 class TestThresholdsOfNormalImages:

@@ -139,7 +139,7 @@ class TestImagesThatWereFitted:
                     modes.run(mode, with_copies, tmp_path / "run", place, given)
             with pytest.raises(UserError, match=match):
                 modes.run("update", None, tmp_path, path, f"{root}/part/train/good")
-        monkeypatch.setattr(calibrate.scoring_pass, "scores", too_late)
+        monkeypatch.setattr(calibrate.scoring_pass, "measure", too_late)
         with pytest.raises(UserError, match="is one of the images that the model was fitted"):
             modes.run("calibrate", None, tmp_path, path, f"{root}/part/train/good")
         assert not other.exists()
@@ -198,9 +198,9 @@ def test_scores_of_samples_are_those_of_the_files(
     for devices in (1, 4):
         monkeypatch.setattr(parallel, "every", lambda devices=devices: Devices(devices))
         fitted = statistics_store.refinalize(loading.load(store.path), store, 1)
-        parts = list(detector.score_samples(fitted))
+        parts = list(detector.measure_samples(fitted))
         maps = np.concatenate([found.maps[valid] for found, valid in parts])
-        scores = np.concatenate([found.scores[valid] for found, valid in parts])
+        scores = np.concatenate([found.summaries[valid, 0] for found, valid in parts])
         # The mean is taken off and put back, of which a roundoff remains: measured 4e-6.
         np.testing.assert_allclose(maps, expected.maps, rtol=1e-4)
         np.testing.assert_allclose(scores, expected.scores, rtol=1e-4)

@@ -1,0 +1,160 @@
+"""Anomaly maps -> image scores.
+
+PaDiM (arXiv 2011.08785), section III-C, scores an image by the maximum of its anomaly map. The
+maximum of a normal image's map is an extreme value: it varies from image to image, and more so
+the more patches a map has, which hides small defects. Summaries of more of the map vary less:
+
+    max        the maximum of the map: as published
+    top        the mean of the highest 1 % of the map's pixels
+    band       the standard deviation, over the patch grid, of the distances blurred by 1 patch
+               minus the distances blurred by 10: structures of the size of defects, without
+               single patches and without what an image has everywhere, such as its brightness
+    combined   four summaries s_j together: `top`, the standard deviation of the map, its mean
+               absolute gradient and `band`, each in standard deviations of the same summary of
+               normal images: sqrt(sum_j max(0, (s_j - mean_j) / deviation_j)^2)
+
+Blurs are in patches and parts of maps in fractions, so that all scale with the image's size.
+`combined` takes mean and deviation of the summaries of normal images that the model was not
+fitted to, or that were left out of it: those that thresholds are found on.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int
+
+from padim_jax.core import scoring
+from padim_jax.core.types import AnomalyMaps, Distances
+
+TOP = 0.01  # fraction of a map's pixels
+FINE, COARSE = 1.0, 10.0  # standard deviations of the blurs of `band`, in patches
+
+# A summary that is equal in all normal images says that any other value is anomalous; the
+# deviation is then this fraction of its mean, some roundoffs of float32.
+_LEAST_DEVIATION = 1e-6
+
+
+def summaries(
+    maps: AnomalyMaps, distances: Distances, grid: tuple[int, int], kind: str
+) -> Float32[Array, "b _k"]:
+    """Return what an image score is made of: the score itself, or four numbers for `combined`.
+
+    Args:
+      maps: anomaly maps (b, h, w).
+      distances: Mahalanobis distances (b, p) that the maps were made of.
+      grid: height and width of the patch grid.
+      kind: max, top, band or combined; static under jit.
+
+    Returns:
+      (b, 1) float32, or (b, 4) for `combined`, in the order of the module's docstring.
+
+    Raises:
+      ValueError: `kind` is none of these.
+    """
+    if kind == "max":
+        parts = [jnp.max(maps, axis=(1, 2))]
+    elif kind == "top":
+        parts = [top(maps)]
+    elif kind == "band":
+        parts = [band(distances, grid)]
+    elif kind == "combined":
+        deviation = jnp.std(maps, axis=(1, 2))
+        parts = [top(maps), deviation, total_variation(maps), band(distances, grid)]
+    else:
+        raise ValueError(f"{kind}: expected max, top, band or combined")
+    return jnp.stack(parts, axis=1)
+
+
+def top(maps: AnomalyMaps) -> Float32[Array, " b"]:
+    """Return the mean of the highest `TOP` of each map's pixels, at least one: (b,)."""
+    pixels = maps.reshape(len(maps), -1)
+    count = max(1, round(TOP * pixels.shape[1]))
+    return jnp.mean(lax.top_k(pixels, count)[0], axis=1)
+
+
+def band(distances: Distances, grid: tuple[int, int]) -> Float32[Array, " b"]:
+    """Return the standard deviation of the band-passed distances.
+
+    Args:
+      distances: (b, p).
+      grid: height and width of the patch grid.
+
+    Returns:
+      (b,) float32.
+    """
+    fine, coarse = (
+        scoring.anomaly_maps(distances, grid, grid, "bilinear", sigma)
+        for sigma in (FINE, COARSE)
+    )
+    return jnp.std(fine - coarse, axis=(1, 2))
+
+
+def total_variation(maps: AnomalyMaps) -> Float32[Array, " b"]:
+    """Return the mean absolute difference of vertical and of horizontal neighbours, added."""
+    vertical, horizontal = (jnp.mean(jnp.abs(jnp.diff(maps, axis=a)), (1, 2)) for a in (1, 2))
+    return vertical + horizontal
+
+
+def combine(
+    summaries: Float[np.ndarray, "n _k"],
+    means: Float[np.ndarray, "*n _k"],
+    deviations: Float[np.ndarray, "*n _k"],
+) -> Float32[np.ndarray, " n"]:
+    """Return `combined` scores.
+
+    Args:
+      summaries: summaries (n, 4) of the images.
+      means: mean (4,) of each summary over normal images, or (n, 4) for each image its own.
+      deviations: their standard deviations, of the same shape.
+
+    Returns:
+      (n,) float32, 0 or more.
+    """
+    least = _LEAST_DEVIATION * np.abs(means) + np.finfo(np.float32).tiny
+    excess = (summaries.astype(np.float64) - means) / np.maximum(deviations, least)
+    return np.sqrt(np.sum(np.maximum(excess, 0) ** 2, axis=1)).astype(np.float32)
+
+
+def moments(
+    summaries: Float32[np.ndarray, "n _k"],
+) -> tuple[Float[np.ndarray, " _k"], Float[np.ndarray, " _k"]]:
+    """Return mean and standard deviation (divisor n - 1) of each summary, float64."""
+    values = summaries.astype(np.float64)
+    return values.mean(axis=0), values.std(axis=0, ddof=1)
+
+
+def of_normal(
+    summaries: Float32[np.ndarray, "n _k"], groups: Int[np.ndarray, " n"] | None = None
+) -> Float32[np.ndarray, " n"]:
+    """Return the score of each normal image; `combined`, it is measured by the other images.
+
+    A new image is measured by images that it is none of. Measured by themselves as well, normal
+    images would score lower than new ones, the more so the fewer they are.
+
+    Args:
+      summaries: (n, k), see `summaries`, of images that their model was not fitted to.
+      groups: group number of each image, of at least 3 groups; images are not measured by their
+        own group. None if each image is independent.
+
+    Returns:
+      (n,) float32.
+    """
+    if summaries.shape[1] == 1:
+        return summaries[:, 0]
+    values = summaries.astype(np.float64)
+    values -= values.mean(axis=0)  # squares then do not cancel
+    _, numbers = np.unique(
+        np.arange(len(values)) if groups is None else groups, return_inverse=True
+    )
+
+    def others(x: Float[np.ndarray, "n _k"]) -> Float[np.ndarray, "n _k"]:
+        """Return for each image the sum over all images of other groups."""
+        sums = np.zeros((numbers.max() + 1, x.shape[1]))
+        np.add.at(sums, numbers, x)
+        return x.sum(axis=0) - sums[numbers]
+
+    counts = others(np.ones((len(values), 1)))
+    means = others(values) / counts
+    squares = np.maximum(others(values**2) - counts * means**2, 0)
+    shift = summaries.astype(np.float64) - values
+    return combine(summaries, means + shift, np.sqrt(squares / (counts - 1)))
