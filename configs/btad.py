@@ -9,7 +9,7 @@ data/btad/01/train/ok exists; folders, licence, citation: docs/datasets.md.
 Accuracy: not measured here, the data are not part of this project. Images are resized to
 256x256; products 01 and 02 are square (1600x1600, 600x600 pixels), 03 (800x600) is not.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/defaults.py.
+Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/settings.py.
 """
 
 import ml_collections

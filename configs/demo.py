@@ -10,7 +10,7 @@ to data/synthetic as PNG files in MVTec AD's layout. The weights come with padim
 were trained on other images that it draws itself. ImageNet's are better
 (--config.model.weights=resnet18.tv_in1k).
 
-Every setting is explained in padim_jax/config/defaults.py.
+Every setting is explained in padim_jax/config/settings.py.
 """
 
 import ml_collections

@@ -9,7 +9,7 @@ https://download.pytorch.org/models/efficientnet_b5_lukemelas-1a07897c.pth and a
     --config.model.weights=/path/to/efficientnet_b5_lukemelas-1a07897c.pth
 See third_party/pretrained_weights.md.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/defaults.py.
+Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/settings.py.
 """
 
 import ml_collections

@@ -11,7 +11,7 @@ Expected below the root:
 
 The accuracy depends on the parts; docs/choosing_settings.md tells which settings to take when.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/defaults.py.
+Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/settings.py.
 """
 
 import ml_collections

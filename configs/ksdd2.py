@@ -11,7 +11,7 @@ Accuracy: not measured here, the data are not part of this project. Images are r
 256x256; they have about 230x630 pixels (width, height). --config.image.resize='(640, 256)'
 nearly keeps their aspect, at 2.5 times the memory.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/defaults.py.
+Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/settings.py.
 """
 
 import ml_collections

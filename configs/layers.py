@@ -10,7 +10,7 @@ The comparison of the paper's section V-A. Any set of layers is a preset, as in 
 
 Expected for bottle (ResNet-18): see docs/results.md, "What the choices cost".
 
-Every setting is explained in padim_jax/config/defaults.py.
+Every setting is explained in padim_jax/config/settings.py.
 """
 
 import ml_collections

@@ -11,7 +11,7 @@ defect that is tested, with all tiles with one.
 Accuracy: not measured here, the data are not part of this project. Tiles are of many sizes and
 aspects, all resized to 256x256.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/defaults.py.
+Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/settings.py.
 """
 
 import ml_collections

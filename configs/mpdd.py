@@ -9,7 +9,7 @@ docs/datasets.md.
 Accuracy: not measured here, the data are not part of this project. Images are resized to
 256x256, whatever their aspect.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/defaults.py.
+Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/settings.py.
 """
 
 import ml_collections

@@ -18,7 +18,7 @@ All categories, one after the other, with a table of them all beside the publish
 
     python -m padim_jax.main --config=configs/mvtec.py --config.category=all
 
-Every setting, with its default and its meaning: padim_jax/config/defaults.py.
+Every setting, with its default and its meaning: padim_jax/config/settings.py.
 """
 
 import ml_collections

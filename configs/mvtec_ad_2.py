@@ -13,7 +13,7 @@ Accuracy: not measured here, the data are not part of this project. Images are r
 256x256, whatever their aspect. They are large and many defects in them small: try
 --config.image.resize='(512, 512)', at four times the memory.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/defaults.py.
+Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/settings.py.
 """
 
 import ml_collections

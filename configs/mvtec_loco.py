@@ -11,7 +11,7 @@ Accuracy: not measured here, the data are not part of this project. Pixel metric
 union of an image's masks; the dataset's own saturated PRO is not computed. Images are resized
 to 256x256, whatever their aspect.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/defaults.py.
+Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/settings.py.
 """
 
 import ml_collections

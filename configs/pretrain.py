@@ -21,13 +21,13 @@ and to use what comes out, as the weights of any other configuration:
 
     --config.model.weights=results/pretrain/backbone.safetensors
 
-Every setting is explained in padim_jax/pretrain/defaults.py.
+Every setting is explained in padim_jax/pretrain/config.py.
 """
 
 import ml_collections
 
-from padim_jax.pretrain import defaults
+from padim_jax.pretrain import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    return defaults.get_config()
+    return config.get_config()

@@ -16,7 +16,7 @@ written); PatchCore takes every fifth frame of training and test (mSTC), some 4,
 Accuracy: not measured here, the data are not part of this project. Every test frame is
 evaluated: some 3,400 a scene.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/defaults.py.
+Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/settings.py.
 """
 
 import ml_collections

@@ -10,7 +10,7 @@ Accuracy: not measured here, the data are not part of this project. Images are r
 256x256, whatever their aspect. Capsules and macaroni2 differ largely in places and poses,
 which one Gaussian for each position is not made for.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/defaults.py.
+Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/settings.py.
 """
 
 import ml_collections

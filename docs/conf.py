@@ -4,7 +4,18 @@ The source folder is the repository, so that README.md, SECURITY.md and the page
 to each other by the same relative paths on the site and in the repository.
 """
 
+import dataclasses
 import importlib.metadata
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
+
+from padim_jax.config import schema
+from padim_jax.config.settings import Config
+from padim_jax.pretrain.config import PretrainConfig
 
 project = "padim_jax"
 copyright = "The padim_jax authors"
@@ -39,3 +50,37 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+
+
+def setup(app: Sphinx) -> None:
+    """Register what Sphinx calls while it builds."""
+    app.connect("source-read", fill_in_settings)
+
+
+def fill_in_settings(app: Sphinx, page: str, source: list[str]) -> None:
+    """Put all settings where the page of settings names their dataclass."""
+    if page == "docs/reference/settings":
+        for group in (Config, PretrainConfig):
+            source[0] = source[0].replace(f"<!-- {group.__name__} -->", explain(group))
+
+
+def explain(group: Any) -> str:
+    """Return a dataclass of settings, and the groups in it, as Markdown."""
+    texts = ModuleAnalyzer.for_module(group.__module__).find_attr_docs()
+    defaults = schema.defaults(group).to_dict()
+
+    def sections(group: Any, defaults: Any, name: str) -> Iterator[str]:
+        fields = dataclasses.fields(group)
+        for field in (field for field in fields if not schema.is_group(field)):
+            check = schema.statement(field).check
+            yield f"#### {name}.{field.name}"
+            yield f"Default: `{defaults[field.name]!r}`."
+            if dataclasses.is_dataclass(check):  # it has a text
+                yield f"Allowed: {check}."
+            yield "\n".join(texts[group.__name__, field.name])
+        for field in filter(schema.is_group, fields):
+            yield f"### {name}.{field.name}"
+            yield str(inspect.getdoc(field.type))
+            yield from sections(field.type, defaults[field.name], f"{name}.{field.name}")
+
+    return "\n\n".join(sections(group, defaults, "config"))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from padim_jax.config import defaults
+from padim_jax.config import backbones, defaults
 from padim_jax.config import settings as config_lib
 from padim_jax.config.settings import Config
 from padim_jax.core.calibration import Calibration
@@ -248,7 +248,7 @@ def fit(
         where `thresholds` is None.
       progress: whether to show progress bars, where standard error is a terminal.
       **settings: by their short names, as in `backbone="resnet18"`, `channels=100`,
-        `resize=(256, 256)`, `weights="bundled"`; `defaults` explains them all. Where two
+        `resize=(256, 256)`, `weights="bundled"`; `config.settings` explains them all. Where two
         groups have a setting of this name, the group goes before it: `model_seed`,
         `image_seed`, `model_upsample`, `map_upsample`; and for the image score: `score_image`.
 
@@ -407,7 +407,7 @@ def _values(
     places = _places()
     # The weights' name follows the backbone's, unless it is given.
     if config is None and "backbone" in given and "weights" not in given:
-        given["weights"] = f"{given['backbone']}.tv_in1k"
+        given["weights"] = f"{given['backbone']}{backbones.DEFAULT_WEIGHTS}"
     for name, value in given.items():
         if name not in places:
             close = difflib.get_close_matches(name, places, n=1)

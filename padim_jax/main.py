@@ -24,7 +24,7 @@ Examples:
 
 `padim-jax` is the same as `python -m padim_jax.main`. Every setting of --config can be
 overridden, as in --config.batch_size=16; without --config, those of a saved model.
-padim_jax/config/defaults.py explains them all, and padim_jax/pretrain/defaults.py those of
+padim_jax/config/settings.py explains them all, and padim_jax/pretrain/config.py those of
 --mode=pretrain.
 Results go to --workdir. Exit codes: 0 done, 1 a bug or a failing machine, 2 something
 to mend in the command, the settings, the files or the limits of memory, 130 interrupted

@@ -116,7 +116,7 @@ def alter(tree: dict[str, Any], draw: st.DrawFn, values: st.SearchStrategy) -> N
 
 @st.composite
 def settings(draw: st.DrawFn) -> Any:
-    values = defaults.get_config(draw(st.sampled_from(defaults.PRESETS))).to_dict()
+    values = defaults.get_config(draw(st.sampled_from(list(defaults.PRESETS)))).to_dict()
     for _ in range(draw(st.integers(1, 3))):
         alter(values, draw, VALUES)
     return values

@@ -204,7 +204,7 @@ def test_torch_is_imported_on_demand_only(module):
 # Checking a configuration, listing a dataset and showing --help are to be quick.
 LIGHT = [
     *("", "config.settings", "config.defaults", "errors", "main", "core.metrics"),
-    *("output.figures", "pretrain", "pretrain.config", "pretrain.defaults"),
+    *("output.figures", "pretrain", "pretrain.config"),
 ]
 HEAVY = ["flax", "grain", "jax", "matplotlib", "optax", "orbax", "tensorflow", "torch"]
 

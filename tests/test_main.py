@@ -310,7 +310,7 @@ class TestMistakes:
                 [*PRETRAIN, "--workdir=gs://b/c"],
                 "--workdir=gs://b/c: .* file systems only",
             ),
-            ([*PRETRAIN, "--config.xyz=1"], "'xyz'; .*padim_jax/pretrain/defaults.py"),
+            ([*PRETRAIN, "--config.xyz=1"], "'xyz'; .*padim_jax/pretrain/config.py"),
             ([*PRETRAIN, "--processes=2"], "the processes cannot be joined"),
             # Of the settings.
             ([MVTEC, "--config.bach_size=4"], "no such setting 'bach_size'; .* 'batch_size'"),

@@ -248,6 +248,9 @@ TORCHVISION_FILES = (
     "efficientnet_b5_lukemelas-1a07897c.pth",
 )
 
+# Behind the name of a ResNet: its weights unless others are set.
+DEFAULT_WEIGHTS = ".tv_in1k"
+
 RANDOM_WEIGHTS = "random"
 
 # Weights that are part of this package, trained by `padim_jax.pretrain`.

@@ -1,16 +1,15 @@
-"""Checks of single settings, for all kinds of configurations.
+"""Checks of single settings.
 
-Each takes the setting's `name` and `value`, and returns the value or raises a UserError of one
-line: name, value, and what is expected.
+A check takes a setting's name and value, and returns the value in its final type or raises a
+UserError of one line: name, value, and what is expected. `str` of a check with parameters says
+what it allows.
 """
 
 import dataclasses
 import difflib
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
-
-import ml_collections
 
 from padim_jax.errors import UserError
 from padim_jax.system import paths
@@ -24,74 +23,147 @@ _LARGEST_BYTE = 255
 _MOST_SHOWN = 200  # characters of a wrong value in a message
 
 
-def fields(name: str, value: Any, schema: type) -> None:
-    """Require a group of exactly the fields of a dataclass, or raise UserError.
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """One of some words."""
 
-    Args:
-      name: name of the group.
-      value: its value.
-      schema: dataclass with the fields.
-    """
-    group(name, value)
-    expected = {field.name for field in dataclasses.fields(schema)}
-    found = set(value.keys())
-    # Names in a file's JSON may be any text.
-    if unknown := sorted(one_line(str(key)) for key in found - expected):
-        close = difflib.get_close_matches(unknown[0], expected, n=1)
-        raise UserError(
-            f"{name}.{unknown[0]}: no such setting"
-            + (f"; did you mean {name}.{close[0]}?" if close else ".")
-            + f" Allowed: {', '.join(sorted(expected))}"
-        )
-    if missing := sorted(expected - found):
-        raise UserError(f"{name}.{missing[0]}: missing; expected {', '.join(sorted(expected))}")
+    words: Collection[str]
+
+    def __call__(self, name: str, value: Any) -> str:
+        """Return the word, or raise UserError."""
+        if isinstance(value, str) and value in self.words:
+            return value
+        short = isinstance(value, str) and len(value) <= _MOST_SHOWN
+        close = difflib.get_close_matches(value, self.words, n=1) if short else []
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise wrong(name, value, f"{self}{hint}")
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.words)}"
 
 
-def group(name: str, value: Any) -> None:
-    """Require a group of settings, or raise UserError."""
-    if not isinstance(value, Mapping | ml_collections.ConfigDict):
-        raise UserError(f"{name}={shown(value)}: expected a group of settings")
+@dataclasses.dataclass(frozen=True)
+class Integer:
+    """A whole number from `low` to `high`."""
 
+    low: int
+    high: int
 
-def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
-    """Require one of some words, and return it.
-
-    Args:
-      name: name of the setting.
-      value: its value.
-      allowed: the words.
-
-    Returns:
-      The value.
-
-    Raises:
-      UserError: it is another value.
-    """
-    if isinstance(value, str) and value in allowed:
+    def __call__(self, name: str, value: Any) -> int:
+        """Return the number, or raise UserError."""
+        if not is_integer(value) or not self.low <= value <= self.high:
+            small = is_number(value) and value <= self.high
+            limit = "" if small else f" and at most {self.high}"
+            raise wrong(name, value, f"a whole number of at least {self.low}{limit}")
         return value
-    short = isinstance(value, str) and len(value) <= _MOST_SHOWN
-    close = difflib.get_close_matches(value, allowed, n=1) if short else []
-    raise UserError(
-        f"{name}={shown(value)}: expected one of {', '.join(allowed)}"
-        + (f"; did you mean {close[0]!r}?" if close else "")
-    )
+
+    def __str__(self) -> str:
+        bits = self.high.bit_length()
+        high = f"2^{bits} - 1" if self.high == 2**bits - 1 and bits > 30 else self.high
+        return f"a whole number from {self.low} to {high}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A number from `low` to `high`; with `inside`, neither of these two."""
+
+    low: float
+    high: float
+    inside: bool = False
+
+    def __call__(self, name: str, value: Any) -> float:
+        """Return the number as a float, or raise UserError."""
+        # Compared before conversion: integers may be larger than any float.
+        allowed = is_number(value) and self.low <= value <= self.high
+        if not allowed or (self.inside and value in (self.low, self.high)):
+            raise wrong(name, value, self)
+        return float(value)
+
+    def __str__(self) -> str:
+        if self.inside:
+            return f"a number above {self.low:g} and below {self.high:g}"
+        return f"a number from {self.low:g} to {self.high:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class RGB:
+    """Three numbers from `low` to `high`, for pixel values in 0..1."""
+
+    low: float
+    high: float
+
+    def __call__(self, name: str, value: Any) -> tuple[float, float, float]:
+        """Return red, green and blue, or raise UserError."""
+        if not isinstance(value, tuple | list) or len(value) != 3:
+            raise wrong(name, value, "three numbers (red, green, blue)")
+        if any(is_number(item) and self.high < item <= _LARGEST_BYTE for item in value):
+            hint = f"divide those of 0..{_LARGEST_BYTE} by {_LARGEST_BYTE}"
+            raise wrong(name, value, f"{self}, of pixel values in 0..1; {hint}")
+        channel = Number(self.low, self.high)
+        red, green, blue = (channel(name, item) for item in value)
+        return red, green, blue
+
+    def __str__(self) -> str:
+        return f"three numbers from {self.low:g} to {self.high:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Height and width in pixels, each from `low` to `high`; None if it is `optional`."""
+
+    low: int
+    high: int
+    optional: bool = False
+
+    def __call__(self, name: str, value: Any) -> tuple[int, int] | None:
+        """Return the size, or raise UserError."""
+        is_list = isinstance(value, tuple | list)
+        # On the command line `None` arrives as a tuple of one None.
+        if value is None or (is_list and len(value) < 2 and all(x is None for x in value)):
+            if self.optional:
+                return None
+        elif is_list and len(value) == 2 and all(map(is_integer, value)):
+            height, width = value
+            if min(value) >= self.low and max(value) <= self.high:
+                return height, width
+        raise wrong(name, value, f"{self}, as in '(256, 256)'")
+
+    def __str__(self) -> str:
+        return f"(height, width) in pixels, each at least {self.low} and at most {self.high}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Odd:
+    """An odd number of cells from 1 to `high`."""
+
+    high: int
+
+    def __call__(self, name: str, value: Any) -> int:
+        """Return the number, or raise UserError."""
+        if not is_integer(value) or not 1 <= value <= self.high or value % 2 == 0:
+            hint = "as in 3 for a neighbourhood of 3x3; 1 is the cell itself"
+            raise wrong(name, value, f"{self}, {hint}")
+        return value
+
+    def __str__(self) -> str:
+        return f"an odd number of cells up to {self.high}"
 
 
 def text(name: str, value: Any) -> str:
     """Require a text that is not blank, and return it."""
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise UserError(f"{name}={shown(value)}: expected a non-empty text")
+        raise wrong(name, value, "a non-empty text")
     return value
 
 
 def path(name: str, value: Any) -> paths.Path:
     """Require the path of a folder, which need not exist, and return it."""
-    given = str(value) if isinstance(value, str | pathlib.PurePath) else ""
-    if not given or "\0" in given or len(given) > _LONGEST_PATH:
-        raise UserError(f"{name}={shown(value)}: expected a folder")
+    folder = str(value) if isinstance(value, str | pathlib.PurePath) else ""
+    if not folder or "\0" in folder or len(folder) > _LONGEST_PATH:
+        raise wrong(name, value, "a folder")
     try:
         # A model's own configuration may name a place that cannot be reached from here.
-        return paths.parse(given, needed=False)
+        return paths.parse(folder, needed=False)
     except UserError as error:
         reason = str(error).removeprefix(f"{value}: ")
         raise UserError(f"{name}={shown(value)}: {reason}") from error
@@ -104,93 +176,32 @@ def optional_path(name: str, value: Any) -> paths.Path | None:
     return path(name, value)
 
 
-def integer(name: str, value: Any, low: int, high: int) -> int:
-    """Require an integer from `low` to `high`, and return it.
-
-    Args:
-      name: name of the setting.
-      value: its value.
-      low: smallest allowed value.
-      high: largest allowed value.
-
-    Returns:
-      The value.
-
-    Raises:
-      UserError: it is another value.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        limit = "" if is_number(value) and value <= high else f" and at most {high}"
-        raise UserError(
-            f"{name}={shown(value)}: expected a whole number of at least {low}{limit}"
-        )
-    return value
-
-
-def within(name: str, value: Any, low: float, high: float) -> float:
-    """Require a number from `low` to `high`, and return it.
-
-    Args:
-      name: name of the setting.
-      value: its value.
-      low: smallest allowed value.
-      high: largest allowed value.
-
-    Returns:
-      The value.
-
-    Raises:
-      UserError: it is another value.
-    """
-    # Compared before conversion: integers may be larger than any float.
-    if not is_number(value) or not low <= value <= high:
-        raise UserError(f"{name}={shown(value)}: expected a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def fraction(name: str, value: Any) -> float:
-    """Require a number above 0 and below 1, and return it."""
-    if not is_number(value) or not 0 < value < 1:
-        raise UserError(f"{name}={shown(value)}: expected a number above 0 and below 1")
-    return float(value)
-
-
 def flag(name: str, value: Any) -> bool:
     """Require True or False, not a number that stands for them, and return it."""
     if not isinstance(value, bool):
-        raise UserError(f"{name}={shown(value)}: expected True or False")
+        raise wrong(name, value, "True or False")
     return value
 
 
-def rgb(name: str, value: Any, low: float, high: float) -> tuple[float, float, float]:
-    """Require three numbers from `low` to `high`, for pixel values in 0..1.
+def wrong(name: str, value: Any, expected: object) -> UserError:
+    """Return the error of a setting's wrong value.
 
     Args:
       name: name of the setting.
       value: its value.
-      low: smallest allowed value.
-      high: largest allowed value.
-
-    Returns:
-      Red, green and blue.
-
-    Raises:
-      UserError: it is another value.
+      expected: what is allowed, in words.
     """
-    if not isinstance(value, tuple | list) or len(value) != 3:
-        raise UserError(f"{name}={shown(value)}: expected three numbers (red, green, blue)")
-    if any(is_number(item) and high < item <= _LARGEST_BYTE for item in value):
-        raise UserError(
-            f"{name}={shown(value)}: expected three numbers from {low:g} to {high:g}, of pixel "
-            f"values in 0..1; divide those of 0..{_LARGEST_BYTE} by {_LARGEST_BYTE}"
-        )
-    red, green, blue = (within(name, item, low, high) for item in value)
-    return red, green, blue
+    return UserError(f"{name}={shown(value)}: expected {expected}")
+
+
+def is_integer(value: Any) -> bool:
+    """Return whether a value is an int, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
     """Return whether a value is an int or a float, and not a bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or is_integer(value)
 
 
 def shown(value: Any) -> str:

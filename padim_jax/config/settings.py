@@ -1,57 +1,63 @@
-"""The configuration: a ConfigDict in, validated frozen dataclasses out.
+'''All settings: default, allowed values and meaning of each, and conditions on several.
 
-All faults of settings alone are found here, before anything slow: this module imports neither
-JAX nor TensorFlow Datasets.
+To add a setting, add a field with a text below it to the dataclass of its group:
 
-A new setting goes last in its dataclass, with a default there: the value that leaves scores as
-they were before the setting existed, whatever `defaults` has for new models. Models stored
-without it are read with that value (`restore`), and at that value it is neither stored
-(`to_stored`) nor part of a model's fingerprint (`score_settings`).
-"""
+    shift: int = setting(0, Integer(0, 8), later=0)
+    """Number of cells that a patch may be displaced by; 0 for none."""
+
+Configuration files, the command line, validation and the documentation follow from it. The
+field goes last in its dataclass, and has a `later` value, which leaves scores as they were
+before the setting existed, whatever its default is. Models stored without it are read with that
+value (`restore`), and at that value it is neither stored (`to_stored`) nor part of a model's
+fingerprint (`score_settings`). A new group is declared as `metrics` is, and goes into `_SCORES`
+if scores depend on it. A condition on several settings goes into `_check_together`.
+
+This module imports neither JAX nor TensorFlow Datasets, so that a wrong setting is reported
+before anything slow.
+'''
 
 import dataclasses
 import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import ml_collections
+from ml_collections import config_dict
 
 import padim_jax
-from padim_jax.config import backbones, checks, defaults
+from padim_jax.config import backbones, checks, schema
+from padim_jax.config.checks import (
+    MOST,
+    MOST_SECONDS,
+    MOST_SEED,
+    RGB,
+    Integer,
+    Number,
+    OneOf,
+    wrong,
+)
 from padim_jax.config.datasets import LAYOUTS, MVTEC_AD
+from padim_jax.config.schema import setting
 from padim_jax.errors import UserError
 from padim_jax.system import paths
 
-SOURCES = ("folder", "tfds")
-METHODS = ("nearest", "bilinear", "bicubic", "lanczos")
-PRECISIONS = get_args(backbones.Precision)
-STATISTICS = ("auto", "moments", "samples")
-REDUCTIONS = ("random", "pca", "semi_orthogonal", "none")
-STAGE_UPSAMPLINGS = ("nearest", "bilinear")
-CROPS = ("centre", "random")
-THRESHOLDS = ("auto", "leave_one_out", "held_out", "none")
-# Below, float32 cannot distinguish the covariance of features from a singular one.
-MIN_REGULARIZATION = 1e-4
 ALL = "all"  # config.category: one run after the other
 # Far above useful values; beyond, memory or time would run out first.
 _MOST_PIXELS = 16384  # per side
 _MOST_CELLS = 63  # per side of a neighbourhood, all of which are added
-_MOST_SHIFT = 8  # patches; each multiplies the work of scoring
+_MOST_SHIFT = 8  # patches
 _MOST_IMAGES = 65536  # per batch
 _MOST_REPEATS = 1000
 _LEAST_STD = 1e-6  # of pixels of 0 to 1: float32 divides by it
 _HIGHEST_RGB = 1.0  # in mean and std; models of earlier versions may have more
+# Below, float32 cannot distinguish the covariance of features from a singular one.
+_LEAST_REGULARIZATION = 1e-4
 _LONGEST_PATTERN = 1000
 _HIGHEST_RATE = 0.9999
 _LONGEST_NAME = 255  # of a folder, in bytes, on all file systems
-UPSAMPLINGS = ("bilinear", "bicubic")
-IMAGE_SCORES = ("max", "top", "band", "combined")
-FIGURES = ("none", "some", "all")
-MAPS = ("none", "npy", "tiff")
-RESOLUTIONS = ("model", "full")
-INVERTED_MASKS = ("check", "no", "yes")
+_MOST_COUNTS = 65535  # of a pixel in a file
 
 Size = tuple[int, int]
 # Values that become 0 and 255: the limits of the type, or two in the file's own counts.
@@ -63,34 +69,160 @@ class UnknownSettingError(UserError):
     """A stored model has a setting unknown to this version that scores may depend on."""
 
 
+def _category(name: str, value: Any) -> str:
+    listed = list(value) if isinstance(value, tuple | list) else [value]
+    if not listed or not all(isinstance(item, str) for item in listed):
+        names: list[str] = [".."]  # not a name
+    else:
+        names = [part.strip() for item in listed for part in item.split(",")]
+    # A category becomes part of paths; it must not lead out of the dataset's root.
+    if any(part in (".", "..") or set(part) & set("/\\\0") for part in names):
+        raise wrong(
+            name,
+            value,
+            "the name of one folder below config.dataset.root, without path separators; "
+            "several with commas between, or all",
+        )
+    if any(len(part.encode("utf-8", "surrogatepass")) > _LONGEST_NAME for part in names):
+        raise wrong(name, value, f"a folder's name, of at most {_LONGEST_NAME} bytes")
+    if len(names) > 1 and ("" in names or ALL in names or len(set(names)) < len(names)):
+        raise wrong(name, value, "different names with commas between, or all alone")
+    return ",".join(names)
+
+
+def _exclude(name: str, value: Any) -> tuple[str, ...]:
+    listed = isinstance(value, tuple | list)
+    if not listed or not all(isinstance(item, str) and item for item in value):
+        example = "\"('train/good/007.png',)\""
+        raise wrong(name, value, f"relative paths of training images, as in {example}")
+    return tuple(value)
+
+
+def _range(name: str, value: Any) -> str | tuple[int, int]:
+    if isinstance(value, str) and value in ("full", "train"):
+        return value
+    pair = tuple(value) if isinstance(value, tuple | list) else ()
+    whole = all(map(checks.is_integer, pair))
+    if len(pair) == 2 and whole and 0 <= pair[0] < pair[1] <= _MOST_COUNTS:
+        return pair
+    numbers = f"(low, high) with whole numbers 0 <= low < high <= {_MOST_COUNTS}"
+    raise wrong(name, value, f"full, train, or {numbers}")
+
+
+def _layers(name: str, value: Any, backbone: str) -> tuple[str, ...]:
+    stages = backbones.BACKBONES[backbone].stages
+    if isinstance(value, tuple | list) and value:
+        layers = tuple(OneOf(stages)(name, item) for item in value)
+        if layers == tuple(stage for stage in stages if stage in layers):
+            return layers
+    raise wrong(
+        name,
+        value,
+        f"one or more of {', '.join(stages)} (the stages of {backbone}), shallowest first, "
+        f"each once, as in {stages[:2]}",
+    )
+
+
+def _groups(name: str, value: Any) -> str:
+    expected = (
+        "a regular expression that is found in each image's relative path, with at most one "
+        "group in parentheses, as in '(part[0-9]+)_frame'; '' for images that are all "
+        "independent"
+    )
+    if not isinstance(value, str) or len(value) > _LONGEST_PATTERN:
+        raise wrong(name, value, expected)
+    try:
+        if re.compile(value).groups > 1:
+            raise wrong(name, value, expected)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise wrong(name, value, f"{expected} ({error})") from error
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """Source of the images; `defaults` explains all fields."""
+    """Source of the images."""
 
-    name: str
-    root: paths.Path
-    source: str
-    tfds_dir: paths.Path | None
-    train_images: int
-    seed: int
-    skip_bad: bool
-    exclude: tuple[str, ...] = ()
-    inverted_masks: str = "check"
+    name: str = setting("mvtec_ad", OneOf(LAYOUTS))
+    """Folder layout; see `docs/datasets.md`."""
+
+    root: paths.Path = setting("data/mvtec_ad", checks.path)
+    """Folder that holds the category folders."""
+
+    source: str = setting("folder", OneOf(("folder", "tfds")))
+    """`folder`: read the files in place. `tfds`: pack them once into array_record files below
+    `tfds_dir` and read those. Results are identical."""
+
+    tfds_dir: paths.Path | None = setting("", checks.optional_path)
+    """Folder of packed datasets; `""` for TensorFlow Datasets' default, `$TFDS_DATA_DIR` or
+    `~/tensorflow_datasets`."""
+
+    train_images: int = setting(0, Integer(0, MOST_SEED))
+    """Maximum number of training images, drawn with `dataset.seed`; 0 for all."""
+
+    seed: int = setting(0, Integer(0, MOST_SEED))
+    """Seed of draws from a dataset: `train_images`, `threshold.held_out`, and the split of
+    datasets that are published without one."""
+
+    skip_bad: bool = setting(False, checks.flag)
+    """Leave unreadable images out and list them in the results, instead of ending the run
+    (`docs/bad_inputs.md`). A separate pass finds them."""
+
+    exclude: tuple[str, ...] = setting((), _exclude, later=())
+    """Training images to leave out, such as those in suspects.csv, by the paths given there:
+    `("train/good/007.png",)`. They are relative to the category's or root folder."""
+
+    inverted_masks: str = setting("check", OneOf(("check", "no", "yes")), later="check")
+    """Defect pixels of a mask. `no`: those that are not 0. `yes`: those that are 0. `check`:
+    those that are not 0, but an error if they cover more than half of the image in more than a
+    tenth of the masks, as in inverted masks; `no` is for data with defects that large."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
-    """Preprocessing of image files for the backbone; sizes are (h, w)."""
+    """Preprocessing of images for the backbone; sizes are (height, width)."""
 
-    resize: Size
-    method: str
-    crop: Size | None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    rotation: float
-    crop_at: str
-    seed: int
-    range: str | tuple[int, int] = "full"
+    resize: Size = setting((256, 256), checks.Size(backbones.MIN_INPUT, _MOST_PIXELS))
+    """Size that all images are resized to, whatever their aspect ratio."""
+
+    method: str = setting("bilinear", OneOf(("nearest", "bilinear", "bicubic", "lanczos")))
+    """Pillow's filter for resizing."""
+
+    crop: Size | None = setting(
+        lambda _: config_dict.placeholder(tuple),
+        checks.Size(backbones.MIN_INPUT, _MOST_PIXELS, optional=True),
+    )
+    """Size of the crop after resizing, at most `resize`; None for no crop."""
+
+    mean: tuple[float, float, float] = setting(
+        (0.485, 0.456, 0.406), RGB(0.0, _HIGHEST_RGB), earlier=RGB(0.0, MOST)
+    )
+    """Mean of each channel (red, green, blue) that the backbone was trained with, of pixel
+    values in 0..1: ImageNet's. Divide values of 0..255 by 255."""
+
+    std: tuple[float, float, float] = setting(
+        (0.229, 0.224, 0.225), RGB(_LEAST_STD, _HIGHEST_RGB), earlier=RGB(_LEAST_STD, MOST)
+    )
+    """Standard deviation of each channel, likewise."""
+
+    rotation: float = setting(0.0, Number(0.0, 180.0))
+    """Largest angle in degrees, in either direction, of the random rotation of each image
+    before cropping, in training and evaluation; 0 for none."""
+
+    crop_at: str = setting("centre", OneOf(("centre", "random")))
+    """Position of the crop: in the centre, or random for each image, in training and
+    evaluation (the paper's Rd-MVTec AD)."""
+
+    seed: int = setting(0, Integer(0, MOST_SEED))
+    """Seed of random angles and crops."""
+
+    range: str | tuple[int, int] = setting(
+        lambda _: config_dict.FieldReference("full", field_type=object), _range, later="full"
+    )
+    """Pixel values of a file that become 0 and 255. `full`: the limits of 8 or 16 bits. (low,
+    high): these two; values outside are clipped. `train`: the 0.1 and 99.9
+    percentiles of all training pixels, which the fit determines and stores. For images that use
+    a part of 16 bits (thermal images, 12-bit cameras); not for colours of 16 bits."""
 
     @property
     def counts(self) -> Range:
@@ -107,76 +239,167 @@ class ImageConfig:
 class ModelConfig:
     """Backbone, embedding and covariance."""
 
-    backbone: str
-    layers: tuple[str, ...]
-    weights: str
-    channels: int
-    seed: int
-    reduction: str
-    pooling: int
-    upsample: str
-    precision: backbones.Precision
-    regularization: float
-    statistics: str
-    shift: int = 0
+    backbone: str = setting("resnet18", OneOf(backbones.BACKBONES))
+    """Network that computes the features."""
+
+    layers: tuple[str, ...] = setting(
+        ("layer1", "layer2", "layer3"), _layers, depends_on="backbone"
+    )
+    """Stages whose feature maps form the embedding, shallowest first: of layer1 to layer4; for
+    efficientnet_b5 of block7, block20 and block26."""
+
+    weights: str = setting(
+        lambda model: model.get_ref("backbone") + backbones.DEFAULT_WEIGHTS, checks.text
+    )
+    """Weights of the backbone; the default follows `backbone`. One of
+
+    - a name: `<backbone>.tv_in1k` or `<backbone>.tv2_in1k`, torchvision's first and second
+      ImageNet weights, or `efficientnet_b5.sw_in12k_ft_in1k`; downloaded once from the Hugging
+      Face hub. A suffix `@REVISION` selects another commit than the pinned one;
+    - a .safetensors, .npz or .pth file;
+    - `bundled`, for resnet18 up to layer3: comes with this package, trained on procedural
+      images; lower accuracy, but no download and none of ImageNet's terms;
+    - `random`."""
+
+    channels: int = setting(100, Integer(1, MOST_SEED))
+    """Number of the stages' channels that are kept, drawn at random unless `reduction` says
+    otherwise; at most all of them. The paper uses 100 of 448 for resnet18, and 550 of 1792 for
+    wide_resnet50_2."""
+
+    seed: int = setting(42, Integer(0, MOST_SEED))
+    """Seed of the draw of channels: `random.Random(seed).sample`, as in the PyTorch
+    projects."""
+
+    reduction: str = setting("random", OneOf(("random", "pca", "semi_orthogonal", "none")))
+    """Reduction of the stages' channels. `random`: draw `channels` of them. `none`: keep all,
+    whatever `channels` is. `semi_orthogonal`: `channels` random orthonormal mixtures of all
+    (Kim et al. 2021). `pca`: the `channels` principal components of the normal patches."""
+
+    pooling: int = setting(1, checks.Odd(_MOST_CELLS))
+    """Side of the square of cells that each stage's features are averaged over."""
+
+    upsample: str = setting("nearest", OneOf(("nearest", "bilinear")))
+    """Upsampling of deeper stages to the first one's grid; nearest as published."""
+
+    precision: backbones.Precision = setting("tf32", OneOf(get_args(backbones.Precision)))
+    """Arithmetic of the backbone. `tf32` is float32 on CPUs, and PyTorch's default on NVIDIA
+    GPUs. Statistics and distances are always float32."""
+
+    regularization: float = setting(0.01, Number(_LEAST_REGULARIZATION, MOST))
+    """Added to the covariance's diagonal: the paper's epsilon."""
+
+    statistics: str = setting("auto", OneOf(("auto", "moments", "samples")))
+    """What is kept of the normal images. `moments`: mean and covariance. `samples`: the
+    embeddings themselves, smaller for few images. `auto`: the smaller of both. Results agree up
+    to rounding."""
+
+    shift: int = setting(0, Integer(0, _MOST_SHIFT), later=0)
+    """Tolerance to displaced parts, in patches. Each patch is compared with the Gaussians of
+    all patches this near, in rows and in columns, and gets the smallest distance. 1 multiplies
+    the work of the distances by about 9."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MapConfig:
     """Conversion of patch distances to anomaly maps."""
 
-    upsample: str
-    sigma: float
+    upsample: str = setting("bilinear", OneOf(("bilinear", "bicubic")))
+    """Interpolation of patch distances to the input's size."""
+
+    sigma: float = setting(4.0, Number(0.0, float(_MOST_PIXELS)))
+    """Standard deviation of the Gaussian blur, in pixels of the input; 0 for none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
     """Scores of images."""
 
-    image: str = "max"
+    image: str = setting("max", OneOf(("max", "top", "band", "combined")), later="max")
+    """Summary of an anomaly map that is the image's score. `max`: its maximum, as published.
+    `top`: the mean of its highest 1 %. `band`: the standard deviation of the distances between
+    blurs of 1 and of 10 patches. `combined`: `top`, `band`, standard deviation and total
+    variation of the map together, each measured in what the normal images of the thresholds
+    show; needs these."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ThresholdConfig:
-    """Thresholds from normal images alone."""
+    """Thresholds from normal images alone, and calibrated scores."""
 
-    normal: str
-    groups: str
-    held_out: float
-    image_rate: float
-    pixel_rate: float
+    normal: str = setting("auto", OneOf(("auto", "leave_one_out", "held_out", "none")))
+    """Normal images to use. `leave_one_out`: each training image as scored by the model without
+    it. `held_out`: images that are not fitted, the dataset's validation images, or a part of
+    the training images if there are none. `auto`: validation images if there are any, else
+    leave_one_out."""
+
+    groups: str = setting("", _groups)
+    """Groups of images that belong together, such as frames of one part: a regular expression
+    that is found in each image's relative path. Its match, or the match of its parentheses,
+    names the group. Groups are left out and held out as a whole, and promises count groups
+    instead of images. `""` if all images are independent."""
+
+    held_out: float = setting(0.2, Number(0.0, 1.0, inside=True))
+    """Fraction of the training images that `held_out` keeps back, where the dataset has no
+    validation images."""
+
+    image_rate: float = setting(0.0, Number(0.0, _HIGHEST_RATE))
+    """Fraction of normal images that may be called anomalous. 0: 1 %, or 1 / (n + 1) if n
+    images (or groups) promise no less. Other rates that cannot be promised are extrapolated."""
+
+    pixel_rate: float = setting(0.0, Number(0.0, _HIGHEST_RATE))
+    """Fraction of the pixels of normal images that may be outlined. 0: the pixel threshold is
+    such that at most `image_rate` of normal images have any outline."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Progress of a fit; nothing here changes its result."""
 
-    checkpoint_every: float
+    checkpoint_every: float = setting(300.0, Number(0.0, MOST_SECONDS))
+    """Seconds between saves of an unfinished fit, which resumes from the last one after an
+    interruption; 0 saves after each batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MetricsConfig:
     """Comparison of anomaly maps with masks."""
 
-    resolution: str = "model"
+    resolution: str = setting("model", OneOf(("model", "full")), later="model")
+    """Size at which they are compared. `model`: masks are resized (nearest) and cropped like
+    the images, as for published numbers; a small defect may vanish, with a warning. `full`:
+    maps are resized to each mask (bilinear), so that all defects count; pixels outside the crop
+    are excluded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputsConfig:
     """Outputs besides metrics and scores."""
 
-    figures: str
-    maps: str
-    report: bool
+    figures: str = setting("some", OneOf(("none", "some", "all")))
+    """Five-panel pictures of test images; `some` for the best and worst scored of each defect
+    type."""
+
+    maps: str = setting("none", OneOf(("none", "npy", "tiff")))
+    """Raw anomaly maps, one file per image, float32. `--mode=predict` always writes them; as
+    tiff for `none`."""
+
+    report: bool = setting(True, checks.flag)
+    """Write report.html: all results of an evaluation on one page."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
     """Caches between runs, for speed alone; they may be deleted at any time."""
 
-    dir: paths.Path | None
-    images_gb: float
-    compilation: bool
+    dir: paths.Path | None = setting("", checks.optional_path)
+    """Folder of the caches; `""` for `$XDG_CACHE_HOME/padim_jax` or `~/.cache/padim_jax`."""
+
+    images_gb: float = setting(4.0, Number(0.0, MOST))
+    """Maximum size in gigabytes (10^9 bytes) of decoded and resized images, of which the least
+    recently used are removed first; 0 keeps none."""
+
+    compilation: bool = setting(True, checks.flag)
+    """Keep programs compiled by XLA."""
 
     @property
     def folder(self) -> paths.Path:
@@ -188,9 +411,9 @@ class CacheConfig:
         if self.dir is not None:
             return self.dir
         # A relative path is to be ignored (XDG Base Directory Specification).
-        given = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+        xdg = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
         try:
-            base = given if given.is_absolute() else pathlib.Path("~/.cache").expanduser()
+            base = xdg if xdg.is_absolute() else pathlib.Path("~/.cache").expanduser()
         except RuntimeError as error:
             raise UserError(
                 f"config.cache.dir: {error} Name a folder for caches, or switch them off with "
@@ -212,17 +435,25 @@ class Config:
     `sweep` makes configurations of single runs of it.
     """
 
-    category: str
-    repeats: int
-    dataset: DatasetConfig
-    image: ImageConfig
-    model: ModelConfig
-    map: MapConfig
-    threshold: ThresholdConfig
-    batch_size: int
-    train: TrainConfig
-    outputs: OutputsConfig
-    cache: CacheConfig
+    category: str = setting("bottle", _category)
+    """Folder below `dataset.root`: one of the dataset's, or your own; `""` if there is none.
+    `all`, or names separated by commas: one run after the other, with a table of all."""
+
+    repeats: int = setting(1, Integer(1, _MOST_REPEATS))
+    """Runs of each category. `model.seed`, and `image.seed` for random crops and rotations,
+    increase by 1 from run to run; the table then has means and standard deviations."""
+
+    dataset: DatasetConfig = schema.group()
+    image: ImageConfig = schema.group()
+    model: ModelConfig = schema.group()
+    map: MapConfig = schema.group()
+    threshold: ThresholdConfig = schema.group()
+    batch_size: int = setting(32, Integer(1, _MOST_IMAGES))
+    """Images per step, on all devices together; bounds memory, does not change results."""
+
+    train: TrainConfig = schema.group()
+    outputs: OutputsConfig = schema.group()
+    cache: CacheConfig = schema.group()
     metrics: MetricsConfig = MetricsConfig()
     score: ScoreConfig = ScoreConfig()
 
@@ -236,12 +467,11 @@ class Config:
         """
         root, dataset = paths.absolute(self.dataset.root).name, self.dataset.name
         category = self.category or root
-        known = MVTEC_AD
         if category == ALL:
-            theirs = "mvtec" in root.lower()
+            is_mvtec = "mvtec" in root.lower()
         else:
-            theirs = all(name in known for name in category.split(","))
-        if dataset == "mvtec_ad" and root and not theirs:
+            is_mvtec = all(name in MVTEC_AD for name in category.split(","))
+        if dataset == "mvtec_ad" and root and not is_mvtec:
             dataset = root
         category = category.replace(",", "_")
         return dataset if category == dataset else f"{dataset}_{category}"
@@ -264,11 +494,14 @@ _SCORES = ("image", "model", "map", "score")
 FITTED = ("image", "model")
 
 
-def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
+def validate(
+    values: Mapping[str, Any] | ml_collections.ConfigDict, *, earlier: bool = False
+) -> Config:
     """Validate a complete configuration.
 
     Args:
       values: a ConfigDict, or the nested mapping returned by `to_dict`.
+      earlier: whether to allow what earlier versions allowed.
 
     Returns:
       The same settings as frozen dataclasses.
@@ -276,140 +509,61 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
     Raises:
       UserError: a setting is wrong; one line with its name, value and what is allowed.
     """
-    return _validate(values, _HIGHEST_RGB)
-
-
-def _validate(
-    values: Mapping[str, Any] | ml_collections.ConfigDict, highest_rgb: float
-) -> Config:
-    """Validate, with the largest number allowed in `image.mean` and `image.std`."""
-    checks.fields("config", values, Config)
-    groups: Any = values  # not validated yet: any type
-    dataset, image = groups["dataset"], groups["image"]
-    model, map_, outputs = groups["model"], groups["map"], groups["outputs"]
-    train, cache, threshold = groups["train"], groups["cache"], groups["threshold"]
-    checks.fields("config.dataset", dataset, DatasetConfig)
-    checks.fields("config.image", image, ImageConfig)
-    checks.fields("config.model", model, ModelConfig)
-    checks.fields("config.map", map_, MapConfig)
-    checks.fields("config.score", groups["score"], ScoreConfig)
-    checks.fields("config.threshold", threshold, ThresholdConfig)
-    checks.fields("config.train", train, TrainConfig)
-    checks.fields("config.metrics", groups["metrics"], MetricsConfig)
-    checks.fields("config.outputs", outputs, OutputsConfig)
-    checks.fields("config.cache", cache, CacheConfig)
-    config = Config(
-        category=_category(values["category"]),
-        repeats=checks.integer("config.repeats", values["repeats"], 1, _MOST_REPEATS),
-        dataset=DatasetConfig(
-            name=checks.one_of("config.dataset.name", dataset["name"], LAYOUTS),
-            root=checks.path("config.dataset.root", dataset["root"]),
-            source=checks.one_of("config.dataset.source", dataset["source"], SOURCES),
-            tfds_dir=checks.optional_path("config.dataset.tfds_dir", dataset["tfds_dir"]),
-            train_images=checks.integer(
-                "config.dataset.train_images", dataset["train_images"], 0, checks.MOST_SEED
-            ),
-            seed=checks.integer("config.dataset.seed", dataset["seed"], 0, checks.MOST_SEED),
-            skip_bad=checks.flag("config.dataset.skip_bad", dataset["skip_bad"]),
-            exclude=_exclude(dataset["exclude"]),
-            inverted_masks=checks.one_of(
-                "config.dataset.inverted_masks", dataset["inverted_masks"], INVERTED_MASKS
-            ),
-        ),
-        image=ImageConfig(
-            resize=_size("config.image.resize", image["resize"]),
-            method=checks.one_of("config.image.method", image["method"], METHODS),
-            crop=_crop(image["crop"]),
-            mean=checks.rgb("config.image.mean", image["mean"], 0.0, highest_rgb),
-            std=checks.rgb("config.image.std", image["std"], _LEAST_STD, highest_rgb),
-            rotation=checks.within("config.image.rotation", image["rotation"], 0.0, 180.0),
-            crop_at=checks.one_of("config.image.crop_at", image["crop_at"], CROPS),
-            seed=checks.integer("config.image.seed", image["seed"], 0, checks.MOST_SEED),
-            range=_range(image["range"]),
-        ),
-        model=ModelConfig(
-            backbone=checks.one_of(
-                "config.model.backbone", model["backbone"], backbones.BACKBONES
-            ),
-            layers=_layers(model["layers"], model["backbone"]),
-            weights=checks.text("config.model.weights", model["weights"]),
-            channels=checks.integer(
-                "config.model.channels", model["channels"], 1, checks.MOST_SEED
-            ),
-            seed=checks.integer("config.model.seed", model["seed"], 0, checks.MOST_SEED),
-            reduction=checks.one_of("config.model.reduction", model["reduction"], REDUCTIONS),
-            pooling=_pooling(model["pooling"]),
-            upsample=checks.one_of(
-                "config.model.upsample", model["upsample"], STAGE_UPSAMPLINGS
-            ),
-            precision=cast(
-                backbones.Precision,
-                checks.one_of("config.model.precision", model["precision"], PRECISIONS),
-            ),
-            regularization=checks.within(
-                "config.model.regularization",
-                model["regularization"],
-                MIN_REGULARIZATION,
-                checks.MOST,
-            ),
-            statistics=checks.one_of(
-                "config.model.statistics", model["statistics"], STATISTICS
-            ),
-            shift=checks.integer("config.model.shift", model["shift"], 0, _MOST_SHIFT),
-        ),
-        map=MapConfig(
-            upsample=checks.one_of("config.map.upsample", map_["upsample"], UPSAMPLINGS),
-            sigma=checks.within("config.map.sigma", map_["sigma"], 0.0, float(_MOST_PIXELS)),
-        ),
-        score=ScoreConfig(
-            image=checks.one_of("config.score.image", groups["score"]["image"], IMAGE_SCORES)
-        ),
-        threshold=ThresholdConfig(
-            normal=checks.one_of("config.threshold.normal", threshold["normal"], THRESHOLDS),
-            groups=_groups(threshold["groups"]),
-            held_out=checks.fraction("config.threshold.held_out", threshold["held_out"]),
-            image_rate=checks.within(
-                "config.threshold.image_rate", threshold["image_rate"], 0.0, _HIGHEST_RATE
-            ),
-            pixel_rate=checks.within(
-                "config.threshold.pixel_rate", threshold["pixel_rate"], 0.0, _HIGHEST_RATE
-            ),
-        ),
-        batch_size=checks.integer("config.batch_size", values["batch_size"], 1, _MOST_IMAGES),
-        train=TrainConfig(
-            checkpoint_every=checks.within(
-                "config.train.checkpoint_every",
-                train["checkpoint_every"],
-                0.0,
-                checks.MOST_SECONDS,
-            )
-        ),
-        metrics=MetricsConfig(
-            resolution=checks.one_of(
-                "config.metrics.resolution", groups["metrics"]["resolution"], RESOLUTIONS
-            )
-        ),
-        outputs=OutputsConfig(
-            figures=checks.one_of("config.outputs.figures", outputs["figures"], FIGURES),
-            maps=checks.one_of("config.outputs.maps", outputs["maps"], MAPS),
-            report=checks.flag("config.outputs.report", outputs["report"]),
-        ),
-        cache=CacheConfig(
-            dir=checks.optional_path("config.cache.dir", cache["dir"]),
-            images_gb=checks.within(
-                "config.cache.images_gb", cache["images_gb"], 0.0, checks.MOST
-            ),
-            compilation=checks.flag("config.cache.compilation", cache["compilation"]),
-        ),
-    )
-    config = _keep_all(config)
+    config = _keep_all(schema.build(Config, values, earlier=earlier))
     _check_together(config)
     return config
 
 
+def _keep_all(config: Config) -> Config:
+    """Set `channels` to all channels if there is no reduction."""
+    if config.model.reduction != "none":
+        return config
+    model = dataclasses.replace(config.model, channels=_total_channels(config.model))
+    return dataclasses.replace(config, model=model)
+
+
+def _total_channels(model: ModelConfig) -> int:
+    return sum(map(backbones.BACKBONES[model.backbone].channels, model.layers))
+
+
+def _check_together(config: Config) -> None:
+    """Check conditions on several settings, or raise UserError."""
+    resize, crop = config.image.resize, config.image.crop
+    if crop and (crop[0] > resize[0] or crop[1] > resize[1]):
+        raise UserError(
+            f"config.image.crop={crop}: larger than config.image.resize={resize}; expected "
+            "(height, width), each at most the resized one, or None for no crop"
+        )
+    if config.image.crop_at == "random" and crop is None:
+        raise UserError(
+            "config.image.crop_at=random: without config.image.crop there is nothing to place; "
+            "the paper crops 224x224 of 256x256 (--config=...:rd)"
+        )
+    cache = config.cache
+    if cache.images_gb and cache.dir and not isinstance(cache.dir, pathlib.Path):
+        raise UserError(
+            f"config.cache.dir={cache.dir}: decoded images are kept on this machine's disks "
+            "only, from where they come faster than decoding takes. Name a folder there, or "
+            "keep compiled programs alone: --config.cache.images_gb=0"
+        )
+    if config.score.image == "combined" and config.threshold.normal == "none":
+        raise UserError(
+            "config.score.image=combined: with config.threshold.normal=none there are no "
+            "normal images to measure it by; use another of these, or max, top or band"
+        )
+    model = config.model
+    if model.weights == backbones.BUNDLED_WEIGHTS:
+        backbones.require_bundled(model.backbone, model.layers)
+    if model.channels > (total := _total_channels(model)):
+        raise UserError(
+            f"config.model.channels={model.channels}: {model.backbone} has {total} channels in "
+            f"{', '.join(model.layers)}; expected 1 to {total}"
+        )
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as nested JSON values, which `validate` reads."""
-    return _plain(dataclasses.asdict(config))
+    return schema.to_json(config)
 
 
 def to_stored(config: Config) -> dict[str, Any]:
@@ -418,7 +572,7 @@ def to_stored(config: Config) -> dict[str, Any]:
     Like `to_dict`, without settings whose value makes no difference to versions before them:
     those versions can then read the model, too.
     """
-    return _without_later(to_dict(config), type(config))
+    return _without_later(config)
 
 
 def restore(stored: Any, version: Any) -> Config:
@@ -438,8 +592,9 @@ def restore(stored: Any, version: Any) -> Config:
       UnknownSettingError: an unknown setting that scores may depend on.
       UserError: a setting is wrong.
     """
-    values = _complete("config", stored, Config, defaults.get_config().to_dict(), version)
-    return _validate(values, checks.MOST)
+    defaults = schema.defaults(Config).to_dict()
+    values = _complete("config", stored, Config, defaults, version)
+    return validate(values, earlier=True)
 
 
 def implausible(config: Config) -> str:
@@ -476,10 +631,10 @@ def resolve(config: Config | Overrides | None, stored: Config) -> Config:
         settings = values.get(group) if group else values
         if not isinstance(settings, dict) or field not in settings:
             raise UserError(
-                f"config.{name}: no such setting; padim_jax/config/defaults.py lists them"
+                f"config.{name}: no such setting; padim_jax/config/settings.py lists them"
             )
         settings[field] = value
-    resolved = _validate(values, max(_HIGHEST_RGB, *stored.image.mean, *stored.image.std))
+    resolved = validate(values, earlier=bool(implausible(stored)))
     if resolved.is_sweep:
         raise UserError(
             "config.category, config.repeats: several runs, and a stored model is of one; name "
@@ -508,8 +663,12 @@ def score_settings(config: Config, groups: Sequence[str] = _SCORES) -> dict[str,
     if config.model.reduction not in ("random", "semi_orthogonal"):
         aside.add("model.seed")
     stored = to_stored(config)
-    found = {f"{g}.{name}": value for g in groups for name, value in stored.get(g, {}).items()}
-    return {name: value for name, value in found.items() if name not in aside}
+    settings = {
+        f"{group}.{name}": value
+        for group in groups
+        for name, value in stored.get(group, {}).items()  # none of a group added later
+    }
+    return {name: value for name, value in settings.items() if name not in aside}
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -528,34 +687,26 @@ def with_absolute_paths(config: Config) -> Config:
     )
 
 
-def _without_later(values: Mapping[str, Any], schema: Any) -> dict[str, Any]:
+def _without_later(group: Any) -> dict[str, Any]:
+    """Return a group as JSON values, without later settings at their `later` value."""
     kept = {}
-    for field in dataclasses.fields(schema):
-        value = values[field.name]
-        if dataclasses.is_dataclass(field.type):
-            value = _without_later(value, field.type)
-            # A group added later, with nothing in it.
-            if value or any(map(_is_first, dataclasses.fields(field.type))):
-                kept[field.name] = value
-        elif _is_first(field) or value != _plain(field.default):
-            kept[field.name] = value
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if value != field.default:
+            is_group = schema.is_group(field)
+            kept[field.name] = _without_later(value) if is_group else schema.to_json(value)
     return kept
 
 
-def _is_first(field: dataclasses.Field) -> bool:
-    """Return whether a setting is in all stored models."""
-    return field.default is dataclasses.MISSING
-
-
 def _complete(
-    name: str, stored: Any, schema: Any, otherwise: Mapping[str, Any], version: Any
+    name: str, stored: Any, group: Any, defaults: Mapping[str, Any], version: Any
 ) -> dict[str, Any]:
     """Return a stored group with exactly the settings of this version."""
-    checks.group(name, stored)
-    known = {field.name: field for field in dataclasses.fields(schema)}
+    schema.require_group(name, stored)
+    fields = {field.name: field for field in dataclasses.fields(group)}
     needed = name.removeprefix("config.") in _SCORES
-    unknown = sorted(set(stored) - set(known))
-    if unknown and (needed or schema is Config):
+    unknown = sorted(set(stored) - set(fields))
+    if unknown and (needed or group is Config):
         setting = f"{name}.{checks.one_line(str(unknown[0]))}"
         raise UnknownSettingError(
             f"{setting}={checks.shown(stored[unknown[0]])}: unknown to padim_jax "
@@ -563,180 +714,14 @@ def _complete(
             f"{checks.one_line(str(version))} wrote it. Use that version or a later one"
         )
     values = {}
-    for key, field in known.items():
-        if dataclasses.is_dataclass(field.type):
-            values[key] = _complete(
-                f"{name}.{key}", stored.get(key, {}), field.type, otherwise[key], version
-            )
+    for key, field in fields.items():
+        if schema.is_group(field):
+            part, path = stored.get(key, {}), f"{name}.{key}"
+            values[key] = _complete(path, part, field.type, defaults[key], version)
         elif key in stored:
             values[key] = stored[key]
-        elif not _is_first(field):
+        elif field.default is not dataclasses.MISSING:
             values[key] = field.default
         elif not needed:
-            values[key] = otherwise[key]
+            values[key] = defaults[key]
     return values
-
-
-def _plain(value: Any) -> Any:
-    """Return a setting as a JSON value."""
-    if isinstance(value, pathlib.PurePath):
-        return str(value)
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
-
-
-def _keep_all(config: Config) -> Config:
-    """Set `channels` to all channels if there is no reduction."""
-    model = config.model
-    if model.reduction != "none":
-        return config
-    spec = backbones.BACKBONES[model.backbone]
-    total = sum(map(spec.channels, model.layers))
-    return dataclasses.replace(config, model=dataclasses.replace(model, channels=total))
-
-
-def _check_together(config: Config) -> None:
-    resize, crop = config.image.resize, config.image.crop
-    if crop and (crop[0] > resize[0] or crop[1] > resize[1]):
-        raise UserError(
-            f"config.image.crop={crop}: larger than config.image.resize={resize}; expected "
-            "(height, width), each at most the resized one, or None for no crop"
-        )
-    if config.image.crop_at == "random" and crop is None:
-        raise UserError(
-            "config.image.crop_at=random: without config.image.crop there is nothing to place; "
-            "the paper crops 224x224 of 256x256 (--config=...:rd)"
-        )
-    if config.score.image == "combined" and config.threshold.normal == "none":
-        raise UserError(
-            "config.score.image=combined: with config.threshold.normal=none there are no "
-            "normal images to measure it by; use another of these, or max, top or band"
-        )
-    cache = config.cache
-    if cache.images_gb and cache.dir and not isinstance(cache.dir, pathlib.Path):
-        raise UserError(
-            f"config.cache.dir={cache.dir}: decoded images are kept on this machine's disks "
-            "only, from where they come faster than decoding takes. Name a folder there, or "
-            "keep compiled programs alone: --config.cache.images_gb=0"
-        )
-    if config.model.weights == backbones.BUNDLED_WEIGHTS:
-        backbones.require_bundled(config.model.backbone, config.model.layers)
-    spec = backbones.BACKBONES[config.model.backbone]
-    total = sum(map(spec.channels, config.model.layers))
-    if config.model.channels > total:
-        raise UserError(
-            f"config.model.channels={config.model.channels}: {config.model.backbone} has "
-            f"{total} channels in {', '.join(config.model.layers)}; expected 1 to {total}"
-        )
-
-
-def _range(value: Any) -> str | tuple[int, int]:
-    if isinstance(value, str) and value in ("full", "train"):
-        return value
-    pair = tuple(value) if isinstance(value, tuple | list) else ()
-    whole = all(isinstance(x, int) and not isinstance(x, bool) for x in pair)
-    if len(pair) == 2 and whole and 0 <= pair[0] < pair[1] <= 65535:
-        return pair
-    raise UserError(
-        f"config.image.range={checks.shown(value)}: expected full, train, or (low, high) with "
-        "whole numbers 0 <= low < high <= 65535"
-    )
-
-
-def _category(value: Any) -> str:
-    listed = list(value) if isinstance(value, tuple | list) else [value]
-    if not listed or not all(isinstance(item, str) for item in listed):
-        names: list[str] = [".."]  # not a name
-    else:
-        names = [name.strip() for item in listed for name in item.split(",")]
-    # A category becomes part of paths; it must not lead out of the dataset's root.
-    if any(name in (".", "..") or set(name) & set("/\\\0") for name in names):
-        raise UserError(
-            f"config.category={checks.shown(value)}: expected the name of one folder below "
-            "config.dataset.root, without path separators; several with commas between, or all"
-        )
-    for name in names:
-        if len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
-            raise UserError(
-                f"config.category={checks.shown(value)}: expected a folder's name, of at most "
-                f"{_LONGEST_NAME} bytes"
-            )
-    if len(names) > 1 and ("" in names or ALL in names or len(set(names)) < len(names)):
-        raise UserError(
-            f"config.category={checks.shown(value)}: expected different names with commas "
-            "between, or all alone"
-        )
-    return ",".join(names)
-
-
-def _groups(value: Any) -> str:
-    expected = (
-        "expected a regular expression that is found in each image's relative path, with at "
-        "most one group in parentheses, as in '(part[0-9]+)_frame'; '' for images that are all "
-        "independent"
-    )
-    found = f"config.threshold.groups={checks.shown(value)}: {expected}"
-    if not isinstance(value, str) or len(value) > _LONGEST_PATTERN:
-        raise UserError(found)
-    try:
-        if re.compile(value).groups > 1:
-            raise UserError(found)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"{found} ({error})") from error
-    return value
-
-
-def _exclude(value: Any) -> tuple[str, ...]:
-    listed = isinstance(value, tuple | list)
-    if not listed or not all(isinstance(name, str) and name for name in value):
-        raise UserError(
-            f"config.dataset.exclude={checks.shown(value)}: expected relative paths of "
-            "training images, as in \"('train/good/007.png',)\""
-        )
-    return tuple(value)
-
-
-def _pooling(value: Any) -> int:
-    number = isinstance(value, int) and not isinstance(value, bool)
-    if not number or not 1 <= value <= _MOST_CELLS or value % 2 == 0:
-        raise UserError(
-            f"config.model.pooling={checks.shown(value)}: expected an odd number of cells up "
-            f"to {_MOST_CELLS}, as in 3 for a neighbourhood of 3x3; 1 is the cell itself"
-        )
-    return value
-
-
-def _size(name: str, value: Any) -> Size:
-    if isinstance(value, tuple | list) and len(value) == 2:
-        height, width = (
-            n if isinstance(n, int) and not isinstance(n, bool) else 0 for n in value
-        )
-        if min(height, width) >= backbones.MIN_INPUT and max(height, width) <= _MOST_PIXELS:
-            return height, width
-    raise UserError(
-        f"{name}={checks.shown(value)}: expected (height, width) in pixels, each at least "
-        f"{backbones.MIN_INPUT} and at most {_MOST_PIXELS}, as in '(256, 256)'"
-    )
-
-
-def _crop(value: Any) -> Size | None:
-    # On the command line `None` arrives as a tuple of one None.
-    if value is None or (isinstance(value, tuple | list) and tuple(value) in [(None,), ()]):
-        return None
-    return _size("config.image.crop", value)
-
-
-def _layers(value: Any, backbone: str) -> tuple[str, ...]:
-    stages = backbones.BACKBONES[backbone].stages
-    if isinstance(value, tuple | list) and value:
-        layers = tuple(checks.one_of("config.model.layers", item, stages) for item in value)
-        if layers == tuple(stage for stage in stages if stage in layers):
-            return layers
-    raise UserError(
-        f"config.model.layers={checks.shown(value)}: expected one or more of "
-        f"{', '.join(stages)} (the stages of {backbone}), shallowest first, each once, as in "
-        f"{stages[:2]}"
-    )

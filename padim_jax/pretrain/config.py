@@ -1,15 +1,18 @@
-"""The recipe of a pretraining: a ConfigDict in, validated frozen dataclasses out.
+"""The recipe of a pretraining: all its settings, and what they have to be together.
 
-`defaults` explains all settings. Like `padim_jax.config`, this imports nothing heavy.
+Like `padim_jax.config.settings`, which shows how settings are stated, it imports nothing
+heavy.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import ml_collections
 
-from padim_jax.config import backbones, checks
+from padim_jax.config import backbones, checks, schema
+from padim_jax.config.checks import MOST, MOST_SECONDS, Integer, Number, OneOf
+from padim_jax.config.schema import setting
 from padim_jax.errors import UserError
 from padim_jax.system import paths
 
@@ -31,68 +34,110 @@ _MOST_SEED = 2**31 - 1  # JAX takes 32 bits
 _LEAST_PART = 1e-3
 _LEAST_RATE = 1e-9
 _MOST_AVERAGE = 0.999999  # in float32 still below 1
+# The same for all `BACKBONES`.
+_MOST_CHANNELS = sum(map(backbones.RESNETS[BACKBONES[0]].channels, STAGES))
 
 
 @dataclasses.dataclass(frozen=True)
 class ImagesConfig:
     """Contents of the images."""
 
-    size: int
-    classes: int
-    instances: int
-    photos: paths.Path | None
-    photo_part: float
-    photo_size: int
+    size: int = setting(64, Integer(_LEAST_SIZE, TEXTURE_SIZE))
+    """Side of the images in pixels, a multiple of 16."""
+
+    classes: int = setting(260, Integer(FAMILIES, _MOST_TEXTURES))
+    """Number of kinds of textures for scenes. The product with `instances` has the
+    same limit."""
+
+    instances: int = setting(6, Integer(1, _MOST_TEXTURES))
+    """Number of pictures of each kind."""
+
+    photos: paths.Path | None = setting("", checks.optional_path)
+    """Folder of normal images of your own to learn from as well; `""` for none."""
+
+    photo_part: float = setting(0.5, Number(_LEAST_PART, 1.0))
+    """Fraction of the scenes that are cut from them."""
+
+    photo_size: int = setting(256, Integer(_LEAST_SIZE, _MOST_PIXELS))
+    """Side in pixels that they are resized to, at least `images.size`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """The task learnt from them."""
+    """The task that is learnt from them."""
 
-    good: int
-    inspected: int
-    channels: int
-    redundancy: float
-    pixels: float
+    good: int = setting(10, Integer(2, _MOST_IMAGES))  # a covariance needs at least two
+    """Images of each scene without defects, to which a Gaussian is fitted for each patch."""
+
+    inspected: int = setting(6, Integer(1, _MOST_IMAGES))
+    """Images of each scene with and without defects, which should stand out."""
+
+    channels: int = setting(100, Integer(1, _MOST_CHANNELS))
+    """Number of channels of layer1 to layer3 that are kept for it, drawn anew in each step."""
+
+    redundancy: float = setting(0.05, Number(0.0, MOST))
+    """Weight of the redundancy of channels."""
+
+    pixels: float = setting(1.0, Number(0.0, MOST))
+    """Weight of the prediction of each cell's own pixels from its features."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimisation."""
+    """Optimisation (AdamW)."""
 
-    steps: int
-    scenes: int
-    learning_rate: float
-    warmup: int
-    weight_decay: float
-    average: float
+    steps: int = setting(5600, Integer(1, _MOST_STEPS))
+    """Number of steps."""
+
+    scenes: int = setting(4, Integer(1, _MOST_SCENES))
+    """Scenes per step, on all devices together."""
+
+    learning_rate: float = setting(2e-3, Number(_LEAST_RATE, 1.0))
+    """Highest learning rate, which falls to 0 along half a cosine."""
+
+    warmup: int = setting(100, Integer(0, _MOST_STEPS))
+    """Number of steps in which the rate rises to it, fewer than `steps`."""
+
+    weight_decay: float = setting(0.05, Number(0.0, 1.0))
+    """Weight decay."""
+
+    average: float = setting(0.999, Number(0.0, _MOST_AVERAGE))
+    """Decay of the exponential moving average of the weights, which is the result."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """A complete, valid recipe.
+    """A complete, valid recipe."""
 
-    Attributes:
-      seed: seed of weights, textures and images.
-      backbone: key of `backbones.RESNETS`, with basic blocks.
-      start: "random", or weights to start from: a name or a file.
-      precision: precision of the network's arithmetic.
-      checkpoint_every: interval of saves in seconds.
-    """
+    seed: int = setting(0, Integer(0, _MOST_SEED))
+    """Seed of the initial weights, of the textures and of all images."""
 
-    seed: int
-    backbone: str
-    start: str
-    precision: backbones.Precision
-    images: ImagesConfig
-    task: TaskConfig
-    optimizer: OptimizerConfig
-    checkpoint_every: float
+    backbone: str = setting("resnet18", OneOf(BACKBONES))
+    """Network to train, up to layer3."""
+
+    start: str = setting("random", checks.text)
+    """`random`, or weights to start from: `bundled`, a name or a file, as for
+    `config.model.weights`."""
+
+    precision: backbones.Precision = setting("tf32", OneOf(get_args(backbones.Precision)))
+    """Arithmetic of the network; `tf32` is float32 on CPUs. Parameters and distances are always
+    float32."""
+
+    images: ImagesConfig = schema.group()
+    task: TaskConfig = schema.group()
+    optimizer: OptimizerConfig = schema.group()
+    checkpoint_every: float = setting(300.0, Number(0.0, MOST_SECONDS))
+    """Seconds between two saves, from which an interrupted training resumes."""
 
     @property
     def batch_size(self) -> int:
         """Return the number of images per step."""
         return self.optimizer.scenes * (self.task.good + self.task.inspected)
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Return the recipe of the bundled weights."""
+    return schema.defaults(PretrainConfig)
 
 
 def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> PretrainConfig:
@@ -107,113 +152,30 @@ def validate(values: Mapping[str, Any] | ml_collections.ConfigDict) -> PretrainC
     Raises:
       UserError: a setting is wrong; one line with its name, value and what is allowed.
     """
-    checks.fields("config", values, PretrainConfig)
-    groups: Any = values  # not validated yet: any type
-    images, task, optimizer = groups["images"], groups["task"], groups["optimizer"]
-    checks.fields("config.images", images, ImagesConfig)
-    checks.fields("config.task", task, TaskConfig)
-    checks.fields("config.optimizer", optimizer, OptimizerConfig)
-    backbone = checks.one_of("config.backbone", values["backbone"], BACKBONES)
-    size = _size(images["size"])
-    steps = checks.integer("config.optimizer.steps", optimizer["steps"], 1, _MOST_STEPS)
-    config = PretrainConfig(
-        seed=checks.integer("config.seed", values["seed"], 0, _MOST_SEED),
-        backbone=backbone,
-        start=checks.text("config.start", values["start"]),
-        precision=cast(
-            backbones.Precision,
-            checks.one_of(
-                "config.precision", values["precision"], get_args(backbones.Precision)
-            ),
-        ),
-        images=ImagesConfig(
-            size=size,
-            classes=checks.integer(
-                "config.images.classes", images["classes"], FAMILIES, _MOST_TEXTURES
-            ),
-            instances=checks.integer(
-                "config.images.instances", images["instances"], 1, _MOST_TEXTURES
-            ),
-            photos=checks.optional_path("config.images.photos", images["photos"]),
-            photo_part=checks.within(
-                "config.images.photo_part", images["photo_part"], _LEAST_PART, 1.0
-            ),
-            photo_size=checks.integer(
-                "config.images.photo_size", images["photo_size"], size, _MOST_PIXELS
-            ),
-        ),
-        task=TaskConfig(
-            # A covariance needs at least two.
-            good=checks.integer("config.task.good", task["good"], 2, _MOST_IMAGES),
-            inspected=checks.integer(
-                "config.task.inspected", task["inspected"], 1, _MOST_IMAGES
-            ),
-            channels=checks.integer(
-                "config.task.channels",
-                task["channels"],
-                1,
-                sum(map(backbones.RESNETS[backbone].channels, STAGES)),
-            ),
-            redundancy=checks.within(
-                "config.task.redundancy", task["redundancy"], 0.0, checks.MOST
-            ),
-            pixels=checks.within("config.task.pixels", task["pixels"], 0.0, checks.MOST),
-        ),
-        optimizer=OptimizerConfig(
-            steps=steps,
-            scenes=checks.integer(
-                "config.optimizer.scenes", optimizer["scenes"], 1, _MOST_SCENES
-            ),
-            learning_rate=checks.within(
-                "config.optimizer.learning_rate", optimizer["learning_rate"], _LEAST_RATE, 1.0
-            ),
-            warmup=_warmup(optimizer["warmup"], steps),
-            weight_decay=checks.within(
-                "config.optimizer.weight_decay", optimizer["weight_decay"], 0.0, 1.0
-            ),
-            average=checks.within(
-                "config.optimizer.average", optimizer["average"], 0.0, _MOST_AVERAGE
-            ),
-        ),
-        checkpoint_every=checks.within(
-            "config.checkpoint_every", values["checkpoint_every"], 0.0, checks.MOST_SECONDS
-        ),
-    )
+    config: PretrainConfig = schema.build(PretrainConfig, values)
     _check_together(config)
     return config
 
 
 def to_dict(config: PretrainConfig) -> dict[str, Any]:
     """Return the recipe as nested JSON values, which `validate` reads."""
-    values = dataclasses.asdict(config)
-    photos = config.images.photos
-    values["images"]["photos"] = None if photos is None else str(photos)
-    return values
-
-
-def _size(value: Any) -> int:
-    name = "config.images.size"
-    size = checks.integer(name, value, _LEAST_SIZE, TEXTURE_SIZE)
-    if size % _MULTIPLE:
-        raise UserError(
-            f"{name}={size}: expected a multiple of {_MULTIPLE} from {_LEAST_SIZE} to "
-            f"{TEXTURE_SIZE}; textures have {TEXTURE_SIZE} pixels a side"
-        )
-    return size
-
-
-def _warmup(value: Any, steps: int) -> int:
-    name = "config.optimizer.warmup"
-    warmup = checks.integer(name, value, 0, _MOST_STEPS)
-    if warmup >= steps:
-        raise UserError(
-            f"{name}={warmup}: expected fewer steps than config.optimizer.steps={steps}"
-        )
-    return warmup
+    return schema.to_json(config)
 
 
 def _check_together(config: PretrainConfig) -> None:
-    images = config.images
+    """Check conditions on several settings, or raise UserError."""
+    images, optimizer = config.images, config.optimizer
+    if images.size % _MULTIPLE:
+        raise UserError(
+            f"config.images.size={images.size}: expected a multiple of {_MULTIPLE} from "
+            f"{_LEAST_SIZE} to {TEXTURE_SIZE}; textures have {TEXTURE_SIZE} pixels a side"
+        )
+    Integer(images.size, _MOST_PIXELS)("config.images.photo_size", images.photo_size)
+    if optimizer.warmup >= optimizer.steps:
+        raise UserError(
+            f"config.optimizer.warmup={optimizer.warmup}: expected fewer steps than "
+            f"config.optimizer.steps={optimizer.steps}"
+        )
     if images.classes * images.instances > _MOST_TEXTURES:
         raise UserError(
             f"config.images.instances={images.instances}: of "

@@ -364,8 +364,8 @@ def _unknown_setting(message: str) -> str:
         return f"--config: no such setting {close[2]!r}; did you mean {close[1]!r}?"
     name = "".join(re.findall(r"\w", message))
     return (
-        f"--config: no such setting {name!r}; padim_jax/config/defaults.py lists them, and "
-        "padim_jax/pretrain/defaults.py those of --mode=pretrain"
+        f"--config: no such setting {name!r}; padim_jax/config/settings.py lists them, and "
+        "padim_jax/pretrain/config.py those of --mode=pretrain"
     )
 
 

@@ -4,9 +4,9 @@ import ast
 import copy
 import importlib.util
 import inspect
+import itertools
 import json
 import pathlib
-import re
 import sys
 from typing import Any
 
@@ -16,11 +16,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from padim_jax.config import backbones, defaults
+from padim_jax.config import backbones, checks, defaults
 from padim_jax.config import settings as config_lib
 from padim_jax.errors import UserError
 from padim_jax.pretrain import config as pretrain_config
-from padim_jax.pretrain import defaults as pretrain_defaults
 from padim_jax.system import paths
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -310,81 +309,35 @@ def test_a_wrong_value_is_one_line_with_field_value_and_allowed(field, value, sa
         assert text in message
 
 
-# The sentence of a setting's comment that its check has to agree with.
-RANGE = re.compile(r"Range: (above )?(.+?)(?: to |, below )(.+?)( pixels)?( each)?\.$")
-BOUNDS = {  # that depend on other settings, as they are by default
-    "image.resize": 256,
-    "all channels of model.layers": 448,
-    "images.size": 64,
-    "100000 / instances": 100_000 // 6,
-    "100000 / classes": 100_000 // 260,
-    "all channels of layer1 to layer3": 448,
-    "warmup + 1": 101,
-    "steps - 1": 5599,
-    "2^31 - 1": 2**31 - 1,
-    "2^63 - 1": 2**63 - 1,
-}
-
-
-def stated_ranges(module) -> dict[str, re.Match[str]]:
-    """What the comment above each setting of a defaults.py says of its range."""
-    ranges, comment = {}, ""
-    for line in inspect.getsource(module).splitlines():
-        if line.strip().startswith("#"):
-            comment += f" {line.strip(' #')}"
-            continue
-        setting = re.match(r"    (config\.[\w.]+) = ", line)
-        if setting and (stated := RANGE.search(comment)):
-            ranges[setting[1]] = stated
-        comment = ""
-    return ranges
-
-
-def is_number(value) -> bool:
-    items = value if isinstance(value, tuple) else (value,)
-    numbers = [isinstance(x, int | float) and not isinstance(x, bool) for x in items]
-    return bool(numbers) and all(numbers)
-
-
 @pytest.mark.parametrize(
-    ("module", "validate"),
-    [(defaults, config_lib.validate), (pretrain_defaults, pretrain_config.validate)],
-    ids=["fit", "pretrain"],
+    ("check", "allowed", "rejected"),
+    [
+        (checks.Integer(2, 5), [2, 5], [1, 6]),
+        (checks.Number(0.5, 2.0), [0.5, 1, 2.0], [0.499, 2.001]),
+        (checks.Number(0.0, 1.0, inside=True), [1e-9, 1 - 1e-9], [0, 1, 0.0, 1.0]),
+        (checks.RGB(0.25, 1.0), [(0.25, 0.5, 1.0)], [(0.249, 0.5, 1.0), (0.5, 0.5, 1.001)]),
+        (checks.Size(32, 64), [(32, 64), (64, 32)], [(31, 64), (65, 32), None]),
+        (checks.Size(32, 64, optional=True), [(32, 64), None], [(31, 64)]),
+        (checks.Odd(5), [1, 3, 5], [-1, 2, 7]),
+    ],
 )
-def test_the_documented_range_is_the_checked_one(module, validate):
-    settings = module.get_config().to_dict()
-    ranges = stated_ranges(module)
-    numbers = {field for field in leaves(settings) if is_number(setting(settings, field))}
-    assert set(ranges) - {"config.image.crop"} == numbers
-    for field, stated in ranges.items():
-        is_open, *bounds = stated.groups()[:3]
-        low, high = (
-            BOUNDS[text] if text in BOUNDS else ast.literal_eval(text) for text in bounds
-        )
-        value = setting(settings, field)
-        count = len(value) if isinstance(value, tuple) else 2 if value is None else 0
-        whole = isinstance(low, int) and isinstance(high, int) and not is_open
-        step = 1 if whole else (high - low) * 1e-3
-
-        def check(bound, field=field, count=count):
-            *groups, name = field.split(".")[1:]
-            changed = copy.deepcopy(settings)
-            group = changed[groups[0]] if groups else changed
-            group[name] = (bound,) * count if count else bound
-            validate(changed)
-
-        refused = [low - step, high + step, *([low, high] if is_open else [])]
-        for bound in () if is_open else (low, high):
-            check(bound)
-        for bound in refused:
-            with pytest.raises(UserError, match=re.escape(field)):
-                check(bound)
+def test_bounds(check, allowed, rejected):
+    for value in allowed:
+        assert check("config.x", value) == value
+    for value in rejected:
+        with pytest.raises(UserError, match=r"config\.x=.*: expected "):
+            check("config.x", value)
 
 
-def setting(settings, field):
-    for name in field.split(".")[1:]:
-        settings = settings[name]
-    return settings
+@pytest.mark.parametrize("module", [config_lib, pretrain_config])
+def test_every_setting_is_explained_below_it(module):
+    """The documentation is made of these texts."""
+    for group in ast.parse(inspect.getsource(module)).body:
+        if not isinstance(group, ast.ClassDef):
+            continue
+        for statement, text in itertools.pairwise([*group.body, ast.Pass()]):
+            if "setting(" in ast.unparse(statement) and isinstance(statement, ast.AnnAssign):
+                assert isinstance(text, ast.Expr), ast.unparse(statement)
 
 
 def leaves(settings, prefix="config"):

@@ -12,13 +12,12 @@ import pytest
 from padim_jax.config import backbones
 from padim_jax.errors import UserError
 from padim_jax.pretrain import config as config_lib
-from padim_jax.pretrain import defaults
 
 FILE = pathlib.Path(__file__).parents[2] / "configs" / "pretrain.py"
 
 
 def values() -> dict[str, Any]:
-    return defaults.get_config().to_dict()
+    return config_lib.get_config().to_dict()
 
 
 def changed(**fields: Any) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def test_the_config_file_is_the_defaults():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     recipe = config_lib.validate(module.get_config())
-    assert recipe == config_lib.validate(defaults.get_config())
+    assert recipe == config_lib.validate(config_lib.get_config())
     # It needs nothing that is not drawn.
     assert recipe.start == "random"
     assert recipe.images.photos is None

@@ -13,8 +13,8 @@ from padim_jax.config.backbones import RESNETS, Precision
 from padim_jax.devices import parallel
 from padim_jax.models.resnet import ResNet
 from padim_jax.models.weights import folding, pretrained
-from padim_jax.pretrain import defaults, inspection, network, run, training
-from padim_jax.pretrain.config import STAGES, validate
+from padim_jax.pretrain import inspection, network, run, training
+from padim_jax.pretrain.config import STAGES, get_config, validate
 from padim_jax.pretrain.inspection import DEVIATION, EPSILON
 from padim_jax.pretrain.redundancy import redundancy
 
@@ -430,7 +430,7 @@ def cosine(a: Any, b: Any) -> float:
 
 def test_weights_are_read_as_they_were_written(tmp_path: pathlib.Path):
     """Every kernel's axes included."""
-    recipe = validate(defaults.get_config())
+    recipe = validate(get_config())
     tensors = network.folded(random_variables(12))
     images = jnp.zeros((recipe.task.good + recipe.task.inspected, 32, 32, 3))
     row: list[float | int] = [1, *range(len(training.Measures._fields))]
@@ -444,7 +444,7 @@ def test_weights_are_read_as_they_were_written(tmp_path: pathlib.Path):
 
 class TestOptimizer:
     def recipe(self, **changes: Any) -> Any:
-        values: Any = defaults.get_config()
+        values: Any = get_config()
         values.optimizer.update({"steps": 20, "warmup": 4, "learning_rate": 0.5, **changes})
         return validate(values)
 

@@ -23,7 +23,7 @@ from padim_jax.errors import UserError
 from padim_jax.models import network as networks
 from padim_jax.models.weights import pretrained
 from padim_jax.pretrain import config as config_lib
-from padim_jax.pretrain import defaults, network, run, saving, training
+from padim_jax.pretrain import network, run, saving, training
 from padim_jax.pretrain.config import PretrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -42,7 +42,7 @@ RECIPE = {
 
 
 def make_config(**optimizer: Any) -> PretrainConfig:
-    values: Any = defaults.get_config()
+    values: Any = config_lib.get_config()
     for name, value in RECIPE.items():
         *groups, name = name.split(".")
         (values[groups[0]] if groups else values)[name] = value

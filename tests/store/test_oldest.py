@@ -13,7 +13,8 @@ import numpy as np
 import oldest_models
 import pytest
 
-from padim_jax.config import defaults, settings
+from padim_jax.config import checks, defaults, schema, settings
+from padim_jax.config.schema import setting
 from padim_jax.config.settings import Config
 from padim_jax.data import dataset_splits
 from padim_jax.data.input_pipeline import FolderSource
@@ -156,36 +157,42 @@ class TestSettingsOfOtherVersions:
 
 @dataclasses.dataclass(frozen=True)
 class Later(settings.MapConfig):
-    mode: str = "as ever"
-    shares: tuple[float, ...] = (1.0, 1.0)
+    mode: str = setting("better", checks.text, later="as ever")
+    shares: tuple[float, ...] = setting((1, 2), lambda name, value: tuple(value), later=(1, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    size: int = 3
+    size: int = setting(5, checks.Integer(0, 9), later=3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Whole(Config):
-    map: Later  # pyright: ignore[reportIncompatibleVariableOverride]
+    map: Later = schema.group()  # pyright: ignore[reportIncompatibleVariableOverride]
     group: Group = Group()
 
 
-def test_a_new_setting_that_changes_nothing(root: pathlib.Path, weights: pathlib.Path):
+def test_a_new_setting_that_changes_nothing(
+    root: pathlib.Path, weights: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
     """It is neither stored nor part of a fingerprint; with another value it is both."""
     was = settings.validate(make_settings(root, weights, "auto"))
-    parts: Any = {field.name: getattr(was, field.name) for field in dataclasses.fields(was)}
-
-    def later(shares: tuple[float, ...], size: int) -> Whole:
-        map_ = Later(was.map.upsample, was.map.sigma, shares=shares)
-        return Whole(**{**parts, "map": map_, "group": Group(size)})
-
-    same, other = later((1.0, 1.0), 3), later((1.0, 2.0), 4)
-    assert settings.to_stored(same) == settings.to_stored(was)
-    assert settings.score_settings(same) == settings.score_settings(was)
-    assert settings.to_stored(other)["map"]["shares"] == [1.0, 2.0]
-    assert settings.to_stored(other)["group"] == {"size": 4}
-    assert settings.score_settings(other)["map.shares"] == [1.0, 2.0]
+    stored, scores = settings.to_stored(was), settings.score_settings(was)
+    monkeypatch.setattr(settings, "Config", Whole)
+    monkeypatch.setattr(settings, "_SCORES", (*settings._SCORES, "group"))
+    same: Any = settings.restore(stored, "0.1.0")
+    assert (same.map.mode, same.map.shares, same.group.size) == ("as ever", (1, 1), 3)
+    assert settings.to_stored(same) == stored
+    assert settings.score_settings(same, settings._SCORES) == scores
+    # A new model has the new default.
+    new: Any = settings.validate(schema.defaults(Whole))
+    assert (new.map.mode, new.map.shares, new.group.size) == ("better", (1, 2), 5)
+    changed = settings.to_stored(new)
+    assert changed["map"]["shares"] == [1, 2]
+    assert changed["group"] == {"size": 5}
+    scores = settings.score_settings(new, settings._SCORES)
+    assert (scores["map.shares"], scores["group.size"]) == ([1, 2], 5)
+    assert settings.restore(changed, "0.1.0") == new
 
 
 SYSTEM_FILES = (
