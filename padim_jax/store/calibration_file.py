@@ -1,21 +1,16 @@
 """Calibration of a stored model: calibration.json in the checkpoint's folder."""
 
-import contextlib
 import json
-import pathlib
 from typing import Any
 
 from padim_jax.core import calibration as calibration_lib
 from padim_jax.core.calibration import Calibration
 from padim_jax.errors import UserError
+from padim_jax.system import paths
 from padim_jax.system.paths import Path
 
 NAME = "calibration.json"
-_GROWING = f"{NAME}.incomplete"
 _LONGEST = 10_000_000  # bytes; it has a few thousand
-# Files that may lie in a checkpoint's folder besides the checkpoint; the second is left by a
-# killed process.
-NAMES = (NAME, _GROWING)
 
 
 def write(folder: Path, calibration: Calibration, detector: str) -> None:
@@ -32,16 +27,7 @@ def write(folder: Path, calibration: Calibration, detector: str) -> None:
     stored = calibration_lib.to_dict(calibration, detector)
     content = json.dumps(stored, indent=1, allow_nan=False).encode() + b"\n"
     try:
-        if isinstance(folder, pathlib.Path):
-            try:
-                (folder / _GROWING).write_bytes(content)
-                (folder / _GROWING).replace(folder / NAME)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    (folder / _GROWING).unlink()
-                raise
-        else:
-            (folder / NAME).write_bytes(content)  # object stores show complete files only
+        paths.write(folder / NAME, content)
     except OSError as error:
         raise UserError(f"{folder / NAME}: cannot be written ({error})") from error
 

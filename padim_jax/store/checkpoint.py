@@ -226,7 +226,7 @@ def check_destination(path: Path) -> None:
             raise UserError(f"{path}: exists and is no checkpoint; move it away first")
         return
     for entry in folder.iterdir():
-        if _is_leftover(entry) or _is_deleted(entry) or entry.name in calibration_file.NAMES:
+        if _is_leftover(entry) or _is_deleted(entry) or entry.name == calibration_file.NAME:
             continue
         if paths.is_system_file(entry.name) or paths.is_growing(entry):
             continue

@@ -129,34 +129,16 @@ def save(path: Path, model: Model, regions: int) -> int:
     described["sha256"] = _digest(arrays, described)
     header = {"padim_jax": json.dumps(described)}
     try:
-        if isinstance(path, pathlib.Path):
-            _replace(path, arrays, header)
-        else:
-            with tempfile.TemporaryDirectory() as work:
-                local = pathlib.Path(work, path.name)
-                safetensors.numpy.save_file(arrays, local, header)
-                paths.upload(local, path)
+        # Replace the target of a link, not the link.
+        target = path.resolve() if isinstance(path, pathlib.Path) else path
+        with paths.replacing(target) as growing:
+            growing.touch()
+            mode = growing.stat().st_mode  # by the umask; the library makes files private
+            safetensors.numpy.save_file(arrays, growing, header)
+            growing.chmod(mode)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
     return sum(array.nbytes for array in arrays.values())
-
-
-def _replace(path: pathlib.Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
-    import safetensors.numpy
-
-    target = path.resolve()  # replace the target of a link, not the link
-    growing = paths.growing_file(target)
-    try:
-        growing.unlink(missing_ok=True)  # of a killed process
-        growing.touch()
-        mode = growing.stat().st_mode  # by the umask; the library makes files private
-        safetensors.numpy.save_file(arrays, growing, header)
-        growing.chmod(mode)
-        growing.replace(target)
-    except (OSError, safetensors.SafetensorError):
-        with contextlib.suppress(OSError):
-            growing.unlink()
-        raise
 
 
 def require_own(path: Path) -> None:

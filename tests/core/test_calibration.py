@@ -22,6 +22,7 @@ from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.models.weights import pretrained
 from padim_jax.store import calibration_file, checkpoint
+from padim_jax.system import paths
 
 
 def of_scores(scores: Any, image_rate: float = 0.01, pixel_rate: float = 0.001) -> Calibration:
@@ -423,7 +424,7 @@ class TestStored:
 
     def test_a_checkpoint_may_replace_it_and_nothing_else(self, tmp_path: pathlib.Path):
         calibration_file.write(tmp_path, of_scores(GAMMA), "abc")
-        (tmp_path / "calibration.json.incomplete").write_text("{")  # of a killed process
+        paths.growing_file(tmp_path / "calibration.json").write_text("{")  # of a killed process
         checkpoint.check_destination(tmp_path)
         calibration_file.write(tmp_path, of_scores(GAMMA), "abc")
         assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
@@ -432,8 +433,9 @@ class TestStored:
             checkpoint.check_destination(tmp_path)
 
     def test_a_folder_that_cannot_be_written(self, tmp_path: pathlib.Path):
+        (tmp_path / "file").touch()
         with pytest.raises(UserError, match="cannot be written"):
-            calibration_file.write(tmp_path / "nowhere", of_scores(GAMMA), "abc")
+            calibration_file.write(tmp_path / "file", of_scores(GAMMA), "abc")
 
 
 class TestOutcome:
