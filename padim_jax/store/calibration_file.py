@@ -27,7 +27,8 @@ def write(folder: Path, calibration: Calibration, detector: str) -> None:
     stored = calibration_lib.to_dict(calibration, detector)
     content = json.dumps(stored, indent=1, allow_nan=False).encode() + b"\n"
     try:
-        paths.write(folder / NAME, content)
+        with paths.replacing(folder / NAME) as growing:  # the folder may have been removed
+            growing.write_bytes(content)
     except OSError as error:
         raise UserError(f"{folder / NAME}: cannot be written ({error})") from error
 

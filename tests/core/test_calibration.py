@@ -433,9 +433,8 @@ class TestStored:
             checkpoint.check_destination(tmp_path)
 
     def test_a_folder_that_cannot_be_written(self, tmp_path: pathlib.Path):
-        (tmp_path / "file").touch()
         with pytest.raises(UserError, match="cannot be written"):
-            calibration_file.write(tmp_path / "file", of_scores(GAMMA), "abc")
+            calibration_file.write(tmp_path / "nowhere", of_scores(GAMMA), "abc")
 
 
 class TestOutcome:
