@@ -57,7 +57,7 @@ class Scored:
       masks: defect pixels; None where unknown.
       maps: anomaly maps.
       scores: image scores.
-      pixels: pixel metrics at the masks' own sizes, if requested.
+      pixels: pixel metrics, at the maps' size or at the masks' own sizes; see `with_pixels`.
       aspects: width over height of the maps' contents, in the proportions of the image files
         (see `input_pipeline.aspect`); None if they are the maps'.
       in_place: whether the strongest region of each map lies at the image's defect (see
@@ -97,12 +97,33 @@ def import_libraries() -> None:
         importlib.import_module(name)
 
 
-def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str, Any]:
+def with_pixels(scored: Scored) -> Scored:
+    """Return the test set with its pixel metrics at the maps' size, if it has masks."""
+    if (masks := _masks(scored)) is None:
+        return scored
+    types = [record.defect_type for record in scored.records]
+    pixels = metrics.pixel_metrics(scored.labels, types, masks, scored.maps)
+    return dataclasses.replace(scored, pixels=pixels)
+
+
+def _masks(scored: Scored) -> Bool[np.ndarray, "n h w"] | None:
+    """Return the masks, all False where unknown; None if no anomalous image has one."""
+    known = np.array([mask is not None for mask in scored.masks])
+    if scored.labels.any() and not known[scored.labels].any():
+        return None
+    blank = np.zeros(scored.maps.shape[1:], bool)
+    return np.stack([blank if mask is None else mask for mask in scored.masks])
+
+
+def measure(
+    scored: Scored, calibration: Calibration | None = None, resolution: str = "model"
+) -> dict[str, Any]:
     """Return the contents of metrics.json for a test set.
 
     Args:
       scored: the test set.
       calibration: calibration of the detector, if it has one.
+      resolution: size of `scored.pixels`, "model" or "full".
 
     Returns:
       All metrics (see `metrics.evaluate`), of which those named f1 come with the thresholds
@@ -112,18 +133,13 @@ def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str,
       `verdicts.Transfer`), or None; `normal_threshold`, the outcome of thresholds from normal
       images alone, always at the model's size (see `calibration.outcome`), or None.
     """
-    known = np.array([mask is not None for mask in scored.masks])
-    blank = np.zeros(scored.maps.shape[1:], bool)
-    no_masks = scored.labels.any() and not known[scored.labels].any()
     measured = metrics.evaluate(
         scored.labels,
         scored.scores,
         [record.defect_type for record in scored.records],
-        None
-        if no_masks
-        else np.stack([blank if mask is None else mask for mask in scored.masks]),
+        _masks(scored),
         scored.maps,
-        known,
+        np.array([mask is not None for mask in scored.masks]),
         scored.pixels,
     )
     outcome = calibration and calibration_lib.outcome(
@@ -132,7 +148,7 @@ def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str,
     return measured | {
         "test_images": len(scored.records),
         "anomalous_images": int(scored.labels.sum()),
-        "resolution": "model" if scored.pixels is None else "full",
+        "resolution": resolution,
         "normal_threshold": outcome,
         "transfer": _transfer(scored, calibration),
     }
@@ -301,9 +317,8 @@ def write(
     if config.outputs.maps != "none":
         for record, anomaly_map in zip(scored.records, scored.maps, strict=True):
             save_map(workdir / "maps", record.relative_path, config.outputs.maps, anomaly_map)
-    # Sorting, decoding and encoding release the GIL: threads use all cores.
+    # Decoding and encoding release the GIL: threads use all cores.
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        curves = pool.submit(_roc_curves, scored, measured)
         pictures = _draw_figures(
             workdir / "figures", config, scored, measured, load_image, pool
         )
@@ -313,7 +328,7 @@ def write(
             scored.labels.astype(int),
             _threshold(measured, "image"),
         )
-        if defined := curves.result():
+        if defined := roc_curves(scored, measured):
             figures.roc_figure(workdir / "roc_curve.png", defined, config.title)
         few = [picture for picture in pictures if picture is not None]
     if few:
@@ -634,21 +649,25 @@ def _write_scores(
     paths.write(path, tables.as_csv(rows))
 
 
-def _roc_curves(
-    scored: Scored, measured: dict[str, Any]
+def roc_curves(
+    scored: Scored, measured: Mapping[str, Any]
 ) -> list[tuple[str, Float[np.ndarray, " _"], Float[np.ndarray, " _"]]]:
-    """Return label, false and true positive rates of each curve that is defined."""
+    """Return label, false and true positive rates of the images' curve and of the pixels'.
+
+    Args:
+      scored: result of `with_pixels`.
+      measured: result of `measure`.
+
+    Returns:
+      The curves that are defined.
+    """
     curves = []
     if curve := metrics.roc_curve(scored.labels, scored.scores):
         curves.append((f"image, AUROC {measured['image_auroc']:.4f}", *curve))
     if measured["pixel_auroc"] is not None:
-        if scored.pixels is not None:
-            assert scored.pixels.curves is not None
-            curve, _ = scored.pixels.curves
-        else:
-            masks = np.stack([mask for mask in scored.masks if mask is not None])
-            curve = metrics.roc_curve(masks.ravel(), scored.maps.ravel())
-            assert curve is not None
+        assert scored.pixels is not None
+        assert scored.pixels.curves is not None
+        curve, _ = scored.pixels.curves
         curves.append((f"pixel, AUROC {measured['pixel_auroc']:.4f}", *curve))
     return curves
 

@@ -409,21 +409,16 @@ def _suspects(found: Suspects | None, scale: figures.ColorScale) -> str:
 
 
 def _diagrams(scored: Scored, measured: Mapping[str, Any]) -> str:
-    lines, pro = [], []
-    if curve := metrics.roc_curve(scored.labels, scored.scores):
-        label = f"image, AUROC {measured['image_auroc']:.4f}"
-        lines.append(charts.Line(label, "first", curve))
+    lines = [
+        charts.Line(label, "second" if label.startswith("pixel") else "first", (fpr, tpr))
+        for label, fpr, tpr in results.roc_curves(scored, measured)
+    ]
+    pro = []
     if measured["pixel_auroc"] is not None:
-        if scored.pixels is not None:
-            found = scored.pixels.curves
-        else:
-            masks = np.stack([mask for mask in scored.masks if mask is not None])
-            found = metrics.pixel_curves(masks, scored.maps)
-        assert found is not None
-        label = f"pixel, AUROC {measured['pixel_auroc']:.4f}"
-        lines.append(charts.Line(label, "second", found[0]))
+        assert scored.pixels is not None
+        assert scored.pixels.curves is not None
         label = f"AUPRO {measured['aupro']:.4f}"
-        pro.append(charts.Line(label, "second", found[1]))
+        pro.append(charts.Line(label, "second", scored.pixels.curves[1]))
 
     def words(title: str, shown: list[charts.Line]) -> str:
         return f"{title}: {'; '.join(line.label for line in shown) or 'undefined'}"
