@@ -15,13 +15,14 @@ from scipy import stats
 from padim_jax.config import defaults
 from padim_jax.config.settings import validate
 from padim_jax.core import calibration
-from padim_jax.core.calibration import Calibration, calibrate, from_dict, outcome, to_dict
+from padim_jax.core.calibration import Calibration, calibrate, outcome
 from padim_jax.data.synthetic_part import photograph
 from padim_jax.detector import detector
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.models.weights import pretrained
-from padim_jax.store import calibration_file, checkpoint
+from padim_jax.store import calibration_file, checkpoint, validation
+from padim_jax.store.calibration_file import from_dict, to_dict
 from padim_jax.system import paths
 
 
@@ -560,17 +561,17 @@ class TestGroups:
     def test_stored(self):
         found = self.calibration(GAMMA[:60], [], 0.1)
         found = dataclasses.replace(found, warning="near copies")
-        stored = json.loads(json.dumps(calibration.to_dict(found, "one")))
-        assert calibration.from_dict(stored, "one") == found
+        stored = json.loads(json.dumps(to_dict(found, "one")))
+        assert from_dict(stored, "one") == found
         assert "warning: near copies" in calibration.text(found)
 
     def test_files_that_know_nothing_of_groups(self):
         """As they were written before there were groups and warnings."""
         known = of_scores(GAMMA[:60])
-        stored = calibration.to_dict(known, "one")
+        stored = to_dict(known, "one")
         older = {k: v for k, v in stored.items() if k not in ("groups", "warning", "sha256")}
-        older["sha256"] = calibration._digest(older)
-        assert calibration.from_dict(older, "one") == known
+        older["sha256"] = validation.digest(older)
+        assert from_dict(older, "one") == known
 
 
 class TestRealDetector:
