@@ -21,7 +21,8 @@ from padim_jax.core.suspects import Suspects
 from padim_jax.data.files import shown
 from padim_jax.data.records import GOOD, Record, Skipped
 from padim_jax.errors import UserError
-from padim_jax.output import figures, published, tables
+from padim_jax.output import figures, published
+from padim_jax.output.tables import Table
 from padim_jax.system import paths
 from padim_jax.system.paths import Path
 
@@ -270,14 +271,15 @@ def compare(exact: Scored, half: Scored) -> dict[str, Any]:
 
 def comparison_table(comparison: dict[str, Any]) -> str:
     """Format the result of `compare` for a person."""
-    lines = [f"{'':14}{'exact':>10}{'half':>10}{'change':>10}"]
+    rows = []
     for name, key in _ROWS:
         exact, half = comparison["exact"][key], comparison["half"][key]
         if exact is None or half is None:
-            lines.append(f"{name:14}{'undefined':>10}")
+            rows.append([name, "undefined", "", ""])
         else:
-            lines.append(f"{name:14}{exact:10.4f}{half:10.4f}{half - exact:+10.4f}")
-    lines += [
+            rows.append([name, f"{exact:.4f}", f"{half:.4f}", f"{half - exact:+.4f}"])
+    lines = [
+        *Table(["", "exact", "half", "change"], rows).text(),
         "",
         f"on {comparison['images']} test images; image scores change by at most "
         f"{comparison['largest_change_of_a_score']:.1e} of the largest, pixels by "
@@ -363,8 +365,7 @@ def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
     if not skipped:
         table.unlink(missing_ok=True)
         return
-    rows = [header, *((one.path, one.reason) for one in skipped)]
-    paths.write(table, tables.as_csv(rows))
+    paths.write(table, Table(header, [(one.path, one.reason) for one in skipped]).csv())
 
 
 def write_suspects(folder: Path, suspects: Suspects | None) -> None:
@@ -382,12 +383,12 @@ def write_suspects(folder: Path, suspects: Suspects | None) -> None:
     if suspects is None:
         table.unlink(missing_ok=True)
         return
-    rows: list[tuple[Any, ...]] = [header]
+    rows = []
     for i, path in enumerate(suspects.paths):
         likely = float(suspects.expected[i])
         expected = "" if np.isnan(likely) else f"{likely:.6g}"
         rows.append((i + 1, path, suspects.scores[i], expected, int(i < suspects.count)))
-    paths.write(table, tables.as_csv(rows))
+    paths.write(table, Table(header, rows).csv())
 
 
 def require_own_suspects(folder: Path) -> None:
@@ -443,7 +444,8 @@ def table(config: Config, measured: dict[str, Any]) -> str:
     ]
     # The first source has its difference beside it.
     names = [source.name for source in sources]
-    rows = [["", "this run", *names[:1], *(["difference"] if names else []), *names[1:]]]
+    head = ["", "this run", *names[:1], *(["difference"] if names else []), *names[1:]]
+    rows = []
     for name, key in _ROWS:
         ours = measured[key]
         theirs = [source.values.get(key, {}).get(config.category) for source in sources]
@@ -452,7 +454,7 @@ def table(config: Config, measured: dict[str, Any]) -> str:
             first = theirs[0]
             cells.insert(1, "-" if ours is None or first is None else f"{ours - first:+.3f}")
         rows.append([name, "undefined" if ours is None else f"{ours:.4f}", *cells])
-    lines += _aligned(rows)
+    lines += Table(head, rows).text()
     if why := published.not_compared(config, config.category, measured):
         lines.append(why)
     for source in sources:
@@ -482,14 +484,14 @@ def table(config: Config, measured: dict[str, Any]) -> str:
     if measured["per_defect"]:
         keys = ("image_auroc", "pixel_auroc", "aupro")
         located = bool(measured.get("in_place"))
-        rows = [["defect type", *keys, *["found in place"] * located]]
+        head, rows = ["defect type", *keys, *["found in place"] * located], []
         for name, values in measured["per_defect"].items():
             cells = ["undefined" if values[k] is None else f"{values[k]:.4f}" for k in keys]
             if located:
                 place = values.get("in_place")
                 cells.append(verdicts.share_text(place["found_in_place"]) if place else "-")
             rows.append([name, *cells])
-        lines += ["", *_aligned(rows)]
+        lines += ["", *Table(head, rows).text()]
     return "\n".join(lines)
 
 
@@ -504,13 +506,13 @@ def in_place_text(in_place: Mapping[str, Any]) -> str:
     )
 
 
-def rate_rows(normal: Mapping[str, Any]) -> list[list[str]]:
-    """Return rows of a table of thresholds for other rates, and their outcomes.
+def rate_table(normal: Mapping[str, Any]) -> Table:
+    """Return a table of thresholds for other rates, and their outcomes.
 
     Args:
       normal: `normal_threshold` of `measure`, with its rates.
     """
-    rows = [["false alarms", "image threshold", "found (95 % interval)", "false alarms here"]]
+    rows = []
     for one in normal["rates"]:
         if one["threshold"] is None:
             cells = [f"takes {one['images_needed']} images", "-", "-"]
@@ -518,7 +520,9 @@ def rate_rows(normal: Mapping[str, Any]) -> list[list[str]]:
             shares = (verdicts.share_text(one[key]) for key in ("found", "false_alarms"))
             cells = [f"{one['threshold']:.4g}", *shares]
         rows.append([f"{100 * one['rate']:g} %", *cells])
-    return rows
+    return Table(
+        ["false alarms", "image threshold", "found (95 % interval)", "false alarms here"], rows
+    )
 
 
 def comparison_rows(
@@ -591,7 +595,7 @@ def _thresholds(measured: dict[str, Any]) -> list[str]:
             f"{normal['image_threshold']:.4g}; here {', '.join(found)}"
         )
         if normal["rates"]:
-            sentences += ["", *_aligned(rate_rows(normal)), ""]
+            sentences += ["", *rate_table(normal).text(), ""]
         if normal["warning"]:
             sentences.append(f"warning: {normal['warning']}")
     if measured["image_f1_threshold"] is not None:
@@ -600,16 +604,6 @@ def _thresholds(measured: dict[str, Any]) -> list[str]:
             f"{measured['image_f1_threshold']:.4g}"
         )
     return sentences
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Format columns two spaces apart: the first left-aligned, the others right-aligned."""
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return [
-        f"{row[0]:{first}}"
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], others, strict=True))
-        for row in rows
-    ]
 
 
 def _threshold(measured: Mapping[str, Any], level: str) -> float | None:
@@ -624,7 +618,7 @@ def _write_scores(
 ) -> None:
     located = scored.in_place is not None
     header = ("path", "label", "defect_type", "score", "predicted", "predicted_f1")
-    rows: list[tuple[Any, ...]] = [(*header, "calibrated", *["in_place"] * located)]
+    rows = []
     in_place = scored.in_place or [None] * len(scored.records)
     threshold = calibration and calibration.image_threshold
     calibrated = (
@@ -646,7 +640,7 @@ def _write_scores(
                 *("" if place is None else int(place),) * located,
             )
         )
-    paths.write(path, tables.as_csv(rows))
+    paths.write(path, Table((*header, "calibrated", *["in_place"] * located), rows).csv())
 
 
 def roc_curves(
