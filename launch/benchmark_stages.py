@@ -262,7 +262,12 @@ def evaluation(
         masks += batch.masks
     scored = results.Scored(source.records, masks, np.concatenate(maps), np.concatenate(scores))
     images = len(scored.records)
-    found = measured.add("metrics", f"{images} maps", images, lambda: results.measure(scored))
+
+    def measure() -> tuple[results.Scored, dict]:
+        with_pixels = results.with_pixels(scored)
+        return with_pixels, results.measure(with_pixels)
+
+    scored, found = measured.add("metrics", f"{images} maps", images, measure)
     scale = figures.color_scale(scored.maps, scored.labels.astype(int))
     found["color_scale"] = [scale.low, scale.high]
     with tempfile.TemporaryDirectory(dir=workdir) as folder:

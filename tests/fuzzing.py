@@ -37,7 +37,13 @@ from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
 from padim_jax.models.weights import pretrained
-from padim_jax.store import calibration_file, checkpoint, model_file, statistics_store
+from padim_jax.store import (
+    calibration_file,
+    checkpoint,
+    model_file,
+    statistics_store,
+    validation,
+)
 from padim_jax.store.checkpoint import Fitted
 from padim_jax.store.model_file import Model
 
@@ -317,7 +323,7 @@ def model(form: str) -> Model:
         whole.weights,
         "0123456789abcdef" * 4,
         whole.images,
-        calibration=calibration.to_dict(THRESHOLDS, "nobody's"),
+        calibration=calibration_file.to_dict(THRESHOLDS, "nobody's"),
     )
 
 
@@ -361,7 +367,7 @@ def model_files(draw: st.DrawFn) -> tuple[str, Content]:
         alter_array(arrays, draw)
     text = json.dumps(described)
     if isinstance(described, dict):
-        described["sha256"] = model_file._digest(arrays, json.loads(text))
+        described["sha256"] = validation.digest(json.loads(text), arrays)
         text = json.dumps(described)
     return form, Content(safetensors.numpy.save(arrays, {"padim_jax": text}))
 
@@ -426,7 +432,7 @@ def small_arrays(form: str) -> dict[str, np.ndarray]:
     step = checkpoint_folder(form) / "0"
     described = dict(checkpoint._describe(step).metadata)
     found = checkpoint._read(step, described, fitted(form).regions, ONE)
-    return {name: found[name] for name in checkpoint._SMALL if name in found}
+    return {x: np.atleast_1d(found[x]) for x in checkpoint._SMALL if x in found}
 
 
 @st.composite
@@ -442,7 +448,7 @@ def checkpoints(draw: st.DrawFn) -> tuple[str, Callable[[pathlib.Path], None]]:
     alter(metadata, draw, JSON)
     if draw(st.booleans()):
         small = small_arrays(form)
-        metadata["sha256"] = checkpoint._digest(small, json.loads(json.dumps(metadata)))
+        metadata["sha256"] = validation.digest(json.loads(json.dumps(metadata)), small)
 
     def change(path: pathlib.Path) -> None:
         file = path / "0" / name
@@ -506,13 +512,13 @@ THRESHOLDS = calibration.calibrate(
 @st.composite
 def calibrations(draw: st.DrawFn) -> bytes:
     """Damaged, or by somebody who knows the checksum."""
-    stored = calibration.to_dict(THRESHOLDS, "a detector")
+    stored = calibration_file.to_dict(THRESHOLDS, "a detector")
     if draw(st.booleans()):
         return draw(damages())(json.dumps(stored).encode())
     for _ in range(draw(st.integers(1, 2))):
         alter(stored, draw, JSON)
     stored.pop("sha256", None)
-    stored["sha256"] = calibration._digest(json.loads(json.dumps(stored)))
+    stored["sha256"] = validation.digest(json.loads(json.dumps(stored)))
     return json.dumps(stored).encode()
 
 

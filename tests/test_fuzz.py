@@ -94,7 +94,7 @@ def test_what_is_whole_is_taken(tmp_path: pathlib.Path):
         exact = fuzzing.scores(model, model.fitted)
         np.testing.assert_array_equal(exact, fuzzing.expected_scores(form))
         statistics_store.load_checkpoint(fuzzing.checkpoint_folder(form), ONE)
-    stored = fuzzing.calibration.to_dict(fuzzing.THRESHOLDS, "a detector")
+    stored = calibration_file.to_dict(fuzzing.THRESHOLDS, "a detector")
     (tmp_path / calibration_file.NAME).write_text(json.dumps(stored))
     assert calibration_file.read(tmp_path, "a detector") == fuzzing.THRESHOLDS
 
@@ -128,7 +128,7 @@ def test_a_model_file_with_numbers_that_are_not_finite(form, tmp_path):
             continue
         broken = arrays | {name: arrays[name].copy()}
         broken[name].reshape(-1)[-1] = np.nan
-        described["sha256"] = model_file._digest(broken, described)
+        described["sha256"] = fuzzing.validation.digest(described, broken)
         metadata = {"padim_jax": json.dumps(described)}
         path = tmp_path / "model.safetensors"
         fuzzing.safetensors.numpy.save_file(broken, path, metadata)

@@ -34,16 +34,13 @@ group counts as one image whose score is its highest.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
-import padim_jax
 from padim_jax.core import image_score, verdicts
 
 # Origins of the normal images, and their descriptions.
@@ -70,13 +67,6 @@ _POINTS = 256
 _SCORES = 512  # most scores kept
 # Keeps a threshold for a rate of, say, 1e-300 finite.
 _FARTHEST = 1e30
-_FORMAT = "padim_jax calibration 2"
-_SUMMARIES = ("summary_means", "summary_deviations")
-_LISTS = ("quantiles", "levels", "rates", "rate_thresholds", "scores", *_SUMMARIES)
-_ASIDE = {"format", "version", "detector", "sha256"}
-_LONGEST_WARNING = 100_000
-_LARGEST = float(np.finfo(np.float32).max)  # of values compared with scores
-_MOST_IMAGES = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -508,120 +498,3 @@ def _at_rate(
         "found": verdicts.share(called[labels]),
         "false_alarms": verdicts.share(called[~labels]),
     }
-
-
-def to_dict(calibration: Calibration, detector: str) -> dict[str, Any]:
-    """Convert to a dict ready for JSON, which `from_dict` reads.
-
-    Args:
-      calibration: calibration to store.
-      detector: fingerprint of the detector that gave the scores.
-
-    Returns:
-      The fields with format, version, detector and digest.
-    """
-    fields = {
-        field.name: list(value) if isinstance(value, tuple) else value
-        for field in dataclasses.fields(calibration)
-        # Defaults are left out, so that older versions can read the file if it needs no new
-        # field.
-        if (value := getattr(calibration, field.name)) != field.default
-    }
-    about = {"format": _FORMAT, "version": padim_jax.__version__, "detector": detector}
-    said = about | fields
-    return said | {"sha256": _digest(said)}
-
-
-def _digest(said: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def from_dict(stored: Any, *detector: str) -> Calibration | None:
-    """Return the stored calibration, or None if it belongs to another detector.
-
-    Args:
-      stored: result of `to_dict`, from this version or another one.
-      detector: fingerprints accepted as this detector's.
-
-    Returns:
-      The calibration; None if it belongs to another detector (fitted again since, say).
-
-    Raises:
-      ValueError: `stored` was not made by `to_dict`, or has a field unknown to this version.
-    """
-    if not isinstance(stored, Mapping) or stored.get("format") != _FORMAT:
-        raise ValueError(f"expected a group with format {_FORMAT!r}")
-    known = {field.name: field.default for field in dataclasses.fields(Calibration)}
-    if unknown := sorted(map(str, set(stored) - known.keys() - _ASIDE)):
-        raise ValueError(
-            f"{', '.join(unknown)[:200]}: unknown to padim_jax {padim_jax.__version__}; "
-            f"padim_jax {str(stored.get('version'))[:60]} wrote it"
-        )
-    first = {name for name, default in known.items() if default is dataclasses.MISSING}
-    if missing := sorted(first - set(stored)):
-        raise ValueError(f"{', '.join(missing)}: missing")
-    fields: dict[str, Any] = {name: stored.get(name, known[name]) for name in known}
-    _check(fields)
-    if not isinstance(stored.get("detector"), str):
-        raise ValueError("it does not say of which detector it is")
-    said = {name: value for name, value in stored.items() if name != "sha256"}
-    if stored.get("sha256") != _digest(said):
-        raise ValueError("its contents are not what was saved")
-    if stored["detector"] not in detector:
-        return None
-    fields |= {name: tuple(fields[name]) for name in _LISTS}
-    return Calibration(**fields)
-
-
-def _check(fields: Mapping[str, Any]) -> None:
-    for name, value in fields.items():
-        if not _valid(name, value):
-            raise ValueError(f"{name}={repr(value)[:60]}")
-    if (fields.get("groups") or 0) > fields["images"]:
-        raise ValueError("more groups than images")
-    if fields["tail_images"] > (fields.get("groups") or fields["images"]):
-        raise ValueError("more images in the tail than there are")
-    if len(fields["quantiles"]) != len(fields["levels"]):
-        raise ValueError("as many levels as quantiles were expected")
-    if len(fields["rates"]) != len(fields["rate_thresholds"]):
-        raise ValueError("as many thresholds as rates were expected")
-    if len(fields["summary_means"]) != len(fields["summary_deviations"]):
-        raise ValueError("as many deviations as means of summaries were expected")
-
-
-def _valid(name: str, value: Any) -> bool:
-    if name == "origin":
-        return isinstance(value, str) and value in ORIGINS
-    if name == "warning":
-        return isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST_WARNING
-    if name == "groups" and value is None:
-        return True
-    if name in ("images", "groups", "tail_images"):
-        least = 1 if name == "tail_images" else MIN_IMAGES
-        return type(value) is int and least <= value <= _MOST_IMAGES
-    if name in _LISTS:
-        return _valid_list(name, value)
-    if type(value) is not float or not abs(value) <= _LARGEST:
-        return False
-    if name.endswith("rate"):
-        return 0 < value < 1 or (name == "pixel_rate" and value == 0)
-    return value >= 0 if name == "tail_excess" else True
-
-
-def _valid_list(name: str, value: Any) -> bool:
-    # Fields added later are empty in files written before.
-    later = ("rates", "rate_thresholds", "scores", *_SUMMARIES)
-    if name in later and value in ((), []):
-        return True
-    if not isinstance(value, list) or not value or {type(x) for x in value} != {float}:
-        return False
-    array = np.array(value)
-    if not np.all(np.abs(array) <= _LARGEST):  # false for NaN
-        return False
-    if name in _SUMMARIES:
-        return name == "summary_means" or bool(np.all(array >= 0))
-    steps = np.diff(array)
-    if name in ("rate_thresholds", "scores"):  # some may be equal
-        return bool(np.all((steps if name == "scores" else -steps) >= 0))
-    shares = name == "quantiles" or 0 < array[0] <= array[-1] < 1
-    return bool(shares and np.all(steps > 0))

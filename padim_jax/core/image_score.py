@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Float32, Int
 from padim_jax.core import scoring
 from padim_jax.core.types import AnomalyMaps, Distances
 
+COMBINED = 4  # summaries that `combined` is made of
 TOP = 0.01  # fraction of a map's pixels
 FINE, COARSE = 1.0, 10.0  # standard deviations of the blurs of `band`, in patches
 

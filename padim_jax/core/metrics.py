@@ -30,6 +30,7 @@ _REGION_STRUCTURE[1] = True
 GROUP = 1 << 24
 
 Curve = tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]
+# The ROC curve, and that of the mean overlap of regions (PRO), whose area is `aupro`.
 Curves = tuple[Curve, tuple[Float[np.ndarray, " l"], Float[np.ndarray, " l"]]]
 
 
@@ -56,7 +57,7 @@ class BinaryMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class PixelMetrics:
-    """Result of `stream_pixels`.
+    """Result of `pixel_metrics` and of `stream_pixels`.
 
     Attributes:
       whole: binary metrics and AUPRO of all images.
@@ -124,7 +125,7 @@ def roc_curve(labels: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -
     """Return the exact ROC curve, without points inside its straight pieces.
 
     Args:
-      labels: True for anomalous samples; at the pixel level, the flattened masks.
+      labels: True for anomalous samples.
       scores: higher is more anomalous.
 
     Returns:
@@ -135,50 +136,43 @@ def roc_curve(labels: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -
       ValueError: a score is not finite.
     """
     _require_finite("scores", scores)
-    return _curve(_samples(labels, scores))
+    tally = _tally(_samples(labels, scores))
+    if tally.missing():
+        return None
+    counts = tally.counts()
+    return _points(counts, counts.tp)
 
 
-def pro_curve(
-    masks: Bool[np.ndarray, "n h w"], maps: Float[np.ndarray, "n h w"]
-) -> Curve | None:
-    """Return the exact curve whose area is `aupro`, thinned like `roc_curve`.
+def pixel_metrics(
+    labels: Bool[np.ndarray, " n"],
+    defect_types: Sequence[str],
+    masks: Bool[np.ndarray, "n h w"],
+    maps: Float[np.ndarray, "n h w"],
+) -> PixelMetrics:
+    """Return the pixel metrics of a test set and their curves; each pixel is sorted once.
 
     Args:
+      labels: True for anomalous images.
+      defect_types: one per image; ignored for normal images.
       masks: True for defect pixels; all False for normal images.
       maps: anomaly maps, higher is more anomalous.
 
     Returns:
-      False positive rates and mean overlaps from (0, 0) to (1, 1), float64; None without defect
-      pixels or without normal pixels.
+      Metrics and curves.
 
     Raises:
       ValueError: a value of a map is not finite.
     """
     _require_finite("maps", maps)
-    return _curve(_pixels(masks, maps))
-
-
-def pixel_curves(
-    masks: Bool[np.ndarray, "n h w"], maps: Float[np.ndarray, "n h w"]
-) -> Curves | None:
-    """Return `roc_curve` of all pixels and `pro_curve`, at about the cost of one of them.
-
-    Args:
-      masks: True for defect pixels; all False for normal images.
-      maps: anomaly maps, higher is more anomalous.
-
-    Returns:
-      Both; None without defect pixels or without normal pixels.
-
-    Raises:
-      ValueError: a value of a map is not finite.
-    """
-    _require_finite("maps", maps)
-    groups = np.array_split(np.arange(len(masks)), 8)
-    # NumPy sorts without holding the GIL: threads use all cores.
+    types = np.array(defect_types, dtype=str)
+    names = [str(name) for name in np.unique(types[labels])]
+    groups = [~labels, *(labels & (types == name) for name in names)]
+    # NumPy sorts and searches without holding the GIL: threads use all cores.
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        parts = list(pool.map(lambda images: _pixels(masks[images], maps[images]), groups))
-    return _both_curves(_tally(_merge(parts)))
+        parts = list(pool.map(lambda group: _pixels(masks[group], maps[group]), groups))
+        every = [_merge(parts), *(_merge([parts[0], part]) for part in parts[1:])]
+        whole, *tallies = pool.map(_tally, every)
+    return _pixel_metrics(whole, dict(zip(names, tallies, strict=True)))
 
 
 def stream_pixels(
@@ -189,10 +183,10 @@ def stream_pixels(
 ) -> PixelMetrics:
     """Return pixel metrics of images of any sizes, which are never in memory together.
 
-    They are exact, and equal to those of `evaluate` for the same images. Normal images are read
-    once, anomalous ones twice: for the scores of their defects, then to count the other pixels.
-    At any time memory holds one image, up to 2**24 normal pixels (or one image's, if it has
-    more), and about 200 bytes for each defect pixel of the test set.
+    They are exact, and equal to those of `pixel_metrics` for the same images. Normal images
+    are read once, anomalous ones twice: for the scores of their defects, then to count the
+    other pixels. At any time memory holds one image, up to 2**24 normal pixels (or one
+    image's, if it has more), and about 200 bytes for each defect pixel of the test set.
 
     Args:
       labels: True for anomalous images.
@@ -225,11 +219,7 @@ def stream_pixels(
         for scores in _sorted_groups(read, chosen):
             whole.add(scores)
             parts[name].add(scores)
-    return PixelMetrics(
-        _tally_metrics(whole, "pixel"),
-        {name: _tally_metrics(tally, "pixel") for name, tally in parts.items()},
-        _both_curves(whole),
-    )
+    return _pixel_metrics(whole, parts)
 
 
 def _defects(mask: np.ndarray, anomaly_map: np.ndarray) -> "_Samples":
@@ -265,7 +255,7 @@ def evaluate(
     masks: Bool[np.ndarray, "n h w"] | None,
     maps: Float[np.ndarray, "n h w"],
     mask_known: Bool[np.ndarray, " n"] | None = None,
-    streamed: PixelMetrics | None = None,
+    pixels: PixelMetrics | None = None,
 ) -> dict[str, Any]:
     """Return all metrics of a test set, overall and for each defect type.
 
@@ -278,8 +268,7 @@ def evaluate(
       maps: anomaly maps, higher is more anomalous.
       mask_known: False for anomalous images without a mask; ignored for normal images. None:
         all masks are known, and an empty one means no defect pixel.
-      streamed: pixel metrics of the same images, used instead of computing them from masks and
-        maps.
+      pixels: pixel metrics of the same images; None to compute them from masks and maps.
 
     Returns:
       A dict ready for JSON: `auroc`, `ap`, `f1_max` and `f1_threshold` (see `BinaryMetrics`)
@@ -303,32 +292,22 @@ def evaluate(
     types = np.array(defect_types, dtype=str)
     names = [str(name) for name in np.unique(types[labels])]
     unknown = np.zeros_like(labels) if mask_known is None else labels & ~mask_known
-    groups: dict[str | None, np.ndarray] = {None: ~labels}  # None: the normal images
-    groups |= {name: labels & (types == name) for name in names}
-    pixels: dict[str | None, _Samples] = {}
+    if masks is not None and pixels is None:
+        pixels = pixel_metrics(labels, defect_types, masks, maps)
 
     def subset(name: str | None) -> dict[str, Any]:
-        chosen = list(groups) if name is None else [None, name]
-        images = np.any([groups[name] for name in chosen], axis=0)
+        images = np.ones_like(labels) if name is None else ~labels | (types == name)
         image, _ = _metrics(_samples(labels[images], scores[images]), "image")
-        if masks is None:
+        if masks is None or pixels is None:
             pixel, area = BinaryMetrics(undefined="no ground-truth masks"), None
         elif unknown[images].any():
             count = f"{unknown[images].sum()} of {labels[images].sum()} anomalous images"
             pixel, area = BinaryMetrics(undefined=f"{count} without ground-truth mask"), None
-        elif streamed is not None:
-            pixel, area = streamed.whole if name is None else streamed.per_defect[name]
         else:
-            pixel, area = _metrics(_merge([pixels[name] for name in chosen]), "pixel")
+            pixel, area = pixels.whole if name is None else pixels.per_defect[name]
         return _flat(image, pixel, area)
 
-    # NumPy sorts and searches without holding the GIL: threads use all cores.
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        if masks is not None and streamed is None:
-            found = pool.map(lambda group: _pixels(masks[group], maps[group]), groups.values())
-            pixels = dict(zip(groups, found, strict=True))
-        whole, *parts = pool.map(subset, [None, *names])
-    return whole | {"per_defect": dict(zip(names, parts, strict=True))}
+    return subset(None) | {"per_defect": {name: subset(name) for name in names}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -480,20 +459,16 @@ def _vertices(counts: _Counts, heights: np.ndarray) -> tuple[np.ndarray, np.ndar
     )
 
 
-def _curve(samples: _Samples) -> Curve | None:
-    tally = _tally(samples)
-    if tally.missing():
-        return None
-    counts = tally.counts()
-    return _points(counts, counts.weight)
-
-
-def _both_curves(tally: _Tally) -> Curves | None:
-    """Return the ROC and PRO curve."""
-    if tally.missing():
-        return None
-    counts = tally.counts()
-    return _points(counts, counts.tp), _points(counts, counts.weight)
+def _pixel_metrics(whole: _Tally, parts: dict[str, _Tally]) -> PixelMetrics:
+    curves = None
+    if not whole.missing():
+        counts = whole.counts()
+        curves = _points(counts, counts.tp), _points(counts, counts.weight)
+    return PixelMetrics(
+        _tally_metrics(whole, "pixel"),
+        {name: _tally_metrics(tally, "pixel") for name, tally in parts.items()},
+        curves,
+    )
 
 
 def _points(counts: _Counts, heights: np.ndarray) -> Curve:

@@ -29,6 +29,7 @@ from jaxtyping import Bool, UInt8
 from PIL import features
 
 from padim_jax.config.settings import CacheConfig, ImageConfig
+from padim_jax.system import paths
 
 # Raise it when the same sources and settings give other pixels or another file.
 _FORMAT = 5
@@ -164,13 +165,8 @@ class ImageCache:
         path = self._path(key)
         # Complete under its name or absent, even if others write the same entry.
         growing = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-        try:
+        with paths.replacing(path, growing):
             growing.write_bytes(content)
-            growing.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                growing.unlink()
-            raise
 
 
 def open_cache(config: CacheConfig) -> ImageCache | None:

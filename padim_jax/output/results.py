@@ -21,7 +21,8 @@ from padim_jax.core.suspects import Suspects
 from padim_jax.data.files import shown
 from padim_jax.data.records import GOOD, Record, Skipped
 from padim_jax.errors import UserError
-from padim_jax.output import figures, published, tables
+from padim_jax.output import figures, published
+from padim_jax.output.tables import Table
 from padim_jax.system import paths
 from padim_jax.system.paths import Path
 
@@ -57,7 +58,7 @@ class Scored:
       masks: defect pixels; None where unknown.
       maps: anomaly maps.
       scores: image scores.
-      pixels: pixel metrics at the masks' own sizes, if requested.
+      pixels: pixel metrics, at the maps' size or at the masks' own sizes; see `with_pixels`.
       aspects: width over height of the maps' contents, in the proportions of the image files
         (see `input_pipeline.aspect`); None if they are the maps'.
       in_place: whether the strongest region of each map lies at the image's defect (see
@@ -97,12 +98,33 @@ def import_libraries() -> None:
         importlib.import_module(name)
 
 
-def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str, Any]:
+def with_pixels(scored: Scored) -> Scored:
+    """Return the test set with its pixel metrics at the maps' size, if it has masks."""
+    if (masks := _masks(scored)) is None:
+        return scored
+    types = [record.defect_type for record in scored.records]
+    pixels = metrics.pixel_metrics(scored.labels, types, masks, scored.maps)
+    return dataclasses.replace(scored, pixels=pixels)
+
+
+def _masks(scored: Scored) -> Bool[np.ndarray, "n h w"] | None:
+    """Return the masks, all False where unknown; None if no anomalous image has one."""
+    known = np.array([mask is not None for mask in scored.masks])
+    if scored.labels.any() and not known[scored.labels].any():
+        return None
+    blank = np.zeros(scored.maps.shape[1:], bool)
+    return np.stack([blank if mask is None else mask for mask in scored.masks])
+
+
+def measure(
+    scored: Scored, calibration: Calibration | None = None, resolution: str = "model"
+) -> dict[str, Any]:
     """Return the contents of metrics.json for a test set.
 
     Args:
       scored: the test set.
       calibration: calibration of the detector, if it has one.
+      resolution: size of `scored.pixels`, "model" or "full".
 
     Returns:
       All metrics (see `metrics.evaluate`), of which those named f1 come with the thresholds
@@ -112,18 +134,13 @@ def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str,
       `verdicts.Transfer`), or None; `normal_threshold`, the outcome of thresholds from normal
       images alone, always at the model's size (see `calibration.outcome`), or None.
     """
-    known = np.array([mask is not None for mask in scored.masks])
-    blank = np.zeros(scored.maps.shape[1:], bool)
-    no_masks = scored.labels.any() and not known[scored.labels].any()
     measured = metrics.evaluate(
         scored.labels,
         scored.scores,
         [record.defect_type for record in scored.records],
-        None
-        if no_masks
-        else np.stack([blank if mask is None else mask for mask in scored.masks]),
+        _masks(scored),
         scored.maps,
-        known,
+        np.array([mask is not None for mask in scored.masks]),
         scored.pixels,
     )
     outcome = calibration and calibration_lib.outcome(
@@ -132,7 +149,7 @@ def measure(scored: Scored, calibration: Calibration | None = None) -> dict[str,
     return measured | {
         "test_images": len(scored.records),
         "anomalous_images": int(scored.labels.sum()),
-        "resolution": "model" if scored.pixels is None else "full",
+        "resolution": resolution,
         "normal_threshold": outcome,
         "transfer": _transfer(scored, calibration),
     }
@@ -254,14 +271,15 @@ def compare(exact: Scored, half: Scored) -> dict[str, Any]:
 
 def comparison_table(comparison: dict[str, Any]) -> str:
     """Format the result of `compare` for a person."""
-    lines = [f"{'':14}{'exact':>10}{'half':>10}{'change':>10}"]
+    rows = []
     for name, key in _ROWS:
         exact, half = comparison["exact"][key], comparison["half"][key]
         if exact is None or half is None:
-            lines.append(f"{name:14}{'undefined':>10}")
+            rows.append([name, "undefined", "", ""])
         else:
-            lines.append(f"{name:14}{exact:10.4f}{half:10.4f}{half - exact:+10.4f}")
-    lines += [
+            rows.append([name, f"{exact:.4f}", f"{half:.4f}", f"{half - exact:+.4f}"])
+    lines = [
+        *Table(["", "exact", "half", "change"], rows).text(),
         "",
         f"on {comparison['images']} test images; image scores change by at most "
         f"{comparison['largest_change_of_a_score']:.1e} of the largest, pixels by "
@@ -301,9 +319,8 @@ def write(
     if config.outputs.maps != "none":
         for record, anomaly_map in zip(scored.records, scored.maps, strict=True):
             save_map(workdir / "maps", record.relative_path, config.outputs.maps, anomaly_map)
-    # Sorting, decoding and encoding release the GIL: threads use all cores.
+    # Decoding and encoding release the GIL: threads use all cores.
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        curves = pool.submit(_roc_curves, scored, measured)
         pictures = _draw_figures(
             workdir / "figures", config, scored, measured, load_image, pool
         )
@@ -313,7 +330,7 @@ def write(
             scored.labels.astype(int),
             _threshold(measured, "image"),
         )
-        if defined := curves.result():
+        if defined := roc_curves(scored, measured):
             figures.roc_figure(workdir / "roc_curve.png", defined, config.title)
         few = [picture for picture in pictures if picture is not None]
     if few:
@@ -348,8 +365,7 @@ def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
     if not skipped:
         table.unlink(missing_ok=True)
         return
-    rows = [header, *((one.path, one.reason) for one in skipped)]
-    paths.write(table, tables.as_csv(rows))
+    paths.write(table, Table(header, [(one.path, one.reason) for one in skipped]).csv())
 
 
 def write_suspects(folder: Path, suspects: Suspects | None) -> None:
@@ -367,12 +383,12 @@ def write_suspects(folder: Path, suspects: Suspects | None) -> None:
     if suspects is None:
         table.unlink(missing_ok=True)
         return
-    rows: list[tuple[Any, ...]] = [header]
+    rows = []
     for i, path in enumerate(suspects.paths):
         likely = float(suspects.expected[i])
         expected = "" if np.isnan(likely) else f"{likely:.6g}"
         rows.append((i + 1, path, suspects.scores[i], expected, int(i < suspects.count)))
-    paths.write(table, tables.as_csv(rows))
+    paths.write(table, Table(header, rows).csv())
 
 
 def require_own_suspects(folder: Path) -> None:
@@ -428,7 +444,8 @@ def table(config: Config, measured: dict[str, Any]) -> str:
     ]
     # The first source has its difference beside it.
     names = [source.name for source in sources]
-    rows = [["", "this run", *names[:1], *(["difference"] if names else []), *names[1:]]]
+    head = ["", "this run", *names[:1], *(["difference"] if names else []), *names[1:]]
+    rows = []
     for name, key in _ROWS:
         ours = measured[key]
         theirs = [source.values.get(key, {}).get(config.category) for source in sources]
@@ -437,7 +454,7 @@ def table(config: Config, measured: dict[str, Any]) -> str:
             first = theirs[0]
             cells.insert(1, "-" if ours is None or first is None else f"{ours - first:+.3f}")
         rows.append([name, "undefined" if ours is None else f"{ours:.4f}", *cells])
-    lines += _aligned(rows)
+    lines += Table(head, rows).text()
     if why := published.not_compared(config, config.category, measured):
         lines.append(why)
     for source in sources:
@@ -467,14 +484,14 @@ def table(config: Config, measured: dict[str, Any]) -> str:
     if measured["per_defect"]:
         keys = ("image_auroc", "pixel_auroc", "aupro")
         located = bool(measured.get("in_place"))
-        rows = [["defect type", *keys, *["found in place"] * located]]
+        head, rows = ["defect type", *keys, *["found in place"] * located], []
         for name, values in measured["per_defect"].items():
             cells = ["undefined" if values[k] is None else f"{values[k]:.4f}" for k in keys]
             if located:
                 place = values.get("in_place")
                 cells.append(verdicts.share_text(place["found_in_place"]) if place else "-")
             rows.append([name, *cells])
-        lines += ["", *_aligned(rows)]
+        lines += ["", *Table(head, rows).text()]
     return "\n".join(lines)
 
 
@@ -489,13 +506,13 @@ def in_place_text(in_place: Mapping[str, Any]) -> str:
     )
 
 
-def rate_rows(normal: Mapping[str, Any]) -> list[list[str]]:
-    """Return rows of a table of thresholds for other rates, and their outcomes.
+def rate_table(normal: Mapping[str, Any]) -> Table:
+    """Return a table of thresholds for other rates, and their outcomes.
 
     Args:
       normal: `normal_threshold` of `measure`, with its rates.
     """
-    rows = [["false alarms", "image threshold", "found (95 % interval)", "false alarms here"]]
+    rows = []
     for one in normal["rates"]:
         if one["threshold"] is None:
             cells = [f"takes {one['images_needed']} images", "-", "-"]
@@ -503,7 +520,9 @@ def rate_rows(normal: Mapping[str, Any]) -> list[list[str]]:
             shares = (verdicts.share_text(one[key]) for key in ("found", "false_alarms"))
             cells = [f"{one['threshold']:.4g}", *shares]
         rows.append([f"{100 * one['rate']:g} %", *cells])
-    return rows
+    return Table(
+        ["false alarms", "image threshold", "found (95 % interval)", "false alarms here"], rows
+    )
 
 
 def comparison_rows(
@@ -576,7 +595,7 @@ def _thresholds(measured: dict[str, Any]) -> list[str]:
             f"{normal['image_threshold']:.4g}; here {', '.join(found)}"
         )
         if normal["rates"]:
-            sentences += ["", *_aligned(rate_rows(normal)), ""]
+            sentences += ["", *rate_table(normal).text(), ""]
         if normal["warning"]:
             sentences.append(f"warning: {normal['warning']}")
     if measured["image_f1_threshold"] is not None:
@@ -585,16 +604,6 @@ def _thresholds(measured: dict[str, Any]) -> list[str]:
             f"{measured['image_f1_threshold']:.4g}"
         )
     return sentences
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Format columns two spaces apart: the first left-aligned, the others right-aligned."""
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return [
-        f"{row[0]:{first}}"
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], others, strict=True))
-        for row in rows
-    ]
 
 
 def _threshold(measured: Mapping[str, Any], level: str) -> float | None:
@@ -609,7 +618,7 @@ def _write_scores(
 ) -> None:
     located = scored.in_place is not None
     header = ("path", "label", "defect_type", "score", "predicted", "predicted_f1")
-    rows: list[tuple[Any, ...]] = [(*header, "calibrated", *["in_place"] * located)]
+    rows = []
     in_place = scored.in_place or [None] * len(scored.records)
     threshold = calibration and calibration.image_threshold
     calibrated = (
@@ -631,24 +640,28 @@ def _write_scores(
                 *("" if place is None else int(place),) * located,
             )
         )
-    paths.write(path, tables.as_csv(rows))
+    paths.write(path, Table((*header, "calibrated", *["in_place"] * located), rows).csv())
 
 
-def _roc_curves(
-    scored: Scored, measured: dict[str, Any]
+def roc_curves(
+    scored: Scored, measured: Mapping[str, Any]
 ) -> list[tuple[str, Float[np.ndarray, " _"], Float[np.ndarray, " _"]]]:
-    """Return label, false and true positive rates of each curve that is defined."""
+    """Return label, false and true positive rates of the images' curve and of the pixels'.
+
+    Args:
+      scored: result of `with_pixels`.
+      measured: result of `measure`.
+
+    Returns:
+      The curves that are defined.
+    """
     curves = []
     if curve := metrics.roc_curve(scored.labels, scored.scores):
         curves.append((f"image, AUROC {measured['image_auroc']:.4f}", *curve))
     if measured["pixel_auroc"] is not None:
-        if scored.pixels is not None:
-            assert scored.pixels.curves is not None
-            curve, _ = scored.pixels.curves
-        else:
-            masks = np.stack([mask for mask in scored.masks if mask is not None])
-            curve = metrics.roc_curve(masks.ravel(), scored.maps.ravel())
-            assert curve is not None
+        assert scored.pixels is not None
+        assert scored.pixels.curves is not None
+        curve, _ = scored.pixels.curves
         curves.append((f"pixel, AUROC {measured['pixel_auroc']:.4f}", *curve))
     return curves
 

@@ -4,15 +4,15 @@
 """
 
 import json
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from padim_jax.config.datasets import MVTEC_AD
 from padim_jax.config.settings import Config
-from padim_jax.output import published, tables
+from padim_jax.output import published
 from padim_jax.output.published import AVERAGE, METRICS, TOLERANCE, Published
+from padim_jax.output.tables import Table, markdown_text
 from padim_jax.system import paths
 from padim_jax.system.paths import Path
 
@@ -97,23 +97,19 @@ def markdown(table: Mapping[str, Any]) -> str:
     """Return one Markdown table per metric, with the columns of the published ones."""
     columns = [AVERAGE, *table["categories"]]
     settings = ", ".join(f"{name} {value}" for name, value in table["settings"].items())
-    lines = [f"# {_cell(table['title'])}", "", _cell(settings)]
+    lines = [f"# {markdown_text(table['title'])}", "", markdown_text(settings)]
     for key in table["metrics"]:
-        heading = ["", *(_heading(column) for column in columns)]
-        lines += ["", f"## {METRICS[key]}", "", _row(heading)]
-        lines.append(_row(["---", *(":---:" for _ in columns)]))
         ours = table["this_run"][key]
-        lines.append(_row(["this run", *(_mean(ours.get(column)) for column in columns)]))
+        rows = [["this run", *(_mean(ours.get(column)) for column in columns)]]
         for source in _sources_with(table, key):
             theirs, marked = source["values"][key], source["out_of_tolerance"][key]
             differences = source["differences"][key]
-            cells = (_number(theirs.get(column)) for column in columns)
-            lines.append(_row([source["source"], *cells]))
-            cells = (
-                _difference(differences.get(column), column in marked) for column in columns
-            )
-            lines.append(_row([f"difference to {source['source']}", *cells]))
-    lines += ["", *(f"- {_cell(sentence)}" for sentence in table["legend"]), ""]
+            rows.append([source["source"], *(_number(theirs.get(x)) for x in columns)])
+            cells = (_difference(differences.get(x), x in marked) for x in columns)
+            rows.append([f"difference to {source['source']}", *cells])
+        lines += ["", f"## {METRICS[key]}", ""]
+        lines += Table(["", *map(_heading, columns)], rows).markdown()
+    lines += ["", *(f"- {markdown_text(sentence)}" for sentence in table["legend"]), ""]
     return "\n".join(lines)
 
 
@@ -124,7 +120,7 @@ def csv_table(table: Mapping[str, Any]) -> bytes:
     tolerance) of each source. An empty cell is undefined or unknown.
     """
     columns = [AVERAGE, *table["categories"]]
-    rows: list[tuple[Any, ...]] = [(*CSV_KEYS, *columns)]
+    rows: list[tuple[Any, ...]] = []
 
     def write_row(key: str, source: str, quantity: str, values: Mapping[str, Any]) -> None:
         cells = (values.get(column) for column in columns)
@@ -143,7 +139,7 @@ def csv_table(table: Mapping[str, Any]) -> bytes:
             write_row(key, source["source"], "difference", source["differences"][key])
             marks = dict.fromkeys(source["out_of_tolerance"][key], MARK)
             write_row(key, source["source"], "mark", marks)
-    return tables.as_csv(rows)
+    return Table((*CSV_KEYS, *columns), rows).csv()
 
 
 def text(table: Mapping[str, Any]) -> str:
@@ -151,30 +147,21 @@ def text(table: Mapping[str, Any]) -> str:
     sources = table["published"]
     reference = next((source for source in sources if source["same_settings"]), None)
     reference = reference or next(iter(sources), None)
-    columns: list[tuple[str, list[str]]] = []
-    rows = [*table["categories"], AVERAGE]
+    names = [*table["categories"], AVERAGE]
+    columns = [["", *names]]
     for key in table["metrics"]:
         ours = table["this_run"][key]
-        columns.append((METRICS[key], [_mean(ours.get(row)) for row in rows]))
+        columns.append([METRICS[key], *(_mean(ours.get(name)) for name in names)])
         if reference and reference["values"][key]:
             differences = reference["differences"][key]
             marked = reference["out_of_tolerance"][key]
-            cells = [_difference(differences.get(row), row in marked, "") for row in rows]
-            columns.append(("diff", cells))
-    names = ["", *rows]
-    lines = [name.ljust(max(map(len, names))) for name in names]
-    for heading, cells in columns:
-        # Room for a mark, so that numbers stay aligned.
-        shown = [heading, *(cell if cell.endswith(MARK) else f"{cell} " for cell in cells)]
-        if heading == "diff":
-            shown[0] = "diff "
-        else:
-            shown = [cell.strip() for cell in shown]
-        width = max(map(len, shown))
-        lines = [f"{line} {cell:>{width}}" for line, cell in zip(lines, shown, strict=True)]
-    head = [table["title"], ""]
+            cells = (_difference(differences.get(x), x in marked, "") for x in names)
+            # Room for a mark, so that numbers stay aligned.
+            columns.append(["diff ", *(x if x.endswith(MARK) else f"{x} " for x in cells)])
+    head, *rows = zip(*columns, strict=True)
+    lines = [line.rstrip() for line in Table(head, rows).text(" ")]
     foot = [f"diff: to {reference['source']}"] if reference else []
-    return "\n".join([*head, *(line.rstrip() for line in lines), "", *foot, *table["legend"]])
+    return "\n".join([table["title"], "", *lines, "", *foot, *table["legend"]])
 
 
 def _name(config: Config, category: str) -> str:
@@ -416,13 +403,3 @@ def _mean(found: Mapping[str, Any] | None) -> str:
 
 def _difference(value: float | None, marked: bool, space: str = " ") -> str:
     return "-" if value is None else f"{value:+.3f}" + (space + MARK if marked else "")
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
-
-
-def _cell(text: str) -> str:
-    """Escape text so that it ends no cell or line and begins no element, link or picture."""
-    escaped = re.sub(r"([\\|`\[\]])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
-    return " ".join(escaped.split())

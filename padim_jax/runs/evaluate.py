@@ -97,11 +97,14 @@ def evaluate_unlocked(
     survey.warn(said, parallel.every())
     if scored is None:
         return {}
-    if config.metrics.resolution == "full":
+    resolution = config.metrics.resolution
+    if resolution == "full":
         scored = dataclasses.replace(scored, pixels=_full_pixels(config, source, scored, read))
     defects = sum(int(mask.sum()) for mask in scored.masks if mask is not None)
     memory.require_for_maps(config, len(source.records), defects / scored.maps.size)
-    measured = results.measure(scored, detector.calibration)
+    if resolution == "model":
+        scored = results.with_pixels(scored)
+    measured = results.measure(scored, detector.calibration, resolution)
     scored = results.locate(scored, measured, detector_lib.patch_size(detector.config))
     measured = results.with_in_place(scored, measured)
     if suspects is not None and suspects.count:

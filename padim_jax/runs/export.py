@@ -3,7 +3,6 @@
 import dataclasses
 
 from padim_jax.config import settings as config_lib
-from padim_jax.core import calibration as calibration_lib
 from padim_jax.data import dataset_splits
 from padim_jax.data.records import Source
 from padim_jax.detector import detector as detector_lib
@@ -13,7 +12,7 @@ from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.output import results
 from padim_jax.runs import evaluate, fitting
-from padim_jax.store import model_file
+from padim_jax.store import calibration_file, model_file
 from padim_jax.system import locks
 from padim_jax.system.paths import Path
 
@@ -67,7 +66,7 @@ def _export(detector: Detector, path: Path, half: bool, test: Source | None) -> 
     if detector.calibration is not None:
         # --half moves scores by far less than the thresholds' own error.
         exported = dataclasses.replace(detector, identity=identity)
-        thresholds = calibration_lib.to_dict(
+        thresholds = calibration_file.to_dict(
             detector.calibration, detector_lib.fingerprint(exported)
         )
     fitting.make_folder(path.parent)

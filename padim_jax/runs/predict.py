@@ -13,7 +13,6 @@ import jax
 
 import padim_jax
 from padim_jax.config.settings import Config
-from padim_jax.core import calibration as calibration_lib
 from padim_jax.data import passes
 from padim_jax.data.records import Skipped, Source
 from padim_jax.detector import detector as detector_lib
@@ -23,6 +22,7 @@ from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.output import predictions, results
 from padim_jax.runs import fitting, results_folder
+from padim_jax.store import calibration_file
 from padim_jax.system import journal, locks, paths
 from padim_jax.system.paths import Path
 
@@ -148,7 +148,7 @@ def map_suffix(config: Config) -> str:
 def dependencies(detector: Detector, known: predictions.Thresholds) -> dict[str, Any]:
     """Return all that predictions depend on beside images, by names for a person."""
     fingerprint, calibration = detector_lib.fingerprint(detector), detector.calibration
-    said = calibration and calibration_lib.to_dict(calibration, fingerprint)
+    said = calibration and calibration_file.to_dict(calibration, fingerprint)
     return {
         "model": fingerprint,
         "threshold": [known.image, known.pixel],

@@ -45,7 +45,7 @@ from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
 from padim_jax.models.weights import pretrained
 from padim_jax.models.weights.pretrained import WeightsIdentity
-from padim_jax.store import calibration_file
+from padim_jax.store import calibration_file, validation
 from padim_jax.system import library_logs, paths
 from padim_jax.system.paths import Path
 
@@ -59,17 +59,15 @@ _LEFTOVER = re.compile(rf"[0-9]+(\.orbax-checkpoint-tmp.*|{re.escape(_DELETED)})
 # The last file that Orbax writes where folders cannot be renamed.
 _COMMITTED = "commit_success.txt"
 _DIGEST = hashlib.sha256
-# Replicated state, with its type and number of axes; all other arrays are by region.
+# Replicated state, with its type and shape; all other arrays are by region.
 _SMALL = {
-    "count": ("int32", 0),
-    "digests": ("uint8", 2),
-    "images": ("uint8", 2),
-    "index": ("int64", 1),
-    "projection": ("float32", 2),
+    "count": (("int32",), ()),
+    "digests": (("uint8",), (None, 32)),
+    "images": (("uint8",), (None, 32)),
+    "index": (("int64",), (None,)),
+    "projection": (("float32",), (None, None)),
 }
 _OPTIONAL = ("projection",)
-_STATISTICS = re.compile("(mean|values)_[0-9]|m2_[0-9]_[0-9]")
-_LONGEST_REASON = 1000  # characters of a library's error
 # Descriptions in JSON, which have a few kilobytes.
 _DESCRIPTIONS = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/_sharding")
 _LONGEST_DESCRIPTION = 64_000_000
@@ -155,7 +153,9 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
     }
     kept, made = _pack(fitted.statistics)
     state = _small_state(fitted, kept | made, devices)
-    metadata["sha256"], identity = _digest(state, metadata), _identity(state, fitted.weights)
+    # The digest has always described the count as an array of one axis.
+    metadata["sha256"] = validation.digest(metadata, state | {"count": state["count"][None]})
+    identity = _identity(state, fitted.weights)
     state |= parallel.as_global(kept, devices) | parallel.as_global(made, devices, donate=True)
     del kept, made  # references to the statistics, which would keep them from being donated
     if devices.process == 0:
@@ -226,7 +226,7 @@ def check_destination(path: Path) -> None:
             raise UserError(f"{path}: exists and is no checkpoint; move it away first")
         return
     for entry in folder.iterdir():
-        if _is_leftover(entry) or _is_deleted(entry) or entry.name in calibration_file.NAMES:
+        if _is_leftover(entry) or _is_deleted(entry) or entry.name == calibration_file.NAME:
             continue
         if paths.is_system_file(entry.name) or paths.is_growing(entry):
             continue
@@ -250,12 +250,9 @@ def load(path: str | os.PathLike[str], devices: Devices) -> tuple[Fitted, str]:
     Raises:
       UserError: there is no checkpoint, or it is damaged or of another format.
     """
-    folder = _absolute(path)
-    finished = [step for step in _steps(folder) if step[1].get("unfinished") is None]
-    chosen = parallel.agreed(finished[-1][0] if finished else -1)
-    if chosen < 0:
-        raise UserError(_no_checkpoint(folder))
-    return _load(folder / str(chosen), devices)
+    if (step := _newest(path)) is None:
+        raise UserError(_no_checkpoint(_absolute(path)))
+    return _load(step, devices)
 
 
 def fitted_config(path: Path) -> Config | None:
@@ -294,7 +291,7 @@ def fitted_images(path: Path) -> UInt8[np.ndarray, "s 32"]:
     return loaded["images"]
 
 
-def _newest(path: Path) -> Path | None:
+def _newest(path: str | os.PathLike[str]) -> Path | None:
     """Return the newest finished step. A collective."""
     folder = _absolute(path)
     finished = [number for number, step in _steps(folder) if step.get("unfinished") is None]
@@ -347,10 +344,9 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
         arrays = _read(step, dict(info.metadata), regions, devices)
         small = {name: arrays.pop(name) for name in _SMALL if name in arrays}
         packed = parallel.from_global(arrays, devices)
-        if _digest(small, metadata) != metadata["sha256"] or not np.array_equal(
-            _region_digests(packed, regions, devices), small["digests"]
-        ):
-            raise ValueError("its contents are not what was saved")
+        validation.require_digest(metadata, small | {"count": small["count"][None]})
+        if np.any(_region_digests(packed, regions, devices) != small["digests"]):
+            raise ValueError("its statistics are not what was saved")
         statistics = _unpack(packed, parallel.number(small["count"], devices))
         fitted = Fitted(
             config,
@@ -375,12 +371,9 @@ def _explained(step: Path, metadata: Mapping[str, Any]) -> Iterator[None]:
         raise UserError(f"{step}: {error}") from error
     # Parsers raise arbitrary exceptions on damaged files.
     except Exception as error:
-        # TensorStore appends its complete specification.
-        reason = " ".join(str(error).partition(" [tensorstore_spec")[0].split())
-        reason = reason[:_LONGEST_REASON]
         versions = _orbax_versions(metadata)
         raise UserError(
-            f"{step}: the checkpoint is broken ({type(error).__name__}: {reason}){versions}; "
+            f"{step}: the checkpoint is broken ({validation.reason(error)}){versions}; "
             "fit again or restore it from a copy"
         ) from error
 
@@ -391,55 +384,46 @@ def _require_plausible(described: Mapping[str, Any], regions: Any, config: Confi
     Raises:
       ValueError: they differ, or are larger than those of a model with this configuration.
     """
-    for name, array in described.items():
-        kind = _SMALL.get(name, ("float32", None))
-        if name not in _SMALL and not _STATISTICS.fullmatch(name):
-            raise ValueError(f"an array {name[:100]!r}, which no checkpoint has")
-        if (str(array.dtype), len(array.shape)) != (kind[0], kind[1] or len(array.shape)):
-            raise ValueError(f"{name} is of {array.dtype} and shape {array.shape}")
-    if missing := [name for name in _SMALL if name not in (*described, *_OPTIONAL)]:
+    expected = _SMALL | _expected_statistics(described)
+    validation.require_arrays(described, expected)
+    if missing := [name for name in expected if name not in (*described, *_OPTIONAL)]:
         raise ValueError(f"it has no {', '.join(missing)}")
-    if type(regions) is not int or described["digests"].shape != (regions, 32):
+    if type(regions) is not int or described["digests"].shape[0] != regions:
         raise ValueError(f"it is not of {regions} regions")
-    images, width = described["images"].shape
-    if width != 32 or images > _MOST_IMAGES:
+    images = described["images"].shape[0]
+    if images > _MOST_IMAGES:
         raise ValueError(f"it is not of {images} images")
-    _require_shapes(described, regions)
     # A description of a few bytes could request all memory.
     stride = backbones.STRIDES[config.model.layers[0]]
     patches = math.prod(-(-size // stride) for size in config.image.size)
     channels = config.model.channels
     most = 64 + 4 * patches * channels * (channels + images + 2)  # a patch may be stored twice
-    numbers = sum(math.prod(x.shape) for n, x in described.items() if n not in _SMALL)
+    statistics = [x.shape for name, x in described.items() if name not in _SMALL]
+    if statistics[0][0] < regions:
+        raise ValueError(f"its statistics are of {statistics[0][0]} regions, not {regions}")
+    numbers = sum(map(math.prod, statistics))
     if numbers > most:
         raise ValueError(f"{numbers} numbers, more than a model of its configuration has")
 
 
-def _require_shapes(described: Mapping[str, Any], regions: int) -> None:
-    """Check that the statistics' arrays match each other."""
-    shapes = {name: tuple(x.shape) for name, x in described.items() if name not in _SMALL}
-    kind = "values" if "values_0" in shapes else "mean"
-    levels = range(sum(name.startswith(kind) for name in shapes))
-    if not levels or any(f"{kind}_{i}" not in shapes for i in levels):
-        raise ValueError("its statistics are not whole")
-    dims = [shapes[f"{kind}_{i}"] for i in levels]
-    if any(len(shape) != (4 if kind == "values" else 3) for shape in dims):
-        raise ValueError(f"its statistics have the shapes {dims}")
-    channels = [shape[-1] for shape in dims]
-    padded = dims[0][0]  # padded for the number of devices that wrote it
-    expected: dict[str, tuple[int, ...]] = {}
-    for i in levels:
-        cells = dims[i][1]
-        if kind == "values":
-            expected[f"values_{i}"] = (padded, cells, dims[0][2], channels[i])
-        else:
-            expected[f"mean_{i}"] = (padded, cells, channels[i])
-            triangle = channels[i] * (channels[i] + 1) // 2
-            expected[f"m2_{i}_{i}"] = (padded, cells, triangle)
-            for j in levels[i + 1 :]:
-                expected[f"m2_{i}_{j}"] = (padded, cells, channels[i], channels[j])
-    if shapes != expected or padded < regions:
+def _expected_statistics(described: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return types and shapes of the statistics' arrays, as those of one kind imply them."""
+    kind, axes = ("values", 4) if "values_0" in described else ("mean", 3)
+    levels = range(max(1, sum(name.startswith(kind) for name in described)))
+    shapes = [described[x].shape for i in levels if (x := f"{kind}_{i}") in described]
+    if len(shapes) < len(levels) or any(len(shape) != axes for shape in shapes):
         raise ValueError(f"its statistics have the shapes {shapes}")
+    padded = shapes[0][0]  # for the number of devices that wrote it
+    expected: dict[str, tuple[int, ...]] = {}
+    for i, (_, cells, *_, channels) in enumerate(shapes):
+        if kind == "values":
+            expected[f"values_{i}"] = (padded, cells, shapes[0][2], channels)
+            continue
+        expected[f"mean_{i}"] = (padded, cells, channels)
+        expected[f"m2_{i}_{i}"] = (padded, cells, channels * (channels + 1) // 2)
+        for j in levels[i + 1 :]:
+            expected[f"m2_{i}_{j}"] = (padded, cells, channels, shapes[j][-1])
+    return {name: (("float32",), shape) for name, shape in expected.items()}
 
 
 def _read(
@@ -617,25 +601,10 @@ def _no_checkpoint(folder: Path) -> str:
     return f"{folder}: {what}; fit a model first (--mode=train) or name one with --checkpoint"
 
 
-def _digest(state: dict[str, Any], metadata: dict[str, Any]) -> str:
-    """Return the SHA-256 of a checkpoint's contents; Orbax's files have no checksum."""
-    said = {key: value for key, value in metadata.items() if key != "sha256"}
-    digest = _DIGEST(json.dumps(said, sort_keys=True).encode())
-    for name in _small(state):
-        array = np.ascontiguousarray(state[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
-
-
-def _small(state: dict[str, Any]) -> list[str]:
-    return [name for name in _SMALL if name in state]  # not all models have a projection
-
-
 def _identity(state: dict[str, Any], weights: WeightsIdentity) -> str:
     """Return the SHA-256 of the statistics, independent of the images' place and the file."""
     digest = _DIGEST(weights.sha256.encode())
-    for name in _small(state):
+    for name in sorted(state):
         digest.update(np.ascontiguousarray(state[name]).data)
     return digest.hexdigest()
 

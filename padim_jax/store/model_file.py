@@ -8,7 +8,6 @@ float16, together with the measured change of each metric; computation is in flo
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import pathlib
@@ -30,12 +29,12 @@ from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
 from padim_jax.models.weights import pretrained
 from padim_jax.models.weights.pretrained import WeightsIdentity
+from padim_jax.store import validation
 from padim_jax.system import paths
 from padim_jax.system.paths import Path
 
 SUFFIX = ".safetensors"
 _DTYPES = ("float32", "float16")
-_LONGEST_REASON = 1000  # characters of a library's error
 _FORMAT = "padim_jax model 4"
 # Arrays that are not part of the Gaussians.
 _SMALL = ("index", "images", "projection")
@@ -55,7 +54,7 @@ class Model:
       half: whether the file holds the factorisation in float16.
       comparison: for the half-size form, metrics of both forms on the test set; see
         `export.export`.
-      calibration: thresholds from normal images; see `calibration.to_dict`.
+      calibration: thresholds from normal images; see `calibration_file.to_dict`.
       projection: matrix of a reduction by projection, or None.
     """
 
@@ -126,37 +125,19 @@ def save(path: Path, model: Model, regions: int) -> int:
         "comparison": model.comparison,
         "calibration": model.calibration,
     }
-    described["sha256"] = _digest(arrays, described)
+    described["sha256"] = validation.digest(described, arrays)
     header = {"padim_jax": json.dumps(described)}
     try:
-        if isinstance(path, pathlib.Path):
-            _replace(path, arrays, header)
-        else:
-            with tempfile.TemporaryDirectory() as work:
-                local = pathlib.Path(work, path.name)
-                safetensors.numpy.save_file(arrays, local, header)
-                paths.upload(local, path)
+        # Replace the target of a link, not the link.
+        target = path.resolve() if isinstance(path, pathlib.Path) else path
+        with paths.replacing(target) as growing:
+            growing.touch()
+            mode = growing.stat().st_mode  # by the umask; the library makes files private
+            safetensors.numpy.save_file(arrays, growing, header)
+            growing.chmod(mode)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
     return sum(array.nbytes for array in arrays.values())
-
-
-def _replace(path: pathlib.Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
-    import safetensors.numpy
-
-    target = path.resolve()  # replace the target of a link, not the link
-    growing = paths.growing_file(target)
-    try:
-        growing.unlink(missing_ok=True)  # of a killed process
-        growing.touch()
-        mode = growing.stat().st_mode  # by the umask; the library makes files private
-        safetensors.numpy.save_file(arrays, growing, header)
-        growing.chmod(mode)
-        growing.replace(target)
-    except (OSError, safetensors.SafetensorError):
-        with contextlib.suppress(OSError):
-            growing.unlink()
-        raise
 
 
 def require_own(path: Path) -> None:
@@ -212,8 +193,7 @@ def load(path: Path, devices: Devices) -> Model:
                     f"which reads {_FORMAT!r}"
                 )
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if _digest(arrays, described) != described["sha256"]:
-            raise ValueError("its contents are not what was saved")
+        validation.require_digest(described, arrays)
         try:
             config = config_lib.restore(described["config"], described.get("version"))
         except config_lib.UnknownSettingError as error:
@@ -238,9 +218,8 @@ def load(path: Path, devices: Devices) -> Model:
         raise
     # Parsers raise arbitrary exceptions on damaged files.
     except Exception as error:
-        reason = " ".join(str(error).split())[:_LONGEST_REASON]
         raise UserError(
-            f"{path}: no model file, or a broken one ({type(error).__name__}: {reason}); "
+            f"{path}: no model file, or a broken one ({validation.reason(error)}); "
             "export it again (--mode=export) or restore it from a copy"
         ) from error
 
@@ -260,24 +239,19 @@ def _require_types(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> 
         or not isinstance(described["calibration"], dict | None)
     ):
         raise ValueError("its description is of other types")
-    axes = {"index": 1, "images": 2, "projection": 2, "regularization": 0, "root": 4}
-    axes |= {"mean": 3, "deviations": 4, "factor": 4}
-    regions = arrays["mean_0"].shape[0]
-    for name, array in arrays.items():
-        kind = name.partition("_")[0]
-        if array.ndim != axes.get(kind):
-            raise ValueError(f"an array {name[:100]!r} of shape {array.shape}")
-        if kind == "index":
-            right = array.dtype.name == "int64"
-        elif kind == "images":
-            right = array.dtype.name == "uint8" and array.shape[1] == 32
-        elif kind == "regularization":
-            right = array.dtype.name == "float32" and 0 < float(array) < math.inf
-        else:
-            right = array.dtype.name in _DTYPES and kind in (*axes,)
-            right &= kind == "projection" or array.shape[0] == regions
-        if not right:
-            raise ValueError(f"{name} is of {array.dtype} and shape {array.shape}")
+    regions = len(arrays["mean_0"])
+    by_region = (regions, None, None, None)
+    expected = {
+        "index": (("int64",), (None,)),
+        "images": (("uint8",), (None, 32)),
+        "projection": (_DTYPES, (None, None)),
+        "regularization": (("float32",), ()),
+        "mean_[0-9]": (_DTYPES, by_region[:3]),
+        "root|deviations_[0-9]|factor_[0-9]_[0-9]": (_DTYPES, by_region),
+    }
+    validation.require_arrays(arrays, expected)
+    if not 0 < float(arrays.get("regularization", 1)) < math.inf:
+        raise ValueError(f"a regularization of {arrays['regularization']}")
 
 
 @contextlib.contextmanager
@@ -326,13 +300,3 @@ def _restore(form: str, arrays: dict[str, np.ndarray], devices: Devices) -> Gaus
     return Gaussian(
         mean, tuple(tuple(floats[f"factor_{i}_{j}"] for j in rows[i]) for i in levels)
     )
-
-
-def _digest(arrays: dict[str, np.ndarray], described: dict[str, Any]) -> str:
-    """Return the SHA-256 of a model file's contents."""
-    said = {key: value for key, value in described.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).data)
-    return digest.hexdigest()

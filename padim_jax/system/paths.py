@@ -14,6 +14,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -208,10 +209,7 @@ def make_folder(path: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file, and create the folders above it where folders exist.
-
-    After a crash or an error the file is complete or unchanged; the next write replaces
-    leftovers of a killed process.
+    """Write a file, and create the folders above it where folders exist; see `replacing`.
 
     Args:
       path: file to write.
@@ -223,17 +221,43 @@ def write(path: Path, content: bytes) -> None:
     if not isinstance(path, pathlib.Path):
         path.write_bytes(content)  # visible only when complete
         return
-    growing = growing_file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as growing, growing.open("xb") as file:  # do not follow a link there
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, growing: pathlib.Path | None = None) -> Iterator[pathlib.Path]:
+    """Yield the path of a file to write, which replaces another one at the block's end.
+
+    After a crash or an error that file is complete or unchanged; the next write replaces
+    leftovers of a killed process.
+
+    Args:
+      path: file to replace, local or in an object store.
+      growing: local file in the same folder, for several writers of one `path`; None for
+        `growing_file`.
+
+    Raises:
+      OSError: it cannot be written; the error names `path`.
+    """
+    if not isinstance(path, pathlib.Path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = pathlib.Path(folder, path.name)
+            yield local
+            upload(local, path)
+        return
+    growing = growing or growing_file(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         growing.unlink(missing_ok=True)
-        with growing.open("xb") as file:  # do not follow a link at this place
-            file.write(content)
+        yield growing
         growing.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             growing.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def sync(path: pathlib.Path) -> None:
@@ -338,9 +362,7 @@ def flush(folder: Path) -> None:
     """Flush a local folder's contents, and its name, to disk, to survive a power cut."""
     if isinstance(folder, pathlib.Path):
         for path in (*folder.rglob("*"), folder, folder.parent):
-            file = os.open(path, os.O_RDONLY)
-            os.fsync(file)
-            os.close(file)
+            sync(path)
 
 
 def is_system_file(name: str) -> bool:

@@ -287,7 +287,7 @@ def test_aupro_ties_signed_zeros():
 def test_aupro_without_one_class_is_undefined(everything):
     masks = np.full((2, 3, 3), everything)
     assert metrics.aupro(masks, np.zeros((2, 3, 3))) is None
-    assert metrics.pro_curve(masks, np.zeros((2, 3, 3))) is None
+    assert pixel_curves(masks, np.zeros((2, 3, 3))) is None
 
 
 @pytest.mark.parametrize("max_fpr", [0.0, -0.3, 1.01, float("nan")])
@@ -297,6 +297,13 @@ def test_aupro_limit_outside_of_range(max_fpr):
 
 
 # Curves.
+
+
+def pixel_curves(masks, maps):
+    """ROC and PRO curve of good images, which have masks here, and of two defect types."""
+    types = [("good", "hole", "scratch")[i % 3] for i in range(len(masks))]
+    labels = np.array([kind != "good" for kind in types])
+    return metrics.pixel_metrics(labels, types, masks, maps).curves
 
 
 @pytest.mark.parametrize("levels", [None, 2, 6, 40])
@@ -324,29 +331,15 @@ def test_roc_curve_is_scikit_learns_without_collinear_points(levels):
 @pytest.mark.parametrize("levels", [None, 3, 30])
 def test_pro_curve_runs_through_every_point_of_the_plain_one(levels):
     masks, maps = random_maps(0, levels)
-    curve = metrics.pro_curve(masks, maps)
-    assert curve is not None
-    fpr, pro = curve
+    curves = pixel_curves(masks, maps)
+    assert curves is not None
+    fpr, pro = curves[1]
     assert (fpr[0], pro[0], fpr[-1], pro[-1]) == (0, 0, 1, 1)
     x, y = np.transpose(plain_pro_points(masks, maps))
     # Both rates only grow, so their sum is a position along the curve.
     np.testing.assert_allclose(np.interp(x + y, fpr + pro, fpr), x, rtol=0, atol=EXACT)
     assert len(fpr) <= len(x)
     assert np.trapezoid(pro, fpr) == pytest.approx(metrics.aupro(masks, maps, 1.0), EXACT)
-
-
-@pytest.mark.parametrize("levels", [None, 3])
-def test_pixel_curves_are_both_curves(levels):
-    masks, maps = random_maps(0, levels)
-    curves = metrics.pixel_curves(masks, maps)
-    assert curves is not None
-    roc, pro = metrics.roc_curve(masks.ravel(), maps.ravel()), metrics.pro_curve(masks, maps)
-    assert pro is not None
-    np.testing.assert_array_equal(curves[0], roc)
-    # Regions' weights are added up in another order, which may move what is in one line.
-    x, y = curves[1]
-    np.testing.assert_allclose(np.interp(x + y, sum(pro), pro[0]), x, rtol=0, atol=EXACT)
-    assert metrics.pixel_curves(np.zeros_like(masks), maps) is None
 
 
 # Images of several sizes, streamed.
@@ -427,9 +420,7 @@ def test_streamed_images_are_read_twice_at_most_and_one_after_the_other():
     found = metrics.stream_pixels(labels, types, load)
     assert sorted(read) == sorted([*range(7), *np.flatnonzero(labels)])
     whole = metrics.evaluate(labels, maps.max(axis=(1, 2)), types, masks, maps)
-    streamed = metrics.evaluate(
-        labels, maps.max(axis=(1, 2)), types, masks, maps, streamed=found
-    )
+    streamed = metrics.evaluate(labels, maps.max(axis=(1, 2)), types, masks, maps, pixels=found)
     assert without_rounding(streamed) == without_rounding(whole)
 
 
@@ -534,18 +525,15 @@ def require_metrics(result, prefix, labels, scores):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_curves_of_any_number_of_images(images, levels, seed):
-    """Sorted in eight parts of the images, some of them empty, and merged."""
+    """Sorted by defect type, some of which have no image, and merged."""
     masks, maps = random_maps(seed, levels, np.float32, n=images, size=3)
-    curves = metrics.pixel_curves(masks, maps)
-    roc, pro = metrics.roc_curve(masks.ravel(), maps.ravel()), metrics.pro_curve(masks, maps)
+    curves, roc = pixel_curves(masks, maps), metrics.roc_curve(masks.ravel(), maps.ravel())
     if curves is None:
         assert roc is None
-        assert pro is None
         return
-    assert pro is not None
     np.testing.assert_array_equal(curves[0], roc)
-    x, y = curves[1]
-    np.testing.assert_allclose(np.interp(x + y, sum(pro), pro[0]), x, rtol=0, atol=EXACT)
+    area = np.trapezoid(curves[1][1], curves[1][0])
+    assert area == pytest.approx(metrics.aupro(masks, maps, 1.0), abs=EXACT)
 
 
 def test_order_of_images_does_not_matter():
@@ -633,8 +621,7 @@ def test_scores_that_are_not_finite_are_named(value):
         (metrics.binary_metrics, (labels, bad_scores), in_scores),
         (metrics.roc_curve, (labels, bad_scores), in_scores),
         (metrics.aupro, (masks, bad_maps), in_maps),
-        (metrics.pro_curve, (masks, bad_maps), in_maps),
-        (metrics.pixel_curves, (masks, bad_maps), in_maps),
+        (metrics.pixel_metrics, (labels, types, masks, bad_maps), in_maps),
         (metrics.evaluate, (labels, bad_scores, types, masks, maps), in_scores),
         (metrics.evaluate, (labels, scores, types, masks, bad_maps), in_maps),
         (metrics.evaluate, (labels, scores, types, None, bad_maps), in_maps),

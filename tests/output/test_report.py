@@ -92,6 +92,7 @@ CALIBRATION = Calibration(
 
 
 def make_page(scored: Scored, calibration: Calibration | None = None, **settings: Any) -> str:
+    scored = results.with_pixels(scored)
     measured = results.measure(scored, calibration)
     scale = figures.color_scale(scored.maps, scored.labels.astype(int))
     measured |= {"color_scale": [scale.low, scale.high], "leaks": []}
@@ -409,7 +410,7 @@ def test_thinned_curve_stays_on_the_curve():
 
 @pytest.mark.parametrize("train_images", [48, 209])
 def test_published_numbers_are_of_as_many_images(train_images):
-    scored = make_scored(3)
+    scored = results.with_pixels(make_scored(3))
     measured = results.measure(scored) | {"color_scale": [0.0, 1.0]}
     measured |= {"train_images": train_images, "test_images": 83}
     image = np.zeros((*SIZE, 3), np.uint8)
@@ -494,7 +495,7 @@ def test_errors_come_first_then_every_type_then_an_even_sample():
 
 def test_page_of_thousands_of_images_is_below_15_megabytes(monkeypatch):
     monkeypatch.setattr(pictures, "_BUDGET", 300_000)
-    scored = make_scored(900, {"crack": 300})
+    scored = results.with_pixels(make_scored(900, {"crack": 300}))
     noise = np.random.default_rng(0).integers(0, 256, (*SIZE, 3)).astype(np.uint8)
     measured = results.measure(scored) | {"color_scale": [0.0, 6.0]}
     page = report.run_page(CONFIG, scored, measured, lambda _: noise)

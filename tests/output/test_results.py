@@ -369,6 +369,7 @@ def write(workdir: pathlib.Path, scored: Scored, **outputs: str) -> list[int]:
         return np.full((*SIZE, 3), index, np.uint8)
 
     config = make_config(**{f"outputs.{key}": value for key, value in outputs.items()})
+    scored = results.with_pixels(scored)
     measured = results.measure(scored) | {"color_scale": [1.0, 4.0]}
     results.write(workdir, config, scored, measured, load_image)
     return read
@@ -414,9 +415,10 @@ class TestWrite:
             assert not (tmp_path / "metrics.json").exists()
             raise KeyboardInterrupt
 
-        measured = results.measure(MANY) | {"color_scale": [1.0, 4.0]}
+        scored = results.with_pixels(MANY)
+        measured = results.measure(scored) | {"color_scale": [1.0, 4.0]}
         with pytest.raises(KeyboardInterrupt):
-            results.write(tmp_path, make_config(), MANY, measured, load_image)
+            results.write(tmp_path, make_config(), scored, measured, load_image)
         assert (tmp_path / "scores.csv").exists()
         assert not (tmp_path / "metrics.json").exists()
 
@@ -451,6 +453,7 @@ class TestWrite:
 
     def test_predictions_of_normal_images_thresholds(self, tmp_path: pathlib.Path):
         scored = make_scored(["good", "good", "hole", "hole", "crack"], [1, 2, 5, 3.5, 3])
+        scored = results.with_pixels(scored)
         measured = results.measure(scored, CALIBRATION) | {"color_scale": [1.0, 4.0]}
         config = make_config(**{"outputs.figures": "none"})
         blank = np.zeros((*SIZE, 3), np.uint8)
@@ -517,9 +520,10 @@ class TestWrite:
         def load_image(index: int) -> np.ndarray:
             raise UserError(f"image {index} is gone")
 
-        measured = results.measure(MANY) | {"color_scale": [1.0, 4.0]}
+        scored = results.with_pixels(MANY)
+        measured = results.measure(scored) | {"color_scale": [1.0, 4.0]}
         with pytest.raises(UserError, match="is gone"):
-            results.write(tmp_path, make_config(), MANY, measured, load_image)
+            results.write(tmp_path, make_config(), scored, measured, load_image)
 
     def test_all_figures(self, tmp_path: pathlib.Path):
         read = write(tmp_path, MANY, figures="all")

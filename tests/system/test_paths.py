@@ -582,7 +582,7 @@ def make_scored(root: paths.Path) -> Scored:
         square[4:9, 4:9] = record.label == 1
         anomaly_map[square] += 1
         masks.append(square)
-    return Scored(records, masks, maps, maps.max((1, 2)))
+    return results.with_pixels(Scored(records, masks, maps, maps.max((1, 2))))
 
 
 class TestResults:

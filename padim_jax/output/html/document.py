@@ -4,12 +4,15 @@ import base64
 import hashlib
 import html
 import importlib.resources
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
+
+from padim_jax.output.tables import Table
 
 
 def text(value: object) -> str:
@@ -48,31 +51,24 @@ def difference(value: float | None) -> str:
     return "±0.000" if float(shown) == 0 else shown.replace("-", "&minus;")
 
 
-def cell(content: str, attributes: str = "") -> str:
-    """Return a table cell.
-
-    Args:
-      content: HTML.
-      attributes: HTML attributes of the cell.
-
-    Returns:
-      HTML.
-    """
-    return f"<td{attributes and ' ' + attributes}>{content}</td>"
-
-
-def table(head: Iterable[str], rows: Iterable[str], caption: str) -> str:
+def table(contents: Table, caption: str, styles: Sequence[str] = ()) -> str:
     """Return a table that scrolls by itself if it is too wide.
 
     Args:
-      head: HTML of the column headings.
-      rows: HTML of complete rows, <tr> included.
+      contents: HTML of the headings and cells; or of a cell its HTML and its attributes.
       caption: HTML above the table.
+      styles: class of each row; "" or () for none.
 
     Returns:
       HTML.
     """
-    headings = "".join(f'<th scope="col">{heading}</th>' for heading in head)
+    headings = "".join(f'<th scope="col">{heading}</th>' for heading in contents.columns)
+    rows = []
+    for (first, *others), style in itertools.zip_longest(contents.rows, styles):
+        attribute = f' class="{style}"' if style else ""
+        pairs = (x if isinstance(x, tuple) else (x, "") for x in others)
+        cells = "".join(f"<td{more and ' ' + more}>{content}</td>" for content, more in pairs)
+        rows.append(f'<tr{attribute}><th scope="row">{first}</th>{cells}</tr>')
     # A scrolling region must be reachable by keyboard, and therefore named.
     return (
         '<div class="scroll" tabindex="0" role="group" aria-label="table"><table>'

@@ -15,8 +15,9 @@ from padim_jax.core.suspects import Suspects
 from padim_jax.core.suspects import text as suspects_text
 from padim_jax.output import figures, published, results
 from padim_jax.output.html import charts, document, pictures
-from padim_jax.output.html.document import cell, name, number, text
+from padim_jax.output.html.document import name, number, text
 from padim_jax.output.results import Scored
+from padim_jax.output.tables import Table
 
 # Names of the four outcomes, as in `run.js`.
 _FOUND, _MISSED, _ALARM, _PASSED = "found", "missed", "false alarm", "passed"
@@ -211,16 +212,15 @@ def _metrics(
     head += [f"{name(source)}<small>and difference</small>" for source in sources]
     lines = []
     for metric, ours, theirs in rows:
-        cells = [f'<th scope="row">{text(metric)}</th>']
-        cells.append(cell("undefined" if ours is None else number(ours)))
+        cells = [text(metric), "undefined" if ours is None else number(ours)]
         values = dict(theirs)
         for source in sources:
             value = values.get(source)
             off = None if ours is None or value is None else ours - value
             shown = f' <span class="diff">{document.difference(off)}</span>'
-            cells.append(cell(number(value, 3) + (shown if off is not None else "")))
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    found = document.table(head, lines, "Metrics of the test set")
+            cells.append(number(value, 3) + (shown if off is not None else ""))
+        lines.append(cells)
+    found = document.table(Table(head, lines), "Metrics of the test set")
     if notes := _notes(config, measured, sources):
         found += f'<ul class="notes">{"".join(f"<li>{name(note)}</li>" for note in notes)}</ul>'
     parts = [f"<div>{found}</div>"]
@@ -257,19 +257,17 @@ def _per_defect(scored: Scored, measured: Mapping[str, Any], start: float | None
     types, lines = np.array([record.defect_type for record in scored.records]), []
     for row, (kind, values) in enumerate(measured["per_defect"].items()):
         chosen = scored.labels & (types == kind)
-        cells = [f'<th scope="row">{name(kind)}</th>']
         found = "&ndash;" if start is None else _share(scored.scores[chosen] >= start)
-        cells.append(cell(f'<span data-found="{row}">{found}</span>'))
+        cells = [name(kind), f'<span data-found="{row}">{found}</span>']
         if scored.in_place is not None:
             place = _found_in_place(scored, chosen, start)
-            cells.append(cell(f'<span data-place="{row}">{place}</span>'))
-        cells += [cell(number(values[key])) for _, key in _PER_DEFECT]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+            cells.append(f'<span data-place="{row}">{place}</span>')
+        lines.append([*cells, *(number(values[key]) for _, key in _PER_DEFECT)])
     head = ["type", "found at the threshold"]
     head += ["in the right place"] * (scored.in_place is not None)
     head += [n for n, _ in _PER_DEFECT]
     caption = "By defect type, each against all normal images"
-    return document.table(head, lines, f"{caption}<small>{_INTERVALS}</small>")
+    return document.table(Table(head, lines), f"{caption}<small>{_INTERVALS}</small>")
 
 
 def _found_in_place(scored: Scored, chosen: Bool[np.ndarray, " n"], start: float | None) -> str:
@@ -374,13 +372,10 @@ def _rates(normal: Mapping[str, Any] | None) -> str:
     """Return a table of thresholds by the false alarms they promise, and their outcomes."""
     if not normal or not normal["rates"]:
         return ""
-    head, *rows = results.rate_rows(normal)
-    lines = [
-        f'<tr><th scope="row">{text(first)}</th>{"".join(cell(text(x)) for x in others)}</tr>'
-        for first, *others in rows
-    ]
+    plain = results.rate_table(normal)
+    escaped = Table(plain.columns, [list(map(text, row)) for row in plain.rows])
     caption = "Thresholds by the false alarms that they promise, and what they do here"
-    return f"<section>{document.table(head, lines, caption)}</section>"
+    return f"<section>{document.table(escaped, caption)}</section>"
 
 
 def _suspects(found: Suspects | None, scale: figures.ColorScale) -> str:
@@ -409,21 +404,16 @@ def _suspects(found: Suspects | None, scale: figures.ColorScale) -> str:
 
 
 def _diagrams(scored: Scored, measured: Mapping[str, Any]) -> str:
-    lines, pro = [], []
-    if curve := metrics.roc_curve(scored.labels, scored.scores):
-        label = f"image, AUROC {measured['image_auroc']:.4f}"
-        lines.append(charts.Line(label, "first", curve))
+    lines = [
+        charts.Line(label, "second" if label.startswith("pixel") else "first", (fpr, tpr))
+        for label, fpr, tpr in results.roc_curves(scored, measured)
+    ]
+    pro = []
     if measured["pixel_auroc"] is not None:
-        if scored.pixels is not None:
-            found = scored.pixels.curves
-        else:
-            masks = np.stack([mask for mask in scored.masks if mask is not None])
-            found = metrics.pixel_curves(masks, scored.maps)
-        assert found is not None
-        label = f"pixel, AUROC {measured['pixel_auroc']:.4f}"
-        lines.append(charts.Line(label, "second", found[0]))
+        assert scored.pixels is not None
+        assert scored.pixels.curves is not None
         label = f"AUPRO {measured['aupro']:.4f}"
-        pro.append(charts.Line(label, "second", found[1]))
+        pro.append(charts.Line(label, "second", scored.pixels.curves[1]))
 
     def words(title: str, shown: list[charts.Line]) -> str:
         return f"{title}: {'; '.join(line.label for line in shown) or 'undefined'}"
@@ -580,12 +570,10 @@ def _data(data: Mapping[str, Any] | None) -> str:
         types = ", ".join(f"{kind} {count}" for kind, count in values["types"].items())
         sizes = [f"{count} of {size}" for size, count in values["sizes"].items()]
         some = "; ".join(sizes[:3]) + "; …" * (len(sizes) > 3)
-        cells = "".join(cell(name(x)) for x in (values["images"], types, some))
         counts = (len(values["copies"]), len(values["few_levels"]))
-        cells += "".join(cell(name(count)) for count in counts)
-        lines.append(f'<tr><th scope="row">{text(split)}</th>{cells}</tr>')
+        lines.append([text(split), *map(name, (values["images"], types, some, *counts))])
     head = ["split", "images", "types", "sizes", "copies", "few grey levels"]
-    found = document.table(head, lines, "Images by their files")
+    found = document.table(Table(head, lines), "Images by their files")
     notes = [*([data["mask_line"]] if data["mask_line"] else []), *data["warnings"]]
     if notes:
         found += f'<ul class="notes">{"".join(f"<li>{name(note)}</li>" for note in notes)}</ul>'
@@ -606,8 +594,8 @@ def _settings(config: Config) -> str:
     for group in ("dataset", "image", "model", "map", "threshold", "metrics"):
         for key, value in values[group].items():
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-            lines.append(
-                f"<tr><th scope='row'>{text(group)}.{text(key)}</th>{cell(name(shown))}"
-            )
-    table = document.table(["setting", "value"], lines, "Settings that decide the numbers")
+            lines.append([f"{text(group)}.{text(key)}", name(shown)])
+    table = document.table(
+        Table(["setting", "value"], lines), "Settings that decide the numbers"
+    )
     return f"<details><summary>Settings</summary>{table}</details>"

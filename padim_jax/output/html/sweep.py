@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from padim_jax.output.html import document
-from padim_jax.output.html.document import cell, name, text
+from padim_jax.output.html.document import name, text
 from padim_jax.output.published import AVERAGE, METRICS
+from padim_jax.output.tables import Table
 
 
 def sweep_page(
@@ -64,7 +65,7 @@ def _metric(sweep: Mapping[str, Any], key: str, links: Mapping[str, str]) -> str
     columns = [AVERAGE, *sweep["categories"]]
     head = ["", *(_category(column, links) for column in columns)]
     ours = sweep["this_run"].get(key, {})
-    rows = [_row("this run", [_ours(ours.get(c)) for c in columns], "ours")]
+    rows, styles = [["this run", *(_ours(ours.get(c)) for c in columns)]], ["ours"]
     for published in sweep["published"]:
         values = published["values"].get(key, {})
         if not values:
@@ -72,18 +73,14 @@ def _metric(sweep: Mapping[str, Any], key: str, links: Mapping[str, str]) -> str
         source = name(published["source"])
         if not published["same_settings"]:
             source += ' <small class="faint">other settings</small>'
-        rows.append(_row(source, [cell(document.number(values.get(c), 3)) for c in columns]))
+        rows.append([source, *(document.number(values.get(c), 3) for c in columns)])
         differences = published["differences"].get(key, {})
         off = published["out_of_tolerance"].get(key, ())
         cells = [_difference(differences.get(c), c in off) for c in columns]
-        rows.append(_row('<span class="faint">difference</span>', cells, "differences"))
-    table = document.table(head, rows, text(METRICS[key]))
+        rows.append(['<span class="faint">difference</span>', *cells])
+        styles += ["", "differences"]
+    table = document.table(Table(head, rows), text(METRICS[key]), styles)
     return f'<section class="wide">{table}</section>'
-
-
-def _row(heading: str, cells: list[str], style: str = "") -> str:
-    attribute = f' class="{style}"' if style else ""
-    return f'<tr{attribute}><th scope="row">{heading}</th>{"".join(cells)}</tr>'
 
 
 def _category(category: str, links: Mapping[str, str]) -> str:
@@ -97,22 +94,22 @@ def _url(path: str) -> str:
     return "./" + urllib.parse.quote(path, errors="surrogateescape")
 
 
-def _ours(found: Mapping[str, Any] | None) -> str:
+def _ours(found: Mapping[str, Any] | None) -> str | tuple[str, str]:
     if found is None or found["mean"] is None:
-        return cell("&ndash;")
+        return "&ndash;"
     shown = document.number(found["mean"], 3)
     if found["std"] is None:
-        return cell(shown)
+        return shown
     values = ", ".join(document.number(value) for value in found["values"])
     spread = f"<small>±{document.number(found['std'], 3)}</small>"
-    return cell(f"{shown} {spread}", f'title="{text(values)}"')
+    return f"{shown} {spread}", f'title="{text(values)}"'
 
 
-def _difference(value: float | None, off: bool) -> str:
+def _difference(value: float | None, off: bool) -> str | tuple[str, str]:
     shown = document.difference(value)
     if not off:
-        return cell(shown)
-    return cell(f'{shown}<span aria-label=", out of tolerance">!</span>', 'class="off"')
+        return shown
+    return f'{shown}<span aria-label=", out of tolerance">!</span>', 'class="off"'
 
 
 def _notes(sweep: Mapping[str, Any]) -> str:
