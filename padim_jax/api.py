@@ -248,8 +248,8 @@ def fit(
         where `thresholds` is None.
       progress: whether to show progress bars, where standard error is a terminal.
       **settings: by their short names, as in `backbone="resnet18"`, `channels=100`,
-        `resize=(256, 256)`, `weights="bundled"`; `config.settings` explains them all. Where two
-        groups have a setting of this name, the group goes before it: `model_seed`,
+        `resize=(256, 256)`, `weights="bundled"`; `padim_jax.config.settings` explains them all.
+        Where two groups have a setting of this name, the group goes before it: `model_seed`,
         `image_seed`, `model_upsample`, `map_upsample`; and for the image score: `score_image`.
 
     Returns:

@@ -12,8 +12,9 @@ value (`restore`), and at that value it is neither stored (`to_stored`) nor part
 fingerprint (`score_settings`). A new group is declared as `metrics` is, and goes into `_SCORES`
 if scores depend on it. A condition on several settings goes into `_check_together`.
 
-This module imports neither JAX nor TensorFlow Datasets, so that a wrong setting is reported
-before anything slow.
+Upper bounds are far above useful values; beyond, memory or time would run out first. This
+module imports neither JAX nor TensorFlow Datasets, so that a wrong setting is reported before
+anything slow.
 '''
 
 import dataclasses
@@ -44,20 +45,11 @@ from padim_jax.errors import UserError
 from padim_jax.system import paths
 
 ALL = "all"  # config.category: one run after the other
-# Far above useful values; beyond, memory or time would run out first.
-_MOST_PIXELS = 16384  # per side
-_MOST_CELLS = 63  # per side of a neighbourhood, all of which are added
-_MOST_SHIFT = 8  # patches
-_MOST_IMAGES = 65536  # per batch
-_MOST_REPEATS = 1000
-_LEAST_STD = 1e-6  # of pixels of 0 to 1: float32 divides by it
-_HIGHEST_RGB = 1.0  # in mean and std; models of earlier versions may have more
-# Below, float32 cannot distinguish the covariance of features from a singular one.
-_LEAST_REGULARIZATION = 1e-4
-_LONGEST_PATTERN = 1000
-_HIGHEST_RATE = 0.9999
 _LONGEST_NAME = 255  # of a folder, in bytes, on all file systems
+_LONGEST_PATTERN = 1000
 _MOST_COUNTS = 65535  # of a pixel in a file
+_HIGHEST_RGB = 1.0  # in mean and std; models of earlier versions may have more
+_SIDES = (backbones.MIN_INPUT, 16384)  # of an image, in pixels
 
 Size = tuple[int, int]
 # Values that become 0 and 255: the limits of the type, or two in the file's own counts.
@@ -182,7 +174,7 @@ class DatasetConfig:
 class ImageConfig:
     """Preprocessing of images for the backbone; sizes are (height, width)."""
 
-    resize: Size = setting((256, 256), checks.Size(backbones.MIN_INPUT, _MOST_PIXELS))
+    resize: Size = setting((256, 256), checks.Size(*_SIDES))
     """Size that all images are resized to, whatever their aspect ratio."""
 
     method: str = setting("bilinear", OneOf(("nearest", "bilinear", "bicubic", "lanczos")))
@@ -190,7 +182,7 @@ class ImageConfig:
 
     crop: Size | None = setting(
         lambda _: config_dict.placeholder(tuple),
-        checks.Size(backbones.MIN_INPUT, _MOST_PIXELS, optional=True),
+        checks.Size(*_SIDES, optional=True),
     )
     """Size of the crop after resizing, at most `resize`; None for no crop."""
 
@@ -200,8 +192,9 @@ class ImageConfig:
     """Mean of each channel (red, green, blue) that the backbone was trained with, of pixel
     values in 0..1: ImageNet's. Divide values of 0..255 by 255."""
 
+    # float32 divides by it.
     std: tuple[float, float, float] = setting(
-        (0.229, 0.224, 0.225), RGB(_LEAST_STD, _HIGHEST_RGB), earlier=RGB(_LEAST_STD, MOST)
+        (0.229, 0.224, 0.225), RGB(1e-6, _HIGHEST_RGB), earlier=RGB(1e-6, MOST)
     )
     """Standard deviation of each channel, likewise."""
 
@@ -275,7 +268,7 @@ class ModelConfig:
     whatever `channels` is. `semi_orthogonal`: `channels` random orthonormal mixtures of all
     (Kim et al. 2021). `pca`: the `channels` principal components of the normal patches."""
 
-    pooling: int = setting(1, checks.Odd(_MOST_CELLS))
+    pooling: int = setting(1, checks.Odd(63))
     """Side of the square of cells that each stage's features are averaged over."""
 
     upsample: str = setting("nearest", OneOf(("nearest", "bilinear")))
@@ -285,7 +278,8 @@ class ModelConfig:
     """Arithmetic of the backbone. `tf32` is float32 on CPUs, and PyTorch's default on NVIDIA
     GPUs. Statistics and distances are always float32."""
 
-    regularization: float = setting(0.01, Number(_LEAST_REGULARIZATION, MOST))
+    # Below, float32 cannot distinguish the covariance of features from a singular one.
+    regularization: float = setting(0.01, Number(1e-4, MOST))
     """Added to the covariance's diagonal: the paper's epsilon."""
 
     statistics: str = setting("auto", OneOf(("auto", "moments", "samples")))
@@ -293,7 +287,7 @@ class ModelConfig:
     embeddings themselves, smaller for few images. `auto`: the smaller of both. Results agree up
     to rounding."""
 
-    shift: int = setting(0, Integer(0, _MOST_SHIFT), later=0)
+    shift: int = setting(0, Integer(0, 8), later=0)
     """Tolerance to displaced parts, in patches. Each patch is compared with the Gaussians of
     all patches this near, in rows and in columns, and gets the smallest distance. 1 multiplies
     the work of the distances by about 9."""
@@ -306,7 +300,7 @@ class MapConfig:
     upsample: str = setting("bilinear", OneOf(("bilinear", "bicubic")))
     """Interpolation of patch distances to the input's size."""
 
-    sigma: float = setting(4.0, Number(0.0, float(_MOST_PIXELS)))
+    sigma: float = setting(4.0, Number(0.0, 16384.0))
     """Standard deviation of the Gaussian blur, in pixels of the input; 0 for none."""
 
 
@@ -342,11 +336,11 @@ class ThresholdConfig:
     """Fraction of the training images that `held_out` keeps back, where the dataset has no
     validation images."""
 
-    image_rate: float = setting(0.0, Number(0.0, _HIGHEST_RATE))
+    image_rate: float = setting(0.0, Number(0.0, 0.9999))
     """Fraction of normal images that may be called anomalous. 0: 1 %, or 1 / (n + 1) if n
     images (or groups) promise no less. Other rates that cannot be promised are extrapolated."""
 
-    pixel_rate: float = setting(0.0, Number(0.0, _HIGHEST_RATE))
+    pixel_rate: float = setting(0.0, Number(0.0, 0.9999))
     """Fraction of the pixels of normal images that may be outlined. 0: the pixel threshold is
     such that at most `image_rate` of normal images have any outline."""
 
@@ -439,7 +433,7 @@ class Config:
     """Folder below `dataset.root`: one of the dataset's, or your own; `""` if there is none.
     `all`, or names separated by commas: one run after the other, with a table of all."""
 
-    repeats: int = setting(1, Integer(1, _MOST_REPEATS))
+    repeats: int = setting(1, Integer(1, 1000))
     """Runs of each category. `model.seed`, and `image.seed` for random crops and rotations,
     increase by 1 from run to run; the table then has means and standard deviations."""
 
@@ -448,7 +442,7 @@ class Config:
     model: ModelConfig = schema.group()
     map: MapConfig = schema.group()
     threshold: ThresholdConfig = schema.group()
-    batch_size: int = setting(32, Integer(1, _MOST_IMAGES))
+    batch_size: int = setting(32, Integer(1, 65536))
     """Images per step, on all devices together; bounds memory, does not change results."""
 
     train: TrainConfig = schema.group()

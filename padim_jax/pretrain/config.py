@@ -1,7 +1,6 @@
 """The recipe of a pretraining: all its settings, and what they have to be together.
 
-Like `padim_jax.config.settings`, which shows how settings are stated, it imports nothing
-heavy.
+It is like `padim_jax.config.settings`, which shows how settings are stated.
 """
 
 import dataclasses
@@ -24,16 +23,8 @@ TEXTURE_SIZE = 128  # pixels of a texture's side, from which all images are cut
 FAMILIES = 13  # of textures; fewer classes would leave some out
 _MULTIPLE = 16  # input pixels per cell of layer3
 _LEAST_SIZE = 32
-# Far above useful values; beyond, memory or time would run out first.
 _MOST_TEXTURES = 100_000  # of one byte per pixel, 1.6 GB
 _MOST_PIXELS = 4096  # per side of a photograph
-_MOST_SCENES = 4096  # per step
-_MOST_IMAGES = 256  # per scene
-_MOST_STEPS = 10_000_000
-_MOST_SEED = 2**31 - 1  # JAX takes 32 bits
-_LEAST_PART = 1e-3
-_LEAST_RATE = 1e-9
-_MOST_AVERAGE = 0.999999  # in float32 still below 1
 # The same for all `BACKBONES`.
 _MOST_CHANNELS = sum(map(backbones.RESNETS[BACKBONES[0]].channels, STAGES))
 
@@ -55,7 +46,7 @@ class ImagesConfig:
     photos: paths.Path | None = setting("", checks.optional_path)
     """Folder of normal images of your own to learn from as well; `""` for none."""
 
-    photo_part: float = setting(0.5, Number(_LEAST_PART, 1.0))
+    photo_part: float = setting(0.5, Number(1e-3, 1.0))
     """Fraction of the scenes that are cut from them."""
 
     photo_size: int = setting(256, Integer(_LEAST_SIZE, _MOST_PIXELS))
@@ -66,10 +57,10 @@ class ImagesConfig:
 class TaskConfig:
     """The task that is learnt from them."""
 
-    good: int = setting(10, Integer(2, _MOST_IMAGES))  # a covariance needs at least two
+    good: int = setting(10, Integer(2, 256))  # a covariance needs at least two
     """Images of each scene without defects, to which a Gaussian is fitted for each patch."""
 
-    inspected: int = setting(6, Integer(1, _MOST_IMAGES))
+    inspected: int = setting(6, Integer(1, 256))
     """Images of each scene with and without defects, which should stand out."""
 
     channels: int = setting(100, Integer(1, _MOST_CHANNELS))
@@ -86,22 +77,22 @@ class TaskConfig:
 class OptimizerConfig:
     """Optimisation (AdamW)."""
 
-    steps: int = setting(5600, Integer(1, _MOST_STEPS))
+    steps: int = setting(5600, Integer(1, 10_000_000))
     """Number of steps."""
 
-    scenes: int = setting(4, Integer(1, _MOST_SCENES))
+    scenes: int = setting(4, Integer(1, 4096))
     """Scenes per step, on all devices together."""
 
-    learning_rate: float = setting(2e-3, Number(_LEAST_RATE, 1.0))
+    learning_rate: float = setting(2e-3, Number(1e-9, 1.0))
     """Highest learning rate, which falls to 0 along half a cosine."""
 
-    warmup: int = setting(100, Integer(0, _MOST_STEPS))
+    warmup: int = setting(100, Integer(0, 10_000_000))
     """Number of steps in which the rate rises to it, fewer than `steps`."""
 
     weight_decay: float = setting(0.05, Number(0.0, 1.0))
     """Weight decay."""
 
-    average: float = setting(0.999, Number(0.0, _MOST_AVERAGE))
+    average: float = setting(0.999, Number(0.0, 0.999999))  # in float32 below 1
     """Decay of the exponential moving average of the weights, which is the result."""
 
 
@@ -109,7 +100,7 @@ class OptimizerConfig:
 class PretrainConfig:
     """A complete, valid recipe."""
 
-    seed: int = setting(0, Integer(0, _MOST_SEED))
+    seed: int = setting(0, Integer(0, 2**31 - 1))  # JAX takes 32 bits
     """Seed of the initial weights, of the textures and of all images."""
 
     backbone: str = setting("resnet18", OneOf(BACKBONES))
