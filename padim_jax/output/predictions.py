@@ -228,24 +228,33 @@ class Pictures:
             self.scale = figures.color_scale(maps, np.zeros(len(maps), int))
 
     def draw(
-        self,
-        name: str,
-        image: UInt8[np.ndarray, "height width 3"],
-        anomaly_map: Float32[np.ndarray, "h w"],
+        self, name: str, path: Path, data: bytes, anomaly_map: Float32[np.ndarray, "h w"]
     ) -> None:
         """Write an image's map and overlay; the colour scale must be set.
 
-        Local files are flushed to disk: their row, written later, states that they are
-        complete.
+        The image is decoded a second time: kept at full size from its scoring on, images would
+        take memory that grows with the batch. Local files are flushed to disk: their row,
+        written later, states that they are complete.
 
         Args:
           name: relative path of the image.
-          image: original pixels (height, width, 3).
+          path: path of the image file, for messages.
+          data: the file's bytes.
           anomaly_map: (h, w) at the size of the detector's input.
 
         Raises:
           UserError: they cannot be written.
         """
+        with input_pipeline.ROOM.held(input_pipeline.DRAWING * decoding.pixel_count(data)):
+            image = np.asarray(input_pipeline.decode(data, shown(path), self._config.counts))
+            self._write(name, image, anomaly_map)
+
+    def _write(
+        self,
+        name: str,
+        image: UInt8[np.ndarray, "height width 3"],
+        anomaly_map: Float32[np.ndarray, "h w"],
+    ) -> None:
         assert self.scale is not None
         height, width, _ = image.shape
         full = restore_map(anomaly_map, (height, width), self._config)
@@ -419,8 +428,7 @@ class Writer:
     """Writer that draws predictions below a folder and adds their rows to its journal.
 
     An image's row is written last: if it exists, the pictures are complete. `Pictures` draws
-    them. Images are decoded a second time for it: keeping them at full size from the
-    pipeline on would take memory that grows with the batch.
+    them.
 
     Args:
       folder: folder of the predictions.
@@ -443,7 +451,6 @@ class Writer:
     ):
         if thresholds.scale is None and (scale := journal.fact("scale")) is not None:
             thresholds = dataclasses.replace(thresholds, scale=figures.ColorScale(*scale))
-        self._counts: decoding.Range = config.counts
         self._pictures = Pictures(folder, config, map_suffix, thresholds)
         self._threshold, self._calibration = thresholds.image, calibration
         self._table, self._journal = folder / TABLE, journal
@@ -502,7 +509,4 @@ class Writer:
                 f"{record.image}: was written to while it was scored; run the same command "
                 "again when it is whole"
             )
-        pixels = decoding.pixel_count(data)
-        with input_pipeline.ROOM.held(input_pipeline.DRAWING * pixels):
-            decoded = input_pipeline.decode(data, str(record.image), self._counts)
-            self._pictures.draw(record.relative_path, np.asarray(decoded), anomaly_map)
+        self._pictures.draw(record.relative_path, record.image, data, anomaly_map)

@@ -29,10 +29,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import UInt8
 
 from padim_jax import errors
-from padim_jax.data import decoding, input_pipeline
+from padim_jax.data import input_pipeline
 from padim_jax.data.files import read_file, shown, walk
 from padim_jax.detector import detector as detector_lib
 from padim_jax.detector import scoring_pass
@@ -534,17 +534,11 @@ class _Scorer:
         names = [image.arrival.name for image in good]
         self._pictures.set_scale(maps)
         # Before their rows: where there is a row, its pictures are whole.
-        list(self._threads.map(self._draw, good, maps))
+        files, contents = [x.arrival.path for x in good], [x.data for x in good]
+        list(self._threads.map(self._pictures.draw, names, files, contents, maps))
         rows = predictions.rows(names, scores, self._known.image, self._detector.calibration)
         pairs = zip(good, rows, strict=True)
         return results + [Result(image.arrival, image.sha256, row) for image, row in pairs]
-
-    def _draw(self, image: _Image, anomaly_map: Float32[np.ndarray, "h w"]) -> None:
-        counts, name = self._detector.config.image.counts, shown(image.arrival.path)
-        room = input_pipeline.DRAWING * decoding.pixel_count(image.data)
-        with input_pipeline.ROOM.held(room):
-            pixels = np.asarray(input_pipeline.decode(image.data, name, counts))
-            self._pictures.draw(image.arrival.name, pixels, anomaly_map)
 
     def _postpone(self, arrival: Arrival, reason: str) -> None:
         self._delays.postpone(arrival, reason, time.monotonic())
@@ -556,12 +550,7 @@ class _Scorer:
             data = _read(arrival)
             digest = hashlib.sha256(data).hexdigest()
             config, name = self._detector.config.image, shown(arrival.path)
-            room = input_pipeline.DECODING * decoding.pixel_count(data)
-            with input_pipeline.ROOM.held(room):
-                image = input_pipeline.decode(data, name, config.counts)
-                seen = input_pipeline.preprocess(image, config)
-            levels = image.info.get(decoding.LEVELS)
-            del image
+            seen, levels = input_pipeline.load_input(data, name, config)
             if levels is not None and not self._told:
                 self._told = True  # of the first alone
                 text = input_pipeline.few_levels({name: levels}, 1)

@@ -7,6 +7,7 @@ folders, files that appear whole when they are closed, other errors than the sys
 import contextlib
 import csv
 import dataclasses
+import errno
 import hashlib
 import importlib
 import io
@@ -376,6 +377,22 @@ class TestWriting:
             paths.write(root / "a/b/c", b"1")
             paths.write(root / "a/b/c", b"23")
             assert contents(root) == {"a/b/c": b"23"}
+
+    def test_a_file_is_replaced_at_the_end_or_not_at_all(
+        self, store: Any, tmp_path: pathlib.Path
+    ):
+        def half_written(growing: pathlib.Path) -> None:
+            growing.write_bytes(b"23")
+            raise OSError(errno.ENOSPC, "full")
+
+        for root in (tmp_path, paths.parse(store.url)):
+            paths.write(root / "a", b"1")
+            with pytest.raises(OSError, match="full"), paths.replacing(root / "a") as growing:
+                half_written(growing)
+            assert contents(root) == {"a": b"1"}
+            with paths.replacing(root / "a") as growing:
+                growing.write_bytes(b"23")
+            assert contents(root) == {"a": b"23"}
 
     def test_modified(self, store: Any, tmp_path: pathlib.Path):
         for root in (tmp_path, paths.parse(store.url)):
