@@ -163,7 +163,13 @@ def shifts(pyramid: Pyramid, grid: tuple[int, int], radius: int) -> Shifts:
 
     Returns:
       The shifts; the finest level has (2 radius + 1)^2 variants.
+
+    Raises:
+      ValueError: patches share cells of the finest level, since no channel of the finest stage
+        is kept; their neighbours are not the same.
     """
+    if len(np.unique(pyramid.patches)) < len(pyramid.patches):
+        raise ValueError("no channel of the first layer is kept")
     steps = sorted(itertools.product(range(-radius, radius + 1), repeat=2), key=any)
     rows, columns = (axis.reshape(-1, 1) for axis in np.indices(grid))
     y, x = rows + np.array(steps)[:, 0], columns + np.array(steps)[:, 1]

@@ -263,6 +263,8 @@ def _first_fingerprint(detector: Detector) -> str | None:
     config = detector.config
     stored = config_lib.to_stored(config)
     texts = []
+    if "score" in stored:
+        return None
     for group, names in _FIRST_SETTINGS.items():
         if set(stored[group]) != set(names):
             return None
@@ -723,7 +725,13 @@ def _score_left_out_batch(
 def _shifts(image: ImageConfig, model: ModelConfig, index: tuple[int, ...]) -> embedding.Shifts:
     """Return the neighbours of all regions' patches."""
     laid = pyramid(image, model, index)
-    return embedding.shifts(laid, patch_grid(image, model.layers), model.shift)
+    try:
+        return embedding.shifts(laid, patch_grid(image, model.layers), model.shift)
+    except ValueError as error:
+        raise UserError(
+            f"config.model.shift={model.shift}: {error} by config.model.channels="
+            f"{model.channels}, and its patches are those that are shifted; take more channels"
+        ) from error
 
 
 def _extract_by_parts(

@@ -591,7 +591,7 @@ def _settings(config: Config) -> str:
     }
     values["model"]["weights"] = pathlib.PurePath(config.model.weights).name
     lines = []
-    for group in ("dataset", "image", "model", "map", "threshold", "metrics"):
+    for group in ("dataset", "image", "model", "map", "score", "threshold", "metrics"):
         for key, value in values[group].items():
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value
             lines.append([f"{text(group)}.{text(key)}", name(shown)])
