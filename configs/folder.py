@@ -11,7 +11,7 @@ Expected below the root:
 
 The accuracy depends on the parts; docs/choosing_settings.md tells which settings to take when.
 
-Presets as in configs/mvtec.py; every setting is explained in padim_jax/config/settings.py.
+Presets: :best unless another one of configs/mvtec.py is named, as in configs/folder.py:anomalib; every setting is explained in padim_jax/config/settings.py.
 """
 
 import ml_collections
@@ -19,7 +19,7 @@ import ml_collections
 from padim_jax.config import defaults
 
 
-def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
+def get_config(preset: str = "best") -> ml_collections.ConfigDict:
     config = defaults.get_config(preset)
     config.dataset.name = "folder"
     # The folder that holds train/ and val/.

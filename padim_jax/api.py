@@ -229,7 +229,7 @@ detector_lib.register(Detector)
 def fit(
     images: Images,
     *,
-    preset: str = "anomalib",
+    preset: str = "best",
     thresholds: str | Images | None = None,
     config: Config | Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -241,7 +241,8 @@ def fit(
       images: normal images: a folder (images anywhere below it), a glob, paths, arrays
         (h, w, 3) or (h, w), a stack of them, Pillow images, bytes or open files. Copies count
         once.
-      preset: "anomalib", "seed", "paper" or "rd"; see `defaults.get_config`.
+      preset: "best", or a published variant: "anomalib", "seed", "paper" or "rd"; see
+        `defaults.get_config`.
       thresholds: "leave_one_out" (each image as the model without it scores it; the default),
         "none", or normal images that are not fitted, given as `images` are.
       config: instead of a preset, a whole configuration, of which `threshold.normal` counts

@@ -254,9 +254,9 @@ class ModelConfig:
       images; lower accuracy, but no download and none of ImageNet's terms;
     - `random`."""
 
-    channels: int = setting(100, Integer(1, MOST_SEED))
+    channels: int = setting(100, Integer(0, MOST_SEED))
     """Number of the stages' channels that are kept, drawn at random unless `reduction` says
-    otherwise; at most all of them. The paper uses 100 of 448 for resnet18, and 550 of 1792 for
+    otherwise; 0 for all of them. The paper uses 100 of 448 for resnet18, and 550 of 1792 for
     wide_resnet50_2."""
 
     seed: int = setting(42, Integer(0, MOST_SEED))
@@ -509,10 +509,12 @@ def validate(
 
 
 def _keep_all(config: Config) -> Config:
-    """Set `channels` to all channels if there is no reduction."""
-    if config.model.reduction != "none":
+    """Set `channels` to all channels where all are kept."""
+    model = config.model
+    if model.channels and model.reduction != "none":
         return config
-    model = dataclasses.replace(config.model, channels=_total_channels(config.model))
+    reduction = "none" if model.reduction == "random" else model.reduction
+    model = dataclasses.replace(model, channels=_total_channels(model), reduction=reduction)
     return dataclasses.replace(config, model=model)
 
 
