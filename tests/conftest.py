@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -12,6 +13,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as main.py does, and why
 
 # As many devices everywhere; a GPU, if there is one, would be shared by many processes.
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+# Compiling takes longer than what the tests compute. Without LLVM's optimisations it takes half
+# as long; `optimized` has them, as the demo and tests/reliability do.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 # Nothing is read from or written to the caches of who runs the tests, by child processes
 # neither. Before the imports, of which one may ask for the place.
@@ -22,7 +27,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="padim_jax_tests_")
 if "PYTEST_XDIST_WORKER" not in os.environ:
     COMPILED = tempfile.mkdtemp(prefix="padim_jax_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
     os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
     atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 
@@ -31,7 +36,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
-# Every shape written in a signature is checked at run time, in every test.
+# Every shape written in a signature is checked at run time, in every test. That makes importing
+# the package twice as long where no bytecode is kept.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 install_import_hook("padim_jax", "beartype.beartype")
 
 from padim_jax.devices import parallel  # noqa: E402 (after the hook)
@@ -55,6 +63,14 @@ def one_device() -> Iterator[None]:
 
 
 @pytest.fixture
+def optimized() -> Iterator[None]:
+    """Compile as users do, for tests of the compiled program itself."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def no_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Neither this process nor its children use the cache of this run of the tests."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
@@ -75,7 +91,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what the core, the settings and the public functions are tested by: `-m quick`."""
     tests = pathlib.Path(__file__).parent
     for item in items:
-        if item.path.is_relative_to(tests) and item.path.relative_to(tests).parts[0] in QUICK:
+        ours = item.path.is_relative_to(tests) and item.path.relative_to(tests).parts[0]
+        # Programs of a real size are compiled for longer.
+        if ours in QUICK and "optimized" not in getattr(item, "fixturenames", ()):
             item.add_marker("quick")
 
 

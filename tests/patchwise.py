@@ -26,6 +26,8 @@ CASES: dict[str, Case] = {
     # Cells of a finer stage that lie in two of a coarser one, regions of unequal sizes.
     "no nested grids": ([(13, 9, 3), (7, 5, 4), (4, 3, 5)], [9, 1, 4, 0, 6, 2, 11]),
 }
+# One of each kind: other cases have the same kinds of levels.
+KINDS = [name for name in CASES if name not in ("two levels", "middle stage unused")]
 
 
 def lay(case: Case) -> Pyramid:

@@ -22,8 +22,15 @@ from padim_jax.data.layouts.synthetic import generate
 from padim_jax.runs import train
 
 SIZE = 64
-# Batches of four, whatever is fitted: few programs to compile.
-SETTINGS = {"weights": "bundled", "channels": 20, "resize": (SIZE, SIZE), "batch_size": 4}
+# Batches of four and moments, whatever is fitted: few programs to compile.
+SETTINGS: dict[str, Any] = {
+    "weights": "bundled",
+    "layers": ("layer1",),
+    "channels": 8,
+    "statistics": "moments",
+    "resize": (SIZE, SIZE),
+    "batch_size": 4,
+}
 GOOD = 8
 
 
@@ -61,7 +68,9 @@ class TestFit:
                 "dataset.root": str(part.parent),
                 "category": "part",
                 "model.weights": "bundled",
-                "model.channels": 20,
+                "model.layers": ("layer1",),
+                "model.channels": 8,
+                "model.statistics": "moments",
                 "image.resize": (SIZE, SIZE),
                 "batch_size": SETTINGS["batch_size"],
             }
@@ -234,13 +243,11 @@ class TestScoring:
 
     def test_embeddings_have_the_mean_of_the_gaussians(self, arrays: np.ndarray):
         """For one level; the others' means are of the same features."""
-        detector = padim_jax.fit(
-            arrays[:GOOD], **SETTINGS, layers=("layer1",), statistics="moments"
-        )
+        detector = padim_jax.fit(arrays[:GOOD], **SETTINGS)
         found = detector.embed(arrays[:GOOD])
-        assert found.shape == (GOOD, SIZE // 4, SIZE // 4, 20)
-        expected = found.astype(np.float64).mean(axis=0).reshape(-1, 20)
-        mean = np.asarray(detector.gaussian.mean[0])[0].reshape(-1, 20)
+        assert found.shape == (GOOD, SIZE // 4, SIZE // 4, 8)
+        expected = found.astype(np.float64).mean(axis=0).reshape(-1, 8)
+        mean = np.asarray(detector.gaussian.mean[0])[0].reshape(-1, 8)
         order = np.argsort(mean[:, 0])
         # Sums of eight numbers around 1 in float32.
         np.testing.assert_allclose(mean[order], expected[np.argsort(expected[:, 0])], atol=2e-6)
@@ -293,9 +300,9 @@ class TestGrowing:
         assert fitted.update(arrays[:GOOD]) is fitted
 
     def test_update_of_moments(self, arrays: np.ndarray):
-        small = padim_jax.fit(arrays[:4], **SETTINGS, statistics="moments")
+        small = padim_jax.fit(arrays[:4], **SETTINGS)
         found = small.update(arrays[4:], thresholds=arrays[:0].tolist() or None)
-        expected = padim_jax.fit(arrays, **SETTINGS, statistics="moments")
+        expected = padim_jax.fit(arrays, **SETTINGS)
         # Chan's merge rounds otherwise than one stream; measured 2e-5.
         np.testing.assert_allclose(maps(found, arrays), maps(expected, arrays), rtol=1e-3)
         assert found.thresholds is not None

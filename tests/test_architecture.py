@@ -79,18 +79,20 @@ def test_imports_form_no_cycle():
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the cycle
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_room_imports_rooms_below_it_only(module):
+def test_a_room_imports_rooms_below_it_only():
     """errors <- core, system <- devices, config <- models, data <- detector <- ... <- main."""
-    others = {name for name in our_modules(module) - {FACADE} if room(name) != room(module)}
-    if room(module) == "pretrain":
-        # A room of its own beside the detector, which draws its pictures with the output's.
-        below = {name for name in others if FLOOR[room(name)] < FLOOR["detector"]}
-        assert others - below <= {f"{FACADE}.output.figures"}
-    elif module == f"{FACADE}.main":
-        assert "api" not in map(room, others)
-    else:
-        assert {name for name in others if FLOOR[room(name)] >= FLOOR[room(module)]} == set()
+    for module in MODULES:
+        others = {name for name in our_modules(module) - {FACADE} if room(name) != room(module)}
+        if room(module) == "pretrain":
+            # A room of its own beside the detector, which draws its pictures with the output's.
+            below = {name for name in others if FLOOR[room(name)] < FLOOR["detector"]}
+            assert others - below <= {f"{FACADE}.output.figures"}
+        elif module == f"{FACADE}.main":
+            assert "api" not in map(room, others)
+        else:
+            assert {
+                name for name in others if FLOOR[room(name)] >= FLOOR[room(module)]
+            } == set(), module
 
 
 def test_the_core_is_the_paper():
@@ -112,19 +114,21 @@ def test_the_core_is_the_paper():
 LEARNING = ["textures", "scenes", "inspection", "redundancy", "network", "training"]
 
 
-@pytest.mark.parametrize("stage", LEARNING)
-def test_pretraining_is_pure_but_for_its_run(stage):
-    module = f"{FACADE}.pretrain.{stage}"
-    assert libraries(module) <= {"flax", "jax", "jaxtyping", "numpy", "optax"}
-    standard = {name.partition(".")[0] for name, _ in IMPORTS[module]} & sys.stdlib_module_names
-    assert standard <= {"collections", "dataclasses", "functools", "math", "typing"}
-    # Without an import one could still do this.
-    files = {"open", "load", "save", "savez", "fromfile", "tofile"}
-    tree = ast.parse(SOURCES[module].read_text(encoding="utf-8"))
-    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    called = {call.id for call in calls if isinstance(call, ast.Name)}
-    called |= {call.attr for call in calls if isinstance(call, ast.Attribute)}
-    assert not called & files
+def test_pretraining_is_pure_but_for_its_run():
+    for stage in LEARNING:
+        module = f"{FACADE}.pretrain.{stage}"
+        assert libraries(module) <= {"flax", "jax", "jaxtyping", "numpy", "optax"}
+        standard = {
+            name.partition(".")[0] for name, _ in IMPORTS[module]
+        } & sys.stdlib_module_names
+        assert standard <= {"collections", "dataclasses", "functools", "math", "typing"}
+        # Without an import one could still do this.
+        files = {"open", "load", "save", "savez", "fromfile", "tofile"}
+        tree = ast.parse(SOURCES[module].read_text(encoding="utf-8"))
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        called = {call.id for call in calls if isinstance(call, ast.Name)}
+        called |= {call.attr for call in calls if isinstance(call, ast.Attribute)}
+        assert not called & files, module
 
 
 def test_pretraining_stands_apart():
@@ -184,21 +188,23 @@ def names(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_devices_is_the_only_room_that_knows_devices(module):
-    found = DEVICES & set(names(ast.parse(SOURCES[module].read_text(encoding="utf-8"))))
-    if room(module) == "devices":
-        # What the test looks for is found where it is.
-        if module == f"{FACADE}.devices.parallel":
-            assert {"pmap", "all_to_all", "NamedSharding", "local_devices"} <= found
-    else:
-        assert not found
+def test_devices_is_the_only_room_that_knows_devices():
+    for module in MODULES:
+        found = DEVICES & set(names(ast.parse(SOURCES[module].read_text(encoding="utf-8"))))
+        if room(module) == "devices":
+            # What the test looks for is found where it is.
+            if module == f"{FACADE}.devices.parallel":
+                assert {"pmap", "all_to_all", "NamedSharding", "local_devices"} <= found
+        else:
+            assert not found, module
 
 
-@pytest.mark.parametrize("module", SOURCES)
-def test_torch_is_imported_on_demand_only(module):
-    eager = {name for name, lazy in IMPORTS[module] if not lazy}
-    assert not any(within(name, "torch") or within(name, "torchvision") for name in eager)
+def test_torch_is_imported_on_demand_only():
+    for module in SOURCES:
+        eager = {name for name, lazy in IMPORTS[module] if not lazy}
+        assert not any(
+            within(name, "torch") or within(name, "torchvision") for name in eager
+        ), module
 
 
 # Checking a configuration, listing a dataset and showing --help are to be quick.

@@ -50,7 +50,8 @@ DEFECTS = ("misplaced_part", "missing_piece", "scratch", "stain")
 SMALL = (
     "--config.category=part",
     "--config.model.weights=random",
-    "--config.model.channels=20",
+    "--config.model.layers=('layer1',)",
+    "--config.model.channels=8",
     "--config.image.resize=(64, 64)",
     "--config.batch_size=4",
 )
@@ -632,7 +633,7 @@ class TestTrainAndEval:
         line = next(x for x in run.out.splitlines() if not re.match("(train|test): ", x))
         rest = run.out.partition(line)[2]
         assert re.fullmatch(
-            r"about 0\.6 GB of memory to fit 6 images: 0\.00 GB of statistics \(samples\), "
+            r"about 0\.6 GB of memory to fit 6 images: 0\.00 GB of statistics \(moments\), "
             r"0\.0\d GB for a batch; about 0\.\d GB to evaluate \d+ test images; "
             r"\d+\.\d GB are free",
             line,
@@ -642,7 +643,7 @@ class TestTrainAndEval:
     def test_config_is_that_of_the_run(self, run: Run, root: pathlib.Path):
         found = read_json(run.workdir / "config.json")
         assert found["dataset"]["root"] == str(root)
-        assert (found["image"]["resize"], found["model"]["channels"]) == ([64, 64], 20)
+        assert (found["image"]["resize"], found["model"]["channels"]) == ([64, 64], 8)
 
     def test_some_figures(self, run: Run):
         kinds = [name.split("_", 1)[1] for name in below(run.workdir / "figures")]
@@ -1086,7 +1087,7 @@ class TestOwnFolder:
         out = succeed("--mode=train", *given, cwd=tmp_path)
         workdir = tmp_path / "results" / "folder_parts"
         assert "folders of good images: train/good; of defects: none\n" in out
-        assert "fitted 6 images, 16x16 patches of 20 channels" in out
+        assert "fitted 6 images, 16x16 patches of 8 channels" in out
         names = {path.name for path in workdir.iterdir()}
         assert names == {".locks", "checkpoint", "suspects.csv"}
         rows = read_rows(workdir / "suspects.csv")

@@ -498,7 +498,7 @@ def scored() -> tuple[detector.Anomalies, detector.Anomalies, detector.Anomalies
     """Images fitted, each left out; the same as the model knows them; and others."""
     values: Any = defaults.get_config()
     values.dataset.root, values.image.resize = "/nowhere", (64, 64)
-    values.model.weights, values.model.layers = "random", ("layer1", "layer2")
+    values.model.weights, values.model.layers = "random", ("layer1",)
     values.model.channels = 30
     config = validate(values)
     images = np.stack(

@@ -13,14 +13,11 @@ from padim_jax.core.embedding import channel_index, select
 
 # Stages as (height, width, channels), the finest first.
 STAGES = {
-    "square": [(8, 8, 5), (4, 4, 7), (2, 2, 9)],
     "rectangular": [(8, 12, 5), (4, 6, 7), (2, 3, 9)],
-    "tall": [(12, 4, 5), (6, 2, 7), (3, 1, 9)],
     # Sides that no stride divides, as of images 250 and 230 pixels wide.
     "non-divisible": [(63, 58, 2), (32, 29, 3), (16, 15, 4)],
     # A cell of the second stage lies in two of the third.
-    "not nested": [(13, 10, 3), (7, 5, 4), (4, 3, 5)],
-    "not nested, far apart": [(46, 19, 2), (14, 9, 3), (4, 4, 4)],
+    "not nested": [(46, 19, 2), (14, 9, 3), (4, 4, 4)],
     "same grid": [(6, 6, 4), (6, 6, 4)],
     "same grid at the end": [(6, 6, 4), (3, 3, 4), (3, 3, 4)],
     "one row": [(1, 7, 3), (1, 4, 3)],
@@ -121,7 +118,7 @@ def test_nested_grids_have_every_cell_once():
 
 
 def test_bfloat16_features_give_float32_embeddings():
-    features = [x.astype(jnp.bfloat16) for x in random_features(STAGES["square"])]
+    features = [x.astype(jnp.bfloat16) for x in random_features(STAGES["rectangular"])]
     index = channel_index(21, 8, seed=0)
     found = embed(features, index)
     assert found.dtype == jnp.float32

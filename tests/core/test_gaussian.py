@@ -21,7 +21,7 @@ from padim_jax.devices.parallel import Devices
 ROUNDOFF = 2.0**-24  # of float32
 
 ALIKE = "three levels"  # where one pyramid says it all
-on_all_pyramids = pytest.mark.parametrize("name", patchwise.CASES)
+on_all_pyramids = pytest.mark.parametrize("name", patchwise.KINDS)
 
 update = jax.jit(gaussian.update)
 merge = jax.jit(gaussian.merge)
@@ -87,7 +87,6 @@ SPLITS = {
     "one batch": [24],
     "single images": [1] * 24,
     "ragged": [5, 1, 11, 7],
-    "one left over": [23, 1],
 }
 
 
@@ -100,19 +99,22 @@ def test_any_split_into_batches_gives_the_same_moments(sizes):
 def test_order_of_images_does_not_matter():
     images = Images()
     order = np.random.default_rng(1).permutation(24)
-    assert_moments(images.fit([10, 10, 4], order), images)
+    assert_moments(images.fit([8, 8, 8], order), images)
 
 
 @pytest.mark.parametrize("first", [1, 12, 23])
 @pytest.mark.parametrize("name", [ALIKE, "no nested grids"])
 def test_merge_of_two_models_is_one_fit(name, first):
     images = Images(name)
-    a, b = images.fit([first]), images.fit([24 - first], slice(first, None))
+    a, b = (
+        images.fit([8] * (n // 8) + [n % 8], part)
+        for n, part in ((first, slice(first)), (24 - first, slice(first, None)))
+    )
     assert_moments(merge(a, b), images)
     assert_moments(merge(b, a), images)
 
 
-@examples(40)
+@examples(25)
 @hypothesis.given(
     order=st.permutations(range(24)),
     valid=st.lists(st.booleans(), min_size=24, max_size=24),
@@ -167,7 +169,7 @@ def test_batch_of_padding_alone_changes_nothing():
     assert_same(update(moments, *padding), moments)
 
 
-@pytest.mark.parametrize("sizes", [[100], [10] * 10, [1] * 100], ids=str)
+@pytest.mark.parametrize("sizes", [[100], [8] * 12 + [4], [1] * 100], ids=str)
 def test_large_mean_does_not_cancel(sizes):
     # At a mean of 1000 standard deviations, E[xx] - E[x]E[x] is off by 1000^2 roundoffs,
     # 6 % of the variance, and more. Deviations from a rounded mean are off by 1000
@@ -286,7 +288,7 @@ def test_broken_covariance_raises_naming_the_region(bad, problem, level):
     broken = list(moments.m2)
     broken[level] = (own.at[1, -1, 1, 1].set(bad), *cross)
     moments = Moments(moments.count, moments.mean, tuple(broken))
-    for devices in (1, 2, 4, 8):
+    for devices in (1, 8):
         with pytest.raises(ValueError, match=rf"region 1 are {problem}|{problem} .* region 1;"):
             finalize(moments, 0.01, devices)
 
@@ -340,7 +342,7 @@ def large_statistics():
     return empty[1:]
 
 
-def test_finalize_makes_no_second_copy():
+def test_finalize_makes_no_second_copy(optimized):
     def finalize(statistics, *given):
         return gaussian.finalize(Moments(jnp.array(209), *statistics), *given)
 
@@ -349,7 +351,7 @@ def test_finalize_makes_no_second_copy():
     assert between < held / 6
 
 
-def test_update_makes_no_second_copy():
+def test_update_makes_no_second_copy(optimized):
     def update(statistics, *batch):
         moments = gaussian.update(Moments(jnp.array(32), *statistics), *batch)
         return moments.mean, moments.m2

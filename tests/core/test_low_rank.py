@@ -19,7 +19,7 @@ from padim_jax.devices.parallel import Devices
 
 ROUNDOFF = 2.0**-24  # of float32
 
-on_all_pyramids = pytest.mark.parametrize("name", patchwise.CASES)
+on_all_pyramids = pytest.mark.parametrize("name", patchwise.KINDS)
 ALIKE = "three levels"  # where one pyramid says it all: 9 channels, 4 regions
 
 update = jax.jit(low_rank.update)
@@ -68,7 +68,7 @@ def test_distances_are_the_dense_ones(name):
     assert_distances(distances(fitted, others, pyramid), training, x, 0.01)
 
 
-@pytest.mark.parametrize("images", [2, 9, 10, 30], ids="{} images".format)
+@pytest.mark.parametrize("images", [2, 9, 30], ids="{} images".format)
 def test_distances_are_those_of_the_moments(images):
     """Fewer images than channels and more: both forms are exact."""
     case = patchwise.CASES[ALIKE]
@@ -152,7 +152,7 @@ def test_merge_of_two_models_is_one_fit():
         np.testing.assert_array_equal(found, expected)
 
 
-@examples(60)
+@examples(20)
 @hypothesis.given(
     room=st.sampled_from([0, 3, 8, 13]),
     valid=st.lists(st.booleans(), min_size=8, max_size=8),
@@ -319,7 +319,7 @@ def test_not_finite_embeddings_raise_naming_the_region(bad, level):
     samples = samples_of()
     values = list(samples.values)
     values[level] = values[level].at[1, -1, 3, 0].set(bad)
-    for devices in (1, 2, 4, 8):
+    for devices in (1, 8):
         with pytest.raises(ValueError, match=r"region 1 are not finite.*overflow"):
             finalize(Samples(samples.count, tuple(values)), 0.01, devices)
 
@@ -333,7 +333,7 @@ def test_regularization_lost_in_rounding_raises():
         finalize(Samples(jnp.array(4), (x,)), 1e-9)
 
 
-def test_finalize_makes_no_second_copy():
+def test_finalize_makes_no_second_copy(optimized):
     # 60 images of a wide_resnet50_2 at 256 x 256 with 550 channels, compiled only.
     shapes = [(256, 16, 86), (256, 4, 170), (256, 1, 294)]
     values = jax.eval_shape(lambda: low_rank.init(shapes, 60).values)

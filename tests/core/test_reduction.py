@@ -76,7 +76,7 @@ def test_scatter_is_that_of_all_patches(shapes: list, upsample: str):
     np.testing.assert_allclose(found.m2, expected, atol=2e-6 * np.abs(expected).max())
 
 
-@examples(100)
+@examples(50)
 @hypothesis.given(
     images=st.integers(0, 9),
     ends=st.lists(st.integers(0, 9), max_size=5).map(sorted),

@@ -12,6 +12,7 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+import small
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -395,14 +396,8 @@ class TestRuns:
     @pytest.fixture
     def config(self, tmp_path: pathlib.Path) -> Any:
         generate(tmp_path, n_train=5, n_test_good=2, n_test_per_defect=1, size=64)
-        values: Any = defaults.get_config()
-        values.dataset.name, values.dataset.root = "mvtec_ad", str(tmp_path)
-        values.category = "part"
-        values.image.resize = (64, 64)
-        values.model.weights, values.model.channels = "random", 10
-        values.outputs.figures = "all"
-        values.cache.dir = str(tmp_path / "cache")
-        return values
+        cache = str(tmp_path / "cache")
+        return small.values(tmp_path, **{"outputs.figures": "all", "cache.dir": cache})
 
     def run(self, mode: str, config: Config, workdir: pathlib.Path) -> None:
         pattern = str(config.dataset.root / "part" / "test") if mode == "predict" else None

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
 from padim_jax.config import defaults
@@ -183,14 +184,8 @@ SIZE = (192, 256)
 
 
 def settings(root: pathlib.Path, **given: Any) -> Any:
-    values: Any = defaults.get_config()
-    values.dataset.name, values.dataset.root, values.category = "mvtec_ad", str(root), "part"
-    values.image.resize = (48, 64)
-    values.model.weights, values.model.channels = "random", 10
-    values.batch_size = 4
-    values.outputs.figures, values.threshold.normal = "none", "none"
-    values.update_from_flattened_dict(given)
-    return values
+    ours = {"image.resize": (48, 64), "outputs.figures": "none", "threshold.normal": "none"}
+    return small.values(root, **(ours | given))
 
 
 def small_defects() -> list[np.ndarray]:

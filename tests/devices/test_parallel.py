@@ -179,12 +179,13 @@ def fit_and_score(
     [
         ("moments", {"layers": ("layer1", "layer2")}),
         ("samples", {"layers": ("layer1",)}),
-        # Every channel, and every patch has its own.
+        # Every patch has its own channels.
         (
             "samples",
             {
                 "reduction": "semi_orthogonal",
-                "channels": 448,
+                "layers": ("layer1", "layer2"),
+                "channels": 40,
                 "pooling": 3,
                 "upsample": "bilinear",
             },
@@ -198,7 +199,7 @@ def test_results_do_not_depend_on_the_number_of_devices(form: str, model: dict):
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     statistics, maps, scores = fit_and_score(config, images, 1, form)
     assert len(maps) == len(scores) == 15  # which no number of devices divides
-    for count in (2, 8):
+    for count in (8,) if form == "samples" else (2, 8):
         others = fit_and_score(config, images, count, form)
         assert others[0][0] == statistics[0] == 15
         # The same sums in the same order; only convolutions of another number of images may
@@ -249,7 +250,7 @@ def test_the_parser_of_collectives_finds_them():
 
 
 @pytest.mark.parametrize("form", ["moments", "samples"])
-def test_only_embeddings_cross_the_wire(form: str):
+def test_only_embeddings_cross_the_wire(form: str, optimized: None):
     config, devices, images = make_config(), Devices(4), 32
     index = tuple(detector.channel_index(config.model).tolist())
     pyramid = detector.pyramid(config.image, config.model, index)
@@ -318,7 +319,7 @@ def test_merging_and_extending_keep_the_regions_apart():
     shapes = patchwise.lay(case).shapes
     levels, _ = patchwise.random_levels(case, 8)
     (batch, valid), *_ = patchwise.batches(levels, [8])
-    for count in COUNTS:
+    for count in (1, 4, 8):
         devices = Devices(count)
         parts = []
         for half in (slice(0, 4), slice(4, 8)):

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 
-from padim_jax.config import defaults
-from padim_jax.config.settings import Config, validate
+from padim_jax.config.settings import Config
 from padim_jax.data.layouts.synthetic import generate
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
@@ -21,17 +21,8 @@ from padim_jax.runs import modes
 from padim_jax.store import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SETTINGS: dict[str, Any] = {
-    "dataset.name": "mvtec_ad",
-    "category": "part",
-    "image.resize": (64, 64),
-    "model.weights": "random",
-    "model.layers": ("layer1",),  # compiled sooner than three; test_parallel has several
-    "model.channels": 20,
-    "batch_size": 6,  # 16 devices' share of it is none
-    "outputs.figures": "none",
-    "outputs.maps": "npy",
-}
+# Of a batch of 4, the eighth device has none; test_parallel has several layers.
+SETTINGS = small.SETTINGS | {"outputs.figures": "none", "outputs.maps": "npy"}
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def make_config(root: pathlib.Path) -> Config:
-    values: Any = defaults.get_config()
-    values.update_from_flattened_dict(SETTINGS | {"dataset.root": str(root)})
-    return validate(values)
+    return small.config(root, **SETTINGS)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """What a pretraining draws: textures of many kinds, scenes seen often, and defects in them."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +15,6 @@ from padim_jax.pretrain.scenes import Scene
 TEXTURE, SIZE = 64, 32  # pixels a side
 KEYS, VIEWS = 16, 6
 COUNT = KEYS * VIEWS
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly() -> Iterator[None]:
-    """Compiling takes longer than drawing: most of XLA's optimisations are left out."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 CLASSES, INSTANCES = 2 * config_lib.FAMILIES, 2

@@ -1,7 +1,7 @@
 """What a pretraining teaches, and the network that learns, against plain NumPy."""
 
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,14 +19,6 @@ from padim_jax.pretrain.inspection import DEVIATION, EPSILON
 from padim_jax.pretrain.redundancy import redundancy
 
 BACKBONE = "resnet18"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly() -> Iterator[None]:
-    """Compiling takes longer than computing: most of XLA's optimisations are left out."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # Compiled whole: one by one, their steps take longer.
@@ -308,9 +300,10 @@ def random_variables(seed: int) -> dict[str, Any]:
 
 
 def plain_features(weights: Any) -> list[np.ndarray]:
-    """Of the backbone that all other modes use."""
+    """Of the backbone that all other modes use; layer by layer, which compiles less."""
     model = ResNet(RESNETS[BACKBONE], network.STAGES, "float32")
-    return [np.asarray(x) for x in jax.jit(model.apply)(weights, IMAGES)]
+    found: Any = model.apply(weights, IMAGES)
+    return [np.asarray(x) for x in found]
 
 
 def require_near(found: Any, expected: Any) -> None:
@@ -326,7 +319,8 @@ class TestNetwork:
 
     def test_folded_and_rescaled_is_the_same_function(self):
         variables = random_variables(8)
-        features, told = jax.jit(network.Network(BACKBONE, "float32").apply)(variables, IMAGES)
+        found: Any = network.Network(BACKBONE, "float32").apply(variables, IMAGES)
+        features, told = found
         tensors = network.folded(variables)
         convert = folding.convert
         plain = convert(tensors, BACKBONE, network.STAGES, "test")

@@ -11,35 +11,42 @@ from typing import Any
 
 import psutil
 import pytest
+import small
 from PIL import Image
 from test_processes import launch
 from test_resume import (
     GOING_ON,
     ROOT,
-    SMALL,
     fit,
     make_config,
     normal,
     require_identical,
-    root,
     saved,
 )
 
 from padim_jax.data.input_pipeline import FolderSource
+from padim_jax.data.layouts.synthetic import generate
 from padim_jax.devices.parallel import Devices
 from padim_jax.store import checkpoint
 
-__all__ = ["launch", "root"]  # fixtures
+__all__ = ["launch"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("synthetic")
+    generate(folder, n_train=37, n_test_good=1, n_test_per_defect=1, size=72)
+    return folder
 
 
 def start(
     mode: str, root: pathlib.Path, workdir: pathlib.Path, form: str, *settings: str
 ) -> subprocess.Popen[str]:
     """The command that is interrupted, and given again."""
-    arguments = {key: value for key, value in SMALL.items() if key != "batch_size"} | {
+    arguments = small.SETTINGS | {
         "dataset.root": root,
         "model.statistics": form,
-        "batch_size": 8,
+        "train.checkpoint_every": 0,
         "cache.dir": root / "cache",
     }
     return subprocess.Popen(
@@ -122,8 +129,8 @@ def test_processes_stop_together(launch: Any, root: pathlib.Path, tmp_path: path
     for number in range(600):  # files that differ: copies count once
         picture = pictures[number % len(pictures)]
         picture.save(many / f"{number:03}.png", compress_level=1, dpi=(1000 + number, 1000))
-    given = f"--config.dataset.root={tmp_path / 'data'}", "--config.train.checkpoint_every=0"
-    process = launch("train", tmp_path, *given)
+    given = f"--config.dataset.root={tmp_path / 'data'}", "--config.batch_size=12"
+    process = launch("train", tmp_path, *given, "--config.train.checkpoint_every=0")
     while not (tmp_path / "checkpoint" / "3").exists():  # saved after every batch
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -134,8 +141,8 @@ def test_processes_stop_together(launch: Any, root: pathlib.Path, tmp_path: path
     assert process.returncode == 0, errors
     stopped = re.search(r"stopped by SIGTERM after (\d+) of 600 images", out)
     assert stopped, out
-    assert 6 < int(stopped[1]) < 600
-    process = launch("train", tmp_path, given[0])
+    assert 12 < int(stopped[1]) < 600
+    process = launch("train", tmp_path, *given)
     out, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert f"after {stopped[1]} of 600 images" in out

@@ -1,4 +1,4 @@
-"""As `test_fuzz`, with many examples: about 100 s.
+"""As `test_fuzz`, with many examples: about a minute.
 
 PADIM_JAX_NEW_EXAMPLES=1 in the environment draws others, and prints how to repeat one that
 fails.
@@ -22,45 +22,45 @@ def prepared() -> None:
     fuzzing.prepare()
 
 
-@examples(3000)
+@examples(1500)
 @hypothesis.given(fuzzing.settings())
 def test_settings(values):
     fuzzing.check_settings(values)
 
 
-@examples(600)
+@examples(400)
 @hypothesis.given(fuzzing.weights())
 def test_weights(file):
     suffix, content = file
     fuzzing.check_weights(suffix, content.data)
 
 
-@examples(600)
+@examples(400)
 @hypothesis.given(fuzzing.damages(), fuzzing.st.sampled_from([".npz", ".safetensors", ".pth"]))
 def test_damaged_weights(damage, suffix):
     fuzzing.check_weights(suffix, damage(fuzzing.encoded(fuzzing.tensors(), suffix)))
 
 
-@examples(800)
+@examples(500)
 @hypothesis.given(fuzzing.model_files())
 def test_model_files_whose_checksum_is_right(file):
     form, content = file
     fuzzing.check_model_file(form, content.data)
 
 
-@examples(800)
+@examples(500)
 @hypothesis.given(fuzzing.st.sampled_from(FORMS), fuzzing.damages())
 def test_damaged_model_files(form, damage):
     fuzzing.check_model_file(form, damage(fuzzing.model_content(form)), damaged=True)
 
 
-@examples(150)
+@examples(100)
 @hypothesis.given(fuzzing.checkpoints())
 def test_checkpoints(case):
     fuzzing.check_checkpoint(*case)
 
 
-@examples(2000)
+@examples(1000)
 @hypothesis.given(fuzzing.calibrations())
 def test_calibrations(content):
     fuzzing.check_calibration(content)

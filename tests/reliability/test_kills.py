@@ -35,7 +35,7 @@ SETTINGS = {
     "image.resize": "(64,64)",
     "model.weights": "random",
     "model.layers": "('layer1',)",
-    "model.channels": "12",
+    "model.channels": "8",
     "batch_size": "4",
     "train.checkpoint_every": "0",
     "outputs.maps": "npy",
@@ -195,8 +195,8 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Command]:
 
 
 KILLS = {
-    **{"train_and_eval": 4, "train": 2, "eval": 3, "sweep": 3, "packing": 2},
-    **{"drawing": 2, "export": 2, "calibrate": 2, "predict": 2},
+    **{"train_and_eval": 3, "train": 1, "eval": 2, "sweep": 2, "packing": 1},
+    **{"drawing": 1, "export": 1, "calibrate": 1, "predict": 2},
 }
 
 
@@ -231,8 +231,9 @@ def test_killed(commands: dict[str, Command], tmp_path: pathlib.Path) -> None:
 
     def survive(name: str, number: int) -> str:
         command, (expected, changes, seconds) = commands[name], whole[name]
-        rng = np.random.default_rng([list(KILLS).index(name), number])
-        kill = int(rng.integers(1, changes + 1)) if number % 3 else 0
+        which = list(KILLS).index(name)
+        rng = np.random.default_rng([which, number])
+        kill = int(rng.integers(1, changes + 1)) if (which + number) % 3 else 0
         what = f"{name} before change {kill} of {changes}"
         # Not in the imports, of which there is little to be learned.
         delay = 200.0 if kill else seconds * rng.uniform(0.3, 0.9)
@@ -272,7 +273,7 @@ def test_killed(commands: dict[str, Command], tmp_path: pathlib.Path) -> None:
         points = [(name, i) for name, count in KILLS.items() for i in range(count)]
         killed = list(threads.map(lambda x: survive(*x), points))
     print(*killed, f"{len(killed)} kills survived", sep="\n")
-    assert len(killed) >= 20
+    assert len(killed) >= 14
 
 
 def _same(found: bytes, wanted: bytes, folder: pathlib.Path, expected: pathlib.Path) -> bool:
@@ -301,12 +302,12 @@ def test_interrupted(commands: dict[str, Command], tmp_path: pathlib.Path) -> No
         if process.returncode:  # else it was done before
             assert process.returncode == 130, err
             assert "interrupted" in err
-        if number < 3:
+        if number < 2:
             finish(folder, command.arguments)
             assert not list((folder / "run").glob("*incomplete*"))
         return seconds
 
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as threads:
-        seconds = list(threads.map(survive, range(6)))
+        seconds = list(threads.map(survive, range(4)))
     print(f"ended after {min(seconds):.2f} to {max(seconds):.2f} s")
     assert max(seconds) < 2

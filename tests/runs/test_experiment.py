@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
-from padim_jax.config import backbones, defaults
+from padim_jax.config import backbones
 from padim_jax.config.settings import validate
 from padim_jax.core.types import Moments, Samples
 from padim_jax.data import dataset_splits, sampling
@@ -38,16 +39,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def settings(root: pathlib.Path, **model: Any) -> Any:
-    """One layer, which compiles in half the time of three; tests of more ask for them."""
-    values: Any = defaults.get_config()
-    # Read as MVTec AD: the synthetic layout would generate its own full set.
-    values.dataset.name, values.dataset.root, values.category = "mvtec_ad", str(root), "part"
-    values.image.resize = (64, 64)
-    values.model.weights, values.model.channels = "random", 20
-    values.model.layers = ("layer1",)
+    values = small.values(root, **{"outputs.figures": "none"})
     values.model.update(model)
-    values.batch_size = 4
-    values.outputs.figures = "none"
     return values
 
 
@@ -71,19 +64,22 @@ def run_for_maps(values: Any, workdir: pathlib.Path, images: int | None = None) 
 
 
 # One of each kind; of all of them the features are compared in test_resnet and others.
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "efficientnet_b5"])
-def test_every_kind_of_backbone(backbone: str, root: pathlib.Path, tmp_path: pathlib.Path):
-    layers = backbones.BACKBONES[backbone].stages[:3]
+@pytest.mark.parametrize(
+    ("backbone", "stages"), [("resnet18", 3), ("resnet50", 1), ("efficientnet_b5", 1)]
+)
+def test_every_kind_of_backbone(
+    backbone: str, stages: int, root: pathlib.Path, tmp_path: pathlib.Path
+):
+    layers = backbones.BACKBONES[backbone].stages[:stages]
     measured = run(settings(root, backbone=backbone, layers=layers), tmp_path)
     # Chance is 0.5. The parts moved and missing are seen even by random weights; less well
-    # where most channels are of a 4x4 grid (0.76).
+    # on an 8x8 grid.
     assert measured["pixel_auroc"] > (0.7 if backbone in backbones.EFFICIENTNETS else 0.8)
     assert set(measured["per_defect"]) == set(DEFECTS)
 
 
-@pytest.mark.parametrize("size", [(64, 112), (75, 50)])
-def test_rectangular_input(size: tuple[int, int], root: pathlib.Path, tmp_path: pathlib.Path):
-    values = settings(root)
+def test_rectangular_input(root: pathlib.Path, tmp_path: pathlib.Path):
+    values, size = settings(root), (75, 50)
     values.image.resize, values.outputs.maps = size, "npy"
     measured = run(values, tmp_path)
     assert measured["pixel_auroc"] > 0.8
@@ -135,16 +131,6 @@ def test_pictures_keep_the_proportions_of_the_files(root: pathlib.Path, tmp_path
         assert Image.open(io.BytesIO(content)).size == (128, 32)
 
 
-def test_all_channels(root: pathlib.Path, tmp_path: pathlib.Path):
-    measured = run(settings(root, layers=ALL_LAYERS, channels=448), tmp_path)
-    assert measured["pixel_auroc"] > 0.8
-
-
-def test_single_deep_layer(root: pathlib.Path, tmp_path: pathlib.Path):
-    measured = run(settings(root, layers=("layer2",)), tmp_path)
-    assert measured["pixel_auroc"] > 0.8
-
-
 def test_results_do_not_depend_on_the_batch_size(root: pathlib.Path, tmp_path: pathlib.Path):
     maps = []
     for batch_size in (1, 4, 32):  # one image, uneven batches, one padded batch
@@ -157,17 +143,12 @@ def test_results_do_not_depend_on_the_batch_size(root: pathlib.Path, tmp_path: p
 
 
 # Fewer images than channels, and more.
-@pytest.mark.parametrize(("images", "channels"), [(2, 20), (10, 5)])
+@pytest.mark.parametrize("images", [2, 10])
 def test_results_do_not_depend_on_the_form(
-    images: int, channels: int, root: pathlib.Path, tmp_path: pathlib.Path
+    images: int, root: pathlib.Path, tmp_path: pathlib.Path
 ):
-    layers = ("layer1", "layer2")
     moments, samples = (
-        run_for_maps(
-            settings(root, layers=layers, channels=channels, statistics=form),
-            tmp_path / form,
-            images,
-        )
+        run_for_maps(settings(root, statistics=form), tmp_path / form, images)
         for form in ("moments", "samples")
     )
     assert np.all(np.isfinite(moments))
@@ -176,7 +157,7 @@ def test_results_do_not_depend_on_the_form(
 
 
 @pytest.mark.parametrize(
-    ("channels", "images", "form"), [(448, 10, Samples), (20, 10, Moments), (20, 2, Samples)]
+    ("channels", "images", "form"), [(448, 10, Samples), (8, 10, Moments), (8, 2, Samples)]
 )
 def test_the_form_follows_the_number_of_images(
     channels: int,
@@ -186,7 +167,8 @@ def test_the_form_follows_the_number_of_images(
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ):
-    values = settings(root, layers=ALL_LAYERS, channels=channels)
+    layers = ALL_LAYERS if channels == 448 else ("layer1",)
+    values = settings(root, layers=layers, channels=channels, statistics="auto")
     config = validate(values)
     training = FolderSource(dataset_splits.open_dataset(config)["train"].records[:images])
     fitting.train(config, training, tmp_path / "checkpoint")
@@ -195,6 +177,10 @@ def test_the_form_follows_the_number_of_images(
     assert said in capsys.readouterr().out
     fitted, _ = checkpoint.load(tmp_path / "checkpoint", parallel.every())
     assert isinstance(fitted.statistics, form)
+    if channels == 448:
+        model = loading.load(tmp_path / "checkpoint")
+        test = dataset_splits.open_dataset(config)["test"]
+        assert evaluate.evaluate(config, model, test, tmp_path)["pixel_auroc"] > 0.8
     assert np.all(np.asarray(fitted.statistics.count) == images)
     # Which form it is, is the checkpoint's: any configuration may use it.
     for statistics in ("auto", "moments", "samples"):
@@ -276,7 +262,7 @@ def in_groups(root: pathlib.Path, tmp_path: pathlib.Path, sizes: list[int]) -> F
         for number in range(size)
     ]
     found = []
-    for name, record in zip(names, records.records, strict=True):
+    for name, record in zip(names, records.records, strict=False):
         path = tmp_path / name
         path.write_bytes(record.image.read_bytes())
         found.append(dataclasses.replace(record, image=path, relative_path=name))
@@ -284,7 +270,7 @@ def in_groups(root: pathlib.Path, tmp_path: pathlib.Path, sizes: list[int]) -> F
 
 
 # Three devices do what one does, and have groups of images that they do not share out evenly.
-@pytest.mark.parametrize(("devices", "form"), [(1, "moments"), (3, "moments"), (3, "samples")])
+@pytest.mark.parametrize(("devices", "form"), [(1, "moments"), (3, "samples")])
 def test_left_out_thresholds_are_those_of_fits_without_the_group(
     form: str,
     devices: int,
@@ -297,21 +283,21 @@ def test_left_out_thresholds_are_those_of_fits_without_the_group(
     # Images of the largest group are more than a batch.
     values.threshold.groups, values.batch_size = "part[0-9]+", 3
     values.threshold.image_rate, values.threshold.pixel_rate = 0.3, 0.3
-    source = in_groups(root, tmp_path, [2, 2, 2, 4])
+    source = in_groups(root, tmp_path, [2, 2, 4])
     dataset = {"train": source, "validation": FolderSource([])}
     whole = train.train(validate(values), dataset, tmp_path / "whole")
     assert whole.calibration is not None
-    assert (whole.calibration.images, whole.calibration.groups) == (10, 4)
+    assert (whole.calibration.images, whole.calibration.groups) == (8, 3)
     highest = []
     values.threshold.normal = "none"
-    for group in range(4):
+    for group in range(3):
         ours = [r for r in source.records if f"part{group}" in r.relative_path]
         others = [r for r in source.records if r not in ours]
         dataset["train"] = FolderSource(others)
         model = train.train(validate(values), dataset, tmp_path / f"without{group}")
         scores = detector.score(model, [record.image for record in ours]).scores
         highest.append(float(scores.max()))
-    # Of four, at 30 %: the highest. Roundoffs of two computations; measured 2e-5.
+    # Of three, at 30 %: the highest. Roundoffs of two computations; measured 2e-5.
     expected = max(highest)
     np.testing.assert_allclose(whole.calibration.image_threshold, expected, rtol=1e-4)
     # And the detector scores new images as one that left nothing out.

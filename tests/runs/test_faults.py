@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 
-from padim_jax.config import defaults
-from padim_jax.config.settings import Config, validate
+from padim_jax.config.settings import Config
 from padim_jax.data import dataset_splits, image_cache, inputs, passes
 from padim_jax.data.layouts.synthetic import generate
 from padim_jax.detector import detector, memory
@@ -44,21 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def settings(root: pathlib.Path, **changes: Any) -> Config:
-    values: Any = defaults.get_config()
-    base = {
-        "dataset.name": "mvtec_ad",
-        "dataset.root": str(root),
-        "category": "part",
-        "image.resize": (64, 64),
-        "model.weights": "random",
-        "model.channels": 8,
-        "model.statistics": "moments",
-        "batch_size": 4,
-        "outputs.maps": "npy",
-        "cache.images_gb": 0.0,
-    }
-    values.update_from_flattened_dict(base | changes)
-    return validate(values)
+    return small.config(root, **({"outputs.maps": "npy", "cache.images_gb": 0.0} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -354,7 +340,7 @@ class TestFilesOfOthers:
         for folder in [workdir, *(path for path in workdir.rglob("*") if path.is_dir())]:
             for name in (".nfs000000012", ".DS_Store"):
                 (folder / name).write_bytes(b"theirs")
-        for _ in range(3):
+        for _ in range(2):
             run("train", settings(root), workdir)
             run("eval", None, workdir)
             run("predict", None, workdir, pattern=f"{root}/part/test/good")

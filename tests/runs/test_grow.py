@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
-from padim_jax.config import defaults
 from padim_jax.config import settings as config_lib
 from padim_jax.config.settings import Config, validate
 from padim_jax.data import copies, dataset_splits, input_pipeline
@@ -42,15 +42,8 @@ def root(drawn: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def make_config(root: pathlib.Path, form: str = "moments", **changes: Any) -> Config:
-    values: Any = defaults.get_config()
-    values.dataset.name, values.dataset.root, values.category = "mvtec_ad", str(root), "part"
-    values.image.resize = (64, 64)
-    values.model.weights, values.model.channels = "random", 6
-    values.model.layers, values.model.statistics = ("layer1",), form
-    values.threshold.image_rate = 0.2
-    values.batch_size = 5
-    values.update_from_flattened_dict(changes)
-    return validate(values)
+    ours = {"model.statistics": form, "threshold.image_rate": 0.2}
+    return small.config(root, **(ours | changes))
 
 
 def normal(root: pathlib.Path, start: int, stop: int) -> FolderSource:
@@ -220,11 +213,16 @@ def frames(folder: pathlib.Path, start: int, stop: int, size: int = 64) -> Folde
     return FolderSource(records)
 
 
+def noisy(root: pathlib.Path, form: str = "moments", **changes: Any) -> Config:
+    """Of fewer channels, among which frames of a part are alike."""
+    return make_config(root, form, **({"model.channels": 6} | changes))
+
+
 class TestFramesOfParts:
     def test_without_groups_a_warning(self, root: pathlib.Path, tmp_path: pathlib.Path):
         path, source = tmp_path / "model", frames(tmp_path, 0, 12)
         with pytest.warns(DataWarning, match="36 of 36 normal images are near copies"):
-            fit_model(make_config(root), path, source)
+            fit_model(noisy(root), path, source)
         assert thresholds(path).warning.startswith("36 of 36 normal images are near copies")
         given = frames(tmp_path, 12, 18)
         with pytest.warns(DataWarning, match="of 18 normal images are near copies"):
@@ -235,7 +233,7 @@ class TestFramesOfParts:
         path, shares = tmp_path / "model", []
         images = np.stack([np.asarray(Image.open(r.image)) for r in new.records])
         for pattern in ("", "part[0-9]+"):
-            config = make_config(root, **{"threshold.groups": pattern})
+            config = noisy(root, **{"threshold.groups": pattern})
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DataWarning)  # see above
                 fit_model(config, path, source)
@@ -249,7 +247,7 @@ class TestFramesOfParts:
     def test_of_the_model_alone(self, root: pathlib.Path, tmp_path: pathlib.Path):
         """Updated and merged models of samples, whose files nobody looks at."""
         source = frames(tmp_path, 0, 10)
-        config = make_config(root, "samples", **{"threshold.image_rate": 0.1})
+        config = noisy(root, "samples", **{"threshold.image_rate": 0.1})
         parts = [FolderSource(source.records[:15]), FolderSource(source.records[15:])]
         for name, part in zip("ab", parts, strict=True):
             with pytest.warns(DataWarning, match="of 15 normal images are near copies"):
@@ -267,7 +265,7 @@ class TestFramesOfParts:
         self, root: pathlib.Path, tmp_path: pathlib.Path
     ):
         path, source = tmp_path / "model", frames(tmp_path, 0, 6)
-        config = make_config(root, **{"threshold.groups": "part[0-9]+"})
+        config = noisy(root, **{"threshold.groups": "part[0-9]+"})
         fit_model(config, path, FolderSource(source.records[:10]))
         some = FolderSource(source.records[:8])
         with pytest.raises(UserError, match=r"8 of the 10 images that were fitted.*groups="):

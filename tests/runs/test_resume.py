@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
-from padim_jax.config import defaults
-from padim_jax.config.settings import Config, validate
+from padim_jax.config.settings import Config
 from padim_jax.data import dataset_splits
 from padim_jax.data.input_pipeline import FolderSource
 from padim_jax.data.layouts.synthetic import generate
@@ -30,7 +30,7 @@ from padim_jax.store import checkpoint, statistics_store
 from padim_jax.store.checkpoint import Fitted
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-IMAGES = 37  # no whole number of batches
+IMAGES = 11  # no whole number of batches
 FORMS = ("moments", "samples")
 both_forms = pytest.mark.parametrize("form", FORMS)
 GOING_ON = "going on with an interrupted"
@@ -70,21 +70,9 @@ def require_identical(found: Saved, expected: Saved) -> None:
 # Here, where the moment can be chosen.
 
 
-SMALL = {
-    "category": "part",
-    "image.resize": (64, 64),
-    "model.weights": "random",
-    "model.channels": 12,
-    "batch_size": 16,
-    "train.checkpoint_every": 0.0,
-}
-
-
 def make_config(root: pathlib.Path, form: str = "moments", **settings: Any) -> Config:
-    values = defaults.get_config()
-    base = {"dataset.name": "mvtec_ad", "dataset.root": str(root), "model.statistics": form}
-    values.update_from_flattened_dict(SMALL | base | settings)
-    return validate(values)
+    ours = {"model.statistics": form, "train.checkpoint_every": 0.0}
+    return small.config(root, **(ours | settings))
 
 
 def normal(config: Config) -> FolderSource:
@@ -159,7 +147,7 @@ class TestGoesOn:
         watch_reading(read, monkeypatch)
         fit(config, path)
         require_identical(saved(path), uninterrupted[form])
-        done = 16 * batches
+        done = 4 * batches
         assert f"{GOING_ON} fit, after {done} of {IMAGES} images" in capsys.readouterr().out
         # Each once for its digest, and those that were not fitted yet to be fitted.
         images = [record.image for record in normal(config).records]
@@ -234,7 +222,7 @@ def watch_reading(read: list[Any], patch: pytest.MonkeyPatch) -> None:
     patch.setattr(FolderSource, "read", watched)
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(1e6, []), (0.0, [16, 32])])
+@pytest.mark.parametrize(("seconds", "expected"), [(1e6, []), (0.0, [4, 8])])
 def test_saved_by_the_clock(
     seconds: float,
     expected: list[int],
@@ -284,7 +272,7 @@ class TestTerminated:
             terminate()
             return fit_batch(*args)
 
-        for done in (16, 32):
+        for done in (4, 8):
             with monkeypatch.context() as patch:
                 patch.setattr(detector, "fit_batch", terminated)
                 with pytest.raises(Stopped) as caught:
@@ -440,7 +428,7 @@ class TestUpdate:
         source = normal(config)
         paths = [tmp_path / name for name in ("whole", "interrupted")]
         for path in paths:
-            fit(config, path, FolderSource(source.records[:3]))
+            fit(config, path, FolderSource(source.records[:2]))
         before = saved(paths[1])
         fitting.update(paths[0], source)
         with monkeypatch.context() as patch:
@@ -449,6 +437,6 @@ class TestUpdate:
                 fitting.update(paths[1], source)
         require_identical(saved(paths[1]), before)
         fitting.update(paths[1], source)
-        done, new = 16 * batches, IMAGES - 3
+        done, new = 4 * batches, IMAGES - 2
         assert f"{GOING_ON} update, after {done} of {new} images" in capsys.readouterr().out
         require_identical(saved(paths[1]), saved(paths[0]))

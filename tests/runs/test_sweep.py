@@ -12,6 +12,7 @@ from typing import Any
 import filelock
 import jax
 import pytest
+import small
 
 from padim_jax.config import defaults
 from padim_jax.config.settings import Config, validate
@@ -39,12 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def settings(root: pathlib.Path, **changes: Any) -> Config:
-    values: Any = defaults.get_config()
-    values.dataset.root, values.category = str(root), "all"
-    values.image.resize = (64, 64)
-    values.model.weights, values.model.channels = "random", 10
-    values.model.statistics = "moments"
-    values.batch_size, values.outputs.figures = 4, "none"
+    values = small.values(root, category="all", **{"outputs.figures": "none"})
     values.update(changes)
     return validate(values)
 
@@ -168,7 +164,7 @@ def test_finished_with_other_settings(
     # Not what results depend on.
     sweep.run(settings(root, batch_size=2), tmp_path)
     values = settings(root, model={"channels": 11})
-    with pytest.raises(UserError, match=r"bolt: finished with config\.model\.channels=10"):
+    with pytest.raises(UserError, match=r"bolt: finished with config\.model\.channels=8"):
         sweep.run(values, tmp_path)
     assert len(done) == 3
     sweep.run(values, tmp_path, overwrite=True)
@@ -256,7 +252,7 @@ sweep.run(settings({root!r}, repeats=4), pathlib.Path({workdir!r}))
 
 def test_processes_share_a_sweep(root: pathlib.Path, tmp_path: pathlib.Path):
     script = SLOW.format(
-        path=[str(pathlib.Path(__file__).parents[2])],
+        path=[str(pathlib.Path(__file__).parents[i]) for i in (1, 2)],
         log=str(tmp_path / "log"),
         root=str(root),
         workdir=str(tmp_path / "results"),
@@ -353,7 +349,9 @@ train.train_and_eval = pretend
 sweep.run(settings({root!r}), folder / "results")
 """
     script = script.format(
-        path=[str(pathlib.Path(__file__).parents[2])], folder=str(tmp_path), root=str(root)
+        path=[str(pathlib.Path(__file__).parents[i]) for i in (1, 2)],
+        folder=str(tmp_path),
+        root=str(root),
     )
     running = []
     for name, category in zip("abc", CATEGORIES, strict=True):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
-from padim_jax.config import defaults
 from padim_jax.config import settings as config_lib
 from padim_jax.config.settings import Config, validate
 from padim_jax.core import embedding
@@ -37,13 +37,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def make_config(root: pathlib.Path, **model: Any) -> Config:
-    values: Any = defaults.get_config()
-    values.dataset.name, values.dataset.root, values.category = "mvtec_ad", str(root), "part"
-    values.image.resize = (64, 64)
-    values.model.weights, values.model.channels = "random", 8
+    values = small.values(root, **{"model.statistics": "auto", "outputs.figures": "none"})
     values.model.update(model)
-    values.batch_size = 5
-    values.outputs.figures = "none"
     return validate(values)
 
 
@@ -71,7 +66,7 @@ def require_same_model(path: pathlib.Path, expected: pathlib.Path) -> None:
             # Sums of float32 in another order; measured 1.2e-6, and 1.9e-6 of the scores.
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * float(np.abs(y).max()))
     source = dataset_splits.open_dataset(one.config)["test"]
-    pixels = next(input_pipeline.batches(source, one.config.image, 8)).images
+    pixels = next(input_pipeline.batches(source, one.config.image, 4)).images
     maps = [
         loading.detector_lib.score_pixels(loading.load(model), pixels).maps
         for model in (path, expected)
@@ -84,7 +79,7 @@ def require_same_model(path: pathlib.Path, expected: pathlib.Path) -> None:
 GROWTH = {
     "moments": (6, {"statistics": "moments"}, Moments, Moments),
     "samples": (6, {"statistics": "samples"}, Samples, Samples),
-    "samples that become moments": (2, {"channels": 12}, Samples, Moments),
+    "samples that become moments": (2, {}, Samples, Moments),
 }
 
 
@@ -135,10 +130,10 @@ def test_devices_may_change_meanwhile(
 ):
     config = make_config(root, statistics=form)
     models = []
-    for count, part in ((8, (0, 4)), (2, (4, 8))):
+    for count, part in ((2, (0, 4)), (1, (4, 8))):
         monkeypatch.setattr(parallel, "every", lambda count=count: Devices(count))
         models.append(fit(config, *part, tmp_path / str(count)))
-    monkeypatch.setattr(parallel, "every", lambda: Devices(4))
+    monkeypatch.setattr(parallel, "every", lambda: Devices(2))
     fitting.merge(models, tmp_path / "merged")
     monkeypatch.setattr(parallel, "every", lambda: Devices(3))  # which divide nothing here
     fitting.update(tmp_path / "merged", images(config, 8, 12))
@@ -182,7 +177,6 @@ def test_models_that_do_not_go_together(root: pathlib.Path, tmp_path: pathlib.Pa
             {"seed": 7},
             r"config\.model\.seed=7: .* was fitted with|config\.model\.seed=42",
         ),
-        ("channels", {"channels": 7}, r"config\.model\.channels"),
         ("epsilon", {"regularization": 0.1}, r"config\.model\.regularization"),
     ):
         other = fit(make_config(root, **changed), 4, 8, tmp_path / name)
@@ -256,8 +250,9 @@ PCA = {"reduction": "pca", "channels": 8, "pooling": 3}
 
 def principal_components(config: Config, source: FolderSource) -> np.ndarray:
     """Of all patches' embeddings of all channels, in float64; all of them, the last first."""
-    model = dataclasses.replace(config.model, reduction="none", channels=448)
-    index = tuple(range(448))
+    total = detector.total_channels(config.model)
+    model = dataclasses.replace(config.model, reduction="none", channels=total)
+    index = tuple(range(total))
     variables, _ = fitting.load_backbone(model, ONE)
     pixels = next(input_pipeline.batches(source, config.image, len(source.records))).images
     levels = detector.extract(
@@ -265,7 +260,7 @@ def principal_components(config: Config, source: FolderSource) -> np.ndarray:
     )
     pyramid = detector.pyramid(config.image, model, index)
     x = np.asarray(embedding.concatenate(levels, pyramid), np.float64)
-    return np.linalg.eigh(np.cov(x.reshape(-1, 448).T))[1]
+    return np.linalg.eigh(np.cov(x.reshape(-1, total).T))[1]
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +290,7 @@ class TestPrincipalComponents:
         tmp_path: pathlib.Path,
         monkeypatch: pytest.MonkeyPatch,
     ):
-        monkeypatch.setattr(parallel, "every", lambda: Devices(4))
+        monkeypatch.setattr(parallel, "every", lambda: Devices(2))
         path = fit(make_config(root, **PCA), 0, 8, tmp_path / "model")
         # As above; measured on one device and four.
         np.testing.assert_allclose(projection(path), projection(reduced), atol=1e-4)
@@ -346,7 +341,8 @@ class TestPrincipalComponents:
 
 
 def test_models_of_one_projection_merge(root: pathlib.Path, tmp_path: pathlib.Path):
-    config = make_config(root, reduction="semi_orthogonal", upsample="bilinear")
+    layers = ("layer1", "layer2")
+    config = make_config(root, layers=layers, reduction="semi_orthogonal", upsample="bilinear")
     parts = [fit(config, a, b, tmp_path / str(a)) for a, b in ((0, 4), (4, 12))]
     fitting.merge(parts, tmp_path / "merged")
     require_same_model(tmp_path / "merged", fit(config, 0, 12, tmp_path / "whole"))
@@ -359,6 +355,7 @@ def test_models_of_one_projection_merge(root: pathlib.Path, tmp_path: pathlib.Pa
         ({"crop": (32, 32), "crop_at": "random"}, {}, r"config.image.crop"),
         ({}, {"reduction": "semi_orthogonal"}, "config.model.reduction=semi_orthogonal"),
         ({}, {"pooling": 3}, "config.model.pooling=3"),
+        ({}, {"channels": 7}, "config.model.channels=7"),
         ({}, {"upsample": "bilinear"}, "config.model.upsample=bilinear"),
         ({}, {"seed": 1}, "config.model.seed=1"),
         # What nothing is drawn with changes nothing.

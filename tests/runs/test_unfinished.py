@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
-from padim_jax.config import defaults
-from padim_jax.config import settings as config
 from padim_jax.config.settings import ImageConfig
 from padim_jax.data import dataset_splits, listing
 from padim_jax.data.input_pipeline import FolderSource
@@ -42,20 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Detector:
     """Without a calibration: the colours follow the first batch, and have to be kept."""
     root = tmp_path_factory.mktemp("model")
     generate(root / "data", n_train=4, n_test_good=1, n_test_per_defect=1, size=64)
-    values: Any = defaults.get_config()
-    values.update_from_flattened_dict(
-        {
-            "dataset.name": "mvtec_ad",
-            "dataset.root": str(root / "data"),
-            "category": "part",
-            "image.resize": (64, 64),
-            "model.weights": "random",
-            "model.channels": 8,
-            "threshold.normal": "none",
-            "batch_size": BATCH,
-        }
-    )
-    valid = config.validate(values)
+    valid = small.config(root / "data", **{"threshold.normal": "none", "batch_size": BATCH})
     return train.train(valid, dataset_splits.open_dataset(valid), root / "checkpoint")
 
 

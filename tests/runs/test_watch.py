@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
-from padim_jax.config import defaults, settings
 from padim_jax.data import dataset_splits, files, input_pipeline, listing
 from padim_jax.data.layouts.synthetic import generate
 from padim_jax.detector.detector import Detector, score
@@ -271,18 +271,7 @@ class TestLog:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Detector:
     root = tmp_path_factory.mktemp("model")
     generate(root / "data", n_train=8, n_test_good=1, n_test_per_defect=1, size=64)
-    values: Any = defaults.get_config()
-    values.update_from_flattened_dict(
-        {
-            "dataset.name": "mvtec_ad",
-            "dataset.root": str(root / "data"),
-            "category": "part",
-            "image.resize": (64, 64),
-            "model.weights": "random",
-            "model.channels": 8,
-        }
-    )
-    valid = settings.validate(values)
+    valid = small.config(root / "data")
     return train.train(valid, dataset_splits.open_dataset(valid), root / "checkpoint")
 
 
@@ -443,11 +432,14 @@ class TestRun:
         with watching():
             wait_for(1, out)
             into.rename(tmp_path / "away")
-            time.sleep(0.1)
+            said, end = "", time.monotonic() + 60
+            while "waiting for it" not in said and time.monotonic() < end:
+                said += capsys.readouterr().out
+                time.sleep(0.01)
             (tmp_path / "away").rename(into)
             draw(into / "b.png", 1)
             wait_for(2, out)
-        said = capsys.readouterr().out
+        said += capsys.readouterr().out
         assert said.count(f"{into}: No such file or directory; waiting for it\n") == 1
         assert said.count("the folder is there again\n") == 1
 
