@@ -11,7 +11,8 @@ Expected below the root:
 
 The accuracy depends on the parts; docs/choosing_settings.md tells which settings to take when.
 
-Presets: :best unless another one of configs/mvtec.py is named, as in configs/folder.py:anomalib; every setting is explained in padim_jax/config/settings.py.
+Presets: :best, or one of configs/mvtec.py, as in --config=configs/folder.py:anomalib. Every
+setting is explained in padim_jax/config/settings.py.
 """
 
 import ml_collections

@@ -14,7 +14,7 @@ Presets, as the config file's argument (every override applies on top):
     configs/mvtec.py:rd         the paper's Rd-MVTec AD: as :paper, with every image of training
                                 and test turned by up to 10 degrees and cropped at random
     configs/mvtec.py:best       the highest accuracy at about this cost (docs/results.md):
-                                all channels, 3x3 pooling, scores of the whole map
+                                all channels, 3x3 pooling, another image score
 
 All categories, one after the other, with a table of them all beside the published numbers:
 

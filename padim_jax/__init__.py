@@ -7,7 +7,7 @@ Example:
   >>> anomalies = detector.score(good[:2])  # or paths, a folder, Pillow images
   >>> anomalies.maps.shape  # distance from normality, per pixel
   (2, 64, 64)
-  >>> anomalies.scores.shape  # the maximum of each map
+  >>> anomalies.scores.shape  # higher is more anomalous
   (2,)
 """
 

@@ -62,7 +62,7 @@ def maps(detector: padim_jax.Detector, images: np.ndarray) -> np.ndarray:
 
 class TestFit:
     def test_equals_the_command_line(self, part: pathlib.Path, tmp_path: pathlib.Path):
-        values = defaults.get_config()
+        values = defaults.get_config("best")
         values.update_from_flattened_dict(
             {
                 "dataset.root": str(part.parent),
@@ -159,7 +159,7 @@ class TestFit:
         [
             ({"chanels": 20}, "chanels: no such setting; did you mean channels?"),
             ({"seed": 1}, "seed: a setting of several groups; expected .*model_seed"),
-            ({"channels": 0}, "config.model.channels=0: expected"),
+            ({"channels": -1}, "config.model.channels=-1: expected"),
             ({"preset": "best of all"}, "expected one of anomalib"),
             ({"normal": "none"}, "normal: no such setting"),
         ],

@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model.channels": 0,
         "model.pooling": 3,
         "model.regularization": 0.003,
-        "score.image": "combined",
+        "score.image": "variation",
     },
 }
 
@@ -43,8 +43,8 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
       preset: "anomalib" (bilinear 256, no crop), "seed" (nearest 256, crop 224: the PyTorch
         project Lornatang/PaDiM), "paper" (bicubic 256, crop 224, bicubic map upsampling), "rd"
         (the same with the paper's random rotations and crops: Rd-MVTec AD), or "best" (as
-        "anomalib", with all channels, pooled over 3x3 cells, a smaller regularization, and
-        image scores of the whole map; not published).
+        "anomalib", with all channels, averaged over 3x3 cells, a smaller regularization, and
+        the variation of the map as score; not published).
 
     Raises:
       UserError: the preset is unknown.

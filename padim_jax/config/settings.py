@@ -308,11 +308,14 @@ class MapConfig:
 class ScoreConfig:
     """Scores of images."""
 
-    image: str = setting("max", OneOf(("max", "top", "band", "combined")), later="max")
+    image: str = setting(
+        "max", OneOf(("max", "top", "band", "variation", "combined")), later="max"
+    )
     """Summary of an anomaly map that is the image's score. `max`: its maximum, as published.
     `top`: the mean of its highest 1 %. `band`: the standard deviation of the distances between
-    blurs of 1 and of 10 patches. `combined`: `top`, `band`, standard deviation and total
-    variation of the map together, each measured in what the normal images of the thresholds
+    blurs of 1 and of 10 patches. `variation`: the total variation of the map, its mean absolute
+    change from patch to patch. `combined`: `top`, `band`, `variation` and the standard
+    deviation of the map together, each measured in what the normal images of the thresholds
     show; needs these."""
 
 
@@ -545,7 +548,7 @@ def _check_together(config: Config) -> None:
     if config.score.image == "combined" and config.threshold.normal == "none":
         raise UserError(
             "config.score.image=combined: with config.threshold.normal=none there are no "
-            "normal images to measure it by; use another of these, or max, top or band"
+            "normal images to measure it by; use another of these, or another score"
         )
     model = config.model
     if model.weights == backbones.BUNDLED_WEIGHTS:

@@ -9,9 +9,11 @@ the more patches a map has, which hides small defects. Summaries of more of the 
     band       the standard deviation, over the patch grid, of the distances blurred by 1 patch
                minus the distances blurred by 10: structures of the size of defects, without
                single patches and without what an image has everywhere, such as its brightness
-    combined   four summaries s_j together: `top`, the standard deviation of the map, its mean
-               absolute gradient and `band`, each in standard deviations of the same summary of
-               normal images: sqrt(sum_j max(0, (s_j - mean_j) / deviation_j)^2)
+    variation  the map's total variation: the mean absolute difference of vertical and of
+               horizontal neighbours, added, times the width of a patch in pixels
+    combined   four summaries s_j together: `top`, the standard deviation of the map,
+               `variation` and `band`, each in standard deviations of the same summary of normal
+               images: sqrt(sum_j max(0, (s_j - mean_j) / deviation_j)^2)
 
 Blurs are in patches and parts of maps in fractions, so that all scale with the image's size.
 `combined` takes mean and deviation of the summaries of normal images that the model was not
@@ -44,7 +46,7 @@ def summaries(
       maps: anomaly maps (b, h, w).
       distances: Mahalanobis distances (b, p) that the maps were made of.
       grid: height and width of the patch grid.
-      kind: max, top, band or combined; static under jit.
+      kind: max, top, band, variation or combined; static under jit.
 
     Returns:
       (b, 1) float32, or (b, 4) for `combined`, in the order of the module's docstring.
@@ -58,11 +60,13 @@ def summaries(
         parts = [top(maps)]
     elif kind == "band":
         parts = [band(distances, grid)]
+    elif kind == "variation":
+        parts = [total_variation(maps, grid)]
     elif kind == "combined":
-        deviation = jnp.std(maps, axis=(1, 2))
-        parts = [top(maps), deviation, total_variation(maps), band(distances, grid)]
+        deviation, variation = jnp.std(maps, axis=(1, 2)), total_variation(maps, grid)
+        parts = [top(maps), deviation, variation, band(distances, grid)]
     else:
-        raise ValueError(f"{kind}: expected max, top, band or combined")
+        raise ValueError(f"{kind}: expected max, top, band, variation or combined")
     return jnp.stack(parts, axis=1)
 
 
@@ -90,10 +94,22 @@ def band(distances: Distances, grid: tuple[int, int]) -> Float32[Array, " b"]:
     return jnp.std(fine - coarse, axis=(1, 2))
 
 
-def total_variation(maps: AnomalyMaps) -> Float32[Array, " b"]:
-    """Return the mean absolute difference of vertical and of horizontal neighbours, added."""
-    vertical, horizontal = (jnp.mean(jnp.abs(jnp.diff(maps, axis=a)), (1, 2)) for a in (1, 2))
-    return vertical + horizontal
+def total_variation(maps: AnomalyMaps, grid: tuple[int, int]) -> Float32[Array, " b"]:
+    """Return the mean absolute change of each map from patch to patch, along both axes added.
+
+    Args:
+      maps: (b, h, w), of at least 2 pixels along each axis.
+      grid: height and width of the patch grid.
+
+    Returns:
+      (b,) float32.
+    """
+    changes = (jnp.mean(jnp.abs(jnp.diff(maps, axis=a)), axis=(1, 2)) for a in (1, 2))
+    height, width = (
+        jnp.float32(pixels / cells) for pixels, cells in zip(maps.shape[1:], grid, strict=True)
+    )
+    vertical, horizontal = changes
+    return vertical * height + horizontal * width
 
 
 def combine(

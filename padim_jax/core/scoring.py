@@ -116,7 +116,7 @@ def leave_out(
 
 def mahalanobis_nearby(
     fitted: Gaussian | LowRank, levels: Levels, shifts: Shifts
-) -> Float32[Array, "r n b"]:
+) -> Float32[Array, "_r n b"]:
     """Return the smallest distance of each patch from the Gaussians of nearby patches.
 
     Parts that are not quite in the place of the fitted ones are then not anomalous by that:
@@ -154,7 +154,7 @@ def leave_out_nearby(
     shifts: Shifts,
     count: Int32[Array, ""] | int,
     size: int = 1,
-) -> Float32[Array, "r n b"]:
+) -> Float32[Array, "_r n b"]:
     """Return `mahalanobis_nearby` of fitted images, each from the model without its group.
 
     As in `leave_out`, but the vector that is scored, x - mean at another patch, is none of the

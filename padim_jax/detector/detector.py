@@ -962,7 +962,7 @@ def require_scorable(detector: Detector) -> None:
             "config.score.image=combined: the model has no thresholds, and this score is "
             "measured by the normal images that they were found on. Find thresholds "
             "(--mode=calibrate --input=<normal images>; in Python "
-            "detector.update([], thresholds=images)), or use max, top or band"
+            "detector.update([], thresholds=images)), or use another score"
         )
 
 

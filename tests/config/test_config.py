@@ -127,8 +127,10 @@ def test_settings_arrive_where_they_belong():
             "precision": "bfloat16",
             "regularization": 0.5,
             "statistics": "moments",
+            "shift": 2,
         },
         "map": {"upsample": "bicubic", "sigma": 2},
+        "score": {"image": "band"},
         "threshold": {
             "normal": "held_out",
             "groups": "part[0-9]+",
@@ -173,11 +175,13 @@ def test_fields_are_these():
             "reduction",
             "regularization",
             "seed",
+            "shift",
             "statistics",
             "upsample",
             "weights",
         ],
         "map": ["sigma", "upsample"],
+        "score": ["image"],
         "threshold": ["groups", "held_out", "image_rate", "normal", "pixel_rate"],
         "batch_size": None,
         "train": ["checkpoint_every"],
@@ -213,13 +217,14 @@ NUMBERS = [
     ("config.batch_size", 0, ["at least 1"]),
     ("config.batch_size", -4, ["at least 1"]),
     ("config.batch_size", 8.0, ["whole number"]),
-    ("config.model.channels", 0, ["at least 1"]),
+    ("config.model.channels", -1, ["at least 0"]),
     ("config.model.channels", 100.5, ["whole number"]),
     ("config.model.seed", -1, ["at least 0"]),
     ("config.model.regularization", 0, ["from 0.0001 to 1e+06"]),
     ("config.model.regularization", 9e-5, ["from 0.0001"]),
     ("config.model.regularization", -0.01, ["from 0.0001"]),
     ("config.model.regularization", float("nan"), ["number from"]),
+    ("config.model.shift", 9, ["from 0 to 8"]),
     ("config.model.pooling", 2, ["odd"]),
     ("config.model.pooling", 0, ["odd"]),
     ("config.model.pooling", 3.0, ["odd"]),
@@ -440,10 +445,20 @@ def test_more_channels_than_there_are(backbone, layers, total):
     settings = values()
     settings["model"] |= {"backbone": backbone, "layers": layers, "channels": total}
     assert config_lib.validate(settings).model.channels == total
+    # 0 stands for all of them, without a draw.
+    settings["model"]["channels"] = 0
+    model = config_lib.validate(settings).model
+    assert (model.channels, model.reduction) == (total, "none")
     settings["model"]["channels"] = total + 1
     message = message_of(settings)
     assert message.startswith(f"config.model.channels={total + 1}: {backbone} has {total} ch")
     assert message.endswith(f"expected 1 to {total}")
+
+
+def test_combined_scores_need_normal_images():
+    settings = values("best")
+    settings["score"]["image"], settings["threshold"]["normal"] = "combined", "none"
+    assert "config.threshold.normal=none there are no normal images" in message_of(settings)
 
 
 @pytest.mark.parametrize(

@@ -49,24 +49,34 @@ def test_band_ignores_what_all_patches_have():
     np.testing.assert_allclose(of("band", distances=DISTANCES + 50), of("band"), rtol=1e-4)
 
 
+def test_variation_is_the_mean_change_from_patch_to_patch():
+    maps = MAPS.astype(float)
+    expected = 4 * sum(np.abs(np.diff(maps, axis=a)).mean(axis=(1, 2)) for a in (1, 2))
+    np.testing.assert_allclose(of("variation")[:, 0], expected, rtol=1e-5)
+    # Of a slope of 1 a patch along one axis.
+    slope = np.broadcast_to(np.arange(48)[None, :, None] / 4, (5, 48, 36)).astype(np.float32)
+    np.testing.assert_allclose(of("variation", slope)[:, 0], 1, rtol=1e-6)
+
+
 def test_combined_has_four_summaries():
     found = of("combined")
     maps = MAPS.astype(float)
     np.testing.assert_array_equal(found[:, 0], of("top")[:, 0])
     np.testing.assert_allclose(found[:, 1], maps.std(axis=(1, 2)), rtol=1e-5)
-    variation = sum(np.abs(np.diff(maps, axis=a)).mean(axis=(1, 2)) for a in (1, 2))
-    np.testing.assert_allclose(found[:, 2], variation, rtol=1e-5)
+    np.testing.assert_array_equal(found[:, 2], of("variation")[:, 0])
     np.testing.assert_array_equal(found[:, 3], of("band")[:, 0])
 
 
 def test_unknown_kind():
-    with pytest.raises(ValueError, match="mean: expected max, top, band or combined"):
+    with pytest.raises(
+        ValueError, match="mean: expected max, top, band, variation or combined"
+    ):
         of("mean")
 
 
 def test_combine_adds_squares_of_what_exceeds_the_mean():
     summaries = np.array([[3, 0, 5, 1], [1, 1, 1, 1]], np.float32)
-    found = image_score.combine(summaries, np.ones(4), np.array([1, 1, 2, 1]))
+    found = image_score.combine(summaries, np.ones(4), np.array([1.0, 1, 2, 1]))
     np.testing.assert_allclose(found, [np.sqrt(2**2 + (4 / 2) ** 2), 0])
 
 
