@@ -224,7 +224,7 @@ NUMBERS = [
     ("config.model.regularization", 9e-5, ["from 0.0001"]),
     ("config.model.regularization", -0.01, ["from 0.0001"]),
     ("config.model.regularization", float("nan"), ["number from"]),
-    ("config.model.shift", 9, ["from 0 to 8"]),
+    ("config.model.shift", 9, ["at least 0 and at most 8"]),
     ("config.model.pooling", 2, ["odd"]),
     ("config.model.pooling", 0, ["odd"]),
     ("config.model.pooling", 3.0, ["odd"]),
