@@ -33,7 +33,8 @@ from jax import lax
 from padim_jax.config.settings import Config
 from padim_jax.core import gaussian, scoring
 from padim_jax.data import dataset_splits, image_cache, input_pipeline
-from padim_jax.detector import detector
+from padim_jax.detector import geometry, steps
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.models.weights import pretrained
@@ -79,8 +80,8 @@ class Inputs:
         # What many images are kept as, whatever is the smaller for these.
         model = dataclasses.replace(config.model, statistics="moments")
         self.config = config = dataclasses.replace(config, model=model)
-        self.index = tuple(detector.channel_index(config.model).tolist())
-        self.pyramid = detector.pyramid(config.image, config.model, self.index)
+        self.index = tuple(geometry.channel_index(config.model).tolist())
+        self.pyramid = geometry.pyramid(config.image, config.model, self.index)
         self.variables, self.weights = pretrained.load(
             config.model.weights, config.model.backbone, config.model.layers
         )
@@ -93,7 +94,9 @@ class Inputs:
 
     def start(self, devices: Devices) -> Any:
         """Statistics of no image yet."""
-        return detector.init(self.pyramid.shapes, len(self.source.records), "moments", devices)
+        return statistics_lib.init(
+            self.pyramid.shapes, len(self.source.records), "moments", devices
+        )
 
 
 # ---- several devices
@@ -111,17 +114,17 @@ def devices(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
         statistics, variables = inputs.start(part), parallel.replicate(inputs.variables, part)
         for batch in batches:
             images, valid = (parallel.share(x, part) for x in (batch.images, batch.valid))
-            statistics = detector.fit_batch(statistics, variables, images, valid, *rest)
+            statistics = steps.fit_batch(statistics, variables, images, valid, *rest)
         return jax.block_until_ready(statistics), variables
 
     def score(part: Devices, statistics: Any, variables: Any) -> tuple:
-        model = detector.finalize(statistics, config.model.regularization)
+        model = statistics_lib.finalize(statistics, config.model.regularization)
         images = parallel.share(batches[0].images, part)
         settings = config.image, config.model, config.map, config.score.image, inputs.index
         return variables, model, images, *settings
 
     def results(arguments: tuple) -> list[np.ndarray]:
-        return [np.asarray(x).reshape(-1) for x in detector.score_batch(*arguments)]
+        return [np.asarray(x).reshape(-1) for x in steps.score_batch(*arguments)]
 
     (one, one_variables), (statistics, variables) = fit_all(Devices(1)), fit_all(every)
     found: dict[str, Any] = {
@@ -140,20 +143,20 @@ def devices(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
     found["score_difference"] = relative(scores, expected[1])
 
     def score_once() -> None:
-        jax.block_until_ready(detector.score_batch(*arguments))
+        jax.block_until_ready(steps.score_batch(*arguments))
 
     found["score"] = {
         **measure.summary(measure.repeat(score_once, seconds=options.seconds)),
-        "collectives": collectives(_compiled(detector.score_batch, *arguments), every.total),
+        "collectives": collectives(_compiled(steps.score_batch, *arguments), every.total),
     }
     del arguments
     held = inputs.start(every)
     shared = [parallel.share(x, every) for x in (batches[0].images, batches[0].valid)]
-    compiled = _compiled(detector.fit_batch, held, variables, *shared, *rest)
+    compiled = _compiled(steps.fit_batch, held, variables, *shared, *rest)
 
     def fit_once() -> None:
         nonlocal held
-        held = jax.block_until_ready(detector.fit_batch(held, variables, *shared, *rest))
+        held = jax.block_until_ready(steps.fit_batch(held, variables, *shared, *rest))
 
     found["fit"] = {
         **measure.summary(measure.repeat(fit_once, seconds=options.seconds)),
@@ -297,8 +300,8 @@ def decode(inputs: Inputs, options: argparse.Namespace) -> dict[str, float]:
 def plain_fit(
     statistics: Any, variables: Any, images: Any, valid: Any, image: Any, model: Any, index: Any
 ) -> Any:
-    """`detector.fit_batch` of one device, without parallel.py."""
-    levels = detector.extract(variables, images, image=image, model=model, index=index)
+    """`steps.fit_batch` of one device, without parallel.py."""
+    levels = steps.extract(variables, images, image=image, model=model, index=index)
     return gaussian.update(statistics, levels, valid)
 
 
@@ -306,12 +309,12 @@ def plain_fit(
 def plain_score(
     variables: Any, fitted: Any, images: Any, image: Any, model: Any, map_: Any, index: Any
 ) -> Any:
-    """`detector.score_batch` of one device, without parallel.py."""
-    levels = detector.extract(variables, images, image=image, model=model, index=index)
-    patches = detector.pyramid(image, model, index).patches
+    """`steps.score_batch` of one device, without parallel.py."""
+    levels = steps.extract(variables, images, image=image, model=model, index=index)
+    patches = geometry.pyramid(image, model, index).patches
     maps = scoring.anomaly_maps(
         scoring.on_grid(scoring.mahalanobis(fitted, levels), patches),
-        grid=detector.patch_grid(image, model.layers),
+        grid=geometry.patch_grid(image, model.layers),
         size=image.size,
         upsample=map_.upsample,
         sigma=map_.sigma,
@@ -332,7 +335,7 @@ def overhead(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
 
     def fit_mapped() -> None:
         nonlocal held
-        held = detector.fit_batch(held, mapped_variables, images, valid, *static, inputs.index)
+        held = steps.fit_batch(held, mapped_variables, images, valid, *static, inputs.index)
         jax.block_until_ready(held)
 
     def fit_plain() -> None:
@@ -345,12 +348,12 @@ def overhead(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
 
     found = {"fit": compare(fit_mapped, fit_plain)}
     del plain
-    mapped_model = detector.finalize(held, config.model.regularization)
+    mapped_model = statistics_lib.finalize(held, config.model.regularization)
     plain_model = jax.tree.map(lambda x: x[0], mapped_model)
     for name, count in (("score", config.batch_size), ("score, single image", 1)):
         part, rest = images[:, :count], (*static, config.map, inputs.index)
         mapped = functools.partial(
-            detector.score_batch, mapped_variables, mapped_model, part, *rest
+            steps.score_batch, mapped_variables, mapped_model, part, *rest
         )
         plainly = functools.partial(plain_score, variables, plain_model, part[0], *rest)
         found[name] = compare(
@@ -384,7 +387,7 @@ def stages(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
     (batch,) = inputs.batches(1, config.batch_size)
     variables, images = jax.device_put(inputs.variables), batch.images
     extract = functools.partial(
-        detector.extract, image=config.image, model=config.model, index=inputs.index
+        steps.extract, image=config.image, model=config.model, index=inputs.index
     )
     levels = jax.block_until_ready(extract(variables, images))
     times = measure.repeat(
@@ -424,7 +427,7 @@ def stages(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
         return jax.block_until_ready(copy), config.model.regularization
 
     def finalise(statistics: Any, regularization: float) -> None:
-        jax.block_until_ready(detector.finalize(statistics, regularization))
+        jax.block_until_ready(statistics_lib.finalize(statistics, regularization))
 
     times = measure.repeat(finalise, prepare=copied, seconds=options.seconds, most=10)
     found["finalise"] = measure.summary(times)["median"]

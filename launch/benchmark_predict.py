@@ -29,7 +29,8 @@ import numpy as np
 from padim_jax.config import backbones, defaults
 from padim_jax.config import settings as config_lib
 from padim_jax.config.settings import Config
-from padim_jax.detector import detector, memory
+from padim_jax.detector import geometry, memory
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices.parallel import Devices
 from padim_jax.models import resnet
 
@@ -186,14 +187,14 @@ def _convolutions(jaxpr: Any) -> list[tuple[Any, Any, Any]]:
 
 
 @functools.cache
-def levels(config: Config, devices: int) -> tuple[detector.Shape, ...]:
+def levels(config: Config, devices: int) -> tuple[geometry.Shape, ...]:
     """`Pyramid.shapes` of all devices' regions, those included that fill up the last one."""
-    index = tuple(detector.channel_index(config.model).tolist())
-    shapes = detector.pyramid(config.image, config.model, index).shapes
+    index = tuple(geometry.channel_index(config.model).tolist())
+    shapes = geometry.pyramid(config.image, config.model, index).shapes
     return tuple((Devices(1, devices).padded(r), n, d) for r, n, d in shapes)
 
 
-def volumes(shapes: Sequence[detector.Shape], devices: int) -> dict[str, float]:
+def volumes(shapes: Sequence[geometry.Shape], devices: int) -> dict[str, float]:
     """Bytes that leave all devices for an image: the theory.
 
     Args:
@@ -217,14 +218,14 @@ def extraction(config: Config, images: float) -> Work:
     return Work(images * flops, images * (read_and_written + selected))
 
 
-def moments(shapes: Sequence[detector.Shape], devices: int, batch: int) -> Work:
+def moments(shapes: Sequence[geometry.Shape], devices: int, batch: int) -> Work:
     """One batch's update of a device's moments: `gaussian.update`."""
     numbers = _moments_size(shapes) / devices
     # The batch's mean is one image more; second moments are read and written.
     return Work(2 * (batch + 1) * numbers, 2 * 4 * numbers, _loops(shapes, devices))
 
 
-def finalise(shapes: Sequence[detector.Shape], devices: int) -> Work:
+def finalise(shapes: Sequence[geometry.Shape], devices: int) -> Work:
     """`gaussian.finalize` of a device's regions: block Cholesky factorisation."""
     flops = 0.0
     for i, (r, n, d) in enumerate(shapes):
@@ -237,17 +238,17 @@ def finalise(shapes: Sequence[detector.Shape], devices: int) -> Work:
     return Work(flops / devices, 2 * 4 * numbers, _loops(shapes, devices))
 
 
-def checkpoint_bytes(shapes: Sequence[detector.Shape]) -> float:
+def checkpoint_bytes(shapes: Sequence[geometry.Shape]) -> float:
     """Of the moments on disk, which has each symmetric block once."""
     numbers = sum(r * n * d * (1 - (d - 1) / 2) for r, n, d in shapes)
     return 4 * (_moments_size(shapes) + numbers)
 
 
-def _moments_size(shapes: Sequence[detector.Shape]) -> float:
-    return detector.fitted_size(shapes, 0, "moments")
+def _moments_size(shapes: Sequence[geometry.Shape]) -> float:
+    return statistics_lib.fitted_size(shapes, 0, "moments")
 
 
-def _loops(shapes: Sequence[detector.Shape], devices: int) -> int:
+def _loops(shapes: Sequence[geometry.Shape], devices: int) -> int:
     regions, cells = shapes[0][0] // devices, shapes[0][1]
     most = max(1, _LARGEST_BLOCK // cells)
     return regions // max(n for n in range(1, most + 1) if regions % n == 0)

@@ -34,7 +34,8 @@ from padim_jax.config.settings import Config
 from padim_jax.core import embedding, gaussian, low_rank, scoring
 from padim_jax.core.types import Moments, Samples
 from padim_jax.data import dataset_splits, input_pipeline
-from padim_jax.detector import detector
+from padim_jax.detector import detector, geometry
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.models.network import build
@@ -161,8 +162,8 @@ def stages(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     )
     variables = parallel.replicate(variables, devices)
     network = build(config.model.backbone, config.model.layers, config.model.precision)
-    index = detector.channel_index(config.model)
-    pyramid = detector.pyramid(config.image, config.model, tuple(index.tolist()))
+    index = geometry.channel_index(config.model)
+    pyramid = geometry.pyramid(config.image, config.model, tuple(index.tolist()))
     pixels = jnp.asarray(batches[0].images, jnp.float32) / 255 - 0.5
     features = add(
         "backbone", "a batch", size, jax.jit(network.apply), lambda: (variables, pixels)
@@ -174,7 +175,7 @@ def stages(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
     # Levels -> statistics of all images -> fitted Gaussians.
     shapes, asked = pyramid.shapes, config.model.statistics
-    statistics = detector.init(shapes, options.images, asked, devices)
+    statistics = statistics_lib.init(shapes, options.images, asked, devices)
     form = gaussian if isinstance(statistics, Moments) else low_rank
     update = parallel.mapped(form.update, donated=(0,))
     for start in range(0, options.images, size):
@@ -216,7 +217,7 @@ def stages(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         copy = jax.block_until_ready(jax.tree.map(jnp.copy, statistics))
         return copy, config.model.regularization
 
-    fitted = add("finalise", "the model", 0, detector.finalize, copied)
+    fitted = add("finalise", "the model", 0, statistics_lib.finalize, copied)
     del statistics
 
     # Levels -> distances -> maps and scores, and both from images.
@@ -224,7 +225,7 @@ def stages(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         distances = scoring.mahalanobis(fitted, levels)
         found = scoring.anomaly_maps(
             scoring.on_grid(distances, pyramid.patches),
-            grid=detector.patch_grid(config.image, config.model.layers),
+            grid=geometry.patch_grid(config.image, config.model.layers),
             size=config.image.size,
             upsample=config.map.upsample,
             sigma=config.map.sigma,

@@ -21,7 +21,8 @@ from padim_jax.data import copies, image_inputs, input_pipeline, sampling
 from padim_jax.data.image_inputs import Images
 from padim_jax.data.records import Source
 from padim_jax.detector import detector as detector_lib
-from padim_jax.detector import memory
+from padim_jax.detector import geometry, memory, steps
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.detector.detector import Anomalies
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
@@ -101,7 +102,7 @@ class Detector(detector_lib.Detector):
           images: see `score`.
         """
         items, config = _items(images), self.config
-        height, width = detector_lib.patch_grid(config.image, config.model.layers)
+        height, width = geometry.patch_grid(config.image, config.model.layers)
         embeddings = np.empty((len(items), height, width, len(self.index)), np.float32)
         size = config.batch_size
         for start in range(0, len(items), size):
@@ -170,8 +171,10 @@ class Detector(detector_lib.Detector):
             total = len(fitted.images) + len(new)
             memory.require(config, total, devices, kept=True)
             model, index = config.model, fitted.index.tolist()
-            shapes = detector_lib.pyramid(config.image, model, index).shapes
-            statistics = detector_lib.extend(fitted.statistics, shapes, total, model.statistics)
+            shapes = geometry.pyramid(config.image, model, index).shapes
+            statistics = statistics_lib.extend(
+                fitted.statistics, shapes, total, model.statistics
+            )
             fitted = dataclasses.replace(fitted, statistics=statistics)
             part = sampling.part(source, new)
             fitted = fitting.add_images(fitted, part, 0, config, self.variables, devices)
@@ -288,7 +291,7 @@ def fit(
         backbone = fitting.load_backbone(chosen.model, devices)
         fitted = fitting.begin(chosen, source, backbone, devices)
         variables = parallel.replicate(
-            detector_lib.with_projection(backbone[0], fitted.projection), devices
+            steps.with_projection(backbone[0], fitted.projection), devices
         )
         fitted = fitting.add_images(fitted, source, 0, chosen, variables, devices)
         fitted = dataclasses.replace(fitted, unfinished=None)

@@ -31,7 +31,8 @@ from padim_jax.config import defaults
 from padim_jax.config import settings as config_lib
 from padim_jax.config.settings import Config
 from padim_jax.core import calibration, gaussian, low_rank
-from padim_jax.detector import detector
+from padim_jax.detector import detector, geometry
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
@@ -296,8 +297,8 @@ def config() -> Config:
 @functools.cache
 def fitted(form: str) -> Fitted:
     """Fitted to random embeddings; statistics on one device."""
-    index = detector.channel_index(config().model)
-    ((regions, cells, channels),) = detector.pyramid(
+    index = geometry.channel_index(config().model)
+    ((regions, cells, channels),) = geometry.pyramid(
         config().image, config().model, index.tolist()
     ).shapes
     rng = np.random.default_rng(0)
@@ -319,7 +320,7 @@ def model(form: str) -> Model:
     return Model(
         whole.config,
         whole.index,
-        detector.finalize(statistics, 0.01),
+        statistics_lib.finalize(statistics, 0.01),
         whole.weights,
         "0123456789abcdef" * 4,
         whole.images,

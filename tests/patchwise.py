@@ -10,7 +10,7 @@ import numpy as np
 from padim_jax.core import gaussian, low_rank
 from padim_jax.core.embedding import Pyramid, pyramid
 from padim_jax.core.types import Gaussian, Levels, LowRank, Moments, Samples, Valid
-from padim_jax.detector import detector
+from padim_jax.detector import statistics as statistics_lib
 
 # Stages as (height, width, channels), the finest first, and the channels to keep.
 Case = tuple[list[tuple[int, int, int]], list[int]]
@@ -134,7 +134,7 @@ def finalize(statistics: Moments | Samples, regularization: float) -> Gaussian |
     """The fitted Gaussians, all of them sound; the statistics are used up."""
     fitted, finite, kept, _ = _finalize(statistics, regularization)
     assert np.all(finite)
-    assert np.all(kept >= detector.LEAST_KEPT)
+    assert np.all(kept >= statistics_lib.LEAST_KEPT)
     return fitted
 
 

@@ -29,9 +29,11 @@ from PIL import Image
 
 from padim_jax.config import defaults
 from padim_jax.config.settings import Config, validate
+from padim_jax.core import embedding
 from padim_jax.data.input_pipeline import FolderSource
 from padim_jax.data.layouts import LAYOUTS
 from padim_jax.data.records import Record
+from padim_jax.detector import geometry, steps
 from padim_jax.errors import DataWarning, UserError
 from padim_jax.models.weights import pretrained, readers
 from padim_jax.output import results, tables
@@ -545,16 +547,15 @@ class TestNumbers:
         same = np.full((32, 32, 3), level, np.uint8)
         found = loading.detector_lib.score(detector, [same, other])
         assert found.scores[0] < 1e-3
-        lib = loading.detector_lib
-        embeddings = lib.embedding.concatenate(
-            lib.extract(
+        embeddings = embedding.concatenate(
+            steps.extract(
                 detector.variables,
                 np.stack([same, other]),
                 image=config.image,
                 model=config.model,
                 index=tuple(detector.index.tolist()),
             ),
-            lib.pyramid(config.image, config.model, detector.index.tolist()),
+            geometry.pyramid(config.image, config.model, detector.index.tolist()),
         )
         deviation = np.linalg.norm(np.diff(np.asarray(embeddings), axis=0)[0], axis=-1)
         expected = deviation.max() / np.sqrt(config.model.regularization)

@@ -1,61 +1,32 @@
-"""The complete detector: composes the stages into functions from uint8 images to scores.
-
-Training, evaluation, prediction and the Python API all use `extract`, so that
-preprocessing, backbone and embedding are the same everywhere.
-"""
+"""The complete detector: a fitted model, its identity, and functions from images to scores."""
 
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
-import operator
 import os
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
+from jaxtyping import Bool, Float, Float32, Int, UInt8
 
-from padim_jax.config import backbones
 from padim_jax.config import settings as config_lib
-from padim_jax.config.settings import Config, ImageConfig, MapConfig, ModelConfig
-from padim_jax.core import embedding, gaussian, image_score, low_rank, reduction, scoring
+from padim_jax.config.settings import Config
+from padim_jax.core import embedding, image_score
 from padim_jax.core.calibration import Calibration
-from padim_jax.core.embedding import Pyramid
-from padim_jax.core.types import (
-    AnomalyMaps,
-    FeatureMap,
-    Gaussian,
-    Images,
-    Levels,
-    LowRank,
-    Moments,
-    Projection,
-    Samples,
-    Valid,
-)
+from padim_jax.core.types import Gaussian, LowRank, Moments, Projection, Samples
 from padim_jax.data import input_pipeline
+from padim_jax.detector import geometry, steps
+from padim_jax.detector.geometry import Shape
+from padim_jax.detector.steps import Variables
 from padim_jax.devices import parallel
-from padim_jax.devices.parallel import Devices
 from padim_jax.errors import DataWarning, UserError
-from padim_jax.models import network
 from padim_jax.models.weights import pretrained
-
-Shape = tuple[int, int, int]  # regions, cells per region and channels of a level
-# The backbone's parameters and, under PROJECTION, the matrix of a reduction by projection.
-Variables = Mapping[str, Any]
-
-PROJECTION = "projection"
-
-# Fraction of the regularization that must survive rounding. In directions without variance
-# squared distances are wrong by the lost fraction.
-LEAST_KEPT = 0.95
 
 # Settings that scores depended on in padim_jax 0.1.0, in that order; see `_first_fingerprint`.
 _FIRST_SETTINGS = {
@@ -66,24 +37,6 @@ _FIRST_SETTINGS = {
     ),
     "map": ("upsample", "sigma"),
 }
-# Numbers of each image's embeddings that are kept to compare images by.
-_SAMPLE = 2048
-
-# Squares of larger features overflow float32.
-_LARGEST_FEATURE = 1.8e19
-
-
-class RegionError(ValueError):
-    """Statistics of a region that give no Gaussians.
-
-    Attributes:
-      region: index of the first such region.
-      finite: whether its statistics are finite.
-    """
-
-    def __init__(self, message: str, region: int, finite: bool):
-        super().__init__(message)
-        self.region, self.finite = region, finite
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -93,7 +46,7 @@ class Detector:
     Attributes:
       config: configuration in use; settings that affect the statistics are those of the fit.
       index: channels kept, in the embedding's order.
-      variables: variables of the backbone, and the projection; see `with_projection`.
+      variables: variables of the backbone, and the projection; see `steps.with_projection`.
       weights: origin and digest of the backbone's weights.
       gaussian: Gaussians of all patch positions, on the devices that score.
       identity: digest of the statistics, as stored with them.
@@ -139,7 +92,7 @@ class Detector:
     @property
     def projection(self) -> Projection | None:
         """Return the matrix of a reduction by projection, or None."""
-        found = self.variables.get(PROJECTION)
+        found = self.variables.get(steps.PROJECTION)
         return None if found is None else np.asarray(found)
 
 
@@ -277,257 +230,6 @@ def _first_fingerprint(detector: Detector) -> str | None:
     return hashlib.sha256(said.encode()).hexdigest()
 
 
-def total_channels(config: ModelConfig) -> int:
-    """Return the number of channels of all stages in use together."""
-    return sum(map(backbones.BACKBONES[config.backbone].channels, config.layers))
-
-
-def channel_index(config: ModelConfig) -> Int[np.ndarray, " d"]:
-    """Return the channels that a configuration keeps; see `embedding.channel_index`.
-
-    Without random selection they are numbered: all channels, or those of a projection.
-    """
-    if config.reduction != "random":
-        return np.arange(config.channels)
-    return embedding.channel_index(total_channels(config), config.channels, config.seed)
-
-
-def is_projected(config: ModelConfig) -> bool:
-    """Return whether channels are reduced by a matrix, which belongs to the model."""
-    return config.reduction in ("semi_orthogonal", "pca")
-
-
-def has_one_level(config: ModelConfig) -> bool:
-    """Return whether patches share no features, so that each patch is a region."""
-    return is_projected(config) or config.upsample != "nearest"
-
-
-def with_projection(variables: Variables, projection: Projection | None) -> Variables:
-    """Return the backbone's variables together with the projection, if any.
-
-    Args:
-      variables: variables of the backbone.
-      projection: matrix (C, D), or None.
-
-    Returns:
-      `variables`, with the matrix under `PROJECTION` if there is one.
-    """
-    return variables if projection is None else {**variables, PROJECTION: projection}
-
-
-def patch_grid(config: ImageConfig, layers: Sequence[str]) -> tuple[int, int]:
-    """Return height and width of the first layer's feature map, in patches.
-
-    Args:
-      config: image settings.
-      layers: names of the stages in use, the finest first.
-
-    Returns:
-      Height and width in patches.
-    """
-    stride = backbones.STRIDES[layers[0]]
-    height, width = config.size
-    return -(-height // stride), -(-width // stride)
-
-
-def patch_size(config: Config) -> tuple[float, float]:
-    """Return height and width of a patch, in pixels of the anomaly maps."""
-    rows, columns = patch_grid(config.image, config.model.layers)
-    height, width = config.image.size
-    return height / rows, width / columns
-
-
-def pyramid(image: ImageConfig, model: ModelConfig, index: Sequence[int]) -> Pyramid:
-    """Return the correspondence between the stages' grids; see `embedding`.
-
-    Args:
-      image: image settings.
-      model: model settings.
-      index: channels kept.
-
-    Returns:
-      The pyramid.
-    """
-    if has_one_level(model):
-        grid, channels = patch_grid(image, model.layers), len(index)
-        return embedding.pyramid((grid,), (channels,), tuple(range(channels)))
-    spec = backbones.BACKBONES[model.backbone]
-    grids = tuple(patch_grid(image, (layer,)) for layer in model.layers)
-    return embedding.pyramid(grids, tuple(map(spec.channels, model.layers)), tuple(index))
-
-
-def init(
-    shapes: Sequence[Shape], images: int, form: str, devices: Devices
-) -> Moments | Samples:
-    """Return the statistics of zero images, in the form that suits the number of images.
-
-    Both forms are exact. Fitted, `Samples` take s values per channel and s^2 per patch for s
-    images, `Moments` each level's channels times its own and the coarser levels'. Times to fit
-    and to score grow with these sizes.
-
-    Args:
-      shapes: `Pyramid.shapes`.
-      images: number of images to fit.
-      form: "moments", "samples", or "auto" for the smaller.
-      devices: devices that take part.
-
-    Returns:
-      Statistics on this process's devices.
-    """
-    form = choose_form(shapes, images, form)
-    room = images if form == "samples" else None
-    own = tuple((devices.padded(r) // devices.total, n, d) for r, n, d in shapes)
-    return _init(np.zeros(devices.local, np.int32), own, room)
-
-
-def choose_form(shapes: Sequence[Shape], images: int, form: str = "auto") -> str:
-    """Return the form that `init` uses: "moments" or "samples".
-
-    Args:
-      shapes: `Pyramid.shapes`.
-      images: number of images to fit.
-      form: "moments", "samples", or "auto" for the smaller.
-
-    Returns:
-      "moments" or "samples".
-    """
-    if form != "auto":
-        return form
-    return min(("moments", "samples"), key=lambda form: fitted_size(shapes, images, form))
-
-
-def fitted_size(shapes: Sequence[Shape], images: int, form: str) -> int:
-    """Return the size of a fitted model, means excluded; see `init`.
-
-    Args:
-      shapes: `Pyramid.shapes`.
-      images: number of fitted images.
-      form: "moments" or "samples".
-
-    Returns:
-      Number of float32 values.
-    """
-    cells = [regions * cells for regions, cells, _ in shapes]
-    channels = [channels for _, _, channels in shapes]
-    if form == "samples":
-        return images * sum(map(operator.mul, cells, channels)) + images**2 * cells[0]
-    rows = map(operator.mul, cells, channels)
-    return sum(n * sum(channels[i:]) for i, n in enumerate(rows))
-
-
-def extend(
-    statistics: Moments | Samples, shapes: Sequence[Shape], images: int, form: str
-) -> Moments | Samples:
-    """Return the statistics with capacity for more images; consumes its argument.
-
-    Args:
-      statistics: statistics of all images fitted so far.
-      shapes: `Pyramid.shapes`.
-      images: total number of images, including those already fitted.
-      form: as in `init`. `Samples` become `Moments` if these are requested or smaller;
-        `Moments` stay as they are, since they no longer contain single images.
-
-    Returns:
-      Statistics of the same images.
-    """
-    if isinstance(statistics, Moments):
-        return statistics
-    if choose_form(shapes, images, form) == "moments":
-        return _summarise(statistics)
-    return _resize(statistics, images)
-
-
-def merge(
-    a: Moments | Samples, b: Moments | Samples, shapes: Sequence[Shape], form: str
-) -> Moments | Samples:
-    """Return the statistics of two disjoint sets of images together; consumes both.
-
-    Args:
-      a: statistics of the set whose images come first in the result.
-      b: statistics of the other set.
-      shapes: `Pyramid.shapes`.
-      form: form of the result, if both are `Samples`; see `extend`.
-
-    Returns:
-      Statistics of both.
-    """
-    if isinstance(a, Samples) and isinstance(b, Samples):
-        images = int(a.count[0] + b.count[0])
-        if choose_form(shapes, images, form) == "samples":
-            return _merge_samples(a, b)
-    first, second = (_summarise(x) if isinstance(x, Samples) else x for x in (a, b))
-    return _merge_moments(first, second)
-
-
-def finalize(
-    statistics: Moments | Samples, regularization: float, left_out: int = 0
-) -> Gaussian | LowRank:
-    """Return the fitted Gaussians; consumes the statistics.
-
-    Args:
-      statistics: statistics of at least two images more than `left_out`.
-      regularization: epsilon, above 0.
-      left_out: number of images that `score_pixels` leaves out at a time. Epsilon is then
-        lowered to the value that `scoring.leave_out` expects.
-
-    Returns:
-      Gaussians in the form of the statistics.
-
-    Raises:
-      ValueError: there are too few images.
-      RegionError: statistics are not finite, or float32 loses the regularization in a
-        covariance.
-    """
-    count = int(np.asarray(statistics.count)[0])
-    if count - left_out < 2:
-        without = f" without {left_out} of them" * bool(left_out)
-        raise ValueError(f"a covariance needs at least 2 images, there are {count}{without}")
-    if isinstance(statistics, Samples) and count != (room := statistics.values[0].shape[-2]):
-        raise ValueError(f"room for {room} images, of which {count} are there")
-    epsilon = regularization * (count - left_out - 1) / (count - 1)
-    regularizations = np.full(len(statistics.count), epsilon, np.float32)
-    fitted, finite, kept, _ = _finalize(statistics, regularizations)
-    finite, kept = np.asarray(finite)[0], np.asarray(kept)[0]
-    if not np.all(finite):
-        region = int(np.argmin(finite))
-        message = (
-            f"the embeddings of region {region} are not finite: the backbone's features "
-            "overflow or its weights are broken"
-        )
-        raise RegionError(message, region, finite=False)
-    if np.min(kept) < LEAST_KEPT:
-        region, least = int(np.argmin(kept)), float(np.min(kept))
-        without = f" without {left_out} of {count} images" * bool(left_out)
-        message = (
-            f"float32 keeps {least:.0%} of the regularization ({regularization:g}) in region "
-            f"{region}{without}; expected at least {LEAST_KEPT:.0%}, or distances were wrong: "
-            f"raise the regularization to {_enough(regularization, least):.1g}"
-        )
-        raise RegionError(message, region, finite=True)
-    return fitted
-
-
-def place(image: ImageConfig, model: ModelConfig, index: Sequence[int], region: int) -> str:
-    """Describe for a message which patches of the grid belong to a region.
-
-    Args:
-      image: image settings.
-      model: model settings.
-      index: channels kept.
-      region: index of the region.
-
-    Returns:
-      Ranges of rows and columns, and the grid's size.
-    """
-    laid, (height, width) = pyramid(image, model, index), patch_grid(image, model.layers)
-    cells = laid.shapes[0][1]
-    rows, columns = np.divmod(np.flatnonzero(laid.patches // cells == region), width)
-    return (
-        f"patches of rows {rows.min()} to {rows.max()} and columns {columns.min()} to "
-        f"{columns.max()}, of {height}x{width}"
-    )
-
-
 def require_fitting(
     config: Config,
     index: np.ndarray,
@@ -547,15 +249,15 @@ def require_fitting(
     Raises:
       ValueError: they do not match.
     """
-    model, total = config.model, total_channels(config.model)
-    matrix = (total, model.channels) if is_projected(model) else None
+    model, total = config.model, geometry.total_channels(config.model)
+    matrix = (total, model.channels) if geometry.is_projected(model) else None
     if (None if projection is None else projection.shape) != matrix:
         raise ValueError("its projection is not of its configuration")
     if projection is not None and not np.all(np.isfinite(projection)):
         raise ValueError("its projection is not finite")
-    if not np.array_equal(index, channel_index(model)):
+    if not np.array_equal(index, geometry.channel_index(model)):
         raise ValueError("its channels are not those of its configuration")
-    shapes = pyramid(config.image, model, index.tolist()).shapes
+    shapes = geometry.pyramid(config.image, model, index.tolist()).shapes
     arrays = [x for x in jax.tree.leaves(fitted) if x.ndim > 1]
     room = fitted.values[0].shape[-2] if isinstance(fitted, Samples) else images
     devices = len(arrays[0]) * parallel.every().processes
@@ -582,329 +284,6 @@ def _shapes(
     if isinstance(fitted, Samples):
         return [*rows]
     return [*means, *rows, (shapes[0][1], images, images)]
-
-
-def _enough(regularization: float, kept: float) -> float:
-    """Return a regularization of which about the same rounding leaves enough."""
-    if kept <= 0:  # how much is missing is unknown
-        return 100 * regularization
-    return regularization * 2 * (1 - kept) / (1 - LEAST_KEPT)
-
-
-@functools.partial(jax.jit, static_argnames=("image", "model", "index"))
-def extract(
-    variables: Variables,
-    images: Images,
-    *,
-    image: ImageConfig,
-    model: ModelConfig,
-    index: tuple[int, ...],
-) -> Levels:
-    """Map uint8 images to embeddings by level, normalisation included.
-
-    Args:
-      variables: see `with_projection`.
-      images: (b, h, w, 3) uint8.
-      image: image settings, static.
-      model: model settings, static.
-      index: channels kept, static.
-
-    Returns:
-      One array (r, n, d, b) per level; `embedding.concatenate` makes the paper's embeddings (b,
-      p, d) of them.
-    """
-    features = _features(variables, images, image, model)
-    return _levels(features, variables.get(PROJECTION), image, model, index)
-
-
-def _levels(
-    features: Sequence[FeatureMap],
-    projection: Float32[Array, "c _d"] | None,
-    image: ImageConfig,
-    model: ModelConfig,
-    index: tuple[int, ...],
-) -> Levels:
-    laid, pooling, upsample = pyramid(image, model, index), model.pooling, model.upsample
-    if projection is not None:
-        one = embedding.project(features, projection, pooling, upsample)
-    elif upsample != "nearest":
-        one = embedding.assemble(features, index, pooling, upsample)
-    else:
-        return embedding.select(features, laid, pooling)
-    return embedding.select((one,), laid)
-
-
-def _features(
-    variables: Variables, images: Images, image: ImageConfig, model: ModelConfig
-) -> tuple[FeatureMap, ...]:
-    mean = np.asarray(image.mean, np.float32) * 255
-    std = np.asarray(image.std, np.float32) * 255
-    pixels = (images.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
-    backbone = network.build(model.backbone, model.layers, model.precision)
-    parameters = {name: value for name, value in variables.items() if name != PROJECTION}
-    return cast(tuple[FeatureMap, ...], backbone.apply(parameters, pixels))
-
-
-def _scatter_batch(
-    variables: Variables, images: Images, valid: Valid, image: ImageConfig, model: ModelConfig
-) -> tuple[Float32[Array, " c"], Float32[Array, "c c"]]:
-    features = _features(variables, images, image, model)
-    pooled = [embedding.pool(stage, model.pooling) for stage in features]
-    return reduction.scatter(pooled, valid, model.upsample)
-
-
-def _fit_batch(
-    statistics: Moments | Samples,
-    variables: Variables,
-    images: Images,
-    valid: Valid,
-    image: ImageConfig,
-    model: ModelConfig,
-    index: tuple[int, ...],
-) -> Moments | Samples:
-    levels = extract(variables, images, image=image, model=model, index=index)
-    levels, valid = parallel.to_regions(levels), parallel.of_all_images(valid)
-    return _update(statistics, levels, valid)
-
-
-def _finite_batch(
-    variables: Variables,
-    images: Images,
-    image: ImageConfig,
-    model: ModelConfig,
-    index: tuple[int, ...],
-) -> Bool[Array, " b"]:
-    levels = extract(variables, images, image=image, model=model, index=index)
-    each = [jnp.max(jnp.abs(x), axis=(0, 1, 2)) for x in levels]
-    return jnp.stack(each).max(axis=0) < _LARGEST_FEATURE  # false for NaN
-
-
-def _score_batch(
-    variables: Variables,
-    fitted: Gaussian | LowRank,
-    images: Images,
-    image: ImageConfig,
-    model: ModelConfig,
-    map_: MapConfig,
-    score: str,
-    index: tuple[int, ...],
-) -> tuple[AnomalyMaps, Float32[Array, "b _k"], Float32[Array, "b _s"]]:
-    levels = extract(variables, images, image=image, model=model, index=index)
-    if model.shift:
-        near = parallel.own_regions(_shifts(image, model, index))
-        every = parallel.of_all_images_levels(levels)
-        by_region = scoring.mahalanobis_nearby(fitted, every, near)
-    else:
-        by_region = scoring.mahalanobis(fitted, parallel.to_regions(levels))
-    return *_maps_and_summaries(by_region, image, model, map_, score, index), _sample(levels)
-
-
-def _score_left_out_batch(
-    variables: Variables,
-    fitted: Gaussian | LowRank,
-    count: Int32[Array, ""],
-    images: Images,
-    image: ImageConfig,
-    model: ModelConfig,
-    map_: MapConfig,
-    score: str,
-    index: tuple[int, ...],
-    size: int,
-    most: int,
-) -> tuple[AnomalyMaps, Float32[Array, "b _k"], Float32[Array, "b _s"]]:
-    levels = _extract_by_parts(variables, images, image, model, index, most)
-    if model.shift:
-        near = parallel.own_regions(_shifts(image, model, index))
-        every = parallel.of_all_images_levels(levels)
-        left_out = scoring.leave_out_nearby(fitted, every, near, count, size)
-    else:
-        left_out = scoring.leave_out(fitted, parallel.to_regions(levels), count, size)
-    return *_maps_and_summaries(left_out, image, model, map_, score, index), _sample(levels)
-
-
-def _shifts(image: ImageConfig, model: ModelConfig, index: tuple[int, ...]) -> embedding.Shifts:
-    """Return the neighbours of all regions' patches."""
-    laid = pyramid(image, model, index)
-    try:
-        return embedding.shifts(laid, patch_grid(image, model.layers), model.shift)
-    except ValueError as error:
-        raise UserError(
-            f"config.model.shift={model.shift}: {error} by config.model.channels="
-            f"{model.channels}, and its patches are those that are shifted; take more channels"
-        ) from error
-
-
-def _extract_by_parts(
-    variables: Variables,
-    images: Images,
-    image: ImageConfig,
-    model: ModelConfig,
-    index: tuple[int, ...],
-    most: int,
-) -> Levels:
-    """Apply `extract` to at most `most` images at a time, to bound a large group's memory."""
-
-    def one(part: Images) -> Levels:
-        return extract(variables, part, image=image, model=model, index=index)
-
-    if (count := len(images)) <= most:
-        return one(images)
-    padded = jnp.pad(images, ((0, -count % most), (0, 0), (0, 0), (0, 0)))
-    found = lax.map(one, padded.reshape(-1, most, *images.shape[1:]))
-    # Concatenate the parts' images.
-    together = (jnp.moveaxis(x, 0, 3) for x in found)
-    return tuple(x.reshape(*x.shape[:3], -1)[..., :count] for x in together)
-
-
-def _sample(levels: Levels) -> Float32[Array, "b _s"]:
-    """Return evenly spaced numbers of each image's embeddings, over levels and positions."""
-    stride = -(-sum(x[..., 0].size for x in levels) // _SAMPLE)
-    each = [x.reshape(-1, x.shape[-1])[::stride] for x in levels]
-    return jnp.concatenate(each).T
-
-
-def _score_samples_batch(
-    fitted: LowRank,
-    count: Int32[Array, ""],
-    start: Int32[Array, ""],
-    size: int,
-    image: ImageConfig,
-    model: ModelConfig,
-    map_: MapConfig,
-    score: str,
-    index: tuple[int, ...],
-) -> tuple[AnomalyMaps, Float32[Array, "b _k"], Float32[Array, "b _s"]]:
-    rows = jnp.minimum(start + jnp.arange(size), count - 1)  # padding repeats the last image
-    levels = tuple(
-        (deviations[:, :, rows] + mean[:, :, None]).swapaxes(-1, -2)
-        for deviations, mean in zip(fitted.deviations, fitted.mean, strict=True)
-    )
-    if model.shift:
-        near = parallel.own_regions(_shifts(image, model, index))
-        every = tuple(map(parallel.of_all_regions, levels))
-        left_out = scoring.leave_out_nearby(fitted, every, near, count)
-    else:
-        left_out = scoring.leave_out(fitted, levels, count)
-    samples = parallel.to_images(_sample(levels).T[:, None])[:, 0].T  # of all regions
-    return *_maps_and_summaries(left_out, image, model, map_, score, index), samples
-
-
-def _maps_and_summaries(
-    by_region: Float32[Array, "r n _b"],
-    image: ImageConfig,
-    model: ModelConfig,
-    map_: MapConfig,
-    score: str,
-    index: tuple[int, ...],
-) -> tuple[AnomalyMaps, Float32[Array, "b _k"]]:
-    """Return maps and summaries of a device's images, from distances in a device's regions."""
-    patches, grid = pyramid(image, model, index).patches, patch_grid(image, model.layers)
-    distances = scoring.on_grid(parallel.to_images(by_region), patches)
-    maps = scoring.anomaly_maps(distances, grid, image.size, map_.upsample, map_.sigma)
-    return maps, image_score.summaries(maps, distances, grid, score)
-
-
-def _update(statistics: Moments | Samples, levels: Levels, valid: Valid) -> Moments | Samples:
-    if isinstance(statistics, Moments):
-        return gaussian.update(statistics, levels, valid)
-    return low_rank.update(statistics, levels, valid)
-
-
-def _init_regions(
-    zero: Int32[Array, ""], shapes: tuple[Shape, ...], images: int | None
-) -> Moments | Samples:
-    del zero  # mapped over only for the number of devices
-    return gaussian.init(shapes) if images is None else low_rank.init(shapes, images)
-
-
-def _moments(samples: Samples) -> Moments:
-    shapes = [(r, n, d) for r, n, _, d in (x.shape for x in samples.values)]
-    return gaussian.update(gaussian.init(shapes), *low_rank.levels(samples))
-
-
-def _finalize_regions(
-    statistics: Moments | Samples, regularization: Float32[Array, ""]
-) -> tuple[Gaussian | LowRank, Bool[Array, " r"], Float32[Array, " r"], Int32[Array, ""]]:
-    if isinstance(statistics, Moments):
-        fitted, *flags = gaussian.finalize(statistics, regularization)
-    else:
-        fitted, *flags = low_rank.finalize(statistics, regularization)
-    finite, kept = (parallel.of_all_regions(x) for x in flags)
-    return fitted, finite, kept, statistics.count  # its buffer was donated as well
-
-
-_init = parallel.mapped(_init_regions, static=(1, 2))
-_resize = parallel.mapped(low_rank.resize, static=(1,))
-_summarise = parallel.mapped(_moments)
-_merge_samples = parallel.mapped(low_rank.merge)
-_merge_moments = parallel.mapped(gaussian.merge, donated=(0,))
-_finalize = parallel.mapped(_finalize_regions, donated=(0,))
-
-scatter_batch = parallel.mapped(_scatter_batch, replicated=(0,), static=(3, 4))
-"""Return mean and scatter of each device's images, of all channels; see `reduction.scatter`.
-
-Args:
-  variables: variables of the backbone, on every device.
-  images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
-  valid: (k, b); False marks padding.
-  image, model: as in `extract`, static.
-"""
-
-fit_batch = parallel.mapped(_fit_batch, replicated=(1,), static=(4, 5, 6), donated=(0,))
-"""Add a batch of normal images to the statistics, whose buffers are donated.
-
-Args:
-  statistics: see `init`.
-  variables: variables of the backbone, on every device.
-  images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
-  valid: (k, b); False marks padding.
-  image, model, index: as in `extract`, static.
-"""
-
-finite_batch = parallel.mapped(_finite_batch, replicated=(0,), static=(2, 3, 4))
-"""Return (k, b): whether a fit can add up the features of each image.
-
-Args:
-  variables: variables of the backbone, on every device.
-  images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
-  image, model, index: as in `extract`, static.
-"""
-
-score_batch = parallel.mapped(_score_batch, replicated=(0,), static=(3, 4, 5, 6, 7))
-"""Return anomaly maps (k, b, h, w), summaries (k, b, j) and samples (k, b, s) of images.
-
-Args:
-  variables: variables of the backbone, on every device.
-  fitted: see `finalize`.
-  images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
-  image, model, map_, score, index: settings and channels kept, static.
-"""
-
-score_left_out_batch = parallel.mapped(
-    _score_left_out_batch, replicated=(0, 2), static=(4, 5, 6, 7, 8, 9, 10)
-)
-"""Apply `score_batch` to fitted images, each scored by the model without its group.
-
-Args:
-  count: number of fitted images.
-  size: images per group, static; see `scoring.leave_out`. The devices' images, concatenated,
-    are complete groups followed by padding.
-  most: number of images that a device's backbone processes at a time, static.
-  variables, fitted, images, image, model, map_, score, index: as in `score_batch`.
-"""
-
-score_samples_batch = parallel.mapped(
-    _score_samples_batch, replicated=(1, 2), static=(3, 4, 5, 6, 7, 8)
-)
-"""Apply `score_left_out_batch` to images whose embeddings the fitted model holds.
-
-Args:
-  fitted: see `finalize`; made from `Samples`.
-  count: number of fitted images.
-  start: number of the first image of the batch, in the order of fitting.
-  size: images in the batch, divisible by the number of devices; static.
-  image, model, map_, score, index: settings and channels kept, static.
-"""
 
 
 def score_pixels(
@@ -998,7 +377,9 @@ def measure_pixels(
         images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
     shared = images.reshape(devices, -1, *images.shape[1:])
     if not left_out:
-        each = score_batch(detector.variables, detector.gaussian, shared, *_static(detector))
+        each = steps.score_batch(
+            detector.variables, detector.gaussian, shared, *_static(detector)
+        )
     elif detector.count - left_out < 2:
         raise ValueError(
             f"{detector.count} images fitted: without {left_out} there is no covariance"
@@ -1007,7 +388,7 @@ def measure_pixels(
         every = devices * parallel.every().processes
         fitted, most = np.int32(detector.count), -(-config.batch_size // every)
         static = (*_static(detector), left_out, most)
-        each = score_left_out_batch(
+        each = steps.score_left_out_batch(
             detector.variables, detector.gaussian, fitted, shared, *static
         )
     measures = Measures(*(np.asarray(x).reshape(-1, *x.shape[2:])[:count] for x in each))
@@ -1047,7 +428,7 @@ def measure_samples(
     count = np.int32(detector.count)
     for start in range(0, detector.count, size):
         static = (size, *_static(detector))
-        each = score_samples_batch(fitted, count, np.int32(start), *static)
+        each = steps.score_samples_batch(fitted, count, np.int32(start), *static)
         measures = Measures(*(np.asarray(x).reshape(-1, *x.shape[2:]) for x in each))
         first = start + devices.process * own
         numbers = range(first, first + own)
@@ -1212,11 +593,11 @@ def embed(
     """
     _require_usable(detector)
     config, index = detector.config, tuple(detector.index.tolist())
-    levels = extract(
+    levels = steps.extract(
         detector.variables, images, image=config.image, model=config.model, index=index
     )
-    laid = pyramid(config.image, config.model, index)
-    grid = patch_grid(config.image, config.model.layers)
+    laid = geometry.pyramid(config.image, config.model, index)
+    grid = geometry.patch_grid(config.image, config.model.layers)
     embeddings = np.asarray(embedding.concatenate(levels, laid))
     return embeddings.reshape(len(images), *grid, -1)
 

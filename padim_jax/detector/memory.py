@@ -13,7 +13,8 @@ from padim_jax.config import backbones
 from padim_jax.config.settings import Config, ModelConfig
 from padim_jax.core import embedding, metrics
 from padim_jax.data import input_pipeline
-from padim_jax.detector import detector
+from padim_jax.detector import geometry
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
@@ -87,12 +88,12 @@ def estimate(config: Config, images: int, devices: Devices) -> Estimate:
     model = config.model
     spec = backbones.BACKBONES[model.backbone]
     shapes = _shapes(config)
-    form = detector.choose_form(shapes, images, model.statistics)
+    form = statistics_lib.choose_form(shapes, images, model.statistics)
     # All devices get the same number of regions; some may be padded with zeros.
     shapes = [(devices.padded(regions), cells, d) for regions, cells, d in shapes]
     # All means, or one image's embeddings.
     embeddings = 4 * sum(regions * cells * channels for regions, cells, channels in shapes)
-    fitted = 4 * detector.fitted_size(shapes, images, form) + embeddings
+    fitted = 4 * statistics_lib.fitted_size(shapes, images, form) + embeddings
     statistics = fitted if form == "moments" else images * embeddings
     height, width = config.image.size
     features = _FEATURES[spec.block] * height * width
@@ -115,7 +116,7 @@ def estimate(config: Config, images: int, devices: Devices) -> Estimate:
         first = int(size * (features + _all_channels(config))) + 3 * weights
         # Per device a matrix and the intermediate for it; in float64 the sum, its parts and
         # eigenvectors.
-        first += (2 * 4 * devices.local + 5 * 8) * detector.total_channels(model) ** 2
+        first += (2 * 4 * devices.local + 5 * 8) * geometry.total_channels(model) ** 2
     total = int(_PROGRAM) + max(first, fit, score)
     return Estimate(form, statistics, fitted, batch, total)
 
@@ -388,23 +389,23 @@ def _process_limits() -> Iterator[int]:
             yield soft - used
 
 
-def _shapes(config: Config) -> list[detector.Shape]:
+def _shapes(config: Config) -> list[geometry.Shape]:
     """Return `Pyramid.shapes` without a pyramid, which takes much memory for large images.
 
     Rows and columns of the grids correspond independently: a grid's numbers are the products of
     its two sides' numbers.
     """
     model = config.model
-    if detector.has_one_level(model):
-        height, width = detector.patch_grid(config.image, model.layers)
+    if geometry.has_one_level(model):
+        height, width = geometry.patch_grid(config.image, model.layers)
         return [(height * width, 1, model.channels)]
     spec = backbones.BACKBONES[model.backbone]
     ends = np.cumsum([spec.channels(layer) for layer in model.layers])
-    index = detector.channel_index(model)
+    index = geometry.channel_index(model)
     kept = np.bincount(np.searchsorted(ends, index, side="right"), minlength=len(ends))
     stages = tuple(np.flatnonzero(kept).tolist())
     ones = (1,) * len(ends)
-    grids = [detector.patch_grid(config.image, (layer,)) for layer in model.layers]
+    grids = [geometry.patch_grid(config.image, (layer,)) for layer in model.layers]
     rows = embedding.pyramid(tuple((height, 1) for height, _ in grids), ones, stages)
     columns = embedding.pyramid(tuple((1, width) for _, width in grids), ones, stages)
     return [
@@ -419,7 +420,7 @@ def _all_channels(config: Config) -> int:
     """Return the bytes of an image's embeddings of all channels: as is, centred, and moved."""
     spec, found = backbones.BACKBONES[config.model.backbone], 0
     for layer in config.model.layers:
-        height, width = detector.patch_grid(config.image, (layer,))
+        height, width = geometry.patch_grid(config.image, (layer,))
         found += height * width * spec.channels(layer)
     return 3 * 4 * found
 

@@ -27,7 +27,7 @@ from padim_jax.data import summary as summary_lib
 from padim_jax.data.files import shown
 from padim_jax.data.records import Skipped, Source
 from padim_jax.detector import detector as detector_lib
-from padim_jax.detector import memory, scoring_pass
+from padim_jax.detector import geometry, memory, scoring_pass
 from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.errors import DataWarning
@@ -105,7 +105,7 @@ def evaluate_unlocked(
     if resolution == "model":
         scored = results.with_pixels(scored)
     measured = results.measure(scored, detector.calibration, resolution)
-    scored = results.locate(scored, measured, detector_lib.patch_size(detector.config))
+    scored = results.locate(scored, measured, geometry.patch_size(detector.config))
     measured = results.with_in_place(scored, measured)
     if suspects is not None and suspects.count:
         measured["suspects"] = suspects_lib.to_dict(suspects)

@@ -6,7 +6,7 @@ from padim_jax.config import settings as config_lib
 from padim_jax.data import dataset_splits
 from padim_jax.data.records import Source
 from padim_jax.detector import detector as detector_lib
-from padim_jax.detector import memory
+from padim_jax.detector import geometry, memory
 from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
@@ -93,4 +93,4 @@ def _export(detector: Detector, path: Path, half: bool, test: Source | None) -> 
 def _regions(detector: Detector) -> int:
     config = detector.config
     index = detector.index.tolist()
-    return detector_lib.pyramid(config.image, config.model, index).shapes[0][0]
+    return geometry.pyramid(config.image, config.model, index).shapes[0][0]

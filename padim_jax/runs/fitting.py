@@ -29,8 +29,8 @@ from padim_jax.data import (
 )
 from padim_jax.data.files import shown
 from padim_jax.data.records import Record, Source
-from padim_jax.detector import detector as detector_lib
-from padim_jax.detector import memory
+from padim_jax.detector import geometry, memory, steps
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
@@ -71,7 +71,7 @@ def train(
       backbone: the configuration's, if it is loaded already.
       tests: so many images are evaluated next, for which there has to be memory as well.
       left_out: how many images the detector is to leave out at a time; see
-        `detector.finalize`.
+        `statistics.finalize`.
 
     Returns:
       The fitted detector.
@@ -187,7 +187,7 @@ def update(
         progress.say(f"going on with an interrupted update, after {start} of {len(new)} images")
     elif not new:
         progress.say(f"nothing to add: {path} is as it was")
-        variables = detector_lib.with_projection(variables, fitted.projection)
+        variables = steps.with_projection(variables, fitted.projection)
         variables = parallel.replicate(variables, devices)
         return Extended(
             statistics_store.ready(fitted, identity, config, variables), source, digests, 0
@@ -196,11 +196,11 @@ def update(
     memory.require(config, total, devices)
     if check is not None:
         check(config, np.concatenate([fitted.images, digests[new]]))
-    shapes = detector_lib.pyramid(config.image, config.model, fitted.index.tolist()).shapes
+    shapes = geometry.pyramid(config.image, config.model, fitted.index.tolist()).shapes
     fitted = unfinished or fitted
     extended = dataclasses.replace(
         fitted,
-        statistics=detector_lib.extend(
+        statistics=statistics_lib.extend(
             fitted.statistics, shapes, total, fitted.config.model.statistics
         ),
         unfinished=marker,
@@ -241,7 +241,7 @@ def merge(
     names = [paths.parse(os.fspath(model)) for model in models]
     merged, configs = join([OnDisk(name) for name in names])
     count = len(merged.images)
-    variables = detector_lib.with_projection({}, merged.projection)
+    variables = steps.with_projection({}, merged.projection)
     with checkpoint.saving(destination, merged, devices) as identity:
         detector = statistics_store.ready(merged, identity, merged.config, variables)
     progress.say(f"merged {len(models)} models of {count} images in all -> {destination}")
@@ -297,11 +297,11 @@ def join(models: Sequence[Store]) -> tuple[Fitted, list[Config]]:
         owners |= {digest.tobytes(): name for digest in other.images}
         configs.append(other.config)
         model = merged.config.model
-        shapes = detector_lib.pyramid(merged.config.image, model, merged.index.tolist()).shapes
+        shapes = geometry.pyramid(merged.config.image, model, merged.index.tolist()).shapes
         merged = Fitted(
             merged.config,
             merged.index,
-            detector_lib.merge(merged.statistics, other.statistics, shapes, model.statistics),
+            statistics_lib.merge(merged.statistics, other.statistics, shapes, model.statistics),
             merged.weights,
             merged.regions,
             np.concatenate([merged.images, other.images]),
@@ -332,10 +332,10 @@ def _projection(
       Stopped: by SIGTERM.
     """
     model = config.model
-    if not detector_lib.is_projected(model):
+    if not geometry.is_projected(model):
         return None
     if model.reduction == "semi_orthogonal":
-        total = detector_lib.total_channels(model)
+        total = geometry.total_channels(model)
         found = reduction.semi_orthogonal(total, model.channels, model.seed)
     else:
         scatter = _scatter(config, source, variables, devices, asked)
@@ -355,7 +355,7 @@ def _scatter(
     asked: Callable[[], bool],
 ) -> reduction.Scatter:
     """Return the scatter of all images' embeddings, in a pass of its own."""
-    found = reduction.empty(detector_lib.total_channels(config.model))
+    found = reduction.empty(geometry.total_channels(config.model))
     cache = image_cache.open_cache(config.cache)
     for batch in passes.batches(source, config, "principal components", cache, devices):
         if np.any(parallel.gather(np.array([asked()]))):
@@ -364,7 +364,7 @@ def _scatter(
                 "begins anew"
             )
         valid = parallel.share(batch.valid, devices)
-        means, m2 = detector_lib.scatter_batch(
+        means, m2 = steps.scatter_batch(
             variables,
             parallel.share(batch.images, devices),
             valid,
@@ -533,13 +533,13 @@ def begin(
       Stopped: `asked` said so.
     """
     variables, weights = backbone
-    index, count = detector_lib.channel_index(config.model), len(source.records)
-    shapes = detector_lib.pyramid(config.image, config.model, index.tolist()).shapes
+    index, count = geometry.channel_index(config.model), len(source.records)
+    shapes = geometry.pyramid(config.image, config.model, index.tolist()).shapes
     projection = _projection(config, source, variables, devices, asked)
     return Fitted(
         config_lib.with_absolute_paths(config),
         index,
-        detector_lib.init(shapes, count, config.model.statistics, devices),
+        statistics_lib.init(shapes, count, config.model.statistics, devices),
         weights,
         shapes[0][0],
         np.zeros((0, 32), np.uint8),
@@ -587,7 +587,7 @@ def add_images(
         jax.block_until_ready(statistics)
         if pause is not None:
             pause(done, so_far)
-        statistics = detector_lib.fit_batch(
+        statistics = steps.fit_batch(
             statistics,
             variables,
             parallel.share(batch.images, devices),
@@ -651,9 +651,7 @@ def _fit(
     left_out: int = 0,
 ) -> Detector:
     """Add the images from `start` on; save at intervals and when finished."""
-    variables = parallel.replicate(
-        detector_lib.with_projection(variables, fitted.projection), devices
-    )
+    variables = parallel.replicate(steps.with_projection(variables, fitted.projection), devices)
     total, saved = len(source.records), time.monotonic()
 
     def pause(done: int, so_far: Callable[[], Fitted]) -> None:
@@ -679,7 +677,7 @@ def _fit(
         with checkpoint.saving(path, finished, devices) as identity:
             detector = finalize(finished, identity, source, config, variables, left_out)
         stop = bool(np.any(parallel.gather(np.array([asked()]))))
-    height, width = detector_lib.patch_grid(config.image, config.model.layers)
+    height, width = geometry.patch_grid(config.image, config.model.layers)
     progress.say(
         f"fitted {count} images, {height}x{width} patches of {len(finished.index)} channels "
         f"({form}) -> {path}"
@@ -722,7 +720,7 @@ def _not_finite(
     start, cache = 0, image_cache.open_cache(config.cache)
     for batch in passes.batches(source, config, "search", cache, devices):
         images = parallel.share(batch.images, devices)
-        own = detector_lib.finite_batch(variables, images, config.image, config.model, index)
+        own = steps.finite_batch(variables, images, config.image, config.model, index)
         finite, valid = parallel.gather((np.asarray(own).reshape(-1), batch.valid))
         if not np.all(finite[valid]):
             return source.records[start + int(np.argmin(finite[valid]))]

@@ -19,7 +19,7 @@ from padim_jax.data import copies, dataset_splits, input_pipeline
 from padim_jax.data.layouts import LAYOUTS
 from padim_jax.data.records import Record, Source
 from padim_jax.detector import detector as detector_lib
-from padim_jax.detector import scoring_pass
+from padim_jax.detector import scoring_pass, steps
 from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.errors import DataWarning, UserError
@@ -138,7 +138,7 @@ def _with_backbone(detector: Detector, path: Path) -> tuple[Detector, bool]:
         loaded = False
     if not _all_processes(loaded):
         return detector, False
-    variables = detector_lib.with_projection(variables, detector.projection)
+    variables = steps.with_projection(variables, detector.projection)
     variables = parallel.replicate(variables, parallel.every())
     return dataclasses.replace(detector, variables=variables), True
 

@@ -8,6 +8,7 @@ from padim_jax.config.settings import Config
 from padim_jax.data import inputs
 from padim_jax.data.files import shown
 from padim_jax.detector import detector as detector_lib
+from padim_jax.detector import steps
 from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.runs import fitting
@@ -56,7 +57,7 @@ def load(
             f"for {shown(inputs.folder(config))}"
         )
     variables = fitting.load_weights(place, fitted.weights, config, weights)
-    variables = detector_lib.with_projection(variables, fitted.projection)
+    variables = steps.with_projection(variables, fitted.projection)
     variables = parallel.replicate(variables, devices)
     if isinstance(fitted, checkpoint.Fitted):
         detector = statistics_store.ready(fitted, identity, config, variables)

@@ -16,6 +16,8 @@ from padim_jax.config.settings import Config
 from padim_jax.core.calibration import Calibration
 from padim_jax.core.types import Gaussian, LowRank, Moments, Samples
 from padim_jax.detector import detector as detector_lib
+from padim_jax.detector import geometry
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
@@ -176,13 +178,13 @@ def ready(
       identity: identity of its statistics.
       config: configuration in use.
       variables: variables of the backbone, and the projection.
-      left_out: see `detector.finalize`.
+      left_out: see `statistics.finalize`.
 
     Returns:
       The detector, without thresholds.
 
     Raises:
-      UserError: see `detector.finalize`.
+      UserError: see `statistics.finalize`.
     """
     return Detector(
         *(config, fitted.index, variables, fitted.weights, _finalize(fitted, left_out)),
@@ -199,13 +201,13 @@ def refinalize(detector: Detector, store: Store, left_out: int = 0) -> Detector:
     Args:
       detector: fitted model; unusable afterwards, unless it already leaves out as many.
       store: store of its statistics.
-      left_out: see `detector.finalize`.
+      left_out: see `statistics.finalize`.
 
     Returns:
       The detector.
 
     Raises:
-      UserError: the store holds another model by now, or see `detector.finalize`.
+      UserError: the store holds another model by now, or see `statistics.finalize`.
     """
     if detector.left_out == left_out:
         return detector
@@ -226,10 +228,10 @@ def _finalize(fitted: Fitted, left_out: int = 0) -> Gaussian | LowRank:
     config = fitted.config
     regularization = config.model.regularization
     try:
-        return detector_lib.finalize(fitted.statistics, regularization, left_out)
-    except detector_lib.RegionError as error:
+        return statistics_lib.finalize(fitted.statistics, regularization, left_out)
+    except statistics_lib.RegionError as error:
         index = fitted.index.tolist()
-        place = detector_lib.place(config.image, config.model, index, error.region)
+        place = geometry.place(config.image, config.model, index, error.region)
         if not error.finite:
             raise NotFiniteError(f"{error} ({place})") from error
         raise UserError(f"config.model.regularization: {error} ({place})") from error

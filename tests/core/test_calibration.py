@@ -17,7 +17,8 @@ from padim_jax.config.settings import validate
 from padim_jax.core import calibration
 from padim_jax.core.calibration import Calibration, calibrate, outcome
 from padim_jax.data.synthetic_part import photograph
-from padim_jax.detector import detector
+from padim_jax.detector import detector, geometry, steps
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.models.weights import pretrained
@@ -506,14 +507,14 @@ def scored() -> tuple[detector.Anomalies, detector.Anomalies, detector.Anomalies
     )
     fitted, others = np.split(images, [FITTED])
     model, one = config.model, parallel.Devices(1)
-    index = detector.channel_index(model)
+    index = geometry.channel_index(model)
     variables, weights = pretrained.load(model.weights, model.backbone, model.layers)
     variables = parallel.replicate(variables, one)
-    shapes = detector.pyramid(config.image, model, index.tolist()).shapes
+    shapes = geometry.pyramid(config.image, model, index.tolist()).shapes
 
     def fit(left_out: int = 0) -> detector.Detector:
-        statistics = detector.fit_batch(
-            detector.init(shapes, FITTED, "auto", one),
+        statistics = steps.fit_batch(
+            statistics_lib.init(shapes, FITTED, "auto", one),
             variables,
             fitted[None],
             np.ones((1, FITTED), bool),
@@ -526,7 +527,7 @@ def scored() -> tuple[detector.Anomalies, detector.Anomalies, detector.Anomalies
             index,
             variables,
             weights,
-            detector.finalize(statistics, model.regularization, left_out),
+            statistics_lib.finalize(statistics, model.regularization, left_out),
             "",
             np.zeros((FITTED, 32), np.uint8),
             left_out=left_out,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from padim_jax.core import gaussian
 from padim_jax.core.types import Gaussian, Moments
-from padim_jax.detector import detector
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 
@@ -267,7 +267,7 @@ def test_finalize_keeps_the_mean():
 
 def finalize(moments, regularization, devices=1):
     """As it is called, on a number of devices."""
-    return detector.finalize(parallel.split(moments, Devices(devices)), regularization)
+    return statistics_lib.finalize(parallel.split(moments, Devices(devices)), regularization)
 
 
 @pytest.mark.parametrize("images", [0, 1])

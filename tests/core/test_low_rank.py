@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from padim_jax.core import gaussian, low_rank, scoring
 from padim_jax.core.types import Samples
-from padim_jax.detector import detector
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 
@@ -288,17 +288,17 @@ def samples_of(images=5):
 
 def finalize(samples, regularization, devices=1):
     """As it is called, on a number of devices."""
-    return detector.finalize(parallel.split(samples, Devices(devices)), regularization)
+    return statistics_lib.finalize(parallel.split(samples, Devices(devices)), regularization)
 
 
 @pytest.mark.parametrize("images", [0, 1])
 def test_fewer_than_two_images_raise(images):
     shapes = patchwise.lay(patchwise.CASES[ALIKE]).shapes
-    samples = detector.init(shapes, images, "samples", Devices(1))
+    samples = statistics_lib.init(shapes, images, "samples", Devices(1))
     if images:
         samples = parallel.split(samples_of(1), Devices(1))
     with pytest.raises(ValueError, match=rf"at least 2 images, there are {images}"):
-        detector.finalize(samples, 0.01)
+        statistics_lib.finalize(samples, 0.01)
 
 
 @pytest.mark.parametrize("images", [4, 6])

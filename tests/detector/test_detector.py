@@ -16,7 +16,8 @@ from padim_jax.config import backbones, defaults
 from padim_jax.config.settings import Config, validate
 from padim_jax.core import embedding, gaussian, low_rank, scoring
 from padim_jax.core.types import Gaussian, LowRank, Moments, Samples
-from padim_jax.detector import detector
+from padim_jax.detector import detector, geometry, steps
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.models import resnet
@@ -38,7 +39,7 @@ def random_images(count: int, config: Config, seed: int = 0) -> jax.Array:
 
 
 def arguments(config: Config) -> dict[str, Any]:
-    index = tuple(detector.channel_index(config.model).tolist())
+    index = tuple(geometry.channel_index(config.model).tolist())
     return {"image": config.image, "model": config.model, "index": index}
 
 
@@ -78,7 +79,7 @@ def whole(statistics: Moments | Samples, case: patchwise.Case) -> Moments | Samp
 
 def fitted_numbers(case: patchwise.Case, images: int, form: str) -> int:
     """How many numbers a fitted model really holds, means aside."""
-    fitted = detector.finalize(statistics_of(case, form, of=images), 0.01)
+    fitted = statistics_lib.finalize(statistics_of(case, form, of=images), 0.01)
     if isinstance(fitted, Gaussian):
         return sum(x.size for x in jax.tree.leaves(fitted.factor))
     return sum(x.size for x in jax.tree.leaves((fitted.deviations, fitted.root)))
@@ -93,15 +94,15 @@ def test_the_smaller_form_is_chosen(name: str, images: int):
     shapes = patchwise.lay(case).shapes
     sizes = {form: fitted_numbers(case, images, form) for form in ("moments", "samples")}
     for form, size in sizes.items():
-        assert detector.fitted_size(shapes, images, form) == size
+        assert statistics_lib.fitted_size(shapes, images, form) == size
     expected = Moments if sizes["moments"] <= sizes["samples"] else Samples
-    assert isinstance(detector.init(shapes, images, "auto", ONE), expected)
+    assert isinstance(statistics_lib.init(shapes, images, "auto", ONE), expected)
 
 
 @pytest.mark.parametrize("name", patchwise.CASES)
 def test_few_images_are_kept_and_many_summed_up(name: str):
     shapes = patchwise.lay(patchwise.CASES[name]).shapes
-    forms = [type(detector.init(shapes, images, "auto", ONE)) for images in range(1, 30)]
+    forms = [type(statistics_lib.init(shapes, images, "auto", ONE)) for images in range(1, 30)]
     turn = forms.index(Moments)
     assert forms == [Samples] * turn + [Moments] * (29 - turn)
     # A factor has at most d^2 numbers a patch, samples at least s^2: never for s > d.
@@ -110,8 +111,8 @@ def test_few_images_are_kept_and_many_summed_up(name: str):
 
 def test_a_form_that_is_asked_for_is_taken():
     shapes = patchwise.lay(patchwise.CASES["three levels"]).shapes
-    assert isinstance(detector.init(shapes, 2, "moments", ONE), Moments)
-    samples = detector.init(shapes, 1000, "samples", ONE)
+    assert isinstance(statistics_lib.init(shapes, 2, "moments", ONE), Moments)
+    samples = statistics_lib.init(shapes, 1000, "samples", ONE)
     assert isinstance(samples, Samples)
     assert [x.shape[3] for x in samples.values] == [1000] * 3
 
@@ -130,8 +131,8 @@ def test_extracts_the_embeddings_of_the_backbones_features(model: dict):
     variables, images = variables_of(config), random_images(2, config)
     given = arguments(config)
     index = given["index"]
-    levels = detector.extract(variables, images, **given)
-    pyramid = detector.pyramid(config.image, config.model, index)
+    levels = steps.extract(variables, images, **given)
+    pyramid = geometry.pyramid(config.image, config.model, index)
     found = embedding.concatenate(levels, pyramid)
     mean, std = (np.asarray(x, np.float32) for x in (config.image.mean, config.image.std))
     pixels = (np.asarray(images, np.float32) / 255 - mean) / std
@@ -148,32 +149,32 @@ def test_fit_and_score_in_batches(form: str):
     """From pixels to scores, against float64 on the embeddings that `extract` gives."""
     config = make_config(layers=("layer1", "layer2"))
     variables, given = variables_of(config), arguments(config)
-    shapes = detector.pyramid(config.image, config.model, given["index"]).shapes
+    shapes = geometry.pyramid(config.image, config.model, given["index"]).shapes
     images = random_images(6, config)
-    statistics = detector.init(shapes, 5, form, ONE)
+    statistics = statistics_lib.init(shapes, 5, form, ONE)
     valid, settings = jnp.ones((1, 3), bool), tuple(given.values())
-    first = detector.fit_batch(statistics, variables, images[None, :3], valid, *settings)
+    first = steps.fit_batch(statistics, variables, images[None, :3], valid, *settings)
     # The statistics' memory is the result's.
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(statistics))
     valid = valid.at[0, 1].set(False)
-    second = detector.fit_batch(first, variables, images[None, 3:], valid, *settings)
-    fitted = detector.finalize(second, config.model.regularization)
+    second = steps.fit_batch(first, variables, images[None, 3:], valid, *settings)
+    fitted = statistics_lib.finalize(second, config.model.regularization)
     # And the fitted model's.
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(second))
     assert isinstance(fitted, Gaussian if form == "moments" else LowRank)
 
-    pyramid = detector.pyramid(config.image, config.model, given["index"])
-    levels = detector.extract(variables, images, **given)
+    pyramid = geometry.pyramid(config.image, config.model, given["index"])
+    levels = steps.extract(variables, images, **given)
     x = np.asarray(embedding.concatenate(levels, pyramid))
     squared, _ = patchwise.distances(x[[0, 1, 2, 3, 5]], x, config.model.regularization)
-    found = detector.score_batch(
+    found = steps.score_batch(
         *(variables, fitted, images[None], config.image, config.model, config.map),
         *(config.score.image, given["index"]),
     )
     maps, scores, _ = (np.asarray(x)[0] for x in found)
     expected = scoring.anomaly_maps(
         jnp.asarray(np.sqrt(squared), jnp.float32),
-        grid=detector.patch_grid(config.image, config.model.layers),
+        grid=geometry.patch_grid(config.image, config.model.layers),
         size=config.image.size,
         upsample=config.map.upsample,
         sigma=config.map.sigma,
@@ -194,16 +195,16 @@ def fitted() -> detector.Detector:
     """To four of six images, and to twenty others: more than channels."""
     given, variables = arguments(SMALL), variables_of(SMALL)
     images = np.concatenate([random_images(6, SMALL)[:4], random_images(20, SMALL, seed=1)])
-    shapes = detector.pyramid(SMALL.image, SMALL.model, given["index"]).shapes
-    statistics = detector.init(shapes, 24, "moments", ONE)
+    shapes = geometry.pyramid(SMALL.image, SMALL.model, given["index"]).shapes
+    statistics = statistics_lib.init(shapes, 24, "moments", ONE)
     valid, settings = np.ones((1, 24), bool), tuple(given.values())
-    statistics = detector.fit_batch(statistics, variables, images[None], valid, *settings)
+    statistics = steps.fit_batch(statistics, variables, images[None], valid, *settings)
     return detector.Detector(
         SMALL,
-        detector.channel_index(SMALL.model),
+        geometry.channel_index(SMALL.model),
         variables,
         pretrained.WeightsIdentity("random", ""),
-        detector.finalize(statistics, SMALL.model.regularization),
+        statistics_lib.finalize(statistics, SMALL.model.regularization),
         "",
         np.zeros((24, 32), np.uint8),
     )
@@ -273,7 +274,7 @@ class TestFinalize:
         """Devices that do not divide the regions have some of zeros at the end."""
         regions = patchwise.lay(self.CASE).shapes[0][0]
         assert regions % 8
-        fitted = detector.finalize(statistics_of(self.CASE, form, devices=8), 0.01)
+        fitted = statistics_lib.finalize(statistics_of(self.CASE, form, devices=8), 0.01)
         expected = patchwise.finalize(whole(statistics_of(self.CASE, form), self.CASE), 0.01)
         found = parallel.join(jax.tree.leaves(fitted), regions)
         # Regions do not depend on each other, but blocks of them may be of other sizes, and
@@ -284,7 +285,7 @@ class TestFinalize:
     @pytest.mark.parametrize("form", ["moments", "samples"])
     def test_what_it_is_given_is_used_up(self, form: str):
         statistics = statistics_of(self.CASE, form, devices=2)
-        detector.finalize(statistics, 0.01)
+        statistics_lib.finalize(statistics, 0.01)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(statistics))
 
 
@@ -296,17 +297,17 @@ class TestMore:
     FEW, MANY = 3, 40  # images: less as samples, and as moments
 
     def test_the_numbers_are_what_they_are_for(self):
-        forms = [detector.choose_form(self.SHAPES, n) for n in (self.FEW, self.MANY)]
+        forms = [statistics_lib.choose_form(self.SHAPES, n) for n in (self.FEW, self.MANY)]
         assert forms == ["samples", "moments"]
 
     @pytest.mark.parametrize(("form", "devices"), [("moments", 4), ("samples", 1)])
     def test_an_extended_fit_is_that_of_all_images(self, form: str, devices: int):
         first = statistics_of(self.CASE, form, slice(5), devices=devices)
-        extended = detector.extend(first, self.SHAPES, 8, form)
+        extended = statistics_lib.extend(first, self.SHAPES, 8, form)
         assert isinstance(extended, Moments if form == "moments" else Samples)
         rest = [x[..., 5:] for x in patchwise.random_levels(self.CASE, 8)[0]]
         (batch,) = patchwise.batches(rest, [3])
-        update = jax.jit(detector._update)
+        update = jax.jit(steps._update)
         both = update(whole(extended, self.CASE), *batch)
         assert_close(both, whole(statistics_of(self.CASE, form), self.CASE))
 
@@ -314,14 +315,14 @@ class TestMore:
     def test_samples_become_moments_where_these_are_smaller(self, asked: str, devices: int):
         images = self.MANY if asked == "auto" else self.FEW
         samples = statistics_of(self.CASE, "samples", devices=devices)
-        extended = detector.extend(samples, self.SHAPES, images, asked)
+        extended = statistics_lib.extend(samples, self.SHAPES, images, asked)
         assert isinstance(extended, Moments)
         expected = statistics_of(self.CASE, "moments")
         assert_close(whole(extended, self.CASE), whole(expected, self.CASE))
 
     def test_samples_of_an_unfinished_fit_become_moments_of_what_is_there(self):
         samples = statistics_of(self.CASE, "samples", slice(3), room=8)
-        extended = detector.extend(samples, self.SHAPES, self.MANY, "auto")
+        extended = statistics_lib.extend(samples, self.SHAPES, self.MANY, "auto")
         expected = statistics_of(self.CASE, "moments", slice(3))
         assert_close(whole(extended, self.CASE), whole(expected, self.CASE))
 
@@ -329,7 +330,7 @@ class TestMore:
     def test_samples_stay_where_they_are_smaller_or_asked_for(self, asked: str):
         images = self.FEW if asked == "auto" else self.MANY
         samples = statistics_of(self.CASE, "samples", slice(2))
-        extended = detector.extend(samples, self.SHAPES, images, asked)
+        extended = statistics_lib.extend(samples, self.SHAPES, images, asked)
         assert isinstance(extended, Samples)
         assert {x.shape[3] for x in extended.values} == {images}
 
@@ -337,7 +338,7 @@ class TestMore:
     def test_moments_stay(self, asked: str):
         """Single images are no longer in them."""
         moments = statistics_of(self.CASE, "moments")
-        assert isinstance(detector.extend(moments, self.SHAPES, 9, asked), Moments)
+        assert isinstance(statistics_lib.extend(moments, self.SHAPES, 9, asked), Moments)
 
     @pytest.mark.parametrize(
         ("a", "b", "asked", "result", "devices"),
@@ -354,7 +355,7 @@ class TestMore:
     ):
         first = statistics_of(self.CASE, a, slice(3), devices=devices)
         second = statistics_of(self.CASE, b, slice(3, None), devices=devices)
-        merged = detector.merge(first, second, self.SHAPES, asked)
+        merged = statistics_lib.merge(first, second, self.SHAPES, asked)
         assert isinstance(merged, result)
         form = "moments" if result is Moments else "samples"
         assert_close(whole(merged, self.CASE), whole(statistics_of(self.CASE, form), self.CASE))
@@ -366,13 +367,13 @@ class TestMore:
             statistics_of(self.CASE, "samples", chosen, of=images)
             for chosen in (slice(half), slice(half, None))
         ]
-        merged = detector.merge(parts[0], parts[1], self.SHAPES, "auto")
+        merged = statistics_lib.merge(parts[0], parts[1], self.SHAPES, "auto")
         expected = statistics_of(self.CASE, form, of=images)
         assert_close(whole(merged, self.CASE), whole(expected, self.CASE))
 
     def test_merging_needs_no_third_copy(self):
         moments = statistics_of(self.CASE, "moments", slice(3))
-        detector.merge(moments, statistics_of(self.CASE, "moments"), self.SHAPES, "auto")
+        statistics_lib.merge(moments, statistics_of(self.CASE, "moments"), self.SHAPES, "auto")
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(moments))
 
 
@@ -423,7 +424,7 @@ class TestMemory:
     def test_finalize(self, form: str, optimized: None):
         devices = 4  # one: `test_gaussian` and `test_low_rank`
         held, memory = self.analysis(
-            lambda statistics: detector._finalize_regions(statistics, jnp.array(0.01)),
+            lambda statistics: statistics_lib._finalize_regions(statistics, jnp.array(0.01)),
             devices,
             gaussian.init if form == "moments" else lambda shapes: low_rank.init(shapes, 60),
         )
@@ -452,7 +453,7 @@ class TestFingerprint:
         values.update_from_flattened_dict(settings)
         config = validate(values)
         weights = pretrained.WeightsIdentity(origin, sha256)
-        index = detector.channel_index(config.model)
+        index = geometry.channel_index(config.model)
         fitted = Gaussian((), ())  # not looked at: the statistics' identity says it
         found = detector.Detector(config, index, {}, weights, fitted, identity, NONE)
         return detector.fingerprint(found)

@@ -17,7 +17,7 @@ from padim_jax.config.settings import Config, validate
 from padim_jax.core import embedding
 from padim_jax.core.types import Gaussian, LowRank
 from padim_jax.data import dataset_splits, input_pipeline
-from padim_jax.detector import detector
+from padim_jax.detector import geometry, steps
 from padim_jax.devices import parallel
 from padim_jax.runs import loading, modes
 
@@ -68,7 +68,7 @@ class Run:
         self.detector = loading.load(self.checkpoint)
         assert isinstance(self.detector.gaussian, LowRank if form == "samples" else Gaussian)
         index = self.detector.index.tolist()
-        self.pyramid = detector.pyramid(self.config.image, self.config.model, index)
+        self.pyramid = geometry.pyramid(self.config.image, self.config.model, index)
         leaves, structure = jax.tree.flatten(self.detector.gaussian)
         joined = parallel.join(leaves, self.pyramid.shapes[0][0])
         self.fitted = structure.unflatten(map(jnp.asarray, joined))  # of all devices
@@ -105,7 +105,7 @@ def test_embedding(run: Run):
     pixels = input_pipeline.load_image(
         source, run.config.image, names.index("bottle/test/good/000.png")
     )
-    levels = detector.extract(
+    levels = steps.extract(
         run.detector.variables,
         jnp.asarray(pixels[None]),
         image=run.config.image,

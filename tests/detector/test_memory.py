@@ -17,7 +17,8 @@ from padim_jax.config import backbones, defaults
 from padim_jax.config.settings import Config, validate
 from padim_jax.core import gaussian, low_rank
 from padim_jax.core.types import Moments, Samples
-from padim_jax.detector import detector, memory
+from padim_jax.detector import geometry, memory, steps
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
@@ -44,12 +45,12 @@ def size(tree: Any) -> int:
 
 def statistics(config: Config, images: int) -> Moments | Samples:
     """As `fitting.train` starts with, on one device."""
-    return detector.init(shapes_of(config), images, config.model.statistics, ONE)
+    return statistics_lib.init(shapes_of(config), images, config.model.statistics, ONE)
 
 
-def shapes_of(config: Config) -> tuple[detector.Shape, ...]:
-    index = detector.channel_index(config.model)
-    return detector.pyramid(config.image, config.model, tuple(index.tolist())).shapes
+def shapes_of(config: Config) -> tuple[geometry.Shape, ...]:
+    index = geometry.channel_index(config.model)
+    return geometry.pyramid(config.image, config.model, tuple(index.tolist())).shapes
 
 
 class TestArrays:
@@ -92,7 +93,7 @@ class TestArrays:
         config = make_config("resnet18", **settings, **{"model.channels": 20})
         images, empty = 7, statistics(config, 7)
         full = dataclasses.replace(empty, count=jnp.asarray([images], jnp.int32))
-        fitted = detector.finalize(full, config.model.regularization)
+        fitted = statistics_lib.finalize(full, config.model.regularization)
         regularization = 4 * (form == "samples")
         assert memory.estimate(config, images, ONE).fitted == size(fitted) - regularization
 
@@ -127,17 +128,17 @@ class TestBatch:
         self, backbone: str, settings: dict, batch_size: int, optimized: None
     ):
         config = make_config(backbone, **settings, batch_size=batch_size)
-        index = tuple(detector.channel_index(config.model).tolist())
+        index = tuple(geometry.channel_index(config.model).tolist())
         variables = weights(config)
-        if detector.is_projected(config.model):
-            shape = detector.total_channels(config.model), config.model.channels
+        if geometry.is_projected(config.model):
+            shape = geometry.total_channels(config.model), config.model.channels
             matrix = jax.ShapeDtypeStruct(shape, jnp.float32)
-            variables = {**variables, detector.PROJECTION: matrix}
+            variables = {**variables, steps.PROJECTION: matrix}
         # Flat, since JAX would fill the statistics' class with descriptions of arrays.
         leaves, structure = jax.tree.flatten(statistics(config, batch_size))
 
         def fit(leaves, variables, images, valid):
-            return detector._fit_batch(
+            return steps._fit_batch(
                 structure.unflatten(leaves),
                 variables,
                 images,
@@ -284,9 +285,9 @@ class TestDevices:
         config = make_config("resnet18", **settings, **{"model.channels": 20})
         for devices in (Devices(2), Devices(8)):
             images, shapes = 7, shapes_of(config)
-            empty = detector.init(shapes, images, form, devices)
+            empty = statistics_lib.init(shapes, images, form, devices)
             count = jnp.full_like(empty.count, images)
-            fitted = detector.finalize(dataclasses.replace(empty, count=count), 0.01)
+            fitted = statistics_lib.finalize(dataclasses.replace(empty, count=count), 0.01)
             regularization = 4 * (form == "samples")
             found = memory.estimate(config, images, devices).fitted
             assert found == size(fitted) / devices.total - regularization

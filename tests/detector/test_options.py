@@ -14,9 +14,9 @@ import pytest
 
 from padim_jax.config import defaults
 from padim_jax.config.settings import Config, validate
-from padim_jax.core import gaussian, low_rank, reduction, scoring
+from padim_jax.core import embedding, gaussian, low_rank, reduction, scoring
 from padim_jax.core.types import Moments, Samples
-from padim_jax.detector import detector
+from padim_jax.detector import geometry, steps
 
 # Stages of 9 x 8, 5 x 4 and 3 x 2 cells, of which none divide another.
 SIZE = (36, 32)
@@ -34,12 +34,12 @@ def make_config(**model: Any) -> Config:
 
 def projection_of(config: Config, training: list[np.ndarray]) -> np.ndarray | None:
     """As `fitting` makes it, of one batch of images."""
-    model, total = config.model, detector.total_channels(config.model)
+    model, total = config.model, geometry.total_channels(config.model)
     if model.reduction == "semi_orthogonal":
         return reduction.semi_orthogonal(total, model.channels, model.seed)
     if model.reduction != "pca":
         return None
-    pooled = [detector.embedding.pool(jnp.asarray(x), model.pooling) for x in training]
+    pooled = [embedding.pool(jnp.asarray(x), model.pooling) for x in training]
     mean, m2 = reduction.scatter(pooled, jnp.ones(IMAGES, bool), model.upsample)
     scatter = reduction.Scatter(IMAGES, np.asarray(mean, float), np.asarray(m2, float))
     return reduction.components(scatter, model.channels)
@@ -47,7 +47,7 @@ def projection_of(config: Config, training: list[np.ndarray]) -> np.ndarray | No
 
 def reference(config: Config, features: list[np.ndarray], training: list[np.ndarray]) -> Any:
     """Embeddings (b, p, d) in float64; of principal components those of the training images."""
-    model, index = config.model, detector.channel_index(config.model)
+    model, index = config.model, geometry.channel_index(config.model)
     x = patchwise.whole(features, model.pooling, model.upsample)
     if model.reduction in ("random", "none"):
         return x[..., index]
@@ -99,7 +99,7 @@ def fit(form: str, shapes: Any, levels: Any) -> Moments | Samples:
 )
 def test_distances_are_the_papers(form: str, model: dict):
     config = make_config(**model)
-    index = tuple(detector.channel_index(config.model).tolist())
+    index = tuple(geometry.channel_index(config.model).tolist())
     training = patchwise.random_features(STAGES, IMAGES, mean=2.0)
     others = patchwise.random_features(STAGES, 3, mean=2.0, seed=1)
     projection = projection_of(config, training)
@@ -107,9 +107,9 @@ def test_distances_are_the_papers(form: str, model: dict):
     @jax.jit
     def levels(features: list) -> Any:
         matrix = None if projection is None else jnp.asarray(projection)
-        return detector._levels(features, matrix, config.image, config.model, index)
+        return steps._levels(features, matrix, config.image, config.model, index)
 
-    pyramid = detector.pyramid(config.image, config.model, index)
+    pyramid = geometry.pyramid(config.image, config.model, index)
     statistics = fit(form, pyramid.shapes, levels([jnp.asarray(x) for x in training]))
     fitted = patchwise.finalize(statistics, config.model.regularization)
     distances = jax.jit(scoring.mahalanobis)
@@ -130,7 +130,7 @@ def test_distances_are_the_papers(form: str, model: dict):
 def test_pooling_equals_torch(size: int):
     torch = pytest.importorskip("torch")
     (stage,) = patchwise.random_features([(5, 4, 3)], 2)
-    found = detector.embedding.pool(jnp.asarray(stage), size)
+    found = embedding.pool(jnp.asarray(stage), size)
     expected = torch.nn.functional.avg_pool2d(
         torch.from_numpy(stage).permute(0, 3, 1, 2), size, 1, size // 2, count_include_pad=False
     )
@@ -140,10 +140,10 @@ def test_pooling_equals_torch(size: int):
 def test_an_option_that_is_off_computes_nothing():
     """The published form's program is what it was: channels selected, cells gathered."""
     config = make_config()
-    index = tuple(detector.channel_index(config.model).tolist())
+    index = tuple(geometry.channel_index(config.model).tolist())
 
     def levels(*features: jax.Array) -> Any:
-        return detector._levels(features, None, config.image, config.model, index)
+        return steps._levels(features, None, config.image, config.model, index)
 
     jaxpr = jax.make_jaxpr(levels)(*[jnp.zeros((2, *stage)) for stage in STAGES])
     found = {eqn.primitive.name for eqn in jaxpr.eqns}

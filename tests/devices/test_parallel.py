@@ -16,8 +16,9 @@ import pytest
 
 from padim_jax.config import defaults
 from padim_jax.config.settings import Config, validate
-from padim_jax.core import reduction
-from padim_jax.detector import detector
+from padim_jax.core import gaussian, reduction
+from padim_jax.detector import detector, geometry, steps
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.models.weights import pretrained
@@ -143,20 +144,20 @@ def fit_and_score(
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """The statistics' numbers, of all images but the last; those images' maps and scores."""
     devices = Devices(count)
-    index = detector.channel_index(config.model)
-    shapes = detector.pyramid(config.image, config.model, index.tolist()).shapes
+    index = geometry.channel_index(config.model)
+    shapes = geometry.pyramid(config.image, config.model, index.tolist()).shapes
     variables, identity = pretrained.load("random", config.model.backbone, config.model.layers)
     projection = None
-    if detector.is_projected(config.model):
-        total = detector.total_channels(config.model)
+    if geometry.is_projected(config.model):
+        total = geometry.total_channels(config.model)
         projection = reduction.semi_orthogonal(total, config.model.channels, seed=0)
-    variables = detector.with_projection(variables, projection)
+    variables = steps.with_projection(variables, projection)
     variables = parallel.replicate(variables, devices)
-    statistics = detector.init(shapes, len(images) - 1, form, devices)
+    statistics = statistics_lib.init(shapes, len(images) - 1, form, devices)
     size = len(images) // 2
     for start in (0, size):
         valid = np.arange(start, start + size) < len(images) - 1
-        statistics = detector.fit_batch(
+        statistics = steps.fit_batch(
             statistics,
             variables,
             parallel.share(images[start : start + size], devices),
@@ -166,7 +167,7 @@ def fit_and_score(
             tuple(index.tolist()),
         )
     whole = parallel.join(jax.tree.leaves(statistics), shapes[0][0])
-    fitted = detector.finalize(statistics, config.model.regularization)
+    fitted = statistics_lib.finalize(statistics, config.model.regularization)
     found = detector.score_pixels(
         detector.Detector(config, index, variables, identity, fitted, "", NO_DIGESTS),
         images[:-1],
@@ -252,15 +253,15 @@ def test_the_parser_of_collectives_finds_them():
 @pytest.mark.parametrize("form", ["moments", "samples"])
 def test_only_embeddings_cross_the_wire(form: str, optimized: None):
     config, devices, images = make_config(), Devices(4), 32
-    index = tuple(detector.channel_index(config.model).tolist())
-    pyramid = detector.pyramid(config.image, config.model, index)
+    index = tuple(geometry.channel_index(config.model).tolist())
+    pyramid = geometry.pyramid(config.image, config.model, index)
     shapes = pyramid.shapes
     variables, _ = pretrained.load("random", config.model.backbone, config.model.layers)
     variables = parallel.replicate(variables, devices)
     pixels = np.zeros((4, images // 4, *config.image.size, 3), np.uint8)
-    statistics = detector.init(shapes, 40, form, devices)
+    statistics = statistics_lib.init(shapes, 40, form, devices)
     compiled = compile_(
-        detector.fit_batch,
+        steps.fit_batch,
         *(statistics, variables, pixels, np.ones((4, images // 4), bool)),
         *(config.image, config.model, index),
     )
@@ -276,7 +277,7 @@ def test_only_embeddings_cross_the_wire(form: str, optimized: None):
     assert statistics_bytes > sum(rest.values())
 
     size = config.model.regularization
-    finalize = compile_(detector._finalize, statistics, np.full(4, size, np.float32))
+    finalize = compile_(statistics_lib._finalize, statistics, np.full(4, size, np.float32))
     found = collectives(finalize)
     assert {name for name, _ in found} == {"all-gather"}
     # Of every region a flag and a float32.
@@ -284,13 +285,13 @@ def test_only_embeddings_cross_the_wire(form: str, optimized: None):
 
     valid = np.ones((4, images // 4), bool)
     for _ in range(2):
-        statistics = detector.fit_batch(
+        statistics = steps.fit_batch(
             statistics, variables, pixels, valid, config.image, config.model, index
         )
     if form == "moments":
-        fitted = detector.finalize(statistics, size)
+        fitted = statistics_lib.finalize(statistics, size)
         compiled = compile_(
-            detector.score_batch,
+            steps.score_batch,
             *(variables, fitted, pixels, config.image, config.model, config.map, index),
         )
         cells = shapes[0][1]
@@ -305,7 +306,7 @@ def test_every_device_has_its_share_of_the_statistics():
     assert shapes[0][0] == 4
     for form in ("moments", "samples"):
         for count in COUNTS:
-            statistics = detector.init(shapes, 10, form, Devices(count))
+            statistics = statistics_lib.init(shapes, 10, form, Devices(count))
             for x in jax.tree.leaves(statistics):
                 if x.ndim > 1:
                     assert x.shape[:2] == (count, -(-4 // count))
@@ -323,13 +324,13 @@ def test_merging_and_extending_keep_the_regions_apart():
         devices = Devices(count)
         parts = []
         for half in (slice(0, 4), slice(4, 8)):
-            moments = jax.jit(detector.gaussian.update)(
-                detector.gaussian.init(shapes), tuple(x[..., half] for x in batch), valid[half]
+            moments = jax.jit(gaussian.update)(
+                gaussian.init(shapes), tuple(x[..., half] for x in batch), valid[half]
             )
             parts.append(parallel.split(moments, devices))
-        together = detector.merge(parts[0], parts[1], shapes, "auto")
+        together = statistics_lib.merge(parts[0], parts[1], shapes, "auto")
         merged = parallel.join(jax.tree.leaves(together), shapes[0][0])
-        whole = jax.jit(detector.gaussian.update)(detector.gaussian.init(shapes), batch, valid)
+        whole = jax.jit(gaussian.update)(gaussian.init(shapes), batch, valid)
         assert merged[0] == 8
         for x, y in zip(merged, jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.max(jnp.abs(y))), rtol=0)

@@ -15,7 +15,7 @@ from jax import lax
 from padim_jax.config import backbones, defaults
 from padim_jax.config.settings import validate
 from padim_jax.core import embedding, gaussian, scoring
-from padim_jax.detector import detector
+from padim_jax.detector import geometry
 from padim_jax.errors import UserError
 from padim_jax.models import network
 from padim_jax.models.efficientnet import Depthwise
@@ -275,8 +275,8 @@ def test_embedding_and_distances_where_two_stages_share_a_grid():
     config, rng = validate(values), np.random.default_rng(4)
     grids = ((16, 24, 40), (4, 6, 176), (4, 6, 176))
     maps = [rng.normal(size=(7, *grid)).astype(np.float32) for grid in grids]
-    index = detector.channel_index(config.model)
-    pyramid = detector.pyramid(config.image, config.model, tuple(index.tolist()))
+    index = geometry.channel_index(config.model)
+    pyramid = geometry.pyramid(config.image, config.model, tuple(index.tolist()))
     assert [shape[:2] for shape in pyramid.shapes] == [(24, 16), (24, 1), (24, 1)]
 
     @jax.jit

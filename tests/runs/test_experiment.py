@@ -19,12 +19,14 @@ from PIL import Image
 
 from padim_jax.config import backbones
 from padim_jax.config.settings import validate
+from padim_jax.core import scoring
 from padim_jax.core.types import Moments, Samples
 from padim_jax.data import dataset_splits, sampling
 from padim_jax.data.input_pipeline import FolderSource
 from padim_jax.data.layouts.synthetic import generate
 from padim_jax.data.synthetic_part import DEFECTS
-from padim_jax.detector import detector
+from padim_jax.detector import detector, steps
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices import parallel
 from padim_jax.errors import DataWarning, UserError
 from padim_jax.runs import evaluate, fitting, loading, modes, results_folder, train
@@ -198,7 +200,7 @@ def test_a_fit_that_fails_keeps_the_earlier_model(
     run(settings(root), tmp_path)
     _, earlier = checkpoint.load(tmp_path / "checkpoint", parallel.every())
     # More than there can be.
-    monkeypatch.setattr(detector, "LEAST_KEPT", 2.0)
+    monkeypatch.setattr(statistics_lib, "LEAST_KEPT", 2.0)
     with pytest.raises(UserError, match=r"config\.model\.regularization: .* region \d+;"):
         run(settings(root, statistics=form), tmp_path)
     _, kept = checkpoint.load(tmp_path / "checkpoint", parallel.every())
@@ -378,7 +380,7 @@ def test_less_memory_than_estimated(
     root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
     # As where a batch takes more than is left: 35 TB, which XLA refuses in its own words.
-    monkeypatch.setattr(detector, "fit_batch", lambda *_, **__: jnp.zeros(2**45, jnp.uint8))
+    monkeypatch.setattr(steps, "fit_batch", lambda *_, **__: jnp.zeros(2**45, jnp.uint8))
     with pytest.raises(UserError, match=r"not enough memory.*config\.model\.channels"):
         modes.run("train", validate(settings(root)), tmp_path, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
@@ -401,9 +403,9 @@ def test_one_trace_per_function(
         return call
 
     # Called while a device's function is traced, and never else.
-    monkeypatch.setattr(detector, "_update", traced("fit", detector._update))
-    score = traced("score", detector.scoring.mahalanobis)
-    monkeypatch.setattr(detector.scoring, "mahalanobis", score)
+    monkeypatch.setattr(steps, "_update", traced("fit", steps._update))
+    score = traced("score", scoring.mahalanobis)
+    monkeypatch.setattr(scoring, "mahalanobis", score)
     jax.clear_caches()
     for compiles in (True, False):
         caplog.clear()

@@ -25,7 +25,7 @@ import small
 from padim_jax.config.settings import Config
 from padim_jax.data import dataset_splits, image_cache, inputs, passes
 from padim_jax.data.layouts.synthetic import generate
-from padim_jax.detector import detector, memory
+from padim_jax.detector import memory, steps
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
 from padim_jax.output import results
@@ -604,7 +604,7 @@ class TestClock:
     ):
         """Saved neither after every batch nor never, and gone on with all the same."""
         real, offset = time.time, 0.0
-        fit_batch, saves = detector.fit_batch, []
+        fit_batch, saves = steps.fit_batch, []
 
         def jump(*args: Any) -> Any:
             nonlocal offset
@@ -613,7 +613,7 @@ class TestClock:
 
         save = checkpoint.save
         monkeypatch.setattr(checkpoint, "save", lambda *x: saves.append(1) or save(*x))
-        monkeypatch.setattr(detector, "fit_batch", jump)
+        monkeypatch.setattr(steps, "fit_batch", jump)
         monkeypatch.setattr(time, "time", lambda: real() + offset)
         for seconds, expected in ((1e5, 0), (0.0, 1)):
             config = settings(root, **{"train.checkpoint_every": seconds})

@@ -21,7 +21,7 @@ from padim_jax.data import dataset_splits
 from padim_jax.data.input_pipeline import FolderSource
 from padim_jax.data.layouts.synthetic import generate
 from padim_jax.data.records import Record
-from padim_jax.detector import detector
+from padim_jax.detector import steps
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import Stopped, UserError
@@ -266,7 +266,7 @@ class TestTerminated:
         monkeypatch: pytest.MonkeyPatch,
     ):
         config = make_config(root, form, **{"train.checkpoint_every": 1e6})
-        path, fit_batch = tmp_path / "checkpoint", detector.fit_batch
+        path, fit_batch = tmp_path / "checkpoint", steps.fit_batch
 
         def terminated(*args: Any) -> Any:
             terminate()
@@ -274,7 +274,7 @@ class TestTerminated:
 
         for done in (4, 8):
             with monkeypatch.context() as patch:
-                patch.setattr(detector, "fit_batch", terminated)
+                patch.setattr(steps, "fit_batch", terminated)
                 with pytest.raises(Stopped) as caught:
                     fit(config, path)
             message = str(caught.value)

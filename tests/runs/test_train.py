@@ -18,7 +18,7 @@ from padim_jax.core.types import Moments, Samples
 from padim_jax.data import dataset_splits, input_pipeline
 from padim_jax.data.input_pipeline import FolderSource
 from padim_jax.data.layouts.synthetic import generate
-from padim_jax.detector import detector
+from padim_jax.detector import detector, geometry, steps
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import DataWarning, UserError
@@ -250,15 +250,15 @@ PCA = {"reduction": "pca", "channels": 8, "pooling": 3}
 
 def principal_components(config: Config, source: FolderSource) -> np.ndarray:
     """Of all patches' embeddings of all channels, in float64; all of them, the last first."""
-    total = detector.total_channels(config.model)
+    total = geometry.total_channels(config.model)
     model = dataclasses.replace(config.model, reduction="none", channels=total)
     index = tuple(range(total))
     variables, _ = fitting.load_backbone(model, ONE)
     pixels = next(input_pipeline.batches(source, config.image, len(source.records))).images
-    levels = detector.extract(
+    levels = steps.extract(
         variables, jnp.asarray(pixels), image=config.image, model=model, index=index
     )
-    pyramid = detector.pyramid(config.image, model, index)
+    pyramid = geometry.pyramid(config.image, model, index)
     x = np.asarray(embedding.concatenate(levels, pyramid), np.float64)
     return np.linalg.eigh(np.cov(x.reshape(-1, total).T))[1]
 
@@ -330,8 +330,8 @@ class TestPrincipalComponents:
         config = dataclasses.replace(config, train=config_lib.TrainConfig(0.0))
         with monkeypatch.context() as patch:
             # Between the second batch's save and its end.
-            batches = iter([detector.fit_batch])
-            patch.setattr(detector, "fit_batch", lambda *given: next(batches)(*given))
+            batches = iter([steps.fit_batch])
+            patch.setattr(steps, "fit_batch", lambda *given: next(batches)(*given))
             with pytest.raises(StopIteration):
                 fit(config, 0, 8, tmp_path / "model")
         monkeypatch.setattr(fitting, "_scatter", None)

@@ -28,7 +28,8 @@ from padim_jax.config import defaults
 from padim_jax.config.settings import Config, validate
 from padim_jax.core import gaussian, low_rank
 from padim_jax.core.types import Moments, Samples
-from padim_jax.detector import detector
+from padim_jax.detector import geometry
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
@@ -71,8 +72,8 @@ def make_statistics(form: str, seed: int = 0) -> Moments | Samples:
 
 def make_moments(config: Config) -> Moments:
     """Of all regions that a configuration has."""
-    index = detector.channel_index(config.model).tolist()
-    shapes = detector.pyramid(config.image, config.model, index).shapes
+    index = geometry.channel_index(config.model).tolist()
+    shapes = geometry.pyramid(config.image, config.model, index).shapes
     rng = np.random.default_rng(0)
     levels = tuple(rng.standard_normal((*shape, 3), np.float32) for shape in shapes)
     return UPDATE["moments"](gaussian.init(shapes), levels, np.ones(3, bool))
@@ -87,7 +88,7 @@ def make_fitted(
     devices: Devices = ONE,
     statistics: Moments | Samples | None = None,
 ) -> Fitted:
-    index = detector.channel_index(make_config().model)
+    index = geometry.channel_index(make_config().model)
     statistics = statistics or make_statistics(form, seed)
     regions = len(jax.tree.leaves(statistics)[-1])
     images = [hashlib.sha256(f"{seed} {i}".encode()).digest() for i in range(3 + seed)]
@@ -184,8 +185,8 @@ class TestRoundTrip:
         save(tmp_path / "checkpoint", fitted)
         loaded = load(tmp_path / "checkpoint")
         assert same_arrays(
-            detector.finalize(loaded.statistics, 0.01),
-            detector.finalize(fitted.statistics, 0.01),
+            statistics_lib.finalize(loaded.statistics, 0.01),
+            statistics_lib.finalize(fitted.statistics, 0.01),
         )
 
     @pytest.mark.parametrize("name", ["one channel", "a level of one channel"])
@@ -514,7 +515,7 @@ class TestSaving:
 
         before = places(statistics.m2 if form == "moments" else statistics.values)
         with checkpoint.saving(tmp_path / "checkpoint", fitted, devices):
-            ready: Any = detector.finalize(statistics, 0.01)
+            ready: Any = statistics_lib.finalize(statistics, 0.01)
         # The result is where the statistics were: neither was copied to keep a view of it.
         assert places(ready.factor if form == "moments" else ready.deviations) == before
         assert same(load(tmp_path / "checkpoint"), make_fitted(form=form))
@@ -882,7 +883,7 @@ class TestDevices:
         checkpoint.save(tmp_path / "checkpoint", fitted, Devices(8))
         loaded, _ = checkpoint.load(tmp_path / "checkpoint", Devices(4))
         found, expected = (
-            parallel.join(jax.tree.leaves(detector.finalize(x.statistics, 0.01)), 6)
+            parallel.join(jax.tree.leaves(statistics_lib.finalize(x.statistics, 0.01)), 6)
             for x in (loaded, fitted)
         )
         # XLA factorises batches of other sizes in another order of sums.

@@ -28,6 +28,7 @@ from padim_jax.data import dataset_splits
 from padim_jax.data.input_pipeline import FolderSource
 from padim_jax.data.layouts.synthetic import generate
 from padim_jax.detector import detector
+from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
@@ -59,7 +60,7 @@ def make_fitted(form: str, devices: Devices = ONE) -> Gaussian | LowRank:
         statistics = jax.jit(gaussian.update)(gaussian.init(shapes), *batch)
     else:
         statistics = jax.jit(low_rank.update)(low_rank.init(shapes, images), *batch)
-    return detector.finalize(parallel.split(statistics, devices), 0.01)
+    return statistics_lib.finalize(parallel.split(statistics, devices), 0.01)
 
 
 def save(path: pathlib.Path, model: Model, regions: int = REGIONS) -> None:
@@ -517,7 +518,7 @@ class TestExport:
         def refuse(*args):
             raise AssertionError("nothing is to be factorised")
 
-        for module in (gaussian, low_rank, detector):
+        for module in (gaussian, low_rank, statistics_lib):
             monkeypatch.setattr(module, "finalize", refuse)
         loaded = padim_jax.load(str(path))
         assert isinstance(loaded.gaussian, FORMS[form])

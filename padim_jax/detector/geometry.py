@@ -1,0 +1,113 @@
+"""Shapes that follow from a configuration alone: channels, patch grids, levels and shifts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from padim_jax.config import backbones
+from padim_jax.config.settings import Config, ImageConfig, ModelConfig
+from padim_jax.core import embedding
+from padim_jax.core.embedding import Pyramid
+from padim_jax.errors import UserError
+
+Shape = tuple[int, int, int]  # regions, cells per region and channels of a level
+
+
+def total_channels(config: ModelConfig) -> int:
+    """Return the number of channels of all stages in use together."""
+    return sum(map(backbones.BACKBONES[config.backbone].channels, config.layers))
+
+
+def channel_index(config: ModelConfig) -> Int[np.ndarray, " d"]:
+    """Return the channels that a configuration keeps; see `embedding.channel_index`.
+
+    Without random selection they are numbered: all channels, or those of a projection.
+    """
+    if config.reduction != "random":
+        return np.arange(config.channels)
+    return embedding.channel_index(total_channels(config), config.channels, config.seed)
+
+
+def is_projected(config: ModelConfig) -> bool:
+    """Return whether channels are reduced by a matrix, which belongs to the model."""
+    return config.reduction in ("semi_orthogonal", "pca")
+
+
+def has_one_level(config: ModelConfig) -> bool:
+    """Return whether patches share no features, so that each patch is a region."""
+    return is_projected(config) or config.upsample != "nearest"
+
+
+def patch_grid(config: ImageConfig, layers: Sequence[str]) -> tuple[int, int]:
+    """Return height and width of the first layer's feature map, in patches.
+
+    Args:
+      config: image settings.
+      layers: names of the stages in use, the finest first.
+
+    Returns:
+      Height and width in patches.
+    """
+    stride = backbones.STRIDES[layers[0]]
+    height, width = config.size
+    return -(-height // stride), -(-width // stride)
+
+
+def patch_size(config: Config) -> tuple[float, float]:
+    """Return height and width of a patch, in pixels of the anomaly maps."""
+    rows, columns = patch_grid(config.image, config.model.layers)
+    height, width = config.image.size
+    return height / rows, width / columns
+
+
+def pyramid(image: ImageConfig, model: ModelConfig, index: Sequence[int]) -> Pyramid:
+    """Return the correspondence between the stages' grids; see `embedding`.
+
+    Args:
+      image: image settings.
+      model: model settings.
+      index: channels kept.
+
+    Returns:
+      The pyramid.
+    """
+    if has_one_level(model):
+        grid, channels = patch_grid(image, model.layers), len(index)
+        return embedding.pyramid((grid,), (channels,), tuple(range(channels)))
+    spec = backbones.BACKBONES[model.backbone]
+    grids = tuple(patch_grid(image, (layer,)) for layer in model.layers)
+    return embedding.pyramid(grids, tuple(map(spec.channels, model.layers)), tuple(index))
+
+
+def place(image: ImageConfig, model: ModelConfig, index: Sequence[int], region: int) -> str:
+    """Describe for a message which patches of the grid belong to a region.
+
+    Args:
+      image: image settings.
+      model: model settings.
+      index: channels kept.
+      region: index of the region.
+
+    Returns:
+      Ranges of rows and columns, and the grid's size.
+    """
+    laid, (height, width) = pyramid(image, model, index), patch_grid(image, model.layers)
+    cells = laid.shapes[0][1]
+    rows, columns = np.divmod(np.flatnonzero(laid.patches // cells == region), width)
+    return (
+        f"patches of rows {rows.min()} to {rows.max()} and columns {columns.min()} to "
+        f"{columns.max()}, of {height}x{width}"
+    )
+
+
+def shifts(image: ImageConfig, model: ModelConfig, index: tuple[int, ...]) -> embedding.Shifts:
+    """Return the neighbours of all regions' patches."""
+    laid = pyramid(image, model, index)
+    try:
+        return embedding.shifts(laid, patch_grid(image, model.layers), model.shift)
+    except ValueError as error:
+        raise UserError(
+            f"config.model.shift={model.shift}: {error} by config.model.channels="
+            f"{model.channels}, and its patches are those that are shifted; take more channels"
+        ) from error
