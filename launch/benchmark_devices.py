@@ -351,10 +351,11 @@ def overhead(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
     mapped_model = statistics_lib.finalize(held, config.model.regularization)
     plain_model = jax.tree.map(lambda x: x[0], mapped_model)
     for name, count in (("score", config.batch_size), ("score, single image", 1)):
-        part, rest = images[:, :count], (*static, config.map, inputs.index)
+        part, scored = images[:, :count], (config.map, config.score.image, inputs.index)
         mapped = functools.partial(
-            steps.score_batch, mapped_variables, mapped_model, part, *rest
+            steps.score_batch, mapped_variables, mapped_model, part, *static, *scored
         )
+        rest = (*static, config.map, inputs.index)
         plainly = functools.partial(plain_score, variables, plain_model, part[0], *rest)
         found[name] = compare(
             lambda mapped=mapped: jax.block_until_ready(mapped()),

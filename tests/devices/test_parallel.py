@@ -292,7 +292,8 @@ def test_only_embeddings_cross_the_wire(form: str, optimized: None):
         fitted = statistics_lib.finalize(statistics, size)
         compiled = compile_(
             steps.score_batch,
-            *(variables, fitted, pixels, config.image, config.model, config.map, index),
+            *(variables, fitted, pixels, config.image, config.model),
+            *(config.map, config.score.image, index),
         )
         cells = shapes[0][1]
         distances = 4 * devices.padded(shapes[0][0]) * cells * images // 4
