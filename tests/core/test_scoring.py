@@ -274,7 +274,7 @@ def nearest_distance(
 
 def fit(form: str, levels: list[np.ndarray], shapes: Any, epsilon: float) -> Any:
     images = levels[0].shape[-1]
-    empty = gaussian.init(shapes) if form == "moments" else low_rank.init(shapes, images)
+    empty: Any = gaussian.init(shapes) if form == "moments" else low_rank.init(shapes, images)
     update = gaussian.update if form == "moments" else low_rank.update
     given = tuple(map(jnp.asarray, levels))
     return patchwise.finalize(update(empty, given, jnp.ones(images, bool)), epsilon)
