@@ -111,7 +111,7 @@ def leave_out(
     block = max(1, _MOST_NUMBERS // (cells * images * max(channels, size)))
     if isinstance(fitted, LowRank):
         block = min(block, max(1, _LARGEST_BLOCK // cells))
-    return lax.map(one, (*parts, levels), batch_size=block)
+    return _map(one, (*parts, levels), block)
 
 
 def mahalanobis_nearby(
@@ -145,7 +145,7 @@ def mahalanobis_nearby(
         return jnp.sqrt(jnp.min(found.reshape(len(found), -1, images), axis=1))
 
     block = _shift_block(fitted, levels, shifts)
-    return lax.map(lambda x: one(*x), (parts, shifts), batch_size=block)
+    return _map(lambda x: one(*x), (parts, shifts), block)
 
 
 def leave_out_nearby(
@@ -206,7 +206,7 @@ def leave_out_nearby(
         return jnp.pad(found, ((0, 0), (0, images - groups * size)))
 
     block = max(1, _shift_block(fitted, levels, shifts) // (size + 1))
-    return lax.map(lambda x: one(*x), (parts, shifts), batch_size=block)
+    return _map(lambda x: one(*x), (parts, shifts), block)
 
 
 def on_grid(distances: Float32[Array, "r n b"], patches: Int[np.ndarray, " p"]) -> Distances:
@@ -262,6 +262,19 @@ def _by_region(
         return functools.partial(_full_rank, product), (fitted.mean, fitted.factor)
     function = functools.partial(_low_rank, product, fitted.regularization)
     return function, (fitted.mean, fitted.deviations, fitted.root)
+
+
+def _map(function: Callable[[Any], Array], regions: Any, most: int) -> Float32[Array, "r n b"]:
+    """Apply a function of one region to all regions, at most so many at a time.
+
+    Blocks that divide the regions: of a remainder `lax.map` would copy all regions' factors.
+    """
+    count = len(jax.tree.leaves(regions)[0])
+    block = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
+    # Of a prime number of regions, say, the blocks would be too small to be fast.
+    return lax.map(
+        function, regions, batch_size=block if 4 * block >= min(most, count) else most
+    )
 
 
 def _variants(levels: Levels, own: Shifts) -> tuple[Float32[Array, "_n _d _vb"], ...]:
