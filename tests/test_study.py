@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 import padim_jax
+from padim_jax.config import defaults
+from padim_jax.config import settings as config_lib
 from padim_jax.data import dataset_splits
 from padim_jax.data.layouts import synthetic
 from padim_jax.data.layouts.mvtec_ad import mvtec_ad
@@ -104,9 +106,9 @@ def test_measures_are_those_of_the_detector(
     measured = study.measure(root, "one", settings)
     assert list(measured) == list(study.COLUMNS)
     splits = dataset_splits.by_split(mvtec_ad(root, "one"))
-    detector = padim_jax.fit(
-        [record.image for record in splits["train"].records], score_image="combined", **settings
-    )
+    train = [record.image for record in splits["train"].records]
+    settings |= {"preset": "anomalib", "score_image": "combined"}
+    detector = padim_jax.fit(train, **settings)
     test = splits["test"].records
     expected = detector.evaluate(
         [record.image for record in test],
@@ -118,9 +120,17 @@ def test_measures_are_those_of_the_detector(
         assert measured[name] == expected[name]
 
 
+def test_a_variant_is_the_preset_best(study: Any):
+    best = config_lib.validate(defaults.get_config("best"))
+    variant = {f"model.{k}": v for k, v in study.VARIANTS["pool3-.003"].items()}
+    published = config_lib.validate(defaults.get_config(study.PRESET))
+    assert config_lib.resolve(variant | {"score.image": "variation"}, published) == best
+    assert f"image_auroc_{best.score.image}" in study.RANKED
+
+
 def test_ranks_are_means_over_categories_and_metrics(study: Any):
-    def result(combined: float, aupro: float) -> dict[str, float]:
-        ranked = {"image_auroc_combined": combined, "aupro": aupro, "pixel_ap": 0.5}
+    def result(variation: float, aupro: float) -> dict[str, float]:
+        ranked = {"image_auroc_variation": variation, "aupro": aupro, "pixel_ap": 0.5}
         return dict.fromkeys(study.COLUMNS, 1.0) | ranked
 
     measured = {
@@ -128,7 +138,7 @@ def test_ranks_are_means_over_categories_and_metrics(study: Any):
         ("a", "y"): [result(0.9, 0.1)],
     }
     table = study.table(measured)
-    column = table.columns.index("combined")
+    column = table.columns.index("variation")
     assert [row[column] for row in table.rows] == [
         *("0.800 ± 0.141", "0.900"),
         *("0.800", "0.900"),
