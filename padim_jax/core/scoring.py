@@ -270,11 +270,11 @@ def _map(function: Callable[[Any], Array], regions: Any, most: int) -> Float32[A
     Blocks that divide the regions: of a remainder `lax.map` would copy all regions' factors.
     """
     count = len(jax.tree.leaves(regions)[0])
-    block = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
-    # Of a prime number of regions, say, the blocks would be too small to be fast.
-    return lax.map(
-        function, regions, batch_size=block if 4 * block >= min(most, count) else most
-    )
+    if most < count:
+        block = max(n for n in range(1, most + 1) if count % n == 0)
+        if 4 * block >= most:  # of a prime number of regions, say, blocks would be slow
+            most = block
+    return lax.map(function, regions, batch_size=most)
 
 
 def _variants(levels: Levels, own: Shifts) -> tuple[Float32[Array, "_n _d _vb"], ...]:
