@@ -141,7 +141,7 @@ def finalize(
     Args:
       statistics: statistics of at least two images more than `left_out`.
       regularization: epsilon, above 0.
-      left_out: number of images that `detector.score_pixels` leaves out at a time. Epsilon is
+      left_out: number of images that `detector.measure_pixels` leaves out at a time. Epsilon is
         then lowered to the value that `scoring.leave_out` expects.
 
     Returns:

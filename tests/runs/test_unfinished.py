@@ -73,7 +73,7 @@ def tree(folder: pathlib.Path) -> dict[str, bytes]:
 @pytest.fixture
 def count(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """How many images were scored since it was last asked."""
-    scored, score = 0, detector.score_pixels
+    scored, score = 0, detector.measure_pixels
 
     def counted(model: Detector, batch: Any, *args: Any) -> Any:
         nonlocal scored
@@ -85,7 +85,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
         found, scored = scored, 0
         return found
 
-    monkeypatch.setattr(detector, "score_pixels", counted)
+    monkeypatch.setattr(detector, "measure_pixels", counted)
     return since
 
 
@@ -321,13 +321,13 @@ def test_an_image_that_changes_while_it_is_scored(
     model: Detector, images: pathlib.Path, tmp_path: pathlib.Path, monkeypatch
 ):
     """A map of the one over a picture of the other would tell lies."""
-    score = detector.score_pixels
+    score = detector.measure_pixels
 
     def scored(*args: Any) -> Any:
         draw(images / "a, b/01.png", 99)
         return score(*args)
 
-    monkeypatch.setattr(detector, "score_pixels", scored)
+    monkeypatch.setattr(detector, "measure_pixels", scored)
     with pytest.raises(UserError, match=r"01\.png: was written to while it was scored"):
         run_predict(model, images, tmp_path)
 
@@ -336,13 +336,13 @@ def test_a_table_that_is_removed_meanwhile_is_whole_in_the_end(
     model: Detector, images: pathlib.Path, tmp_path: pathlib.Path, monkeypatch
 ):
     run_predict(model, images, tmp_path / "whole")
-    score = detector.score_pixels
+    score = detector.measure_pixels
 
     def scored(*args: Any) -> Any:
         (tmp_path / "cut" / "predictions.incomplete" / "scores.csv").unlink()
         return score(*args)
 
-    monkeypatch.setattr(detector, "score_pixels", scored)
+    monkeypatch.setattr(detector, "measure_pixels", scored)
     run_predict(model, images, tmp_path / "cut")
     assert tree(tmp_path / "cut" / "predictions") == tree(tmp_path / "whole" / "predictions")
 
