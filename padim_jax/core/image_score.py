@@ -2,7 +2,7 @@
 
 PaDiM (arXiv 2011.08785), section III-C, scores an image by the maximum of its anomaly map. The
 maximum of a normal image's map is an extreme value: it varies from image to image, and more so
-the more patches a map has, which hides small defects. Summaries of more of the map vary less:
+the more patches a map has, which hides small defects. Summaries of more of the map vary less::
 
     max        the maximum of the map: as published
     top        the mean of the highest 1 % of the map's pixels
