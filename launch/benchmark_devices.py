@@ -108,23 +108,28 @@ def devices(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
     size = every.padded(config.batch_size)
     batches = inputs.batches(_BATCHES, size)
     shapes = inputs.pyramid.shapes
-    rest = config.image, config.model, inputs.index
+    scored = config.image, config.model, config.map, config.score.image, inputs.index
+
+    def embed(part: Devices, variables: Any, images: Any) -> Any:
+        return steps.embed(variables, images, config, inputs.index, part)
 
     def fit_all(part: Devices) -> tuple[Any, Any]:
         statistics, variables = inputs.start(part), parallel.replicate(inputs.variables, part)
         for batch in batches:
             images, valid = (parallel.share(x, part) for x in (batch.images, batch.valid))
-            statistics = steps.fit_batch(statistics, variables, images, valid, *rest)
+            statistics = steps.fit_batch(statistics, embed(part, variables, images), valid)
         return jax.block_until_ready(statistics), variables
 
     def score(part: Devices, statistics: Any, variables: Any) -> tuple:
         model = statistics_lib.finalize(statistics, config.model.regularization)
         images = parallel.share(batches[0].images, part)
-        settings = config.image, config.model, config.map, config.score.image, inputs.index
-        return variables, model, images, *settings
+        return part, variables, model, images
+
+    def scored_by(part: Devices, variables: Any, model: Any, images: Any) -> tuple:
+        return steps.score_batch(model, embed(part, variables, images), *scored)
 
     def results(arguments: tuple) -> list[np.ndarray]:
-        return [np.asarray(x).reshape(-1) for x in steps.score_batch(*arguments)]
+        return [np.asarray(x).reshape(-1) for x in scored_by(*arguments)]
 
     (one, one_variables), (statistics, variables) = fit_all(Devices(1)), fit_all(every)
     found: dict[str, Any] = {
@@ -143,24 +148,33 @@ def devices(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
     found["score_difference"] = relative(scores, expected[1])
 
     def score_once() -> None:
-        jax.block_until_ready(steps.score_batch(*arguments))
+        jax.block_until_ready(scored_by(*arguments))
 
+    levels = embed(every, variables, arguments[-1])
+    compiled = _compiled(steps.score_batch, arguments[2], levels, *scored)
     found["score"] = {
         **measure.summary(measure.repeat(score_once, seconds=options.seconds)),
-        "collectives": collectives(_compiled(steps.score_batch, *arguments), every.total),
+        "collectives": collectives(compiled, every.total),
     }
     del arguments
     held = inputs.start(every)
-    shared = [parallel.share(x, every) for x in (batches[0].images, batches[0].valid)]
-    compiled = _compiled(steps.fit_batch, held, variables, *shared, *rest)
+    images, valid = (parallel.share(x, every) for x in (batches[0].images, batches[0].valid))
+    compiled = _compiled(steps.fit_batch, held, levels, valid)
+    embedding = _compiled(
+        *(steps.embed_batch, variables, images, config.image, config.model, inputs.index),
+        steps.at_a_time(config, every),
+    )
 
     def fit_once() -> None:
         nonlocal held
-        held = jax.block_until_ready(steps.fit_batch(held, variables, *shared, *rest))
+        levels = embed(every, variables, images)
+        held = jax.block_until_ready(steps.fit_batch(held, levels, valid))
 
     found["fit"] = {
         **measure.summary(measure.repeat(fit_once, seconds=options.seconds)),
-        "collectives": collectives(compiled, every.total),
+        "collectives": [
+            one for each in (embedding, compiled) for one in collectives(each, every.total)
+        ],
     }
     return found
 
@@ -335,7 +349,8 @@ def overhead(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
 
     def fit_mapped() -> None:
         nonlocal held
-        held = steps.fit_batch(held, mapped_variables, images, valid, *static, inputs.index)
+        levels = steps.embed(mapped_variables, images, config, inputs.index, one)
+        held = steps.fit_batch(held, levels, valid)
         jax.block_until_ready(held)
 
     def fit_plain() -> None:
@@ -352,9 +367,11 @@ def overhead(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
     plain_model = jax.tree.map(lambda x: x[0], mapped_model)
     for name, count in (("score", config.batch_size), ("score, single image", 1)):
         part, scored = images[:, :count], (config.map, config.score.image, inputs.index)
-        mapped = functools.partial(
-            steps.score_batch, mapped_variables, mapped_model, part, *static, *scored
-        )
+
+        def mapped(part: Any = part, scored: Any = scored) -> Any:
+            levels = steps.embed(mapped_variables, part, config, inputs.index, one)
+            return steps.score_batch(mapped_model, levels, *static, *scored)
+
         rest = (*static, config.map, inputs.index)
         plainly = functools.partial(plain_score, variables, plain_model, part[0], *rest)
         found[name] = compare(

@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import pathlib
 import resource
+import signal
 import statistics
 import sys
 import time
@@ -84,6 +85,7 @@ class Job(NamedTuple):
 def main() -> None:
     """Run the study that the command line asks for."""
     ending.show_warnings(strict=False)
+    signal.signal(signal.SIGTERM, _end)
     options = parse(sys.argv[1:])
     try:
         with paths.explained():
@@ -93,6 +95,13 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
+
+
+def _end(*_: Any) -> None:
+    """End with the process of the running fit, which would go on alone."""
+    for process in multiprocessing.active_children():
+        process.terminate()
+    raise KeyboardInterrupt
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -24,6 +24,7 @@ from padim_jax.detector import detector as detector_lib
 from padim_jax.detector import geometry, memory, steps
 from padim_jax.detector import statistics as statistics_lib
 from padim_jax.detector.detector import Anomalies
+from padim_jax.detector.embeddings import Embeddings
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.output import results
@@ -284,22 +285,26 @@ def fit(
         if (count := len(source.records)) < 2:
             raise UserError(f"{count} normal image(s) to fit; a covariance needs at least 2")
         chosen = fitting.with_range(chosen, source)
-        memory.require(chosen, count, devices, kept=True)
         leave_out = normal == "leave_one_out" and count >= 3
         if leave_out:
             calibrate.require_groups(chosen, source)
+        kept = leave_out and memory.embeddings_to_keep(chosen, count, devices, kept=True)
+        memory.require(chosen, count, devices, kept=True, embeddings=int(kept))
+        embeddings = Embeddings() if kept else None
         backbone = fitting.load_backbone(chosen.model, devices)
         fitted = fitting.begin(chosen, source, backbone, devices)
         variables = parallel.replicate(
             steps.with_projection(backbone[0], fitted.projection), devices
         )
-        fitted = fitting.add_images(fitted, source, 0, chosen, variables, devices)
+        fitted = fitting.add_images(
+            fitted, source, 0, chosen, variables, devices, embeddings=embeddings
+        )
         fitted = dataclasses.replace(fitted, unfinished=None)
         store = InMemory.keep(fitted, devices)
         left_out = int(leave_out and not chosen.threshold.groups)
         detector = fitting.finalize(fitted, store.identity, source, chosen, variables, left_out)
         if leave_out:
-            detector = calibrate.find(detector, source, "leave_one_out", store)
+            detector = calibrate.find(detector, source, "leave_one_out", store, embeddings)
         elif normal == "held_out":
             assert thresholds is not None
             held_out: Source = image_inputs.source(thresholds)

@@ -21,7 +21,7 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import ml_collections
@@ -487,8 +487,8 @@ class Config:
 
 # Groups of settings that scores depend on. Others state places and further outputs.
 _SCORES = ("image", "model", "map", "score")
-# Those of them that statistics depend on.
-FITTED = ("image", "model")
+# Those of them that statistics depend on, and what they do not depend on in there.
+_FITTED, _SCORED_ALONE = ("image.", "model."), ("model.shift",)
 
 
 def validate(
@@ -642,7 +642,7 @@ def resolve(config: Config | Overrides | None, stored: Config) -> Config:
     return resolved
 
 
-def score_settings(config: Config, groups: Sequence[str] = _SCORES) -> dict[str, Any]:
+def score_settings(config: Config) -> dict[str, Any]:
     """Return the settings that scores depend on, by dotted names ("image.resize").
 
     Left out are weights, which count by their content, the form of the statistics, which agree
@@ -651,7 +651,6 @@ def score_settings(config: Config, groups: Sequence[str] = _SCORES) -> dict[str,
 
     Args:
       config: a configuration.
-      groups: `FITTED` for only those that the statistics depend on.
 
     Returns:
       JSON values by name.
@@ -664,10 +663,28 @@ def score_settings(config: Config, groups: Sequence[str] = _SCORES) -> dict[str,
     stored = to_stored(config)
     settings = {
         f"{group}.{name}": value
-        for group in groups
+        for group in _SCORES
         for name, value in stored.get(group, {}).items()  # none of a group added later
     }
     return {name: value for name, value in settings.items() if name not in aside}
+
+
+def fitted_settings(config: Config) -> dict[str, Any]:
+    """Return those of `score_settings` that statistics depend on.
+
+    Others can differ between a model and its use.
+
+    Args:
+      config: a configuration.
+
+    Returns:
+      JSON values by name.
+    """
+    return {
+        name: value
+        for name, value in score_settings(config).items()
+        if name.startswith(_FITTED) and name not in _SCORED_ALONE
+    }
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -23,7 +23,7 @@ from padim_jax.core.types import Gaussian, LowRank, Moments, Projection, Samples
 from padim_jax.data import input_pipeline
 from padim_jax.detector import geometry, steps
 from padim_jax.detector.geometry import Shape
-from padim_jax.detector.steps import Variables
+from padim_jax.detector.steps import Embedded, Variables
 from padim_jax.devices import parallel
 from padim_jax.errors import DataWarning, UserError
 from padim_jax.models.weights import pretrained
@@ -369,29 +369,63 @@ def measure_pixels(
       ValueError: fewer than two images would be left, which give no covariance; or the detector
         was given up by `calibrate.calibrate`.
     """
+    levels = embed_pixels(detector, images)
+    measures = measure_levels(detector, levels, names)
+    count = len(images)
+    return Measures(measures.maps[:count], measures.summaries[:count], measures.samples[:count])
+
+
+def embed_pixels(detector: Detector, images: UInt8[np.ndarray, "b h w 3"]) -> Embedded:
+    """Return the embeddings by level of images that are already preprocessed.
+
+    Args:
+      detector: fitted model.
+      images: (b, h, w, 3), as from `input_pipeline.preprocess`; filled up with zeros to a
+        multiple of the number of devices.
+
+    Returns:
+      Embeddings of all processes' images in the devices' regions; see `steps.embed_batch`.
+
+    Raises:
+      UserError: this process was forked from the one that loaded the detector.
+    """
     _require_usable(detector)
-    config, devices = detector.config, len(detector.gaussian.mean[0])
-    left_out = detector.left_out
-    count, padding = len(images), -len(images) % devices
-    if padding:
+    config, local = detector.config, len(detector.gaussian.mean[0])
+    if padding := -len(images) % local:
         images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
-    shared = images.reshape(devices, -1, *images.shape[1:])
-    if not left_out:
-        each = steps.score_batch(
-            detector.variables, detector.gaussian, shared, *_static(detector)
-        )
-    elif detector.count - left_out < 2:
+    devices = parallel.Devices(local, parallel.every().processes)
+    shared, index = parallel.share(images, devices), tuple(detector.index.tolist())
+    return steps.embed(detector.variables, shared, config, index, devices)
+
+
+def measure_levels(detector: Detector, levels: Embedded, names: Sequence[str] = ()) -> Measures:
+    """Compute maps and their summaries from embeddings.
+
+    Args:
+      detector: fitted model; see `measure_pixels` for one that leaves images out.
+      levels: embeddings of all processes' images, as from `embed_pixels`.
+      names: names of this process's images for error messages; others are padding.
+
+    Returns:
+      The measures of this process's images.
+
+    Raises:
+      UserError: see `measure_pixels`.
+      ValueError: see `measure_pixels`.
+    """
+    _require_usable(detector)
+    if not detector.left_out:
+        each = steps.score_batch(detector.gaussian, levels, *_static(detector))
+    elif detector.count - detector.left_out < 2:
         raise ValueError(
-            f"{detector.count} images fitted: without {left_out} there is no covariance"
+            f"{detector.count} images fitted: without {detector.left_out} there is no "
+            "covariance"
         )
     else:
-        every = devices * parallel.every().processes
-        fitted, most = np.int32(detector.count), -(-config.batch_size // every)
-        static = (*_static(detector), left_out, most)
-        each = steps.score_left_out_batch(
-            detector.variables, detector.gaussian, fitted, shared, *static
-        )
-    measures = Measures(*(np.asarray(x).reshape(-1, *x.shape[2:])[:count] for x in each))
+        static = (*_static(detector), detector.left_out)
+        fitted = np.int32(detector.count)
+        each = steps.score_left_out_batch(detector.gaussian, fitted, levels, *static)
+    measures = Measures(*(np.asarray(x).reshape(-1, *x.shape[2:]) for x in each))
     _require_finite(detector, measures.summaries, names)
     return measures
 
@@ -416,23 +450,18 @@ def measure_samples(
       ValueError: the model has another form, has too few images, or leaves none out.
     """
     _require_usable(detector)
-    config, devices, fitted = detector.config, parallel.every(), detector.gaussian
+    devices, fitted = parallel.every(), detector.gaussian
     if detector.left_out != 1:
         raise ValueError(f"the detector leaves {detector.left_out} images out; expected 1")
     if not isinstance(fitted, LowRank):
         raise ValueError("the model does not hold the embeddings of its images")
-    if detector.count < 3:
-        raise ValueError(f"{detector.count} images fitted: without one there is no covariance")
-    size = devices.padded(min(config.batch_size, detector.count))
+    size = devices.padded(min(detector.config.batch_size, detector.count))
     own = size // devices.processes
-    count = np.int32(detector.count)
     for start in range(0, detector.count, size):
-        static = (size, *_static(detector))
-        each = steps.score_samples_batch(fitted, count, np.int32(start), *static)
-        measures = Measures(*(np.asarray(x).reshape(-1, *x.shape[2:]) for x in each))
+        levels = steps.held_batch(fitted, np.int32(detector.count), np.int32(start), size)
         first = start + devices.process * own
         numbers = range(first, first + own)
-        _require_finite(detector, measures.summaries, [f"fitted image {i}" for i in numbers])
+        measures = measure_levels(detector, levels, [f"fitted image {i}" for i in numbers])
         yield measures, np.array(numbers) < detector.count
 
 

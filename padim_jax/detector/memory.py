@@ -13,7 +13,7 @@ from padim_jax.config import backbones
 from padim_jax.config.settings import Config, ModelConfig
 from padim_jax.core import embedding, metrics
 from padim_jax.data import input_pipeline
-from padim_jax.detector import geometry
+from padim_jax.detector import geometry, steps
 from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
@@ -106,14 +106,20 @@ def estimate(config: Config, images: int, devices: Devices) -> Estimate:
     size = devices.padded(min(config.batch_size, images)) * part
     statistics, fitted = int(statistics * part), int(fitted * part)
     weights = sharing * _weights(model)
-    batch = int(size * (features + embeddings)) + 3 * weights
-    # Either the statistics are being copied to disk, or they become the model.
-    finish = max(statistics, fitted - statistics) + weights
+    at_once = min(size, sharing * steps.at_a_time(config, devices))
+    batch = int(at_once * features + size * embeddings) + 3 * weights
+    # Either the statistics are being copied to disk, or they become the model. CPUs write them
+    # from where they are, except diagonal blocks, whose lower triangles are packed.
+    copied = statistics
+    if not parallel.memory_grows():
+        triangles = sum(4 * regions * cells * d * (d + 1) // 2 for regions, cells, d in shapes)
+        copied = int(triangles * part) if form == "moments" else 0
+    finish = max(copied, fitted - statistics) + weights
     fit = statistics + max(batch, finish)
     score = fitted + batch
     first = 0
     if model.reduction == "pca":
-        first = int(size * (features + _all_channels(config))) + 3 * weights
+        first = int(size * (features + _all_channels(config))) + 3 * weights  # not in parts
         # Per device a matrix and the intermediate for it; in float64 the sum, its parts and
         # eigenvectors.
         first += (2 * 4 * devices.local + 5 * 8) * geometry.total_channels(model) ** 2
@@ -143,8 +149,40 @@ def estimate_evaluation(config: Config, images: int, tests: int, devices: Device
     return int(_PROGRAM) + needed.fitted + max(needed.batch, maps)
 
 
+def embeddings_to_keep(
+    config: Config, images: int, devices: Devices, kept: bool = False
+) -> int:
+    """Return the bytes that a process needs to keep the embeddings of a fit for its thresholds.
+
+    Thresholds are bit-identical with and without them; with groups up to rounding, since their
+    batches have other sizes.
+
+    Args:
+      config: configuration to fit.
+      images: number of images.
+      devices: devices that share the statistics and a batch.
+      kept: see `require`.
+
+    Returns:
+      Bytes of the machine's memory; 0 if a process would then take more than half of what is
+      free to it.
+    """
+    shapes = _shapes(config)
+    floats = sum(devices.padded(regions) * cells * d for regions, cells, d in shapes)
+    bytes_ = 4 * images * floats // devices.processes
+    needed = estimate(config, images, devices)
+    total = 0 if parallel.memory_grows() else needed.total + kept * needed.statistics
+    fits = 2 * (total + bytes_) <= available_to_host()
+    return bytes_ if np.all(parallel.gather(np.array([fits]))) else 0
+
+
 def require(
-    config: Config, images: int, devices: Devices, tests: int = 0, kept: bool = False
+    config: Config,
+    images: int,
+    devices: Devices,
+    tests: int = 0,
+    kept: bool = False,
+    embeddings: int = 0,
 ) -> None:
     """Print the memory a run needs, and stop it if there is too little.
 
@@ -154,19 +192,22 @@ def require(
       devices: devices that share the statistics and a batch.
       tests: number of images evaluated next; 0 for none.
       kept: whether a copy of the statistics stays in the machine's memory.
+      embeddings: see `embeddings_to_keep`.
 
     Raises:
       UserError: there is too little memory; states the need, what is free, and what would
         reduce the need.
     """
     needed, free = estimate(config, images, devices), available()
-    copy = needed.statistics if kept and not parallel.memory_grows() else 0
+    copy = 0 if parallel.memory_grows() else kept * needed.statistics + embeddings
     needed = dataclasses.replace(needed, total=needed.total + copy)
     said = (
         f"about {needed.total / _GB:.1f} GB of memory to fit {images} images: "
         f"{needed.statistics / _GB:.2f} GB of statistics ({needed.form}), "
         f"{needed.batch / _GB:.2f} GB for a batch"
     )
+    if embeddings:
+        said += f", {embeddings / _GB:.2f} GB of embeddings for thresholds"
     if needed.total <= free:
         evaluated = ""
         if tests and devices.process == 0:  # the first process keeps the maps

@@ -13,7 +13,9 @@ from padim_jax.data import image_cache, input_pipeline, passes, skipping
 from padim_jax.data.records import Record, Skipped, Source
 from padim_jax.detector import detector as detector_lib
 from padim_jax.detector.detector import Detector
+from padim_jax.detector.embeddings import Embeddings
 from padim_jax.devices import parallel
+from padim_jax.system import progress
 
 
 def readable(
@@ -74,6 +76,7 @@ def measure(
     what: str,
     cache: image_cache.ImageCache | None,
     start: int = 0,
+    embeddings: Embeddings | None = None,
 ) -> Iterator[Part]:
     """Measure a source batch by batch; each process gets all processes' measures.
 
@@ -84,16 +87,21 @@ def measure(
       what: description of the pass for the progress bar.
       cache: cache of preprocessed images, or None.
       start: number of leading images to pass over, a multiple of the batch size.
+      embeddings: embeddings of images without masks. If it has all of the source's, no file is
+        read.
 
     Yields:
       Measures of consecutive images, padding removed.
     """
     config, devices, left_out = detector.config, parallel.every(), detector.left_out
-    few: dict[str, int] = {}
     if left_out > 1:  # whole groups
         least = math.lcm(left_out, devices.total)
         size = max(1, config.batch_size // least) * least
         config = dataclasses.replace(config, batch_size=size)
+    if embeddings is not None and embeddings.hold(source.records):
+        yield from _measure_kept(detector, source, config, what, embeddings)
+        return
+    few: dict[str, int] = {}
     for batch in passes.batches(source, config, what, cache, devices, start):
         names = [str(record.image) for record in batch.records]
         measures = detector_lib.measure_pixels(detector, batch.images, names)
@@ -101,12 +109,10 @@ def measure(
         nothing = np.zeros(config.image.size, bool)
         masks = [nothing if mask is None else mask for mask in batch.masks]
         own: dict[str, Any] = {
-            "maps": measures.maps,
-            "summaries": measures.summaries,
+            **vars(measures),
             "masks": np.stack(masks + padding * [nothing]),
             "known": np.array([mask is not None for mask in batch.masks] + padding * [False]),
             "digests": batch.digests,
-            "samples": measures.samples,
             "sizes": np.array([*batch.sizes, *(padding * [(0, 0)])], np.int32),
             "facts": np.array([*batch.facts, *(padding * [image_cache.NO_MASK])], np.int32),
         }
@@ -118,3 +124,35 @@ def measure(
         start = end
     if not left_out:  # otherwise the fit has warned
         passes.warn_few_levels(few, len(source.records), devices)
+
+
+def _measure_kept(
+    detector: Detector, source: Source, config: Config, what: str, embeddings: Embeddings
+) -> Iterator[Part]:
+    devices, records = parallel.every(), source.records
+    size = passes.batch_size(source, config, devices)
+    name = f"{config.category} {what}".lstrip()
+    with progress.bar(len(records), name, devices.process == 0) as shown:
+        for start in range(0, len(records), size):
+            part = records[start : start + size]
+            levels = embeddings.take(part, size)
+            names = [str(record.image) for record in part]
+            own = size // devices.processes
+            measures = detector_lib.measure_levels(
+                detector, levels, names[devices.process * own :][:own]
+            )
+            every: dict[str, Any] = parallel.gather(vars(measures))
+            count, facts = (
+                len(part),
+                [embeddings.facts[record.relative_path] for record in part],
+            )
+            yield Part(
+                part,
+                **{name: x[:count] for name, x in every.items()},
+                masks=np.broadcast_to(False, (count, *config.image.size)),
+                known=np.zeros(count, bool),
+                digests=np.stack([fact.digest for fact in facts]),
+                sizes=np.stack([fact.size for fact in facts]),
+                facts=np.array(count * [image_cache.NO_MASK], np.int32),
+            )
+            shown.update(count)

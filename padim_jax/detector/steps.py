@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32, UInt8
 
-from padim_jax.config.settings import ImageConfig, MapConfig, ModelConfig
+from padim_jax.config.settings import Config, ImageConfig, MapConfig, ModelConfig
 from padim_jax.core import embedding, gaussian, image_score, low_rank, reduction, scoring
 from padim_jax.core.types import (
     AnomalyMaps,
@@ -32,12 +32,20 @@ from padim_jax.detector import geometry
 from padim_jax.devices import parallel
 from padim_jax.models import network
 
+# Embeddings by level, of all images, in a device's regions; and those of all devices.
+_Own = tuple[Float32[Array, "_r _n _d _b"], ...]
+Embedded = tuple[Float32[Array | np.ndarray, "k _r _n _d _b"], ...]
+
 # The backbone's parameters and, under PROJECTION, the matrix of a reduction by projection.
 Variables = Mapping[str, Any]
 PROJECTION = "projection"
 
 # Numbers of each image's embeddings that are kept to compare images by.
 _SAMPLE = 2048
+
+# Images that a CPU processes at a time. 32 take as long in one piece, as 4 x 8 and as 32 x 1,
+# with equal bits, and feature maps are most of a batch's memory.
+_ON_CPU = 8
 
 # Squares of larger features overflow float32.
 _LARGEST_FEATURE = 1.8e19
@@ -119,150 +127,116 @@ def _scatter_batch(
     return reduction.scatter(pooled, valid, model.upsample)
 
 
-def _fit_batch(
-    statistics: Moments | Samples,
-    variables: Variables,
-    images: Images,
-    valid: Valid,
-    image: ImageConfig,
-    model: ModelConfig,
-    index: tuple[int, ...],
-) -> Moments | Samples:
-    levels = extract(variables, images, image=image, model=model, index=index)
-    levels, valid = parallel.to_regions(levels), parallel.of_all_images(valid)
-    return _update(statistics, levels, valid)
-
-
-def _finite_batch(
-    variables: Variables,
-    images: Images,
-    image: ImageConfig,
-    model: ModelConfig,
-    index: tuple[int, ...],
-) -> Bool[Array, " b"]:
-    levels = extract(variables, images, image=image, model=model, index=index)
-    each = [jnp.max(jnp.abs(x), axis=(0, 1, 2)) for x in levels]
-    return jnp.stack(each).max(axis=0) < _LARGEST_FEATURE  # false for NaN
-
-
-def _score_batch(
-    variables: Variables,
-    fitted: Gaussian | LowRank,
-    images: Images,
-    image: ImageConfig,
-    model: ModelConfig,
-    map_: MapConfig,
-    score: str,
-    index: tuple[int, ...],
-) -> tuple[AnomalyMaps, Float32[Array, "b _k"], Float32[Array, "b _s"]]:
-    levels = extract(variables, images, image=image, model=model, index=index)
-    if model.shift:
-        near = parallel.own_regions(geometry.shifts(image, model, index))
-        every = parallel.of_all_images_levels(levels)
-        by_region = scoring.mahalanobis_nearby(fitted, every, near)
-    else:
-        by_region = scoring.mahalanobis(fitted, parallel.to_regions(levels))
-    return *_maps_and_summaries(by_region, image, model, map_, score, index), _sample(levels)
-
-
-def _score_left_out_batch(
-    variables: Variables,
-    fitted: Gaussian | LowRank,
-    count: Int32[Array, ""],
-    images: Images,
-    image: ImageConfig,
-    model: ModelConfig,
-    map_: MapConfig,
-    score: str,
-    index: tuple[int, ...],
-    size: int,
-    most: int,
-) -> tuple[AnomalyMaps, Float32[Array, "b _k"], Float32[Array, "b _s"]]:
-    levels = _extract_by_parts(variables, images, image, model, index, most)
-    if model.shift:
-        near = parallel.own_regions(geometry.shifts(image, model, index))
-        every = parallel.of_all_images_levels(levels)
-        left_out = scoring.leave_out_nearby(fitted, every, near, count, size)
-    else:
-        left_out = scoring.leave_out(fitted, parallel.to_regions(levels), count, size)
-    return *_maps_and_summaries(left_out, image, model, map_, score, index), _sample(levels)
-
-
-def _extract_by_parts(
+def _embed_batch(
     variables: Variables,
     images: Images,
     image: ImageConfig,
     model: ModelConfig,
     index: tuple[int, ...],
     most: int,
-) -> Levels:
-    """Apply `extract` to at most `most` images at a time, to bound a large group's memory."""
-
+) -> _Own:
     def one(part: Images) -> Levels:
         return extract(variables, part, image=image, model=model, index=index)
 
     if (count := len(images)) <= most:
-        return one(images)
+        return parallel.to_regions(one(images))
     padded = jnp.pad(images, ((0, -count % most), (0, 0), (0, 0), (0, 0)))
     found = lax.map(one, padded.reshape(-1, most, *images.shape[1:]))
     # Concatenate the parts' images.
     together = (jnp.moveaxis(x, 0, 3) for x in found)
-    return tuple(x.reshape(*x.shape[:3], -1)[..., :count] for x in together)
+    levels = tuple(x.reshape(*x.shape[:3], -1)[..., :count] for x in together)
+    return parallel.to_regions(levels)
 
 
-def _sample(levels: Levels) -> Float32[Array, "b _s"]:
-    """Return evenly spaced numbers of each image's embeddings, over levels and positions."""
-    stride = -(-sum(x[..., 0].size for x in levels) // _SAMPLE)
-    each = [x.reshape(-1, x.shape[-1])[::stride] for x in levels]
-    return jnp.concatenate(each).T
-
-
-def _score_samples_batch(
-    fitted: LowRank,
-    count: Int32[Array, ""],
-    start: Int32[Array, ""],
-    size: int,
-    image: ImageConfig,
-    model: ModelConfig,
-    map_: MapConfig,
-    score: str,
-    index: tuple[int, ...],
-) -> tuple[AnomalyMaps, Float32[Array, "b _k"], Float32[Array, "b _s"]]:
-    rows = jnp.minimum(start + jnp.arange(size), count - 1)  # padding repeats the last image
-    levels = tuple(
-        (deviations[:, :, rows] + mean[:, :, None]).swapaxes(-1, -2)
-        for deviations, mean in zip(fitted.deviations, fitted.mean, strict=True)
-    )
-    if model.shift:
-        near = parallel.own_regions(geometry.shifts(image, model, index))
-        every = tuple(map(parallel.of_all_regions, levels))
-        left_out = scoring.leave_out_nearby(fitted, every, near, count)
-    else:
-        left_out = scoring.leave_out(fitted, levels, count)
-    samples = parallel.to_images(_sample(levels).T[:, None])[:, 0].T  # of all regions
-    return *_maps_and_summaries(left_out, image, model, map_, score, index), samples
-
-
-def _maps_and_summaries(
-    by_region: Float32[Array, "r n _b"],
-    image: ImageConfig,
-    model: ModelConfig,
-    map_: MapConfig,
-    score: str,
-    index: tuple[int, ...],
-) -> tuple[AnomalyMaps, Float32[Array, "b _k"]]:
-    """Return maps and summaries of a device's images, from distances in a device's regions."""
-    patches = geometry.pyramid(image, model, index).patches
-    grid = geometry.patch_grid(image, model.layers)
-    distances = scoring.on_grid(parallel.to_images(by_region), patches)
-    maps = scoring.anomaly_maps(distances, grid, image.size, map_.upsample, map_.sigma)
-    return maps, image_score.summaries(maps, distances, grid, score)
+def _fit_batch(
+    statistics: Moments | Samples, levels: _Own, valid: Bool[Array, " _own"]
+) -> Moments | Samples:
+    return _update(statistics, levels, parallel.of_all_images(valid))
 
 
 def _update(statistics: Moments | Samples, levels: Levels, valid: Valid) -> Moments | Samples:
     if isinstance(statistics, Moments):
         return gaussian.update(statistics, levels, valid)
     return low_rank.update(statistics, levels, valid)
+
+
+def _finite_batch(levels: Levels) -> Bool[Array, " b"]:
+    each = [jnp.max(jnp.abs(x), axis=(0, 1, 2)) for x in levels]
+    finite = jnp.stack(each).max(axis=0) < _LARGEST_FEATURE  # false for NaN
+    return parallel.total(~finite) == 0
+
+
+def _held_batch(
+    fitted: LowRank, count: Int32[Array, ""], start: Int32[Array, ""], size: int
+) -> _Own:
+    rows = jnp.minimum(start + jnp.arange(size), count - 1)  # padding repeats the last image
+    return tuple(
+        (deviations[:, :, rows] + mean[:, :, None]).swapaxes(-1, -2)
+        for deviations, mean in zip(fitted.deviations, fitted.mean, strict=True)
+    )
+
+
+def _score_batch(
+    fitted: Gaussian | LowRank,
+    levels: _Own,
+    image: ImageConfig,
+    model: ModelConfig,
+    map_: MapConfig,
+    score: str,
+    index: tuple[int, ...],
+) -> tuple[AnomalyMaps, Float32[Array, "b _k"], Float32[Array, "b _s"]]:
+    if model.shift:
+        near = parallel.own_regions(geometry.shifts(image, model, index))
+        every = tuple(map(parallel.of_all_regions, levels))
+        by_region = scoring.mahalanobis_nearby(fitted, every, near)
+    else:
+        by_region = scoring.mahalanobis(fitted, levels)
+    return _measures(by_region, levels, image, model, map_, score, index)
+
+
+def _score_left_out_batch(
+    fitted: Gaussian | LowRank,
+    count: Int32[Array, ""],
+    levels: _Own,
+    image: ImageConfig,
+    model: ModelConfig,
+    map_: MapConfig,
+    score: str,
+    index: tuple[int, ...],
+    size: int,
+) -> tuple[AnomalyMaps, Float32[Array, "b _k"], Float32[Array, "b _s"]]:
+    if model.shift:
+        near = parallel.own_regions(geometry.shifts(image, model, index))
+        every = tuple(map(parallel.of_all_regions, levels))
+        by_region = scoring.leave_out_nearby(fitted, every, near, count, size)
+    else:
+        by_region = scoring.leave_out(fitted, levels, count, size)
+    return _measures(by_region, levels, image, model, map_, score, index)
+
+
+def _measures(
+    by_region: Float32[Array, "r n _b"],
+    levels: _Own,
+    image: ImageConfig,
+    model: ModelConfig,
+    map_: MapConfig,
+    score: str,
+    index: tuple[int, ...],
+) -> tuple[AnomalyMaps, Float32[Array, "b _k"], Float32[Array, "b _s"]]:
+    """Return measures of a device's images, from distances in a device's regions."""
+    patches = geometry.pyramid(image, model, index).patches
+    grid = geometry.patch_grid(image, model.layers)
+    distances = scoring.on_grid(parallel.to_images(by_region), patches)
+    maps = scoring.anomaly_maps(distances, grid, image.size, map_.upsample, map_.sigma)
+    samples = parallel.to_images(_sample(levels)[:, None])[:, 0].T  # of all regions
+    return maps, image_score.summaries(maps, distances, grid, score), samples
+
+
+def _sample(levels: Levels) -> Float32[Array, "_s b"]:
+    """Return evenly spaced numbers of each image's embeddings, over levels and positions."""
+    stride = -(-sum(x[..., 0].size for x in levels) * lax.psum(1, parallel.AXIS) // _SAMPLE)
+    each = [x.reshape(-1, x.shape[-1])[::stride] for x in levels]
+    return jnp.concatenate(each)
 
 
 scatter_batch = parallel.mapped(_scatter_batch, replicated=(0,), static=(3, 4))
@@ -275,58 +249,100 @@ Args:
   image, model: as in `extract`, static.
 """
 
-fit_batch = parallel.mapped(_fit_batch, replicated=(1,), static=(4, 5, 6), donated=(0,))
+embed_batch = parallel.mapped(_embed_batch, replicated=(0,), static=(2, 3, 4, 5))
+"""Return the embeddings (k, r / k, n, d, b) by level of all processes' images.
+
+Each device gets all images' embeddings in its own regions. Fits, thresholds and scores use this
+one compiled program, so that an image's embeddings are bit-identical in all of them.
+
+Args:
+  variables: variables of the backbone, on every device.
+  images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
+  image, model, index: as in `extract`, static.
+  most: number of images that a device's backbone processes at a time, static.
+"""
+
+
+def at_a_time(config: Config, devices: parallel.Devices) -> int:
+    """Return the number of images that a device's backbone processes at a time.
+
+    Args:
+      config: configuration in use.
+      devices: devices that take part.
+
+    Returns:
+      A device's share of a batch, and on CPUs at most `_ON_CPU`.
+    """
+    share = -(-config.batch_size // devices.total)
+    return share if parallel.memory_grows() else min(_ON_CPU, share)
+
+
+def embed(
+    variables: Variables,
+    images: UInt8[Array | np.ndarray, "k b h w 3"],
+    config: Config,
+    index: tuple[int, ...],
+    devices: parallel.Devices,
+) -> Embedded:
+    """Apply `embed_batch` with the `most` of this kind of device.
+
+    Args:
+      variables: variables of the backbone, on every device.
+      images: b images for each of this process's devices.
+      config: configuration in use.
+      index: channels kept.
+      devices: devices that take part.
+
+    Returns:
+      See `embed_batch`.
+    """
+    most = at_a_time(config, devices)
+    return embed_batch(variables, images, config.image, config.model, index, most)
+
+
+fit_batch = parallel.mapped(_fit_batch, donated=(0,))
 """Add a batch of normal images to the statistics, whose buffers are donated.
 
 Args:
   statistics: see `statistics.init`.
-  variables: variables of the backbone, on every device.
-  images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
+  levels: see `embed_batch`.
   valid: (k, b); False marks padding.
-  image, model, index: as in `extract`, static.
 """
 
-finite_batch = parallel.mapped(_finite_batch, replicated=(0,), static=(2, 3, 4))
-"""Return (k, b): whether a fit can add up the features of each image.
+finite_batch = parallel.mapped(_finite_batch)
+"""Return (k, b), equal for all devices: whether a fit can add up the features of each image.
 
 Args:
-  variables: variables of the backbone, on every device.
-  images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
-  image, model, index: as in `extract`, static.
+  levels: see `embed_batch`.
 """
 
-score_batch = parallel.mapped(_score_batch, replicated=(0,), static=(3, 4, 5, 6, 7))
-"""Return anomaly maps (k, b, h, w), summaries (k, b, j) and samples (k, b, s) of images.
-
-Args:
-  variables: variables of the backbone, on every device.
-  fitted: see `statistics.finalize`.
-  images: (k, b, h, w, 3) uint8, b images for each of this process's devices.
-  image, model, map_, score, index: settings and channels kept, static.
-"""
-
-score_left_out_batch = parallel.mapped(
-    _score_left_out_batch, replicated=(0, 2), static=(4, 5, 6, 7, 8, 9, 10)
-)
-"""Apply `score_batch` to fitted images, each scored by the model without its group.
-
-Args:
-  count: number of fitted images.
-  size: images per group, static; see `scoring.leave_out`. The devices' images, concatenated,
-    are complete groups followed by padding.
-  most: number of images that a device's backbone processes at a time, static.
-  variables, fitted, images, image, model, map_, score, index: as in `score_batch`.
-"""
-
-score_samples_batch = parallel.mapped(
-    _score_samples_batch, replicated=(1, 2), static=(3, 4, 5, 6, 7, 8)
-)
-"""Apply `score_left_out_batch` to images whose embeddings the fitted model holds.
+held_batch = parallel.mapped(_held_batch, replicated=(1, 2), static=(3,))
+"""Return the embeddings of images that a fitted model holds, as `embed_batch` does.
 
 Args:
   fitted: see `statistics.finalize`; made from `Samples`.
   count: number of fitted images.
   start: number of the first image of the batch, in the order of fitting.
-  size: images in the batch, divisible by the number of devices; static.
+  size: images in the batch, static.
+"""
+
+score_batch = parallel.mapped(_score_batch, static=(2, 3, 4, 5, 6))
+"""Return anomaly maps (k, b, h, w), summaries (k, b, j) and samples (k, b, s) of images.
+
+Args:
+  fitted: see `statistics.finalize`.
+  levels: see `embed_batch`, of a number of images that the devices divide.
   image, model, map_, score, index: settings and channels kept, static.
+"""
+
+score_left_out_batch = parallel.mapped(
+    _score_left_out_batch, replicated=(1,), static=(3, 4, 5, 6, 7, 8)
+)
+"""Apply `score_batch` to fitted images, each scored by the model without its group.
+
+Args:
+  count: number of fitted images.
+  size: images per group, static; see `scoring.leave_out`. The images are complete groups
+    followed by padding.
+  fitted, levels, image, model, map_, score, index: as in `score_batch`.
 """

@@ -357,7 +357,8 @@ def first_process_first() -> Iterator[None]:
 def as_global(tree: Tree, devices: Devices, donate: bool = False) -> Tree:
     """Combine all processes' arrays to global ones, for storage.
 
-    Each device keeps its regions, copied unless the arrays are donated.
+    Each device keeps its regions. On CPUs, arrays that are not donated share their memory with
+    the result, which must be gone before they are donated.
 
     Args:
       tree: arrays (k, r / k, ...) of this process.
@@ -367,9 +368,20 @@ def as_global(tree: Tree, devices: Devices, donate: bool = False) -> Tree:
     Returns:
       Global arrays (r, ...).
     """
+    if not donate and not memory_grows():
+        return jax.tree.map(lambda x: _aliased(x, devices), tree)
     spec = PartitionSpec(AXIS)
     whole = multihost_utils.host_local_array_to_global_array(tree, devices.mesh, spec)
     return _merge(devices, donate)(whole)
+
+
+def _aliased(array: Array, devices: Devices) -> Array:
+    shards = [
+        jax.device_put(np.asarray(shard.data)[0], shard.device, may_alias=True)
+        for shard in array.addressable_shards
+    ]
+    shape = devices.processes * len(shards) * len(shards[0]), *array.shape[2:]
+    return jax.make_array_from_single_device_arrays(shape, sharding(devices), shards)
 
 
 def from_global(tree: Tree, devices: Devices) -> Tree:

@@ -20,6 +20,7 @@ from padim_jax.data.records import Record, Source
 from padim_jax.detector import detector as detector_lib
 from padim_jax.detector import scoring_pass
 from padim_jax.detector.detector import Detector
+from padim_jax.detector.embeddings import Embeddings
 from padim_jax.devices import parallel
 from padim_jax.errors import DataWarning, UserError
 from padim_jax.store import statistics_store
@@ -66,13 +67,34 @@ def calibrate(detector: Detector, source: Source, origin: str, path: Path) -> De
         return find(detector, source, origin, OnDisk(path))
 
 
-def find(detector: Detector, source: Source, origin: str, store: Store) -> Detector:
-    """Find thresholds as `calibrate` does, in a store that no other process uses."""
-    return find_ranked(detector, source, origin, store)[0]
+def find(
+    detector: Detector,
+    source: Source,
+    origin: str,
+    store: Store,
+    embeddings: Embeddings | None = None,
+) -> Detector:
+    """Find thresholds as `calibrate` does, in a store that no other process uses.
+
+    Args:
+      detector: see `calibrate`.
+      source: see `calibrate`.
+      origin: see `calibrate`.
+      store: store of its statistics.
+      embeddings: embeddings of the source's images, if they are at hand.
+
+    Returns:
+      The detector with its thresholds.
+    """
+    return find_ranked(detector, source, origin, store, embeddings)[0]
 
 
 def find_ranked(
-    detector: Detector, source: Source, origin: str, store: Store
+    detector: Detector,
+    source: Source,
+    origin: str,
+    store: Store,
+    embeddings: Embeddings | None = None,
 ) -> tuple[Detector, Suspects | None]:
     """Find thresholds as `find` does, and rank left-out images in the first process."""
     config, given = detector.config, origin == "given"
@@ -114,7 +136,9 @@ def find_ranked(
             chosen = sampling.part(source, numbers.tolist())
             if size:
                 seen = statistics_store.refinalize(seen, store, size)
-            for part in scoring_pass.measure(seen, chosen, "calibrate", cache):
+            for part in scoring_pass.measure(
+                seen, chosen, "calibrate", cache, embeddings=embeddings
+            ):
                 for record, digest in zip(part.records, map(bytes, part.digests), strict=True):
                     if not left_out:
                         _require_unknown(record, digest in unused, origin)
@@ -136,7 +160,9 @@ def find_ranked(
     scores = image_score.of_normal(np.concatenate(summaries), within)
     scores = scores[np.argsort(order)]  # in the source's order
     shown = np.argsort(-scores, kind="stable")[: suspects_lib.SHOWN].tolist()
-    seen, measured = _measure_again(seen, store, source, passes, groups, shown, cache)
+    seen, measured = _measure_again(
+        seen, store, source, passes, groups, shown, cache, embeddings
+    )
     detector = statistics_store.refinalize(seen, store)
     detector = _keep_thresholds(detector, thresholds, store)
     if parallel.every().process > 0:
@@ -156,6 +182,7 @@ def _measure_again(
     groups: Int[np.ndarray, " n"],
     images: Sequence[int],
     cache: image_cache.ImageCache | None,
+    embeddings: Embeddings | None,
 ) -> tuple[Detector, dict[int, tuple[Float32[np.ndarray, "h w"], list[int]]]]:
     """Return the left-out map and the file's size (height, width) of a few images.
 
@@ -167,6 +194,7 @@ def _measure_again(
       groups: group number of each image of the source.
       images: numbers of the images in the source.
       cache: cache of preprocessed images, or None.
+      embeddings: see `find`.
 
     Returns:
       The detector, which may leave out groups of another size, and map and size by number.
@@ -179,7 +207,9 @@ def _measure_again(
         detector = statistics_store.refinalize(detector, store, size)
         left = iter(numbers.tolist())
         part = sampling.part(source, numbers.tolist())
-        for measures in scoring_pass.measure(detector, part, "calibrate", cache):
+        for measures in scoring_pass.measure(
+            detector, part, "calibrate", cache, embeddings=embeddings
+        ):
             for anomaly_map, pixels in zip(measures.maps, measures.sizes.tolist(), strict=True):
                 if (number := next(left)) in images:
                     measured[number] = anomaly_map.copy(), pixels

@@ -32,6 +32,7 @@ from padim_jax.data.records import Record, Source
 from padim_jax.detector import geometry, memory, steps
 from padim_jax.detector import statistics as statistics_lib
 from padim_jax.detector.detector import Detector
+from padim_jax.detector.embeddings import Embeddings
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import DataWarning, Stopped, UserError
@@ -58,6 +59,7 @@ def train(
     backbone: Backbone | None = None,
     tests: int = 0,
     left_out: int = 0,
+    embeddings: Embeddings | None = None,
 ) -> Detector:
     """Fit a detector to normal images and save it.
 
@@ -72,6 +74,7 @@ def train(
       tests: so many images are evaluated next, for which there has to be memory as well.
       left_out: how many images the detector is to leave out at a time; see
         `statistics.finalize`.
+      embeddings: extended by those of the images that are fitted now, if given.
 
     Returns:
       The fitted detector.
@@ -89,7 +92,8 @@ def train(
             f"config.dataset.root={config.dataset.root}: {count} normal image(s) to fit; a "
             "covariance needs at least 2 (MVTec AD's categories have 60 to 391)"
         )
-    memory.require(config, count, devices, tests)
+    kept = 0 if embeddings is None else memory.embeddings_to_keep(config, count, devices)
+    memory.require(config, count, devices, tests, embeddings=kept)
     variables, weights = backbone or load_backbone(config.model, devices)
     progress.say(f"weights: {weights.origin}")
     fitted = checkpoint.load_unfinished(path, devices)
@@ -110,7 +114,10 @@ def train(
         with interrupts.sigterm() as asked:
             fitted = begin(config, source, (variables, weights), devices, asked)
     start = len(fitted.images)
-    return _fit(fitted, source, start, config, variables, path, devices, left_out)
+    return _fit(
+        *(fitted, source, start, config, variables, path, devices, left_out),
+        embeddings if kept else None,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -456,7 +463,7 @@ def require_same(path: Path | str, fitted: Config, wanted: Config) -> None:
     Raises:
       UserError: what its statistics depend on differs.
     """
-    names = [config_lib.score_settings(x, config_lib.FITTED) for x in (fitted, wanted)]
+    names = [config_lib.fitted_settings(x) for x in (fitted, wanted)]
     for name in names[0] | names[1]:
         setting = operator.attrgetter(name)
         if setting(wanted) == "train" and fitted.image.range != "full":
@@ -556,6 +563,7 @@ def add_images(
     variables: Any,
     devices: Devices,
     pause: Callable[[int, Callable[[], Fitted]], None] | None = None,
+    embeddings: Embeddings | None = None,
 ) -> Fitted:
     """Return a model with more images; the statistics that are given are used up.
 
@@ -568,6 +576,7 @@ def add_images(
       devices: that take part.
       pause: called before each batch with the number of images of `source` that are done, and
         a function that returns the model so far. May raise.
+      embeddings: extended by those of the images, if given.
 
     Raises:
       UserError: an image cannot be read.
@@ -587,20 +596,20 @@ def add_images(
         jax.block_until_ready(statistics)
         if pause is not None:
             pause(done, so_far)
-        statistics = steps.fit_batch(
-            statistics,
-            variables,
-            parallel.share(batch.images, devices),
-            parallel.share(batch.valid, devices),
-            config.image,
-            config.model,
-            index,
-        )
+        images = parallel.share(batch.images, devices)
+        levels = steps.embed(variables, images, config, index, devices)
+        valid = parallel.share(batch.valid, devices)
+        statistics = steps.fit_batch(statistics, levels, valid)
         alike.add(batch.images[batch.valid])
         few |= passes.few_levels(batch)
-        new, valid = parallel.gather((batch.digests, batch.valid))
+        sizes = np.zeros((len(batch.valid), 2), np.int32)
+        sizes[batch.valid] = batch.sizes
+        new, sizes, valid = parallel.gather((batch.digests, sizes, batch.valid))
         digests.append(new[valid])
-        done += len(digests[-1])
+        records = source.records[done : done + len(digests[-1])]
+        if embeddings is not None:
+            embeddings.add(levels, valid, records, new[valid], sizes[valid])
+        done += len(records)
     passes.warn_few_levels(few, total, devices)
     if not len(fitted.images) and alike.said() and devices.process == 0:
         message = (
@@ -649,6 +658,7 @@ def _fit(
     path: Path,
     devices: Devices,
     left_out: int = 0,
+    embeddings: Embeddings | None = None,
 ) -> Detector:
     """Add the images from `start` on; save at intervals and when finished."""
     variables = parallel.replicate(steps.with_projection(variables, fitted.projection), devices)
@@ -669,7 +679,9 @@ def _fit(
             raise Stopped(f"stopped by SIGTERM after {done} of {total} images, {kept}")
 
     with interrupts.sigterm() as asked:
-        fitted = add_images(fitted, source, start, config, variables, devices, pause)
+        fitted = add_images(
+            fitted, source, start, config, variables, devices, pause, embeddings
+        )
         finished = dataclasses.replace(fitted, unfinished=None)
         count, form = len(finished.images), "samples"
         if isinstance(finished.statistics, Moments):
@@ -720,8 +732,9 @@ def _not_finite(
     start, cache = 0, image_cache.open_cache(config.cache)
     for batch in passes.batches(source, config, "search", cache, devices):
         images = parallel.share(batch.images, devices)
-        own = steps.finite_batch(variables, images, config.image, config.model, index)
-        finite, valid = parallel.gather((np.asarray(own).reshape(-1), batch.valid))
+        levels = steps.embed(variables, images, config, index, devices)
+        finite = np.asarray(steps.finite_batch(levels))[0]
+        valid = parallel.gather(batch.valid)
         if not np.all(finite[valid]):
             return source.records[start + int(np.argmin(finite[valid]))]
         start += int(np.sum(valid))

@@ -8,6 +8,7 @@ from padim_jax.data import copies, dataset_splits, inputs
 from padim_jax.data.records import Source
 from padim_jax.detector import memory, scoring_pass
 from padim_jax.detector.detector import Detector
+from padim_jax.detector.embeddings import Embeddings
 from padim_jax.devices import parallel
 from padim_jax.output import results
 from padim_jax.runs import calibrate, evaluate, fitting, results_folder
@@ -145,7 +146,8 @@ def _train(
             calibrate.require_groups(config, source if leave_out else validation)
         # Of groups the sizes differ.
         left_out = int(leave_out and not config.threshold.groups and len(source.records) >= 3)
-        detector = fitting.train(config, source, path, backbone, tests, left_out)
+        embeddings = Embeddings() if leave_out else None
+        detector = fitting.train(config, source, path, backbone, tests, left_out, embeddings)
         if normal == "none":
             return detector, None
         if not leave_out:
@@ -153,4 +155,6 @@ def _train(
         if detector.count < 3:
             print("no thresholds: leaving one out needs at least 3 images that were fitted")
             return detector, None
-        return calibrate.find_ranked(detector, source, "leave_one_out", OnDisk(path))
+        return calibrate.find_ranked(
+            detector, source, "leave_one_out", OnDisk(path), embeddings
+        )

@@ -515,12 +515,8 @@ def scored() -> tuple[detector.Anomalies, detector.Anomalies, detector.Anomalies
     def fit(left_out: int = 0) -> detector.Detector:
         statistics = steps.fit_batch(
             statistics_lib.init(shapes, FITTED, "auto", one),
-            variables,
-            fitted[None],
+            steps.embed(variables, fitted[None], config, tuple(index.tolist()), one),
             np.ones((1, FITTED), bool),
-            config.image,
-            model,
-            tuple(index.tolist()),
         )
         return detector.Detector(
             config,

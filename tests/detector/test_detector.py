@@ -152,12 +152,16 @@ def test_fit_and_score_in_batches(form: str):
     shapes = geometry.pyramid(config.image, config.model, given["index"]).shapes
     images = random_images(6, config)
     statistics = statistics_lib.init(shapes, 5, form, ONE)
-    valid, settings = jnp.ones((1, 3), bool), tuple(given.values())
-    first = steps.fit_batch(statistics, variables, images[None, :3], valid, *settings)
+    valid, index = jnp.ones((1, 3), bool), given["index"]
+
+    def embedded(batch: Any) -> Any:
+        return steps.embed(variables, batch[None], config, index, ONE)
+
+    first = steps.fit_batch(statistics, embedded(images[:3]), valid)
     # The statistics' memory is the result's.
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(statistics))
     valid = valid.at[0, 1].set(False)
-    second = steps.fit_batch(first, variables, images[None, 3:], valid, *settings)
+    second = steps.fit_batch(first, embedded(images[3:]), valid)
     fitted = statistics_lib.finalize(second, config.model.regularization)
     # And the fitted model's.
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(second))
@@ -167,10 +171,8 @@ def test_fit_and_score_in_batches(form: str):
     levels = steps.extract(variables, images, **given)
     x = np.asarray(embedding.concatenate(levels, pyramid))
     squared, _ = patchwise.distances(x[[0, 1, 2, 3, 5]], x, config.model.regularization)
-    found = steps.score_batch(
-        *(variables, fitted, images[None], config.image, config.model, config.map),
-        *(config.score.image, given["index"]),
-    )
+    settings = config.image, config.model, config.map, config.score.image, index
+    found = steps.score_batch(fitted, embedded(images), *settings)
     maps, scores, _ = (np.asarray(x)[0] for x in found)
     expected = scoring.anomaly_maps(
         jnp.asarray(np.sqrt(squared), jnp.float32),
@@ -197,8 +199,8 @@ def fitted() -> detector.Detector:
     images = np.concatenate([random_images(6, SMALL)[:4], random_images(20, SMALL, seed=1)])
     shapes = geometry.pyramid(SMALL.image, SMALL.model, given["index"]).shapes
     statistics = statistics_lib.init(shapes, 24, "moments", ONE)
-    valid, settings = np.ones((1, 24), bool), tuple(given.values())
-    statistics = steps.fit_batch(statistics, variables, images[None], valid, *settings)
+    levels = steps.embed(variables, images[None], SMALL, given["index"], ONE)
+    statistics = steps.fit_batch(statistics, levels, np.ones((1, 24), bool))
     return detector.Detector(
         SMALL,
         geometry.channel_index(SMALL.model),

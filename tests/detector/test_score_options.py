@@ -119,3 +119,12 @@ def test_combined_of_merged_moments_without_images_says_what_to_do():
 def test_shift_needs_a_channel_of_the_first_layer():
     with pytest.raises(padim_jax.UserError, match=r"shift=1: no channel of the first layer"):
         fit(shift=1, channels=1, model_seed=0)
+
+
+def test_a_stored_model_scores_with_another_shift(tmp_path: pathlib.Path):
+    detector = fit(statistics="moments")
+    detector.save(tmp_path / "model")
+    found = padim_jax.load(tmp_path / "model", {"model.shift": 1})
+    assert found.thresholds is None  # those of the model are of another score
+    expected = fit(shift=1, statistics="moments").score(NEW)
+    np.testing.assert_allclose(found.score(NEW).maps, expected.maps, rtol=1e-5)

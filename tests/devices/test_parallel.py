@@ -157,15 +157,9 @@ def fit_and_score(
     size = len(images) // 2
     for start in (0, size):
         valid = np.arange(start, start + size) < len(images) - 1
-        statistics = steps.fit_batch(
-            statistics,
-            variables,
-            parallel.share(images[start : start + size], devices),
-            parallel.share(valid, devices),
-            config.image,
-            config.model,
-            tuple(index.tolist()),
-        )
+        shared = parallel.share(images[start : start + size], devices)
+        levels = steps.embed(variables, shared, config, tuple(index.tolist()), devices)
+        statistics = steps.fit_batch(statistics, levels, parallel.share(valid, devices))
     whole = parallel.join(jax.tree.leaves(statistics), shapes[0][0])
     fitted = statistics_lib.finalize(statistics, config.model.regularization)
     found = detector.score_pixels(
@@ -260,21 +254,20 @@ def test_only_embeddings_cross_the_wire(form: str, optimized: None):
     variables = parallel.replicate(variables, devices)
     pixels = np.zeros((4, images // 4, *config.image.size, 3), np.uint8)
     statistics = statistics_lib.init(shapes, 40, form, devices)
-    compiled = compile_(
-        steps.fit_batch,
-        *(statistics, variables, pixels, np.ones((4, images // 4), bool)),
-        *(config.image, config.model, index),
-    )
+    given = variables, pixels, config.image, config.model, index
+    compiled = compile_(steps.embed_batch, *given, images // 4)
     # Of its regions a device gets all images' embeddings.
     regions = devices.padded(shapes[0][0]) // 4
     embeddings = [4 * regions * n * d * images for _, n, d in shapes]
-    found = collectives(compiled)
-    assert sorted(size for name, size in found if name == "all-to-all") == sorted(embeddings)
-    rest = {name: size for name, size in found if name != "all-to-all"}
-    assert rest == {"all-gather": images}  # which of them are valid, a byte each
+    assert sorted(collectives(compiled)) == sorted(("all-to-all", x) for x in embeddings)
+    levels = steps.embed(variables, pixels, config, index, devices)
+    valid = np.ones((4, images // 4), bool)
+    compiled = compile_(steps.fit_batch, statistics, levels, valid)
+    # Which images are valid, a byte each.
+    assert collectives(compiled) == [("all-gather", images)]
     # A device's statistics alone are more than that; all together a batch must not move.
     statistics_bytes = sum(x.nbytes for x in jax.tree.leaves(statistics)) // 4
-    assert statistics_bytes > sum(rest.values())
+    assert statistics_bytes > images
 
     size = config.model.regularization
     finalize = compile_(statistics_lib._finalize, statistics, np.full(4, size, np.float32))
@@ -283,22 +276,23 @@ def test_only_embeddings_cross_the_wire(form: str, optimized: None):
     # Of every region a flag and a float32.
     assert sum(size for _, size in found) <= 5 * devices.padded(shapes[0][0])
 
-    valid = np.ones((4, images // 4), bool)
     for _ in range(2):
-        statistics = steps.fit_batch(
-            statistics, variables, pixels, valid, config.image, config.model, index
-        )
+        statistics = steps.fit_batch(statistics, levels, valid)
     if form == "moments":
         fitted = statistics_lib.finalize(statistics, size)
         compiled = compile_(
             steps.score_batch,
-            *(variables, fitted, pixels, config.image, config.model),
+            *(fitted, levels, config.image, config.model),
             *(config.map, config.score.image, index),
         )
         cells = shapes[0][1]
         distances = 4 * devices.padded(shapes[0][0]) * cells * images // 4
+        # And of each image about 2,000 numbers to compare images by.
+        own = [size // (4 * images) for size in embeddings]
+        stride = -(-4 * sum(own) // 2048)
+        samples = 4 * images * sum(-(-size // stride) for size in own)
         assert sorted(collectives(compiled)) == sorted(
-            ("all-to-all", size) for size in [*embeddings, distances]
+            ("all-to-all", size) for size in [distances, samples]
         )
 
 
