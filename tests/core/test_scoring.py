@@ -272,10 +272,8 @@ def fit(form: str, levels: list[np.ndarray], shapes: Any, epsilon: float) -> Any
 @pytest.mark.parametrize(
     ("name", "radius", "form"),
     [
-        ("one level", 1, "moments"),
         ("one channel", 2, "samples"),
         ("a level of one channel", 2, "moments"),
-        ("same grid", 1, "samples"),
         ("three levels", 1, "samples"),
         ("three levels", 2, "moments"),
         ("no nested grids", 1, "moments"),
@@ -301,7 +299,6 @@ def test_smallest_distance_of_nearby_patches(name: str, radius: int, form: str):
     [
         ("one level", "samples", 4, 1),
         ("three levels", "moments", 11, 4),
-        ("three levels", "samples", 12, 1),
         ("no nested grids", "moments", 4, 1),
         ("no nested grids", "samples", 11, 4),
     ],
