@@ -310,7 +310,7 @@ class TestGrowing:
 
     def test_merge(self, arrays: np.ndarray):
         samples = {**SETTINGS, "statistics": "samples"}
-        parts = [padim_jax.fit(x, **samples) for x in (arrays[:5], arrays[5:])]
+        parts = [padim_jax.fit(x, **samples) for x in (arrays[:GOOD], arrays[GOOD:])]
         found, expected = padim_jax.merge(parts), padim_jax.fit(arrays, **samples)
         np.testing.assert_array_equal(maps(found, arrays), maps(expected, arrays))
         assert found.thresholds is not None

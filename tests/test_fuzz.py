@@ -35,7 +35,7 @@ def prepared() -> None:
     fuzzing.prepare()
 
 
-@examples(150)
+@examples(60)
 @hypothesis.given(fuzzing.settings())
 def test_settings(values):
     fuzzing.check_settings(values)

@@ -705,7 +705,7 @@ class TestEnvironment:
 
     @pytest.mark.parametrize(
         ("name", "value"),
-        [("JAX_PLATFORMS", "cuda"), ("JAX_PLATFORMS", "abc"), ("JAX_ENABLE_X64", "maybe")],
+        [("JAX_PLATFORMS", "cuda"), ("JAX_ENABLE_X64", "maybe")],
     )
     def test_of_jax(self, name: str, value: str):
         line = self.end("--mode=eval", "--workdir=nowhere", **{name: value})
@@ -789,11 +789,6 @@ class TestEval:
         table = run.out.partition("site_part: ")[2].partition("results: ")[0]
         assert table in out
 
-    def test_checkpoint_elsewhere(self, run: Run, tmp_path: pathlib.Path):
-        given = f"--checkpoint={run.workdir}/checkpoint"
-        succeed("--mode=eval", given, "--workdir=new", cwd=tmp_path)
-        assert metrics_of(tmp_path / "new") == metrics_of(run.workdir)
-
     def test_workdir_of_a_checkpoint_alone_is_beside_it(self, copy: pathlib.Path):
         (copy / "metrics.json").unlink()
         shutil.rmtree(copy / "maps")
@@ -822,8 +817,7 @@ class TestEval:
         assert "was fitted to site_part; now used for site_other" in outcome.out
 
     @pytest.mark.parametrize(
-        ("figures", "maps", "suffix", "counts"),
-        [("all", "tiff", "tiff", (14, 14)), ("none", "none", "", (0, 0))],
+        ("figures", "maps", "suffix", "counts"), [("all", "tiff", "tiff", (14, 14))]
     )
     def test_other_outputs(
         self,
@@ -883,10 +877,10 @@ class TestOverridesOfAStoredModel:
             ("category=all", "config.category, config.repeats: several runs"),
         ],
     )
-    @pytest.mark.parametrize("mode", ["eval", "predict", "calibrate", "update", "export"])
+    @pytest.mark.parametrize("mode", ["eval", "update"])
     def test_mistakes(self, mode, override, message, run: Run, root: pathlib.Path):
         given = [f"--mode={mode}", f"--checkpoint={run.workdir}/checkpoint"]
-        if mode in ("predict", "calibrate", "update"):
+        if mode == "update":
             given.append(f"--input={root}/part/test/good")
         assert message in fail(*given, f"--config.{override}", cwd=run.workdir)
 
@@ -1130,31 +1124,31 @@ class TestOwnFolder:
 class TestCompilationCache:
     """`tests/system/test_compilation_cache.py` tests what is loaded from it."""
 
-    def train(self, root: pathlib.Path, cwd: pathlib.Path, *arguments: str) -> Outcome:
+    def predict(self, run: Run, cwd: pathlib.Path, *arguments: str) -> Outcome:
         jax.clear_caches()  # as if this process were new
-        given = (MVTEC, *SMALL, f"--config.dataset.root={root}", "--mode=train", *arguments)
-        outcome = padim(*given, cwd=cwd)
+        given = f"--checkpoint={run.workdir}/checkpoint", f"--input={ROOT}/docs/demo.jpg"
+        outcome = padim("--mode=predict", "--workdir=x", *given, *arguments, cwd=cwd)
         assert outcome.code == 0, outcome.err
         return outcome
 
-    def test_filled_once(self, root: pathlib.Path, tmp_path: pathlib.Path):
+    def test_filled_once(self, run: Run, tmp_path: pathlib.Path):
         found = []
         for _ in range(2):
-            self.train(root, tmp_path, "--config.cache.dir=cache")
+            self.predict(run, tmp_path, "--config.cache.dir=cache")
             folder = tmp_path / "cache" / "compilation"
             found.append({path.name: path.read_bytes() for path in folder.glob("*-cache")})
         # What is mapped over devices, by the name that JAX gives it.
         assert any("_fun" in name for name in found[0])
         assert found[1] == found[0]
 
-    def test_switched_off(self, root: pathlib.Path, tmp_path: pathlib.Path):
+    def test_switched_off(self, run: Run, tmp_path: pathlib.Path):
         off = ("--config.cache.compilation=False", "--config.cache.images_gb=0")
-        self.train(root, tmp_path, "--config.cache.dir=cache", *off)
+        self.predict(run, tmp_path, "--config.cache.dir=cache", *off)
         assert not (tmp_path / "cache").exists()
 
-    def test_unusable_folder(self, root: pathlib.Path, tmp_path: pathlib.Path):
+    def test_unusable_folder(self, run: Run, tmp_path: pathlib.Path):
         (tmp_path / "cache").write_text("mine")
-        outcome = self.train(root, tmp_path, "--config.cache.dir=cache")
+        outcome = self.predict(run, tmp_path, "--config.cache.dir=cache")
         lines = [line for line in outcome.err.splitlines() if "compiled programs" in line]
         assert len(lines) == 1
         assert lines[0].startswith("warning: cache/compilation: ")

@@ -102,7 +102,8 @@ def test_measures_are_those_of_the_detector(
     study: Any, arguments: list[str], tmp_path: pathlib.Path
 ):
     root = tmp_path / "data"
-    settings = {"resize": (64, 64), "weights": "random", "reduction": "none", "pooling": 3}
+    settings: dict[str, Any] = {"resize": (64, 64), "weights": "random", "pooling": 3}
+    settings |= {"layers": ("layer1",), "reduction": "none"}
     measured = study.measure(root, "one", settings)
     assert list(measured) == list(study.COLUMNS)
     splits = dataset_splits.by_split(mvtec_ad(root, "one"))

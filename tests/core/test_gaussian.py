@@ -102,7 +102,7 @@ def test_order_of_images_does_not_matter():
     assert_moments(images.fit([8, 8, 8], order), images)
 
 
-@pytest.mark.parametrize("first", [1, 12, 23])
+@pytest.mark.parametrize("first", [1, 12])
 @pytest.mark.parametrize("name", [ALIKE, "no nested grids"])
 def test_merge_of_two_models_is_one_fit(name, first):
     images = Images(name)
@@ -340,15 +340,6 @@ def large_statistics():
     """(mean, m2) without values."""
     empty = jax.eval_shape(lambda: dataclasses.astuple(gaussian.init(LARGE)))
     return empty[1:]
-
-
-def test_finalize_makes_no_second_copy(optimized):
-    def finalize(statistics, *given):
-        return gaussian.finalize(Moments(jnp.array(209), *statistics), *given)
-
-    held, reused, between = memory_of(finalize, large_statistics(), 0.01)
-    assert reused >= held
-    assert between < held / 6
 
 
 def test_update_makes_no_second_copy(optimized):

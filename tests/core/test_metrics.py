@@ -473,7 +473,7 @@ def test_each_defect_type_is_evaluated_with_all_normal_images(levels):
         assert found[name] == pytest.approx(alone, EXACT)
 
 
-@examples(60)
+@examples(30)
 @hypothesis.given(
     types=st.lists(st.sampled_from(["good", "a", "b", "c"]), min_size=1, max_size=8),
     levels=st.sampled_from([None, 1, 3, 30]),

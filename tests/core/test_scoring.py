@@ -92,7 +92,7 @@ def assert_products_of_float32(fitted, levels, pyramid):
     assert all("HIGHEST, HIGHEST" in product for product in found)
 
 
-on_all_pyramids = pytest.mark.parametrize("name", patchwise.CASES)
+on_all_pyramids = pytest.mark.parametrize("name", patchwise.KINDS)
 
 
 @on_all_pyramids
@@ -178,24 +178,16 @@ def left_out(
     form: str, x: list[np.ndarray], shapes: Any, regularization: float, size: int
 ) -> np.ndarray:
     """Distances by region of all images of `x`, from statistics of them all."""
-    levels, images = tuple(map(jnp.asarray, x)), x[0].shape[-1]
-    if form == "moments":
-        statistics = gaussian.update(gaussian.init(shapes), levels, jnp.ones(images, bool))
-    else:
-        empty = low_rank.init(shapes, images)
-        statistics = low_rank.update(empty, levels, jnp.ones(images, bool))
+    images = x[0].shape[-1]
     epsilon = regularization * (images - size - 1) / (images - 1)
-    fitted = patchwise.finalize(statistics, epsilon)
-    return np.asarray(_leave_out(fitted, levels, images, size))
+    return np.asarray(_leave_out(fit(form, x, shapes, epsilon), tuple(x), images, size))
 
 
 _leave_out = jax.jit(scoring.leave_out, static_argnums=3)
 
 
 # Fewer images than the 9 channels and more; with groups of one and more, and with a rest.
-@pytest.mark.parametrize(
-    ("images", "size"), [(3, 1), (4, 1), (8, 1), (30, 1), (5, 3), (11, 4), (30, 13)], ids=str
-)
+@pytest.mark.parametrize(("images", "size"), [(3, 1), (30, 1), (5, 3), (11, 4)], ids=str)
 @pytest.mark.parametrize("form", ["moments", "samples"])
 def test_left_out_is_what_a_refit_without_the_group_gives(form: str, images: int, size: int):
     case = patchwise.CASES["three levels"]
@@ -240,9 +232,6 @@ def _least_left(x: np.ndarray, group: slice, regularization: float) -> np.ndarra
     )
 
 
-SHIFTED = [name for name in patchwise.CASES if "unused" not in name]
-
-
 def grid_of(name: str) -> tuple[int, int]:
     (height, width, _), *_ = patchwise.CASES[name][0]
     return height, width
@@ -275,14 +264,22 @@ def nearest_distance(
 def fit(form: str, levels: list[np.ndarray], shapes: Any, epsilon: float) -> Any:
     images = levels[0].shape[-1]
     empty: Any = gaussian.init(shapes) if form == "moments" else low_rank.init(shapes, images)
-    update = gaussian.update if form == "moments" else low_rank.update
-    given = tuple(map(jnp.asarray, levels))
-    return patchwise.finalize(update(empty, given, jnp.ones(images, bool)), epsilon)
+    update = jax.jit(gaussian.update if form == "moments" else low_rank.update)
+    return patchwise.finalize(update(empty, tuple(levels), np.ones(images, bool)), epsilon)
 
 
-@pytest.mark.parametrize("form", ["moments", "samples"])
-@pytest.mark.parametrize("radius", [1, 2])
-@pytest.mark.parametrize("name", SHIFTED)
+# Every kind of pyramid; where levels share cells, each form with each radius.
+@pytest.mark.parametrize(
+    ("name", "radius", "form"),
+    [
+        ("one channel", 2, "samples"),
+        ("a level of one channel", 2, "moments"),
+        ("three levels", 1, "samples"),
+        ("three levels", 2, "moments"),
+        ("no nested grids", 1, "moments"),
+        ("no nested grids", 2, "samples"),
+    ],
+)
 def test_smallest_distance_of_nearby_patches(name: str, radius: int, form: str):
     case, grid = patchwise.CASES[name], grid_of(name)
     pyramid = patchwise.lay(case)
@@ -297,9 +294,15 @@ def test_smallest_distance_of_nearby_patches(name: str, radius: int, form: str):
     np.testing.assert_allclose(found, expected, rtol=3e-5)
 
 
-@pytest.mark.parametrize(("images", "size"), [(4, 1), (12, 1), (11, 4)], ids=str)
-@pytest.mark.parametrize("form", ["moments", "samples"])
-@pytest.mark.parametrize("name", ["three levels", "no nested grids", "one level"])
+@pytest.mark.parametrize(
+    ("name", "form", "images", "size"),
+    [
+        ("one level", "samples", 4, 1),
+        ("three levels", "moments", 11, 4),
+        ("no nested grids", "moments", 4, 1),
+        ("no nested grids", "samples", 11, 4),
+    ],
+)
 def test_left_out_nearby_is_what_a_refit_gives(name: str, form: str, images: int, size: int):
     case, grid, epsilon = patchwise.CASES[name], grid_of(name), 0.5
     pyramid = patchwise.lay(case)
@@ -368,10 +371,8 @@ def test_upsampling_equals_torch(grid, size, upsample):
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=2 * ROUNDING)
 
 
-@pytest.mark.parametrize("sigma", [0.05, 0.8, 1.4, 4.0])
-@pytest.mark.parametrize(
-    "size", [(48, 48), (40, 64), (33, 17), (7, 20), (3, 2), (1, 5)], ids=str
-)
+@pytest.mark.parametrize("sigma", [0.05, 1.4, 4.0])
+@pytest.mark.parametrize("size", [(40, 64), (33, 17), (7, 20), (1, 5)], ids=str)
 def test_blur_equals_scipy(size, sigma):
     image = random_distances(size)
     expected = [
@@ -402,16 +403,17 @@ def test_sigma_4_has_33_taps():
     assert np.count_nonzero(blurred) == 33 * 33
 
 
-@sizes
-def test_sigma_0_does_not_blur(grid, size):
-    on_grid = random_distances(size)
-    np.testing.assert_array_equal(maps_of(on_grid, size, sigma=0.0), on_grid)
+def test_sigma_0_does_not_blur():
+    on_grid = random_distances((36, 64))
+    np.testing.assert_array_equal(maps_of(on_grid, (36, 64), sigma=0.0), on_grid)
 
 
 @pytest.mark.parametrize("upsample", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("sigma", [0.0, 4.0, 40.0])
-@sizes
-def test_constant_maps_stay_constant(grid, size, upsample, sigma):
+@pytest.mark.parametrize(
+    ("name", "sigma"), [("4x", 0.0), ("two by one", 4.0), ("2x and 5x", 40.0)]
+)
+def test_constant_maps_stay_constant(name, upsample, sigma):
+    grid, size = SIZES[name]
     # Also where the blur's kernel is many times as wide as the image.
     found = maps_of(np.full((1, *grid), 7.0), size, upsample, sigma)
     np.testing.assert_allclose(found, np.full((1, *size), 7.0), rtol=0, atol=ROUNDING)

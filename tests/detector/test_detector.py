@@ -79,10 +79,15 @@ def whole(statistics: Moments | Samples, case: patchwise.Case) -> Moments | Samp
 
 def fitted_numbers(case: patchwise.Case, images: int, form: str) -> int:
     """How many numbers a fitted model really holds, means aside."""
-    fitted = statistics_lib.finalize(statistics_of(case, form, of=images), 0.01)
-    if isinstance(fitted, Gaussian):
-        return sum(x.size for x in jax.tree.leaves(fitted.factor))
-    return sum(x.size for x in jax.tree.leaves((fitted.deviations, fitted.root)))
+    shapes = patchwise.lay(case).shapes
+
+    def leaves() -> list[jax.Array]:
+        if form == "moments":
+            return jax.tree.leaves(gaussian.finalize(gaussian.init(shapes), 0.01)[0].factor)
+        fitted, *_ = low_rank.finalize(low_rank.init(shapes, images), 0.01)
+        return jax.tree.leaves((fitted.deviations, fitted.root))
+
+    return sum(x.size for x in jax.eval_shape(leaves))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +104,7 @@ def test_the_smaller_form_is_chosen(name: str, images: int):
     assert isinstance(statistics_lib.init(shapes, images, "auto", ONE), expected)
 
 
-@pytest.mark.parametrize("name", patchwise.CASES)
+@pytest.mark.parametrize("name", ["one level", "three levels", "no nested grids"])
 def test_few_images_are_kept_and_many_summed_up(name: str):
     shapes = patchwise.lay(patchwise.CASES[name]).shapes
     forms = [type(statistics_lib.init(shapes, images, "auto", ONE)) for images in range(1, 30)]
@@ -348,7 +353,6 @@ class TestMore:
             ("samples", "samples", "samples", Samples, 4),
             ("samples", "samples", "moments", Moments, 1),
             ("moments", "samples", "auto", Moments, 4),
-            ("samples", "moments", "samples", Moments, 1),
             ("moments", "moments", "samples", Moments, 4),
         ],
     )
@@ -424,7 +428,7 @@ class TestMemory:
 
     @pytest.mark.parametrize("form", ["moments", "samples"])
     def test_finalize(self, form: str, optimized: None):
-        devices = 4  # one: `test_gaussian` and `test_low_rank`
+        devices = 4
         held, memory = self.analysis(
             lambda statistics: statistics_lib._finalize_regions(statistics, jnp.array(0.01)),
             devices,

@@ -66,10 +66,10 @@ class TestTextures:
 
     def test_a_class_does_not_depend_on_how_many_there_are(self, bank: np.ndarray):
         told = []
-        few = textures.bank(jax.random.key(0), 2, INSTANCES, TEXTURE, told.append)
-        assert told == [1, 1]
+        few = textures.bank(jax.random.key(0), 1, INSTANCES, TEXTURE, told.append)
+        assert told == [1]
         # Compiled otherwise, a brightness may be rounded otherwise.
-        assert np.abs(few.astype(int) - bank[:2]).max() <= 1
+        assert np.abs(few.astype(int) - bank[:1]).max() <= 1
 
 
 def every_view() -> tuple[jax.Array, jax.Array, jax.Array]:
