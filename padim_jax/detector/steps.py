@@ -145,7 +145,7 @@ def _finite_batch(
     return jnp.stack(each).max(axis=0) < _LARGEST_FEATURE  # false for NaN
 
 
-def _score_batch(
+def score_on_device(
     variables: Variables,
     fitted: Gaussian | LowRank,
     images: Images,
@@ -155,6 +155,7 @@ def _score_batch(
     score: str,
     index: tuple[int, ...],
 ) -> tuple[AnomalyMaps, Float32[Array, "b _k"], Float32[Array, "b _s"]]:
+    """Score a device's images, inside `parallel.mapped`; see `score_batch`."""
     levels = extract(variables, images, image=image, model=model, index=index)
     if model.shift:
         near = parallel.own_regions(geometry.shifts(image, model, index))
@@ -295,7 +296,7 @@ Args:
   image, model, index: as in `extract`, static.
 """
 
-score_batch = parallel.mapped(_score_batch, replicated=(0,), static=(3, 4, 5, 6, 7))
+score_batch = parallel.mapped(score_on_device, replicated=(0,), static=(3, 4, 5, 6, 7))
 """Return anomaly maps (k, b, h, w), summaries (k, b, j) and samples (k, b, s) of images.
 
 Args:
