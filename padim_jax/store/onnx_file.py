@@ -118,7 +118,6 @@ def save(
         **dataclasses.asdict(model),
         "config": config_lib.to_stored(model.config),
     }
-    described["sha256"] = validation.digest(described, constants)
     inside = dict(constants)
     if sum(x.nbytes for x in constants.values()) > _MOST_INSIDE:
         inside = {name: x for name, x in constants.items() if x.nbytes <= _SMALL}
@@ -130,8 +129,11 @@ def save(
         producer_name=_KEY,
         producer_version=padim_jax.__version__,
     )
-    texts = {_KEY: json.dumps(described), "thresholds": promise, "licence": _licence(model)}
+    texts = {"thresholds": promise, "licence": _licence(model)}
     helper.set_model_props(proto, texts)
+    described["graph"] = _structure(proto)
+    described["sha256"] = validation.digest(described, constants)
+    proto.metadata_props.add(key=_KEY, value=json.dumps(described))
     proto.graph.initializer.extend(
         numpy_helper.from_array(x, name) for name, x in inside.items()
     )
@@ -159,6 +161,18 @@ def save(
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
     return len(content) + size
+
+
+def _structure(proto: onnx.ModelProto) -> str:
+    """Return the SHA-256 hex digest of all but the constants and the description."""
+    graph = proto.graph
+    skeleton = onnx.ModelProto(
+        ir_version=proto.ir_version,
+        opset_import=proto.opset_import,
+        metadata_props=[x for x in proto.metadata_props if x.key != _KEY],
+        graph=onnx.GraphProto(node=graph.node, input=graph.input, output=graph.output),
+    )
+    return hashlib.sha256(skeleton.SerializeToString(deterministic=True)).hexdigest()
 
 
 def _licence(model: Model) -> str:
@@ -245,6 +259,8 @@ def load(path: Path) -> tuple[Model, onnx.ModelProto]:
                 f"{padim_jax.__version__}, which reads {_FORMAT!r}"
             )
         validation.require_digest(described, _constants(path, proto))
+        if described["graph"] != _structure(proto):
+            raise ValueError("its graph is not what was saved")
         try:
             config = config_lib.restore(described["config"], described.get("version"))
         except config_lib.UnknownSettingError as error:
@@ -343,16 +359,15 @@ def _model(described: Mapping[str, Any], config: Config) -> Model:
         fields["frame"] = frame = tuple(frame)
         if len(frame) != 2 or {type(x) for x in frame} != {int}:
             raise ValueError("its frame is no size")
-    model = Model(**fields)
     if (
-        not isinstance(model.fingerprint, str)
-        or type(model.images) is not int
-        or type(model.half) is not bool
-        or not isinstance(model.comparison, dict | None)
-        or not isinstance(model.calibration, dict | None)
+        not isinstance(fields["fingerprint"], str)
+        or type(fields["images"]) is not int
+        or type(fields["half"]) is not bool
+        or not isinstance(fields["comparison"], dict | None)
+        or not isinstance(fields["calibration"], dict | None)
     ):
         raise ValueError("its description is of other types")
-    return model
+    return Model(**fields)
 
 
 def _require_interface(proto: onnx.ModelProto, model: Model) -> None:
