@@ -55,6 +55,7 @@ SPELLINGS = {
     "license agreement for matplotlib": "PSF-2.0",
     "mit license": "MIT",
     "mozilla public license 2": "MPL-2.0",
+    "osi approved apache software license": "Apache-2.0",
     "psfl": "PSF-2.0",
     "python software foundation license": "PSF-2.0",
 }

@@ -214,17 +214,36 @@ class Detector(detector_lib.Detector):
                 mark = detector_lib.fingerprint(self)
                 calibration_file.write(place, self.calibration, mark)
 
-    def export(self, path: str | os.PathLike[str]) -> None:
-        """Write a model file (.safetensors): for scoring alone, loaded without factorising.
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        images: Images | None = None,
+        frame: tuple[int, int] | None = None,
+    ) -> None:
+        """Write a file for scoring alone; its suffix says which.
+
+        `.onnx`: one graph from images to verdicts, for ONNX Runtime, OpenVINO and others; see
+        docs/deployment.md. `.stablehlo`: the same for XLA; see `jax.export`. Any other: a model
+        file of padim_jax (.safetensors), loaded without factorising.
 
         Args:
           path: the file; an earlier one is replaced.
+          images: for ONNX: images that the file is verified on before it is written, of which
+            the first 8 are used; None for drawn ones.
+          frame: for ONNX: height and width of raw frames, which the graph then resizes itself;
+            None for images of the model's size.
 
         Raises:
-          UserError: the file cannot be written.
+          UserError: the file cannot be written, or its numbers are not the detector's.
         """
         with progress_lib.showing(lines=False, bars=False):
-            export.export(self, paths.parse(os.fspath(path)))
+            export.export(
+                self,
+                paths.parse(os.fspath(path)),
+                frame=frame,
+                images=None if images is None else _items(images),
+            )
 
 
 detector_lib.register(Detector)

@@ -9,7 +9,8 @@ Modes:
   calibrate       find thresholds on normal images that were not fitted: --input
   update          extend a saved model by normal images: --input, or the configuration's
   merge           join models of disjoint images: --models=A,B --checkpoint=JOINED
-  export          write model.safetensors, for scoring alone; half the size with --half
+  export          write model.safetensors, for scoring alone; half the size with --half;
+                  with --format=onnx or stablehlo for other runtimes
   pretrain        train a backbone of your own on drawn images: --config=configs/pretrain.py
 
 Examples:

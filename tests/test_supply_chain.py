@@ -70,7 +70,8 @@ def declared() -> list[Requirement]:
     """What pyproject.toml asks for, to run, test, check and document the project."""
     extras = PROJECT["project"]["optional-dependencies"]
     lines = [*PROJECT["project"]["dependencies"]]
-    lines += [*extras["test"], *extras["docs"], *extras["dev"]]
+    for extra in ("onnx", "openvino", "test", "docs", "dev"):
+        lines += extras[extra]
     return [each for each in map(Requirement, lines) if each.name != PROJECT["project"]["name"]]
 
 

@@ -221,9 +221,11 @@ def select(features: Sequence[FeatureMap], pyramid: Pyramid, pooling: int = 1) -
     for level in pyramid.levels:
         # Pooling is per channel, so only the selected channels need it.
         stage = pool(features[level.stage][..., level.channels], pooling)
-        cells = stage.reshape(len(stage), -1, len(level.channels))
+        cells = stage.reshape(stage.shape[0], -1, len(level.channels))
         chosen = jnp.take(cells, level.source.reshape(-1), axis=1)
-        found.append(jnp.moveaxis(chosen, 0, -1).reshape(*level.source.shape, -1, len(stage)))
+        found.append(
+            jnp.moveaxis(chosen, 0, -1).reshape(*level.source.shape, -1, stage.shape[0])
+        )
     return tuple(found)
 
 

@@ -72,9 +72,13 @@ def summaries(
 
 def top(maps: AnomalyMaps) -> Float32[Array, " b"]:
     """Return the mean of the highest `TOP` of each map's pixels, at least one: (b,)."""
-    pixels = maps.reshape(len(maps), -1)
-    count = max(1, round(TOP * pixels.shape[1]))
-    return jnp.mean(lax.top_k(pixels, count)[0], axis=1)
+    pixels = maps.reshape(maps.shape[0], -1)
+    return jnp.mean(lax.top_k(pixels, top_count(pixels.shape[1]))[0], axis=1)
+
+
+def top_count(pixels: int) -> int:
+    """Return the number of pixels that `top` is the mean of, of so many of a map."""
+    return max(1, round(TOP * pixels))
 
 
 def band(distances: Distances, grid: tuple[int, int]) -> Float32[Array, " b"]:
@@ -127,9 +131,16 @@ def combine(
     Returns:
       (n,) float32, 0 or more.
     """
-    least = _LEAST_DEVIATION * np.abs(means) + np.finfo(np.float32).tiny
-    excess = (summaries.astype(np.float64) - means) / np.maximum(deviations, least)
+    excess = (summaries.astype(np.float64) - means) / at_least(means, deviations)
     return np.sqrt(np.sum(np.maximum(excess, 0) ** 2, axis=1)).astype(np.float32)
+
+
+def at_least(
+    means: Float[np.ndarray, "*n _k"], deviations: Float[np.ndarray, "*n _k"]
+) -> Float[np.ndarray, "*n _k"]:
+    """Return the deviations, raised to the least that `combine` divides by."""
+    least = _LEAST_DEVIATION * np.abs(means) + np.finfo(np.float32).tiny
+    return np.maximum(deviations, least)
 
 
 def moments(

@@ -27,6 +27,9 @@ _LARGEST_BLOCK = 128  # patches whose low-rank distances are computed together
 # Numbers that `leave_out` computes together: 64 MB.
 _MOST_NUMBERS = 1 << 24
 
+# Images per batch that the memory of an exported program is bounded for.
+_EXPORTED_IMAGES = 32
+
 # Four roundoffs of float32.
 _LEAST_LEFT = 2.0**-22
 
@@ -244,11 +247,28 @@ def anomaly_maps(
       (b, h, w) float32.
     """
     rows, columns = (
-        jnp.asarray(_blur(n, sigma) @ interpolation.matrix(m, n, upsample), jnp.float32)
+        jnp.asarray(axis_matrix(m, n, upsample, sigma), jnp.float32)
         for m, n in zip(grid, size, strict=True)
     )
-    on_grid = distances.reshape(len(distances), *grid)
+    on_grid = distances.reshape(distances.shape[0], *grid)
     return jnp.einsum("hi,bij,wj->bhw", rows, on_grid, columns, precision=lax.Precision.HIGHEST)
+
+
+def axis_matrix(
+    cells: int, pixels: int, upsample: str, sigma: float
+) -> Float[np.ndarray, "pixels cells"]:
+    """Return the matrix that upsamples and blurs along one axis; see `anomaly_maps`.
+
+    Args:
+      cells: number of patches.
+      pixels: number of pixels.
+      upsample: "bilinear" or "bicubic".
+      sigma: standard deviation of the blur in pixels, 0 for none.
+
+    Returns:
+      (pixels, cells) float64.
+    """
+    return _blur(pixels, sigma) @ interpolation.matrix(cells, pixels, upsample)
 
 
 def _by_region(
@@ -308,13 +328,16 @@ def _pick(
 def _shift_block(fitted: Gaussian | LowRank, levels: Levels, shifts: Shifts) -> int:
     """Return how many regions are computed together, to bound their memory."""
     own = zip(levels, shifts.sources, strict=True)
-    numbers = sum(
-        n * v * x.shape[2] * x.shape[3] for x, (_, n, v) in ((x, s.shape) for x, s in own)
+    images = levels[0].shape[-1]
+    if not isinstance(images, int):  # any number, in `jax.export`
+        images = _EXPORTED_IMAGES
+    numbers = images * sum(
+        n * v * x.shape[2] for x, (_, n, v) in ((x, s.shape) for x, s in own)
     )
     if isinstance(fitted, LowRank):  # all levels' deviations at the finest
         _, cells, variants = shifts.sources[0].shape
         channels = sum(x.shape[2] for x in levels)
-        numbers = cells * variants * levels[0].shape[-1] * (channels + fitted.root.shape[-1])
+        numbers = cells * variants * images * (channels + fitted.root.shape[-1])
     return max(1, _MOST_NUMBERS // numbers)
 
 

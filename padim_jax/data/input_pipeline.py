@@ -34,14 +34,14 @@ from padim_jax.data.records import Record, Source
 from padim_jax.errors import MachineError, UserError
 from padim_jax.system import paths
 
-_FILTERS = {
+FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
 # Pillow rotates images with no other filter.
-_TURNING = {**_FILTERS, "lanczos": Image.Resampling.BICUBIC}
+_TURNING = {**FILTERS, "lanczos": Image.Resampling.BICUBIC}
 
 
 # Bytes per pixel, at most, while an image is decoded, converted and resized, and while it is
@@ -462,7 +462,7 @@ def preprocess(
     """
     view = view or _centre(config)
     method = config.method
-    return np.asarray(_resize_crop(image, config, view, _FILTERS[method], _TURNING[method]))
+    return np.asarray(_resize_crop(image, config, view, FILTERS[method], _TURNING[method]))
 
 
 def view(config: ImageConfig, name: str) -> View:

@@ -194,6 +194,22 @@ def _score_batch(
     return _measures(by_region, levels, image, model, map_, score, index)
 
 
+def score_images(
+    variables: Variables,
+    fitted: Gaussian | LowRank,
+    images: Images,
+    image: ImageConfig,
+    model: ModelConfig,
+    map_: MapConfig,
+    score: str,
+    index: tuple[int, ...],
+) -> tuple[AnomalyMaps, Float32[Array, "b _k"], Float32[Array, "b _s"]]:
+    """Score a device's images in one program, inside `parallel.mapped`; see `score_batch`."""
+    levels = extract(variables, images, image=image, model=model, index=index)
+    regional = parallel.to_regions(levels)
+    return _score_batch(fitted, regional, image, model, map_, score, index)
+
+
 def _score_left_out_batch(
     fitted: Gaussian | LowRank,
     count: Int32[Array, ""],

@@ -137,6 +137,21 @@ def mapped(
     )
 
 
+def alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function for `mapped` as a function of this process's first device alone.
+
+    Args:
+      function: function of the arrays of one device; see `mapped`.
+
+    Returns:
+      The same function, which `jax.jit` compiles and `jax.export` exports.
+    """
+    spec = PartitionSpec()
+    return jax.shard_map(
+        function, mesh=Devices(1).local_mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
+
+
 def sharing_memory(devices: Devices) -> int:
     """Return how many of this process's devices share one memory: those of a CPU do."""
     return 1 if memory_grows() else devices.local

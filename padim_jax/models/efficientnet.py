@@ -45,7 +45,7 @@ class Depthwise(nn.Module):
         x = jnp.pad(x.astype(jnp.float32), ((0, 0), pad, pad, (0, 0)))
         total = bias[None, None, None]
         for i, j in itertools.product(range(size), repeat=2):
-            end = (len(x), i + height, j + width, channels)
+            end = (x.shape[0], i + height, j + width, channels)
             cells = lax.slice(x, (0, i, j, 0), end, (1, stride, stride, 1))
             tap = lax.slice(kernel, (i, j, 0, 0), (i + 1, j + 1, 1, channels))
             total = total + cells * tap

@@ -50,7 +50,8 @@ _INPUT = flags.DEFINE_string(
     "input",
     None,
     "For predict: an image, a folder or a 'glob'. For calibrate and update: normal images, "
-    "likewise; for update without it those of --config.",
+    "likewise; for update without it those of --config. For export with --format=onnx: images "
+    "that the file is verified on; drawn ones without it.",
 )
 _WATCH = flags.DEFINE_bool(
     "watch",
@@ -76,6 +77,17 @@ _WEIGHTS = flags.DEFINE_string(
 )
 _HALF = flags.DEFINE_bool(
     "half", False, "For export: float16, half the size; the change is measured and stored."
+)
+_FORMAT = flags.DEFINE_enum(
+    "format",
+    "model",
+    ["model", "onnx", "stablehlo"],
+    "For export: a model file of this program, or one for other runtimes (docs/deployment.md).",
+)
+_FRAME = flags.DEFINE_string(
+    "frame",
+    None,
+    "For export with --format=onnx: HEIGHTxWIDTH of raw frames, which the file then resizes.",
 )
 _OVERWRITE = flags.DEFINE_bool(
     "overwrite",
@@ -119,7 +131,7 @@ STRICT = flags.DEFINE_bool(
 # All that a mode may be asked for beside its configuration; the same in all processes.
 _REQUEST = (
     *(_WORKDIR, _CHECKPOINT, _INPUT, _WATCH, _POLL_SECONDS, _SETTLE_SECONDS),
-    *(_MODELS, _WEIGHTS, _HALF, _OVERWRITE, _DOWNLOAD),
+    *(_MODELS, _WEIGHTS, _HALF, _FORMAT, _FRAME, _OVERWRITE, _DOWNLOAD),
 )
 
 

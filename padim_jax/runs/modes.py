@@ -6,6 +6,7 @@ Importing this module imports nothing heavy: a mistake in a command should not w
 import contextlib
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ class Request:
       models: the checkpoints to merge.
       weights: where the backbone's weights are now, if they were moved.
       half: whether an exported model is rounded to float16.
+      format: what is exported: "model", "onnx" or "stablehlo".
+      frame: size of the frames that an exported ONNX file takes, as "HxW".
       overwrite: whether to replace the results and the model of another data set.
       download: whether to download MVTec AD if it is missing.
     """
@@ -47,6 +50,8 @@ class Request:
     models: Sequence[str] = ()
     weights: str | None = None
     half: bool = False
+    format: str = "model"
+    frame: str | None = None
     overwrite: bool = False
     download: bool = False
 
@@ -72,12 +77,14 @@ class Mode:
 
 # What flags are for that only some modes take.
 _PURPOSES = {
-    "input": "it names what to predict, to find thresholds on or to add",
+    "input": "it names what to predict, to find thresholds on, to add or to verify on",
     "watch": "it is a form of --mode=predict",
     "poll_seconds": "it is for --watch",
     "settle_seconds": "it is for --watch",
     "models": "it names what to merge",
     "half": "it is a form of --mode=export",
+    "format": "it is for --mode=export",
+    "frame": "it is for --mode=export --format=onnx",
     "overwrite": "it replaces the results and the model of another data set, and does a "
     "sweep's finished runs again",
 }
@@ -171,19 +178,29 @@ def _merge(request: Request) -> None:
 
 
 def _export(request: Request) -> None:
-    from padim_jax.data import dataset_splits
+    from padim_jax.data import dataset_splits, listing
     from padim_jax.detector import scoring_pass
     from padim_jax.runs import export
-    from padim_jax.store import model_file
 
     _require_checkpoint(request.checkpoint, "export")
+    images = None
+    if request.pattern is not None:
+        images = [record.image for record in listing.find(request.pattern)]
     with _loaded(request, scores=False) as detector:
         test = None
         if request.half:
             sources = {"test": dataset_splits.open_dataset(detector.config)["test"]}
             test = scoring_pass.readable(detector.config, sources)[0]["test"]
-        path = request.workdir / f"model{model_file.SUFFIX}"
-        export.export(detector, path, request.half, test)
+        path = request.workdir / f"model{export.SUFFIXES[request.format]}"
+        frame = None if request.frame is None else _frame(request.frame)
+        export.export(detector, path, request.half, test, frame, images)
+
+
+def _frame(text: str) -> tuple[int, int]:
+    size = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if size is None or 0 in (found := (int(size[1]), int(size[2]))):
+        raise UserError(f"--frame={text}: expected height and width, as in --frame=900x1200")
+    return found
 
 
 def _pretrain(request: Request) -> None:
@@ -275,7 +292,7 @@ MODES = {
             "download": "the models have their images",
         },
     ),
-    "export": Mode(_export, _USES | {"half"}, stored=True),
+    "export": Mode(_export, _USES | {"half", "format", "frame", "input"}, stored=True),
     "pretrain": Mode(
         _pretrain,
         frozenset({"config"}),
@@ -315,6 +332,12 @@ def check(mode: str, given: Mapping[str, Any], config: Config | None) -> None:
             raise UserError(f"--{flag}: for --watch, which is missing")
         if not lowest <= given.get(flag, lowest) <= 3600:
             raise UserError(f"--{flag}={given[flag]}: expected {lowest:g} to 3600 seconds")
+    if given.get("format") != "onnx":
+        for flag in ("frame", "input") if mode == "export" else ():
+            if flag in given:
+                raise UserError(f"--{flag}: for --mode=export --format=onnx alone")
+    if given.get("format") == "stablehlo" and "half" in given:
+        raise UserError("--half: not for --format=stablehlo, which holds float32 numbers")
     models = given.get("models", [])
     if mode == "merge" and len(models) < 2:
         raise UserError(

@@ -1,0 +1,1 @@
+"""Fitted detectors as programs for other runtimes: ONNX and StableHLO."""

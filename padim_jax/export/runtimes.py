@@ -1,0 +1,86 @@
+"""ONNX files in the runtimes that run them: ONNX Runtime and OpenVINO, on CPUs."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+from padim_jax.errors import UserError
+
+Runtime = Literal["onnx", "openvino"]
+RUNTIMES: tuple[Runtime, ...] = ("onnx", "openvino")
+Run = Callable[[UInt8[np.ndarray, "b h w 3"]], dict[str, np.ndarray]]
+
+_INPUT = "images"
+_OUTPUTS = frozenset({"anomaly_map", "score", "rarity", "is_anomalous"})
+
+
+def open_file(path: pathlib.Path, runtime: Runtime = "onnx", bfloat16: bool = False) -> Run:
+    """Return the function of a file's images.
+
+    Args:
+      path: an ONNX file that `store.onnx_file.load` has accepted.
+      runtime: "onnx" for ONNX Runtime, "openvino" for OpenVINO.
+      bfloat16: whether OpenVINO computes in bfloat16 where the processor can; it would do so
+        without being asked.
+
+    Returns:
+      Function from images (b, h, w, 3) to the graph's outputs by name.
+
+    Raises:
+      UserError: the runtime is not installed, or rejects the file.
+    """
+    try:
+        if runtime == "onnx":
+            return _onnx_runtime(path)
+        return _openvino(path, bfloat16)
+    except ImportError as error:
+        raise UserError(
+            f"{path}: needs {'ONNX Runtime' if runtime == 'onnx' else 'OpenVINO'} ({error}); "
+            f'install it: pip install "padim-jax[{runtime}]"'
+        ) from error
+    except (RuntimeError, ValueError) as error:  # base classes of both runtimes' errors
+        reason = " ".join(str(error).split())[:500]
+        raise UserError(f"{path}: {runtime} rejects the file ({reason})") from error
+
+
+def _onnx_runtime(path: pathlib.Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # It warns that a threshold which may be changed is no constant.
+    options.log_severity_level = 3
+    try:
+        session: Any = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except (
+        Exception
+    ) as error:  # has several base classes, of which RuntimeError is not always one
+        raise RuntimeError(str(error)) from error
+    names = [output.name for output in session.get_outputs()]
+
+    def run(images: UInt8[np.ndarray, "b h w 3"]) -> dict[str, np.ndarray]:
+        return dict(zip(names, session.run(names, {_INPUT: images}), strict=True))
+
+    return run
+
+
+def _openvino(path: pathlib.Path, bfloat16: bool) -> Run:
+    import openvino
+
+    settings = {
+        "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled: Any = openvino.Core().compile_model(str(path), "CPU", settings)
+    # A value may have several names.
+    names = [(output.names & _OUTPUTS).pop() for output in compiled.outputs]
+
+    def run(images: UInt8[np.ndarray, "b h w 3"]) -> dict[str, np.ndarray]:
+        found = compiled(images)
+        return {name: np.array(found[name]) for name in names}
+
+    return run
