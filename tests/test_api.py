@@ -264,7 +264,8 @@ class TestScoring:
     @pytest.mark.parametrize("form", ["moments", "samples"])
     def test_decide(self, arrays: np.ndarray, form: str):
         """By regions alone: what is scored high but has no region is normal."""
-        settings = SETTINGS | {"statistics": form, "decide": "regions", "min_area": 200.0}
+        rule = {"decide": "regions", "min_area": 200.0}
+        settings: dict[str, Any] = SETTINGS | {"statistics": form, **rule}
         fitted = padim_jax.fit(arrays[:GOOD], **settings)
         assert (known := fitted.calibration) is not None
         assert (known.decide, known.min_area, known.close) == ("regions", 200.0, 0.0)
@@ -277,7 +278,8 @@ class TestScoring:
         assert min(x.area for x in found.regions[1]) >= 200
         extended = fitted.update(arrays[GOOD:])
         assert extended.calibration is None or extended.calibration.decide == "regions"
-        other = padim_jax.fit(arrays[:GOOD], **(SETTINGS | {"statistics": form}))
+        plain: dict[str, Any] = SETTINGS | {"statistics": form}
+        other = padim_jax.fit(arrays[:GOOD], **plain)
         config = dataclasses.replace(other.config, decide="either")
         with pytest.raises(UserError, match=r"decide=either: the model needs .*decide=score"):
             dataclasses.replace(other, config=config).score(arrays[:1])

@@ -14,6 +14,7 @@ from typing import Any
 
 import hypothesis
 import numpy as np
+import small
 from hypothesis import strategies as st
 from PIL import Image
 

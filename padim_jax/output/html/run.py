@@ -240,8 +240,8 @@ def _notes(config: Config, measured: Mapping[str, Any], sources: list[str]) -> l
     ]
     if measured.get("resolution") == "full":
         notes.append(results.FULL)
-    if normal := measured["normal_threshold"]:
-        notes += [_decided(normal)] * ("decide" in normal)
+    if (normal := measured["normal_threshold"]) and "decide" in normal:
+        notes.append(_decided(normal))
     if why := published.not_compared(config, config.category, measured):
         notes.append(why)
     notes += dict.fromkeys(f"undefined: {r}" for r in measured.get("undefined", {}).values())
@@ -607,7 +607,8 @@ def _settings(config: Config) -> str:
     }
     values["model"]["weights"] = pathlib.PurePath(config.model.weights).name
     lines = []
-    for group in ("dataset", "image", "model", "map", "score", "threshold", "metrics"):
+    groups = ("dataset", "image", "model", "map", "score", "threshold", "regions", "metrics")
+    for group in groups:
         for key, value in values[group].items():
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value
             lines.append([f"{text(group)}.{text(key)}", name(shown)])
