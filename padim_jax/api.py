@@ -37,8 +37,8 @@ from padim_jax.system import locks, paths
 from padim_jax.system import progress as progress_lib
 
 # The groups of settings that matter to a fit from Python; others are about files.
-_GROUPS = ("image", "model", "map", "score", "threshold")
-_TOP = ("batch_size",)
+_GROUPS = ("image", "model", "map", "score", "threshold", "regions")
+_TOP = ("batch_size", "decide")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

@@ -3,11 +3,12 @@
 One layer, few channels, moments, batches of 4: what else a test asks for is compiled for it.
 """
 
+import dataclasses
 import pathlib
 from typing import Any
 
 from padim_jax.config import defaults
-from padim_jax.config.settings import Config, validate
+from padim_jax.config.settings import Config, ImageConfig, validate
 
 SETTINGS: dict[str, Any] = {
     # Read as MVTec AD: the synthetic layout would generate its own full set.
@@ -32,3 +33,8 @@ def values(root: pathlib.Path, **changes: Any) -> Any:
 def config(root: pathlib.Path, **changes: Any) -> Config:
     """Return `values`, validated."""
     return validate(values(root, **changes))
+
+
+def preprocessed(image: ImageConfig, **changes: Any) -> Config:
+    """Return the small run's settings with other preprocessing."""
+    return dataclasses.replace(config(pathlib.Path(), **changes), image=image)

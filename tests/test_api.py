@@ -19,6 +19,7 @@ from padim_jax.config import defaults
 from padim_jax.config import settings as config
 from padim_jax.data import dataset_splits
 from padim_jax.data.layouts.synthetic import generate
+from padim_jax.errors import UserError
 from padim_jax.runs import train
 
 SIZE = 64
@@ -240,6 +241,52 @@ class TestScoring:
             found.is_anomalous, found.scores >= thresholds.image_threshold
         )
         np.testing.assert_array_equal(found.rarity, thresholds.calibrated(found.scores))
+
+    def test_regions(self, arrays: np.ndarray, fitted: padim_jax.Detector):
+        """In pixels of the image given, which may be of any size."""
+        spoiled = arrays[GOOD].copy()
+        spoiled[16:32, 40:56] = 255 - spoiled[16:32, 40:56]
+        large = Image.fromarray(spoiled).resize((2 * SIZE, 3 * SIZE), Image.Resampling.NEAREST)
+        found = fitted.score([spoiled, large])
+        assert found.regions is not None
+        assert fitted.calibration is not None
+        for (regions, scale), anomaly_map in zip(
+            zip(found.regions, [(1, 1), (2, 3)], strict=True), found.maps, strict=True
+        ):
+            left, top, right, bottom = regions[0].box
+            assert left < 48 * scale[0] < right
+            assert top < 24 * scale[1] < bottom
+            assert regions[0].peak == anomaly_map.max()
+            high = anomaly_map >= np.float32(fitted.calibration.pixel_threshold)
+            assert sum(x.area for x in regions) == high.sum() * scale[0] * scale[1]
+        assert jax.tree.map(np.copy, found).regions == found.regions
+
+    @pytest.mark.parametrize("form", ["moments", "samples"])
+    def test_decide(self, arrays: np.ndarray, form: str):
+        """By regions alone: what is scored high but has no region is normal."""
+        rule = {"decide": "regions", "min_area": 200.0}
+        settings: dict[str, Any] = SETTINGS | {"statistics": form, **rule}
+        fitted = padim_jax.fit(arrays[:GOOD], **settings)
+        assert (known := fitted.calibration) is not None
+        assert (known.decide, known.min_area, known.close) == ("regions", 200.0, 0.0)
+        spoiled = arrays[GOOD].copy()
+        spoiled[:, 40:56] = 255 - spoiled[:, 40:56]
+        found = fitted.score([arrays[0], spoiled])
+        assert found.is_anomalous is not None
+        assert found.regions is not None
+        assert found.is_anomalous.tolist() == [bool(x) for x in found.regions] == [False, True]
+        assert min(x.area for x in found.regions[1]) >= 200
+        extended = fitted.update(arrays[GOOD:])
+        assert extended.calibration is None or extended.calibration.decide == "regions"
+        plain: dict[str, Any] = SETTINGS | {"statistics": form}
+        other = padim_jax.fit(arrays[:GOOD], **plain)
+        config = dataclasses.replace(other.config, decide="either")
+        with pytest.raises(UserError, match=r"decide=either: the model needs .*decide=score"):
+            dataclasses.replace(other, config=config).score(arrays[:1])
+
+    def test_regions_larger_than_an_image(self, arrays: np.ndarray):
+        with pytest.raises(UserError, match=r"min_area=5000: images.*4096 pixels"):
+            padim_jax.fit(arrays[:GOOD], **SETTINGS, decide="either", min_area=5000.0)
 
     def test_embeddings_have_the_mean_of_the_gaussians(self, arrays: np.ndarray):
         """For one level; the others' means are of the same features."""

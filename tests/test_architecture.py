@@ -98,7 +98,7 @@ def test_a_room_imports_rooms_below_it_only():
 def test_the_core_is_the_paper():
     """Arrays in, arrays out: no file, device, process or print."""
     for module in (name for name in MODULES if room(name) == "core"):
-        assert libraries(module) <= {"jax", "numpy", "jaxtyping", "scipy"}, module
+        assert libraries(module) <= {"contourpy", "jax", "numpy", "jaxtyping", "scipy"}, module
         standard = {name.partition(".")[0] for name, _ in IMPORTS[module]}
         assert not standard & {"io", "os", "pathlib", "shutil", "subprocess", "sys"}, module
         tree = ast.parse(SOURCES[module].read_text(encoding="utf-8"))

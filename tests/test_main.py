@@ -594,6 +594,7 @@ class TestTrainAndEval:
         rows = read_rows(run.workdir / "scores.csv")
         columns = ["path", "label", "defect_type", "score"]
         columns += ["predicted", "predicted_f1", "calibrated", "in_place"]
+        columns += ["regions", "largest_area"]
         assert list(rows[0]) == columns
         images = [path for path in below(root) if "/test/" in path]
         assert [row["path"] for row in rows] == images
@@ -905,7 +906,7 @@ class TestPredict:
         assert f"image score {calibration['image_threshold']:.4g} for " in out
         assert out.endswith(f"scored 14 images\nresults: {folder}\n")
         rows = read_rows(folder / "scores.csv")
-        columns = ("path", "score", "predicted", "calibrated")
+        columns = ("path", "score", "predicted", "calibrated", "regions", "largest_area")
         assert tuple(rows[0]) == columns
         evaluated = read_rows(copy / "scores.csv")
         # The same images in the same batches: the same to the last bit.

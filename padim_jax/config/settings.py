@@ -349,6 +349,17 @@ class ThresholdConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RegionsConfig:
+    """Regions of anomaly maps above the pixel threshold, in pixels of the original image."""
+
+    min_area: float = setting(0.0, Number(0.0, 1e9), later=0.0)
+    """Smallest area of a region; smaller ones do not count."""
+
+    close: float = setting(0.0, Number(0.0, 65536.0), later=0.0)
+    """Longest gap between parts of one region."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Progress of a fit; nothing here changes its result."""
 
@@ -382,6 +393,10 @@ class OutputsConfig:
 
     report: bool = setting(True, checks.flag)
     """Write report.html: all results of an evaluation on one page."""
+
+    coco: bool = setting(False, checks.flag, later=False)
+    """Write the regions of predictions as regions.coco.json, too: annotations as COCO has
+    them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,6 +468,11 @@ class Config:
     cache: CacheConfig = schema.group()
     metrics: MetricsConfig = MetricsConfig()
     score: ScoreConfig = ScoreConfig()
+    regions: RegionsConfig = RegionsConfig()
+    decide: str = setting("score", OneOf(("score", "regions", "either")), later="score")
+    """What makes an image anomalous. `score`: a score from the image threshold on. `regions`: a
+    region from the pixel threshold on. `either`: one or the other. Thresholds are found for
+    this, so that at most `threshold.image_rate` of normal images are called anomalous by it."""
 
     @property
     def title(self) -> str:
@@ -549,6 +569,12 @@ def _check_together(config: Config) -> None:
         raise UserError(
             "config.score.image=combined: with config.threshold.normal=none there are no "
             "normal images to measure it by; use another of these, or another score"
+        )
+    if config.decide != "score" and config.threshold.pixel_rate:
+        raise UserError(
+            f"config.decide={config.decide}: with config.threshold.pixel_rate="
+            f"{config.threshold.pixel_rate:g} the pixel threshold promises nothing of images; "
+            "leave it at 0, or decide by the score"
         )
     model = config.model
     if model.weights == backbones.BUNDLED_WEIGHTS:

@@ -16,6 +16,11 @@ Pixel threshold: the same order statistic of the normal maps' highest pixels, so
 `rate` of normal images have any pixel above it: outlines keep the same promise as verdicts.
 With an explicit `pixel_rate` it is the value that this fraction of all normal pixels exceeds.
 
+Verdicts by regions: the pixel threshold is the order statistic of the maps' peaks
+(`regions.peak`), the highest thresholds at which they have a region that counts, and so at most
+`rate` of normal images have a region. Verdicts by score or region (`either`): each threshold
+promises half of the rate, and both together all of it, however they depend on each other.
+
 Calibrated score: the estimated fraction of normal images that score lower. Up to the highest
 tenth of the normal scores it comes from their ranks, k / (n + 1). Above, the excesses over
 that point are modelled as exponential, as those of maxima are in the limit (Pickands 1975;
@@ -104,6 +109,10 @@ class Calibration:
       summary_means: mean of each summary of the normal images, which `combined` scores are
         measured by (see `image_score`); empty for other scores.
       summary_deviations: standard deviation of each summary.
+      decide: what `image_rate` is promised of: "score", "regions" (the pixel threshold is then
+        by them) or "either" (both thresholds then promise half of it).
+      min_area: smallest area of a region, in pixels of the original; 0 for `decide` "score".
+      close: longest gap within a region, likewise.
     """
 
     origin: str
@@ -125,6 +134,9 @@ class Calibration:
     scores: tuple[float, ...] = ()
     summary_means: tuple[float, ...] = ()
     summary_deviations: tuple[float, ...] = ()
+    decide: str = "score"
+    min_area: float = 0.0
+    close: float = 0.0
 
     @property
     def independent(self) -> int:
@@ -157,18 +169,20 @@ class Calibration:
 
 
 def calibrate(
-    parts: Iterable[tuple[Float32[np.ndarray, "_n h w"], Float32[np.ndarray, "_n _k"]]],
+    parts: Iterable[Sequence[np.ndarray]],
     images: int,
     origin: str,
     image_rate: float,
     pixel_rate: float,
     groups: Int[np.ndarray, " n"] | None = None,
+    decide: str = "score",
 ) -> Calibration:
     """Return thresholds and the distribution of normal scores.
 
     Args:
       parts: anomaly maps (n, h, w) and summaries (n, k) of normal images, batch by batch; see
-        `image_score.summaries`. Only the highest `pixel_rate` of all pixels is kept.
+        `image_score.summaries`. Only the highest `pixel_rate` of all pixels is kept. With
+        `decide` also the maps' peaks (n,), see `regions.peak`; else these are their maxima.
       images: total number of images.
       origin: see `Calibration`.
       image_rate: fraction of normal images that may be called anomalous, below 1; 0 for
@@ -176,9 +190,10 @@ def calibrate(
       pixel_rate: the same for normal pixels; 0 for a pixel threshold by images.
       groups: group number of each image, in the order of `parts`. A group is represented by its
         highest score. None if each image is independent.
+      decide: see `Calibration`; not "score" only where `pixel_rate` is 0.
 
     Returns:
-      The calibration.
+      The calibration, which does not know yet which regions count.
 
     Raises:
       ValueError: there are fewer than `MIN_IMAGES` images or groups, their number is not
@@ -192,9 +207,9 @@ def calibrate(
         raise ValueError(f"{what}; thresholds need at least {MIN_IMAGES}")
     summaries, maxima, medians = [], [], []
     highest = np.zeros(0, np.float32)
-    for maps, part in parts:
+    for maps, part, *peaks in parts:
         summaries.append(part)
-        maxima.append(maps.max(axis=(1, 2)))
+        maxima.append(*peaks or [maps.max(axis=(1, 2))])
         # Maps are smooth: a sixteenth of the pixels suffices for their median.
         medians.append(np.median(maps[:, ::4, ::4], axis=(1, 2)))
         if pixel_rate:
@@ -214,7 +229,9 @@ def calibrate(
         np.sort(values if groups is None else _highest(values, groups))
         for values in (scores, np.concatenate(maxima))
     )
-    image_rate = image_rate or automatic_rate(independent)
+    tests = 2 if decide == "either" else 1  # each of which has its part of the rate
+    image_rate = image_rate or automatic_rate(independent, tests)
+    rate = image_rate / tests
     tail = _tail(found)
     promised = tuple(rate for rate in RATES if is_promised(rate, independent))
     some = found
@@ -224,12 +241,12 @@ def calibrate(
         origin=origin,
         images=images,
         image_rate=image_rate,
-        image_promised_rate=_promised(image_rate, independent),
-        image_threshold=_threshold(found, image_rate, tail),
+        image_promised_rate=tests * _promised(rate, independent),
+        image_threshold=_threshold(found, rate, tail),
         pixel_rate=pixel_rate,
         pixel_threshold=_above(float(highest.min()))
         if pixel_rate
-        else _threshold(peaks, image_rate, _tail(peaks)),
+        else _threshold(peaks, rate, _tail(peaks)),
         typical_pixel=float(np.median(np.concatenate(medians))),
         quantiles=tail.quantiles,
         levels=tail.levels,
@@ -241,12 +258,31 @@ def calibrate(
         scores=tuple(some.tolist()),
         summary_means=tuple(means.tolist()),
         summary_deviations=tuple(deviations.tolist()),
+        decide=decide,
     )
 
 
-def automatic_rate(independent: int) -> float:
-    """Return `AUTOMATIC_RATE`, or the lowest rate so many images promise if that is higher."""
-    return max(AUTOMATIC_RATE, 1 / (independent + 1))
+def decided(
+    decide: str, high: Bool[np.ndarray, " n"], has_region: Bool[np.ndarray, " n"]
+) -> Bool[np.ndarray, " n"]:
+    """Return which images are anomalous.
+
+    Args:
+      decide: "score", "regions" or "either".
+      high: whether the score reaches the image threshold.
+      has_region: whether there is a region from the pixel threshold on.
+    """
+    return {"score": high, "regions": has_region, "either": high | has_region}[decide]
+
+
+def automatic_rate(independent: int, tests: int = 1) -> float:
+    """Return `AUTOMATIC_RATE`, or the lowest rate so many images promise if that is higher.
+
+    Args:
+      independent: number of independent images.
+      tests: number of thresholds that share the rate.
+    """
+    return max(AUTOMATIC_RATE, tests / (independent + 1))
 
 
 def is_promised(rate: float, independent: int) -> bool:
@@ -379,15 +415,19 @@ def text(calibration: Calibration) -> str:
     if known.groups is not None:
         images += f" in {known.groups} groups"
     promised = known.image_promised_rate <= known.image_rate
+    both = known.decide == "either"
+    what = f"region of {known.min_area:g} pixels" if known.min_area else "outline"
+    rate = known.image_rate / (1 + both)
     lines = [
         f"thresholds of {images} ({ORIGINS[known.origin]}): image score "
         f"{known.image_threshold:.4g} for {'at most' if promised else 'about'} "
-        f"{100 * known.image_rate:.3g} % false alarms, pixel {known.pixel_threshold:.4g} for "
+        f"{100 * rate:.3g} % false alarms, pixel {known.pixel_threshold:.4g} for "
         + (
             f"about {100 * known.pixel_rate:.3g} %"
             if known.pixel_rate
-            else "as many images with any outline"
+            else f"as many images with any {what}"
         )
+        + (" (each half of it, as images are called anomalous by either)" * both)
     ]
     if not promised:
         few = "images" if known.groups is None else "groups"
@@ -428,6 +468,7 @@ def outcome(
     scores: Float32[np.ndarray, " n"],
     maps: Float32[np.ndarray, "n h w"],
     masks: Sequence[Bool[np.ndarray, "h w"] | None],
+    called: Bool[np.ndarray, " n"] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the thresholds on a test set that did not influence them.
 
@@ -437,12 +478,15 @@ def outcome(
       scores: image scores.
       maps: anomaly maps.
       masks: defect pixels; None if unknown, such images enter the image rates only.
+      called: which images are called anomalous; None for those from the image threshold on.
 
     Returns:
       A dict ready for JSON: the thresholds' origin, and rates from 0 to 1; None if there is no
       image or pixel of the kind. Counts of images have the intervals of `verdicts.share`.
     """
-    called = scores >= np.float32(calibration.image_threshold)
+    if called is None:
+        called = scores >= np.float32(calibration.image_threshold)
+    decide = {} if calibration.decide == "score" else {"decide": calibration.decide}
     # Pixels and those called anomalous: of defects, of the rest, of normal images.
     counts = np.zeros((3, 2), np.int64)
     outlined = np.zeros(len(labels), bool)
@@ -478,6 +522,7 @@ def outcome(
         "rates": [_at_rate(calibration, rate, labels, scores) for rate in RATES]
         if calibration.scores
         else [],
+        **decide,
     }
 
 

@@ -26,6 +26,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from padim_jax.config.settings import ImageConfig
+from padim_jax.core.regions import Frame
 from padim_jax.data import decoding, image_cache, masks
 from padim_jax.data.decoding import Range, open_rgb
 from padim_jax.data.files import read_file, shown
@@ -387,7 +388,7 @@ def open_input(item: Input, name: str, counts: Range) -> Image.Image:
 
 def load_input(
     item: Input, name: str, config: ImageConfig
-) -> tuple[UInt8[np.ndarray, "h w 3"], int | None]:
+) -> tuple[UInt8[np.ndarray, "h w 3"], int | None, tuple[int, int]]:
     """Convert, resize and crop an image from a Python program.
 
     Args:
@@ -396,7 +397,8 @@ def load_input(
       config: preprocessing.
 
     Returns:
-      The pixels (h, w, 3); and the number of grey levels kept, if too few.
+      The pixels (h, w, 3); the number of grey levels kept, if too few; and the image's own
+      height and width.
 
     Raises:
       TypeError: see `open_input`.
@@ -407,7 +409,8 @@ def load_input(
     size = DECODING * (decoding.pixel_count(item) if isinstance(item, bytes) else 0)
     with ROOM.held(size):
         image = open_input(item, name, config.counts)
-        return preprocess(image, config), image.info.get(decoding.LEVELS)
+        levels, size = image.info.get(decoding.LEVELS), (image.height, image.width)
+        return preprocess(image, config), levels, size
 
 
 def decode(data: bytes, name: str, counts: Range = "full") -> Image.Image:
@@ -506,6 +509,19 @@ def aspect(config: ImageConfig, size: Sequence[int]) -> float:
     """
     (height, width), (rows, columns) = config.resize, config.size
     return (columns / width * size[1]) / (rows / height * size[0])
+
+
+def frame(config: ImageConfig, size: Sequence[int], seen: View | None = None) -> Frame:
+    """Return the place of an anomaly map on the original image.
+
+    Args:
+      config: preprocessing.
+      size: height and width of the image file.
+      seen: view of the image, whose rotation does not count; None for the centre.
+    """
+    scale = size[0] / config.resize[0], size[1] / config.resize[1]
+    top, left = crop_offset(config) if seen is None else seen[1:]
+    return Frame(scale, (top * scale[0], left * scale[1]))
 
 
 def centred(config: ImageConfig) -> ImageConfig:

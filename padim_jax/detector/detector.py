@@ -17,8 +17,11 @@ from jaxtyping import Bool, Float, Float32, Int, UInt8
 
 from padim_jax.config import settings as config_lib
 from padim_jax.config.settings import Config
+from padim_jax.core import calibration as calibration_lib
 from padim_jax.core import embedding, image_score
+from padim_jax.core import regions as regions_lib
 from padim_jax.core.calibration import Calibration
+from padim_jax.core.regions import Region
 from padim_jax.core.types import Gaussian, LowRank, Moments, Projection, Samples
 from padim_jax.data import input_pipeline
 from padim_jax.detector import geometry, steps
@@ -106,10 +109,13 @@ class Anomalies:
       scores: image score of each; see `core.image_score`.
       samples: about 2,000 numbers of each image's embeddings, at the same positions for all
         images.
-      is_anomalous: whether each score is at least the image threshold; None if the detector has
-        no thresholds.
+      is_anomalous: whether each image is called anomalous, by `config.decide`: by default,
+        whether its score is at least the image threshold. None if the detector has no
+        thresholds.
       rarity: estimated fraction of normal images that score lower, in [0, 1) (see
         `Calibration.calibrated`); None if the detector has no thresholds.
+      regions: for each image its regions above the pixel threshold, the strongest first; see
+        `regions.Region`. None if the detector has no thresholds.
     """
 
     maps: Float32[np.ndarray, "n h w"]
@@ -117,6 +123,9 @@ class Anomalies:
     samples: Float32[np.ndarray, "n _s"] | None = None
     is_anomalous: Bool[np.ndarray, " n"] | None = None
     rarity: Float[np.ndarray, " n"] | None = None
+    regions: tuple[tuple[Region, ...], ...] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
 
     def __repr__(self) -> str:
         """Return two lines: number and size of images, and their scores."""
@@ -332,8 +341,9 @@ def image_scores(
 
 
 def require_scorable(detector: Detector) -> None:
-    """Raise UserError if image scores need normal images and the detector has none."""
+    """Raise UserError if scores or verdicts need thresholds that the detector has not."""
     thresholds = detector.calibration
+    _require_decided(detector.config, thresholds)
     if detector.config.score.image == "combined" and not (
         thresholds and thresholds.summary_means
     ):
@@ -343,6 +353,49 @@ def require_scorable(detector: Detector) -> None:
             "(--mode=calibrate --input=<normal images>; in Python "
             "detector.update([], thresholds=images)), or use another score"
         )
+
+
+def _require_decided(config: Config, thresholds: Calibration | None) -> None:
+    """Raise UserError unless thresholds keep their promise for the verdicts asked for."""
+    rule = config.decide, config.regions.min_area, config.regions.close
+    if config.decide == "score" or (thresholds and _decided_by(thresholds) == rule):
+        return
+    kept = "it has none"
+    if thresholds:
+        kept = "it has them for config.decide={}, regions.min_area={:g}, close={:g}".format(
+            *_decided_by(thresholds)
+        )
+    raise UserError(
+        f"config.decide={rule[0]}: the model needs thresholds for it with config.regions."
+        f"min_area={rule[1]:g} and close={rule[2]:g}, and {kept}. Find them with these "
+        "settings (--mode=calibrate --input=<normal images that were not fitted>), or fit with "
+        "them"
+    )
+
+
+def _decided_by(thresholds: Calibration) -> tuple[str, float, float]:
+    return thresholds.decide, thresholds.min_area, thresholds.close
+
+
+def find_regions(
+    config: Config,
+    anomaly_map: Float32[np.ndarray, "h w"],
+    threshold: float,
+    size: Sequence[int],
+    seen: input_pipeline.View | None = None,
+) -> tuple[Region, ...]:
+    """Return the regions of a map that count; see `regions.find`.
+
+    Args:
+      config: preprocessing, and which regions count.
+      anomaly_map: (h, w).
+      threshold: pixel threshold.
+      size: height and width of the original image.
+      seen: view of the image; None for the centre.
+    """
+    frame = input_pipeline.frame(config.image, size, seen)
+    rule = config.regions
+    return regions_lib.find(anomaly_map, threshold, frame, rule.min_area, rule.close)
 
 
 def measure_pixels(
@@ -536,11 +589,13 @@ def score(
     size = min(detector.config.batch_size, 1 << max(0, len(images) - 1).bit_length())
     maps = np.empty((len(images), *detector.config.image.size), np.float32)
     scores = np.empty(len(images), np.float32)
+    sizes: list[tuple[int, int]] = []
     start = 0
-    for found in stream(detector, images, size):
+    for found, of in _scored(detector, images, size):
         done = slice(start, start := start + len(found.scores))
         maps[done], scores[done] = found.maps, found.scores
-    return _judged(detector, Anomalies(maps, scores))
+        sizes += of
+    return _judged(detector, Anomalies(maps, scores), sizes)
 
 
 def stream(
@@ -563,6 +618,14 @@ def stream(
       TypeError: see `score`.
       ValueError: `batch_size` is not above 0.
     """
+    for found, sizes in _scored(detector, images, batch_size):
+        yield _judged(detector, found, sizes)
+
+
+def _scored(
+    detector: Detector, images: Iterable[input_pipeline.Input], batch_size: int | None
+) -> Generator[tuple[Anomalies, list[tuple[int, int]]], None, None]:
+    """Yield maps and scores of the next images as `stream` does, and the images' sizes."""
     config = detector.config
     size = config.batch_size if batch_size is None else batch_size
     if size < 1:
@@ -591,18 +654,20 @@ def stream(
             while following is not None:
                 (names, futures), following = following, next(chunks, None)
                 pixels = np.zeros((size, *config.image.size, 3), np.uint8)
+                sizes = []
                 for i, (name, future) in enumerate(zip(names, futures, strict=True)):
-                    pixels[i], levels = future.result()
+                    pixels[i], levels, original = future.result()
+                    sizes.append(original)
                     if levels is not None:
                         few[name] = levels
                 found = score_pixels(detector, pixels, names)
                 count, total = len(names), total + len(names)
-                yield _judged(detector, Anomalies(found.maps[:count], found.scores[:count]))
+                yield Anomalies(found.maps[:count], found.scores[:count]), sizes
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
     if few:
         text = input_pipeline.few_levels(few, total)
-        warnings.warn(DataWarning(text), stacklevel=2)
+        warnings.warn(DataWarning(text), stacklevel=3)
 
 
 def embed(
@@ -637,12 +702,21 @@ def _name(item: input_pipeline.Input, number: int) -> str:
     return f"images[{number}]"
 
 
-def _judged(detector: Detector, found: Anomalies) -> Anomalies:
+def _judged(
+    detector: Detector, found: Anomalies, sizes: Sequence[tuple[int, int]]
+) -> Anomalies:
     """Return the scores with the verdicts of the detector's thresholds added."""
     if (thresholds := detector.calibration) is None:
         return found
+    regions = tuple(
+        find_regions(detector.config, anomaly_map, thresholds.pixel_threshold, size)
+        for anomaly_map, size in zip(found.maps, sizes, strict=True)
+    )
+    high = found.scores >= thresholds.image_threshold
+    has_region = np.array([len(x) > 0 for x in regions], bool)
     return dataclasses.replace(
         found,
-        is_anomalous=found.scores >= thresholds.image_threshold,
+        is_anomalous=calibration_lib.decided(detector.config.decide, high, has_region),
         rarity=thresholds.calibrated(found.scores),
+        regions=regions,
     )

@@ -24,6 +24,7 @@ from padim_jax.system.paths import Path
 Pixels = UInt8[np.ndarray, "h w 3"]
 Mask = Bool[np.ndarray, "h w"]
 AnomalyMap = Float[np.ndarray, "h w"]
+Box = tuple[float, float, float, float]
 
 # Every 15th of the 256 colours of Turbo (A. Mikhailov, 2019), a rainbow of smooth lightness.
 # Its dark red end is omitted: the highest scores must not look dim.
@@ -210,16 +211,21 @@ def _blend(image: Pixels, anomaly_map: AnomalyMap, scale: ColorScale) -> Image.I
 
 
 def overlay(
-    image: Pixels, anomaly_map: AnomalyMap, scale: ColorScale, threshold: float | None
+    image: Pixels,
+    anomaly_map: AnomalyMap,
+    scale: ColorScale,
+    predicted: Mask | None,
+    boxes: Sequence[Box] = (),
 ) -> Image.Image:
-    """Return the heat map over the image, with the predicted region outlined in white.
+    """Return the heat map over the image, with predicted regions outlined and boxed in white.
 
     Args:
       image: image at its original size.
       anomaly_map: scores at that size; NaN where nothing was scored (outside a crop): the image
         keeps its colours there, slightly dimmed.
       scale: scores of the colours.
-      threshold: pixels of at least this score are the predicted region; None for no outline.
+      predicted: (h, w), True in the predicted regions; None for no outline.
+      boxes: left, top, right and bottom of each region, in pixels.
 
     Returns:
       An RGB picture of the image's size.
@@ -227,12 +233,40 @@ def overlay(
     picture = np.array(_blend(image, anomaly_map, scale))
     unscored = np.isnan(anomaly_map)
     picture[unscored] = image[unscored] // 4 * 3
-    if threshold is not None:
-        region = anomaly_map >= threshold
-        width = _line_width(image.shape[1])
-        picture[outline(region, width + 1)] = 0  # a dark inner line: white fades on white
-        picture[outline(region, (width + 1) // 2)] = 255
+    width = _line_width(image.shape[1])
+    if predicted is not None:
+        picture[outline(predicted, width + 1)] = 0  # a dark inner line: white fades on white
+        picture[outline(predicted, (width + 1) // 2)] = 255
+    for box in boxes:
+        picture[box_outline(box, image.shape[:2], 2 * width, 4 * width)] = 0
+        picture[box_outline(box, image.shape[:2], width, 4 * width)] = 255
     return Image.fromarray(picture)
+
+
+def box_outline(
+    box: Box, size: tuple[int, int], width: int = 1, margin: int = 0
+) -> Bool[np.ndarray, "_h _w"]:
+    """Return the pixels of a box's border.
+
+    Args:
+      box: left, top, right and bottom, in pixels.
+      size: height and width of the picture.
+      width: width of the border, inwards.
+      margin: distance by which the box is enlarged on all sides, as far as there is room.
+
+    Returns:
+      (h, w), True on the border.
+    """
+    height, wide = size
+    left, top = (max(0, math.floor(edge) - margin) for edge in box[:2])
+    right, bottom = (
+        min(end, math.ceil(edge) + margin)
+        for edge, end in zip(box[2:], (wide, height), strict=True)
+    )
+    border = np.zeros(size, bool)
+    border[top:bottom, left:right] = True
+    border[top + width : bottom - width, left + width : right - width] = False
+    return border
 
 
 def panels(

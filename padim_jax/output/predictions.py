@@ -11,24 +11,29 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
+from PIL import Image
 
-from padim_jax.config.settings import ImageConfig
+from padim_jax.config.settings import Config, ImageConfig
 from padim_jax.core import calibration as calibration_lib
+from padim_jax.core import regions as regions_lib
 from padim_jax.core.calibration import Calibration
+from padim_jax.core.regions import Region
 from padim_jax.data import decoding, input_pipeline
 from padim_jax.data.files import read_file, shown
 from padim_jax.data.records import Record, Source
+from padim_jax.detector import detector as detector_lib
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
-from padim_jax.output import figures, results, tables
+from padim_jax.output import figures, regions_file, results, tables
 from padim_jax.system import journal as journal_lib
 from padim_jax.system import paths, progress
 from padim_jax.system.journal import Journal, Row, Table
 from padim_jax.system.paths import Path
 
-TABLE = "scores.csv"
-COLUMNS = ("path", "score", "predicted", "calibrated")
+TABLE, REGIONS, COCO = "scores.csv", "regions.json", "regions.coco.json"
+EARLIER_COLUMNS = ("path", "score", "predicted", "calibrated")  # of tables without regions
+COLUMNS = (*EARLIER_COLUMNS, "regions", "largest_area")
 
 # Pictures drawn at a time, if memory allows; see `input_pipeline.ROOM`.
 _THREADS = min(8, os.cpu_count() or 1)
@@ -195,30 +200,44 @@ def _interpolate(values: np.ndarray, position: np.ndarray) -> np.ndarray:
     return values[low] * (1 - weight) + values[low + 1] * weight
 
 
-def files(folder: Path, name: str, map_suffix: str) -> tuple[Path, Path]:
-    """Return the paths of an image's map and overlay as `Pictures` writes them.
+def files(folder: Path, name: str, map_suffix: str, masks: bool) -> tuple[Path, ...]:
+    """Return the paths of an image's pictures as `Pictures` writes them.
 
     Args:
       folder: folder of the predictions.
       name: relative path of the image.
       map_suffix: npy or tiff.
+      masks: whether there is a pixel threshold.
 
     Returns:
-      Map and overlay.
+      Map and overlay, and with a pixel threshold the mask.
     """
-    return folder / "maps" / f"{name}.{map_suffix}", folder / "overlays" / f"{name}.jpg"
+    pictures = folder / "maps" / f"{name}.{map_suffix}", folder / "overlays" / f"{name}.jpg"
+    return (*pictures, folder / "masks" / f"{name}.png") if masks else pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What was drawn of an image.
+
+    Attributes:
+      size: height and width of the image.
+      regions: its regions, the strongest first; None without a pixel threshold.
+    """
+
+    size: tuple[int, int]
+    regions: tuple[Region, ...] | None
 
 
 class Pictures:
     """Writer of predictions' pictures below a folder.
 
     maps/ gets the raw map (float32 .npy or .tiff, NaN where unscored), overlays/ the heat map
-    over the image, both at the image's size.
+    over the image with its regions, masks/ the regions' pixels in white on black, all at the
+    image's size.
     """
 
-    def __init__(
-        self, folder: Path, config: ImageConfig, map_suffix: str, thresholds: Thresholds
-    ):
+    def __init__(self, folder: Path, config: Config, map_suffix: str, thresholds: Thresholds):
         self._folder, self._config, self._suffix = folder, config, map_suffix
         self._thresholds, self.scale = thresholds, thresholds.scale
 
@@ -229,8 +248,8 @@ class Pictures:
 
     def draw(
         self, name: str, path: Path, data: bytes, anomaly_map: Float32[np.ndarray, "h w"]
-    ) -> None:
-        """Write an image's map and overlay; the colour scale must be set.
+    ) -> Drawn:
+        """Write an image's pictures, and return its regions; the colour scale must be set.
 
         The image is decoded a second time: kept at full size from its scoring on, images would
         take memory that grows with the batch. Local files are flushed to disk: their row,
@@ -246,49 +265,80 @@ class Pictures:
           UserError: they cannot be written.
         """
         with input_pipeline.ROOM.held(input_pipeline.DRAWING * decoding.pixel_count(data)):
-            image = np.asarray(input_pipeline.decode(data, shown(path), self._config.counts))
-            self._write(name, image, anomaly_map)
+            counts = self._config.image.counts
+            image = np.asarray(input_pipeline.decode(data, shown(path), counts))
+            return self._write(name, image, anomaly_map)
 
     def _write(
         self,
         name: str,
         image: UInt8[np.ndarray, "height width 3"],
         anomaly_map: Float32[np.ndarray, "h w"],
-    ) -> None:
+    ) -> Drawn:
         assert self.scale is not None
-        height, width, _ = image.shape
-        full = restore_map(anomaly_map, (height, width), self._config)
-        overlay = figures.overlay(image, full, self.scale, self._thresholds.pixel)
-        written = files(self._folder, name, self._suffix)
-        path = written[1]
-        with journal_lib.writing(path):
+        size, config, threshold = image.shape[:2], self._config, self._thresholds.pixel
+        full = restore_map(anomaly_map, size, config.image)
+        predicted = found = None
+        if threshold is not None:
+            found = detector_lib.find_regions(config, anomaly_map, threshold, size)
+            predicted = _mask(full, anomaly_map, threshold, size, config)
+        boxes = [region.box for region in found or ()]
+        overlay = figures.overlay(image, full, self.scale, predicted, boxes)
+        written = files(self._folder, name, self._suffix, predicted is not None)
+        pictures = [overlay] if predicted is None else [overlay, Image.fromarray(predicted)]
+        with journal_lib.writing(written[1]):
             results.save_map(self._folder / "maps", name, self._suffix, full)
-            if isinstance(path, pathlib.Path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            figures.save(overlay, path)
+            for path, picture in zip(written[1:], pictures, strict=True):
+                if isinstance(path, pathlib.Path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                figures.save(picture, path)
             for file in written:
                 if isinstance(file, pathlib.Path):
                     paths.sync(file)
+        return Drawn(size, found)
+
+
+def _mask(
+    full: Float32[np.ndarray, "height width"],
+    anomaly_map: Float32[np.ndarray, "h w"],
+    threshold: float,
+    size: tuple[int, int],
+    config: Config,
+) -> Bool[np.ndarray, "height width"]:
+    """Return the pixels of the regions that count, from the map at the image's size."""
+    high, rule = anomaly_map >= np.float32(threshold), config.regions
+    if rule.min_area and high.any():
+        frame = input_pipeline.frame(config.image, size)
+        labels, _ = regions_lib.label(anomaly_map, threshold, frame, rule.min_area, rule.close)
+        if (dropped := high & (labels == 0)).any():
+            below = np.where(dropped, np.nextafter(np.float32(threshold), -np.inf), anomaly_map)
+            full = restore_map(below.astype(np.float32), size, config.image)
+    return full >= threshold
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a file is a table of predictions."""
-    return paths.first_line(path).strip() == ",".join(COLUMNS).encode()
+    """Return whether a file is a table of predictions, of this version or an earlier one."""
+    columns = paths.first_line(path).strip().decode(errors="replace").split(",")
+    return tuple(columns[: len(EARLIER_COLUMNS)]) == EARLIER_COLUMNS
 
 
 def rows(
     names: Sequence[str],
     scores: Float32[np.ndarray, " n"],
+    drawn: Sequence[Drawn],
     threshold: float | None,
     calibration: Calibration | None,
+    decide: str,
 ) -> list[dict[str, Any]]:
     """Return the table's rows for images, by `COLUMNS`; "" where a value is unknown.
 
     Args:
       names: relative paths of the images.
       scores: image scores.
+      drawn: what was drawn of them.
       threshold: lowest score called anomalous, or None.
       calibration: calibration of the detector, or None.
+      decide: `config.decide`.
 
     Returns:
       A row per image.
@@ -297,20 +347,31 @@ def rows(
     if calibration is not None:
         levels = calibration.calibrated(scores)
         calibrated = [calibration_lib.shown(float(level)) for level in levels]
+    predicted: Sequence[Any] = [""] * len(scores)
+    if threshold is not None:
+        has_region = np.array([bool(x.regions) for x in drawn], bool)
+        called = calibration_lib.decided(decide, scores >= threshold, has_region)
+        predicted = called.astype(int).tolist()
     return [
         {
             "path": name,
             "score": str(score),  # the shortest digits that give this float32
-            "predicted": "" if threshold is None else int(score >= threshold),
+            "predicted": verdict,
             "calibrated": level,
+            "regions": "" if one.regions is None else len(one.regions),
+            "largest_area": ""
+            if one.regions is None
+            else regions_file.rounded(max((x.area for x in one.regions), default=0.0)),
         }
-        for name, score, level in zip(names, scores, calibrated, strict=True)
+        for name, score, verdict, level, one in zip(
+            names, scores, predicted, calibrated, drawn, strict=True
+        )
     ]
 
 
 def encode_row(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], bytes]:
     """Return a function from a row's fields to a line of a table."""
-    return lambda fields: tables.as_csv([[fields[column] for column in columns]])
+    return lambda fields: tables.as_csv([[fields.get(column, "") for column in columns]])
 
 
 _HEADER, _encode = tables.as_csv([COLUMNS]), encode_row(COLUMNS)
@@ -346,6 +407,7 @@ def resume(
     source: Source,
     batch_size: int,
     devices: Devices,
+    masks: bool,
 ) -> int:
     """Keep an interrupted run's results that this run would repeat; remove the rest.
 
@@ -360,6 +422,7 @@ def resume(
       batch_size: batch size of this run. The last bit of a score depends on an image's place in
         its batch: only complete batches are kept.
       devices: devices of this process, for a progress bar.
+      masks: whether there are masks; see `files`.
 
     Returns:
       Number of leading images that are scored, with all their files written.
@@ -369,7 +432,7 @@ def resume(
         names = ", another ".join(journal.other_settings)
         print(f"interrupted predictions are redone: those were made with another {names}")
     else:
-        kept = _unchanged(journal, folder, map_suffix, source, devices)
+        kept = _unchanged(journal, folder, map_suffix, source, devices, masks)
         if not kept == before == len(records):
             kept -= kept % batch_size
         if kept:
@@ -379,13 +442,18 @@ def resume(
         if kept < before:
             behind = f"behind {shown(records[kept - 1].relative_path)} " if kept else ""
             print(f"interrupted predictions {behind}are redone: images or results have changed")
-    _remove_pictures(folder, map_suffix, records[:kept])
+    _remove_pictures(folder, map_suffix, records[:kept], masks)
     journal.keep(kept)
     return kept
 
 
 def _unchanged(
-    journal: Journal, folder: Path, map_suffix: str, source: Source, devices: Devices
+    journal: Journal,
+    folder: Path,
+    map_suffix: str,
+    source: Source,
+    devices: Devices,
+    masks: bool,
 ) -> int:
     """Return the number of leading images that are unchanged, including their pictures."""
 
@@ -405,7 +473,7 @@ def _unchanged(
             found = threads.map(digest, numbers)
             for number, content, row in zip(numbers, found, rows, strict=False):  # more rows
                 name = source.records[number].relative_path
-                pictures = files(folder, name, map_suffix)
+                pictures = files(folder, name, map_suffix, masks)
                 if (row.fields["path"], row.identity) != (name, content):
                     return number
                 if not all(picture.exists() for picture in pictures):
@@ -414,10 +482,13 @@ def _unchanged(
     return total
 
 
-def _remove_pictures(folder: Path, map_suffix: str, records: Sequence[Record]) -> None:
+def _remove_pictures(
+    folder: Path, map_suffix: str, records: Sequence[Record], masks: bool
+) -> None:
     """Remove pictures of images that are not among the records."""
-    known = {path for x in records for path in files(folder, x.relative_path, map_suffix)}
-    for place in (folder / "maps", folder / "overlays"):
+    names = [x.relative_path for x in records]
+    known = {path for name in names for path in files(folder, name, map_suffix, masks)}
+    for place in (folder / "maps", folder / "overlays", folder / "masks"):
         if paths.is_folder(place):
             for path in paths.files_below(place):
                 if path not in known and not paths.is_system_file(path.name):
@@ -432,7 +503,7 @@ class Writer:
 
     Args:
       folder: folder of the predictions.
-      config: preprocessing.
+      config: configuration in use.
       map_suffix: npy or tiff.
       thresholds: thresholds of the predictions; without a scale it is the journal's, and
         without one there the first batch's.
@@ -443,7 +514,7 @@ class Writer:
     def __init__(
         self,
         folder: Path,
-        config: ImageConfig,
+        config: Config,
         map_suffix: str,
         thresholds: Thresholds,
         calibration: Calibration | None,
@@ -452,8 +523,8 @@ class Writer:
         if thresholds.scale is None and (scale := journal.fact("scale")) is not None:
             thresholds = dataclasses.replace(thresholds, scale=figures.ColorScale(*scale))
         self._pictures = Pictures(folder, config, map_suffix, thresholds)
-        self._threshold, self._calibration = thresholds.image, calibration
-        self._table, self._journal = folder / TABLE, journal
+        self._thresholds, self._calibration = thresholds, calibration
+        self._folder, self._config, self._journal = folder, config, journal
         self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS)
 
     def __enter__(self) -> "Writer":
@@ -486,27 +557,41 @@ class Writer:
         self._pictures.set_scale(maps)
         identities = [digest.tobytes() for digest in digests]
         # In threads, since Pillow and NumPy release the GIL.
-        list(self._threads.map(self._draw, records, maps, identities))
+        drawn = list(self._threads.map(self._draw, records, maps, identities))
         names = [record.relative_path for record in records]
-        fields = rows(names, scores, self._threshold, self._calibration)
+        thresholds, decide = self._thresholds, self._config.decide
+        fields = rows(names, scores, drawn, thresholds.image, self._calibration, decide)
+        fields = [
+            row | regions_file.fields(one.size, one.regions)
+            for row, one in zip(fields, drawn, strict=True)
+        ]
         done = [Row(x, "scored", y) for x, y in zip(identities, fields, strict=True)]
         assert self._pictures.scale is not None
         self._journal.add(done, scale=dataclasses.astuple(self._pictures.scale))
 
     def finish(self) -> None:
-        """Write the complete table, whatever happened to it meanwhile."""
+        """Write the complete tables, whatever happened to them meanwhile."""
         self._journal.keep(self._journal.count())
-        if not isinstance(self._table, pathlib.Path):
-            lines = (_encode(row.fields) for row in self._journal.rows())
-            self._table.write_bytes(b"".join((_HEADER, *lines)))
+        table, journal, rule = self._folder / TABLE, self._journal, self._config.regions
+        if not isinstance(table, pathlib.Path):
+            lines = (_encode(row.fields) for row in journal.rows())
+            table.write_bytes(b"".join((_HEADER, *lines)))
+        if (threshold := self._thresholds.pixel) is None:
+            return
+        images = (row.fields for row in journal.rows())
+        about = {"threshold": threshold, **dataclasses.asdict(rule)}
+        regions_file.write(self._folder / REGIONS, regions_file.document(about, images))
+        if self._config.outputs.coco:
+            images = (row.fields for row in journal.rows())
+            regions_file.write(self._folder / COCO, regions_file.coco(images))
 
     def _draw(
         self, record: Record, anomaly_map: Float32[np.ndarray, "h w"], digest: bytes
-    ) -> None:
+    ) -> Drawn:
         data = read_file(record.image)
         if hashlib.sha256(data).digest() != digest:
             raise UserError(
                 f"{record.image}: was written to while it was scored; run the same command "
                 "again when it is whole"
             )
-        self._pictures.draw(record.relative_path, record.image, data, anomaly_map)
+        return self._pictures.draw(record.relative_path, record.image, data, anomaly_map)

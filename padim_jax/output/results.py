@@ -17,11 +17,12 @@ from padim_jax.config.settings import Config
 from padim_jax.core import calibration as calibration_lib
 from padim_jax.core import metrics, verdicts
 from padim_jax.core.calibration import Calibration
+from padim_jax.core.regions import Box, Region
 from padim_jax.core.suspects import Suspects
 from padim_jax.data.files import shown
 from padim_jax.data.records import GOOD, Record, Skipped
 from padim_jax.errors import UserError
-from padim_jax.output import figures, published
+from padim_jax.output import figures, published, regions_file
 from padim_jax.output.tables import Table
 from padim_jax.system import paths
 from padim_jax.system.paths import Path
@@ -61,6 +62,11 @@ class Scored:
       pixels: pixel metrics, at the maps' size or at the masks' own sizes; see `with_pixels`.
       aspects: width over height of the maps' contents, in the proportions of the image files
         (see `input_pipeline.aspect`); None if they are the maps'.
+      regions: for each image its regions above the pixel threshold from normal images, in
+        pixels of the image file; None without this threshold.
+      boxes: their boxes in pixels of the maps.
+      called: whether each image is called anomalous by thresholds from normal images, as
+        `config.decide` says; None without them.
       in_place: whether the strongest region of each map lies at the image's defect (see
         `locate`), None for images without a known defect pixel; None if that is all images.
     """
@@ -72,6 +78,9 @@ class Scored:
     pixels: metrics.PixelMetrics | None = None
     aspects: Sequence[float] | None = None
     in_place: Sequence[bool | None] | None = None
+    regions: Sequence[Sequence[Region]] | None = None
+    boxes: Sequence[Sequence[Box]] | None = None
+    called: Bool[np.ndarray, " n"] | None = None
 
     def drawn_size(self, index: int, side: int | None = None) -> tuple[int, int]:
         """Return height and width at which an image is drawn; see `figures.drawn_size`.
@@ -144,7 +153,7 @@ def measure(
         scored.pixels,
     )
     outcome = calibration and calibration_lib.outcome(
-        calibration, scored.labels, scored.scores, scored.maps, scored.masks
+        calibration, scored.labels, scored.scores, scored.maps, scored.masks, scored.called
     )
     return measured | {
         "test_images": len(scored.records),
@@ -576,6 +585,8 @@ def _thresholds(measured: dict[str, Any]) -> list[str]:
     sentences = []
     if normal := measured["normal_threshold"]:
         wanted = f"{100 * normal['image_rate']:.3g} % false alarms asked for"
+        if (decide := normal.get("decide")) is not None:
+            wanted += f" of verdicts by {'score or regions' if decide == 'either' else decide}"
         if normal["image_promised_rate"] > normal["image_rate"]:
             wanted += f" ({100 * normal['image_promised_rate']:.2g} % promised)"
         found = [
@@ -626,21 +637,31 @@ def _write_scores(
         if calibration is None
         else map(calibration_lib.shown, calibration.calibrated(scored.scores))
     )
-    for record, score, rarity, place in zip(
-        scored.records, scored.scores, calibrated, in_place, strict=True
+    called = scored.called
+    if called is None and threshold is not None:
+        called = scored.scores >= threshold
+    regions = scored.regions
+    for i, (record, score, rarity, place) in enumerate(
+        zip(scored.records, scored.scores, calibrated, in_place, strict=True)
     ):
+        areas = [x.area for x in regions[i]] if regions is not None else []
         rows.append(
             (
                 record.relative_path,
                 record.label,
                 record.defect_type,
                 score,
-                *("" if t is None else int(score >= t) for t in (threshold, f1_threshold)),
+                "" if called is None else int(called[i]),
+                "" if f1_threshold is None else int(score >= f1_threshold),
                 rarity,
                 *("" if place is None else int(place),) * located,
+                *(len(areas), regions_file.rounded(max(areas, default=0.0)))
+                * (regions is not None),
             )
         )
-    paths.write(path, Table((*header, "calibrated", *["in_place"] * located), rows).csv())
+    columns = (*header, "calibrated", *["in_place"] * located)
+    columns += ("regions", "largest_area") * (regions is not None)
+    paths.write(path, Table(columns, rows).csv())
 
 
 def roc_curves(

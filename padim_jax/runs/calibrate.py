@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int, UInt8
 
 from padim_jax.config.settings import Config
 from padim_jax.core import calibration as calibration_lib
-from padim_jax.core import image_score
+from padim_jax.core import image_score, regions
 from padim_jax.core import suspects as suspects_lib
 from padim_jax.core.calibration import Calibration
 from padim_jax.core.suspects import Suspects
@@ -129,7 +129,7 @@ def find_ranked(
     samples: list[np.ndarray] = []
     summaries: list[np.ndarray] = []
 
-    def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def parts() -> Iterator[tuple[np.ndarray, ...]]:
         nonlocal seen
         unused = collections.Counter(map(bytes, detector.images))
         for size, numbers in passes:
@@ -148,7 +148,7 @@ def find_ranked(
                 if sum(map(len, samples)) < copies.MOST_COMPARED:
                     samples.append(part.samples)
                 summaries.append(part.summaries)
-                yield part.maps, part.summaries
+                yield part.maps, part.summaries, *_peaks(config, part)
 
     within = groups[order] if pattern else None
     thresholds = _thresholds(detector, parts(), count, origin, within)
@@ -230,6 +230,22 @@ def _rank(
     return ranked
 
 
+def _peaks(config: Config, part: scoring_pass.Part) -> list[Float32[np.ndarray, " n"]]:
+    """Return the maps' peaks, if images are called anomalous by regions."""
+    if config.decide == "score":
+        return []
+    rule, found = config.regions, []
+    for record, anomaly_map, size in zip(part.records, part.maps, part.sizes, strict=True):
+        frame = input_pipeline.frame(config.image, size.tolist())
+        try:
+            found.append(regions.peak(anomaly_map, frame, rule.min_area, rule.close))
+        except ValueError as error:
+            raise UserError(
+                f"config.regions.min_area={rule.min_area:g}: {record.image}: {error}"
+            ) from error
+    return [np.array(found, np.float32)]
+
+
 def find_from_model(
     detector: Detector, store: Store, names: Sequence[str] | None = None
 ) -> tuple[Detector, Suspects | None]:
@@ -270,22 +286,25 @@ def find_from_model(
 
 def _thresholds(
     detector: Detector,
-    parts: Iterable[tuple[np.ndarray, np.ndarray]],
+    parts: Iterable[tuple[np.ndarray, ...]],
     count: int,
     origin: str,
     groups: Int[np.ndarray, " n"] | None = None,
 ) -> Calibration:
     """Return thresholds from the measures of `count` normal images."""
-    threshold = detector.config.threshold
+    config, threshold = detector.config, detector.config.threshold
+    rates = threshold.image_rate, threshold.pixel_rate
     try:
-        return calibration_lib.calibrate(
-            parts, count, origin, threshold.image_rate, threshold.pixel_rate, groups
-        )
+        found = calibration_lib.calibrate(parts, count, origin, *rates, groups, config.decide)
     except ValueError as error:
         raise UserError(
             f"thresholds: {error}. More normal images are needed, or none at all with "
             "--config.threshold.normal=none"
         ) from error
+    if config.decide == "score":
+        return found
+    rule = config.regions
+    return dataclasses.replace(found, min_area=rule.min_area, close=rule.close)
 
 
 def _with_warning(

@@ -11,6 +11,7 @@ from jaxtyping import Int32, UInt8
 
 from padim_jax.config import settings as config_lib
 from padim_jax.config.settings import Config
+from padim_jax.core import calibration as calibration_lib
 from padim_jax.core import metrics
 from padim_jax.core import suspects as suspects_lib
 from padim_jax.core.suspects import Suspects
@@ -201,16 +202,42 @@ def score(detector: Detector, source: Source) -> tuple[results.Scored | None, _R
         for part in parts
         for mask, known in zip(part.masks, part.known, strict=True)
     ]
+    maps = np.concatenate([part.maps for part in parts])
+    scores = detector_lib.image_scores(
+        detector, np.concatenate([part.summaries for part in parts])
+    )
     scored = results.Scored(
         source.records,
         known_masks,
-        np.concatenate([part.maps for part in parts]),
-        detector_lib.image_scores(detector, np.concatenate([part.summaries for part in parts])),
+        maps,
+        scores,
         aspects=[
             input_pipeline.aspect(detector.config.image, size) for size in every.sizes.tolist()
         ],
     )
-    return scored, every
+    return _with_regions(detector, scored, every.sizes), every
+
+
+def _with_regions(
+    detector: Detector, scored: results.Scored, sizes: Int32[np.ndarray, "n 2"]
+) -> results.Scored:
+    """Return the test set with its regions and verdicts, if there are thresholds."""
+    config, thresholds = detector.config, detector.calibration
+    if thresholds is None:
+        return scored
+    regions, boxes = [], []
+    for record, anomaly_map, size in zip(scored.records, scored.maps, sizes, strict=True):
+        seen = input_pipeline.view(config.image, record.relative_path)
+        place = input_pipeline.frame(config.image, size.tolist(), seen)
+        found = detector_lib.find_regions(
+            config, anomaly_map, thresholds.pixel_threshold, size.tolist(), seen
+        )
+        regions.append(found)
+        boxes.append([place.on_map(region.box) for region in found])
+    has_region = np.array([bool(found) for found in regions], bool)
+    high = scored.scores >= np.float32(thresholds.image_threshold)
+    called = calibration_lib.decided(config.decide, high, has_region)
+    return dataclasses.replace(scored, regions=regions, boxes=boxes, called=called)
 
 
 def _summarize_masks(

@@ -192,8 +192,9 @@ def _find_ranked(
             f"no thresholds: leaving one out needs at least {minimum} images that were fitted"
         )
         return detector, None
-    # Whose files these were, and so their groups, is not known.
-    if isinstance(detector.gaussian, LowRank) and not config.threshold.groups:
+    # Whose files these were, and so their groups and sizes, is not known.
+    by_files = config.threshold.groups or config.decide != "score"
+    if isinstance(detector.gaussian, LowRank) and not by_files:
         known = _fitted_at_hand(detector, datasets, hashed)
         return calibrate.find_from_model(detector, store, _names(detector, known))
     # A random view depends on the name that an image had when it was fitted.

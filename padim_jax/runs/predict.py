@@ -27,7 +27,10 @@ from padim_jax.system import journal, locks, paths
 from padim_jax.system.paths import Path
 
 # Of all files that predictions are in: what `predict` writes, and earlier versions wrote.
-_PREDICTIONS = (".csv", ".jpg", ".jsonl", ".npy", ".tiff", *journal.SUFFIXES)
+_PREDICTIONS = (
+    *(".csv", ".jpg", ".json", ".jsonl", ".npy", ".png", ".tiff"),
+    *journal.SUFFIXES,
+)
 
 
 def predict(detector: Detector, source: Source, workdir: Path) -> None:
@@ -101,9 +104,10 @@ def _predict(
         "version of jax": jax.__version__,
     }
     with contextlib.closing(predictions.open_journal(growing, settings)) as log:
-        start = predictions.resume(log, growing, suffix, source, size, devices)
+        masks = known.pixel is not None
+        start = predictions.resume(log, growing, suffix, source, size, devices, masks)
         with predictions.Writer(
-            growing, config.image, suffix, known, detector.calibration, log
+            growing, config, suffix, known, detector.calibration, log
         ) as writer:
             for part in _measured(detector, source, start):
                 scores = detector_lib.image_scores(detector, part.summaries)
@@ -149,11 +153,15 @@ def dependencies(detector: Detector, known: predictions.Thresholds) -> dict[str,
     """Return all that predictions depend on beside images, by names for a person."""
     fingerprint, calibration = detector_lib.fingerprint(detector), detector.calibration
     said = calibration and calibration_file.to_dict(calibration, fingerprint)
+    rule = (detector.config.decide, *dataclasses.astuple(detector.config.regions))
+    # Left out as it is by default: results before there were regions are of these.
+    regions = {"rule of regions": list(rule)} if rule != ("score", 0.0, 0.0) else {}
     return {
         "model": fingerprint,
         "threshold": [known.image, known.pixel],
         "scale of colours": known.scale and dataclasses.astuple(known.scale),
         "calibration": hashlib.sha256(json.dumps(said).encode()).hexdigest(),
+        **regions,
     }
 
 

@@ -48,6 +48,7 @@ from padim_jax.system.paths import Path
 
 TABLE, LINES = predictions.TABLE, "scores.jsonl"
 COLUMNS = (*predictions.COLUMNS, "error")
+_EARLIER_COLUMNS = (*predictions.EARLIER_COLUMNS, "error")
 
 # So many are read, drawn and written together, unless their files have more bytes than that:
 # it is these that are kept meanwhile, not the decoded pixels.
@@ -298,7 +299,10 @@ class Log(Journal):
             refusal = "not of a watched folder"
         else:
             paths.make_folder(folder)
-            csv = Table(tables.as_csv([COLUMNS]), predictions.encode_row(COLUMNS))
+            # A table of an earlier version keeps its columns until it is moved away.
+            begun = paths.first_line(folder / TABLE).strip().decode(errors="replace")
+            columns = _EARLIER_COLUMNS if begun == ",".join(_EARLIER_COLUMNS) else COLUMNS
+            csv = Table(tables.as_csv([columns]), predictions.encode_row(columns))
             lines = Table(b"", _json_line)
             super().__init__(path, settings, {folder / TABLE: csv, folder / LINES: lines})
             if self.other_settings:
@@ -424,7 +428,7 @@ def run(
     ):
         scale = known.scale or log.scale
         known = dataclasses.replace(known, scale=scale)
-        pictures = Pictures(output, detector.config.image, map_suffix, known)
+        pictures = Pictures(output, detector.config, map_suffix, known)
         watched = Folder(folder, timing.settle, log.seen, output)
         # Compiles it. On a CPU an image takes as long in a batch as alone; alone it waits for
         # no other, and its score does not depend on what else has come.
@@ -535,8 +539,10 @@ class _Scorer:
         self._pictures.set_scale(maps)
         # Before their rows: where there is a row, its pictures are whole.
         files, contents = [x.arrival.path for x in good], [x.data for x in good]
-        list(self._threads.map(self._pictures.draw, names, files, contents, maps))
-        rows = predictions.rows(names, scores, self._known.image, self._detector.calibration)
+        drawn = list(self._threads.map(self._pictures.draw, names, files, contents, maps))
+        detector, threshold = self._detector, self._known.image
+        decide, calibration = detector.config.decide, detector.calibration
+        rows = predictions.rows(names, scores, drawn, threshold, calibration, decide)
         pairs = zip(good, rows, strict=True)
         return results + [Result(image.arrival, image.sha256, row) for image, row in pairs]
 
@@ -550,7 +556,7 @@ class _Scorer:
             data = _read(arrival)
             digest = hashlib.sha256(data).hexdigest()
             config, name = self._detector.config.image, shown(arrival.path)
-            seen, levels = input_pipeline.load_input(data, name, config)
+            seen, levels, _ = input_pipeline.load_input(data, name, config)
             if levels is not None and not self._told:
                 self._told = True  # of the first alone
                 text = input_pipeline.few_levels({name: levels}, 1)

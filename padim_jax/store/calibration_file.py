@@ -179,6 +179,8 @@ def _check(fields: Mapping[str, Any]) -> None:
 def _valid(name: str, value: Any) -> bool:
     if name == "origin":
         return isinstance(value, str) and value in ORIGINS
+    if name == "decide":
+        return isinstance(value, str) and value in ("score", "regions", "either")
     if name == "warning":
         return isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST_WARNING
     if name == "groups" and value is None:
@@ -192,7 +194,7 @@ def _valid(name: str, value: Any) -> bool:
         return False
     if name.endswith("rate"):
         return 0 < value < 1 or (name == "pixel_rate" and value == 0)
-    return value >= 0 if name == "tail_excess" else True
+    return value >= 0 if name in ("tail_excess", "min_area", "close") else True
 
 
 def _valid_list(name: str, value: Any) -> bool:

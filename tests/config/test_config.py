@@ -136,12 +136,14 @@ def test_settings_arrive_where_they_belong():
             "groups": "part[0-9]+",
             "held_out": 0.3,
             "image_rate": 0.05,
-            "pixel_rate": 0.002,
+            "pixel_rate": 0,
         },
         "batch_size": 5,
         "train": {"checkpoint_every": 12.5},
         "metrics": {"resolution": "full"},
-        "outputs": {"figures": "all", "maps": "tiff", "report": False},
+        "outputs": {"figures": "all", "maps": "tiff", "report": False, "coco": True},
+        "regions": {"min_area": 30, "close": 4.5},
+        "decide": "either",
         "cache": {"dir": "d", "images_gb": 0.5, "compilation": False},
     }
     config = config_lib.validate(settings)
@@ -186,7 +188,9 @@ def test_fields_are_these():
         "batch_size": None,
         "train": ["checkpoint_every"],
         "metrics": ["resolution"],
-        "outputs": ["figures", "maps", "report"],
+        "regions": ["close", "min_area"],
+        "decide": None,
+        "outputs": ["coco", "figures", "maps", "report"],
         "cache": ["compilation", "dir", "images_gb"],
     }
 
@@ -364,7 +368,10 @@ STRANGE = {
 }
 
 
-FLAGS = ("config.cache.compilation", "config.dataset.skip_bad", "config.outputs.report")
+FLAGS = (
+    *("config.cache.compilation", "config.dataset.skip_bad"),
+    *("config.outputs.coco", "config.outputs.report"),
+)
 
 
 @pytest.mark.parametrize("kind", STRANGE)

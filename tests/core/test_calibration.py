@@ -393,6 +393,8 @@ class TestStored:
             {"groups": 210},
             {"groups": "all"},
             {"warning": None},
+            {"decide": "all"},
+            {"min_area": -1.0},
             {"warning": "two\nlines"},
             {"more": 1},
         ],
@@ -417,12 +419,16 @@ class TestStored:
             warning="near copies",
             summary_means=(1.0, 2.0, 3.0, 4.0),
             summary_deviations=(0.5, 0.25, 0.0, 1.0),
+            decide="either",
+            min_area=20.0,
+            close=4.0,
         )
         stored = to_dict(found, "abc")
         del stored[name]
         # What older files lack is missed by the digest.
         summaries = ("summary_means", "summary_deviations")
         later = ("groups", "warning", "rates", "rate_thresholds", "scores", *summaries)
+        later += ("decide", "min_area", "close")
         reason = name
         if name in later:
             reason = "as many thresholds|4 means and dev|not what was saved"

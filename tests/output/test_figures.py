@@ -333,7 +333,7 @@ class TestPanels:
         for array in arrays:
             array.setflags(write=False)
         figures.panels(*arrays, 5.0, SCALE, "")
-        figures.overlay(arrays[0], arrays[2], SCALE, 5.0)
+        figures.overlay(arrays[0], arrays[2], SCALE, arrays[2] >= 5.0)
         for array, copy in zip(arrays, copies, strict=True):
             np.testing.assert_array_equal(array, copy)
 
@@ -343,8 +343,8 @@ class TestOverlay:
         image, _, scores = sample(50, 90)
         scores[:10] = np.nan
         scores[:, 70:] = np.nan
-        for threshold in (None, 5.0, -1e9):
-            picture = np.asarray(figures.overlay(image, scores, SCALE, threshold))
+        for predicted in (None, scores >= 5.0, scores >= -1e9):
+            picture = np.asarray(figures.overlay(image, scores, SCALE, predicted))
             unscored = np.isnan(scores)
             dimmed = image[unscored].astype(int)
             shown = picture[unscored].astype(int)
@@ -364,7 +364,7 @@ class TestOverlay:
         image, _, scores = sample(size, size)
         scores[: size // 3] = np.nan
         plain = np.asarray(figures.overlay(image, scores, SCALE, None))
-        outlined = np.asarray(figures.overlay(image, scores, SCALE, 7.0))
+        outlined = np.asarray(figures.overlay(image, scores, SCALE, scores >= 7.0))
         region = scores >= 7.0
         assert (outlined[figures.outline(region)] == WHITE).all()
         changed = (outlined != plain).any(axis=-1)
@@ -373,7 +373,7 @@ class TestOverlay:
     def test_no_region_no_outline(self):
         image, _, scores = sample(60, 60)
         plain = figures.overlay(image, scores, SCALE, None)
-        none_above = figures.overlay(image, scores, SCALE, 1e9)
+        none_above = figures.overlay(image, scores, SCALE, scores >= 1e9)
         np.testing.assert_array_equal(np.asarray(plain), np.asarray(none_above))
 
 
@@ -535,7 +535,7 @@ def test_matplotlib_is_imported_late_and_left_alone():
         image, zeros = np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32))
         scale = figures.ColorScale(0.0, 1.0)
         figures.panels(image, zeros > 0, zeros, 0.5, scale, "a.png")
-        figures.overlay(image, zeros, scale, 0.5)
+        figures.overlay(image, zeros, scale, zeros >= 0.5)
         assert "matplotlib" not in sys.modules
 
         import matplotlib

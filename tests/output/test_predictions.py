@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
 from padim_jax.config.settings import ImageConfig
 from padim_jax.core.calibration import Calibration, calibrate
+from padim_jax.core.regions import Region
 from padim_jax.data import input_pipeline, listing
 from padim_jax.data.listing import find
 from padim_jax.data.records import Record
@@ -389,7 +391,9 @@ class TestWriter:
         folder.mkdir(exist_ok=True)
         with (
             contextlib.closing(predictions.open_journal(folder, {})) as journal,
-            Writer(folder, config, suffix, known, calibration, journal) as writer,
+            Writer(
+                folder, small.preprocessed(config), suffix, known, calibration, journal
+            ) as writer,
         ):
             journal.keep(0)
             yield writer
@@ -422,11 +426,11 @@ class TestWriter:
             assert [row[0] for row in self.rows(tmp_path)] == ["path", "1.png", "Teil, ü 2.png"]
             writer.add(*second)
             rows = self.rows(tmp_path)
-        assert rows[0] == ["path", "score", "predicted", "calibrated"]
+        assert rows[0] == list(predictions.COLUMNS)
         assert [row[0] for row in rows[1:]] == ["1.png", "Teil, ü 2.png", "3.png"]
         scores = np.array([row[1] for row in rows[1:]], np.float32)
         np.testing.assert_array_equal(scores, np.concatenate([first[2], second[2]]))
-        assert [row[2:] for row in rows[1:]] == 3 * [["", ""]]  # nothing to compare with
+        assert [row[2:] for row in rows[1:]] == 3 * [4 * [""]]  # nothing to compare with
 
     def test_a_folder_that_is_removed_meanwhile(self, tmp_path: pathlib.Path):
         batch = self.batch(tmp_path / "in", {"1.png": (40, 40)})
@@ -503,3 +507,63 @@ class TestWriter:
             writer.add(*batch)
         # None of the batch is told.
         assert len(self.rows(tmp_path / "out")) == 1
+
+    def test_regions_as_files(self, tmp_path: pathlib.Path):
+        """In the places of the original image, by a schema, as COCO has them, and as masks."""
+        sizes = {"a.png": (96, 128), "b.png": (64, 64)}
+        records, maps, scores, digests = self.batch(tmp_path / "in", sizes)
+        maps = np.ones_like(maps)
+        maps[0, 10:20, 4:12] = 9  # 32x16 pixels above and left of it are cropped away
+        maps[0, 40, 40] = 8  # too small
+        known = Thresholds(5.0, 7.0, figures.ColorScale(0.0, 10.0))
+        config = small.preprocessed(
+            self.CONFIG, **{"outputs.coco": True, "regions.min_area": 100.0}
+        )
+        folder = tmp_path / "out"
+        folder.mkdir()
+        with (
+            contextlib.closing(predictions.open_journal(folder, {})) as journal,
+            Writer(folder, config, "npy", known, None, journal) as writer,
+        ):
+            journal.keep(0)
+            writer.add(records, maps, scores, digests)
+            writer.finish()
+        assert [row[4:] for row in self.rows(folder)[1:]] == [["1", "240.0"], ["0", "0.0"]]
+        found = json.loads((folder / "regions.json").read_text())
+        schema = pathlib.Path(__file__).parents[2] / "docs" / "regions.schema.json"
+        jsonschema = pytest.importorskip("jsonschema")
+        jsonschema.validate(found, json.loads(schema.read_text()))
+        assert (found["threshold"], found["min_area"], found["close"]) == (7.0, 100.0, 0.0)
+        first, second = found["images"]
+        assert (first["path"], first["width"], first["height"]) == ("a.png", 128, 96)
+        assert second["regions"] == []
+        (region,) = first["regions"]
+        # Resized by 2 across and 1.5 down, and 8 pixels cropped from each side.
+        assert region["box"] == [24.0, 27.0, 40.0, 42.0]
+        assert region["centroid"] == [32.0, 34.5]
+        assert (region["area"], region["peak"], region["mean"]) == (240.0, 9.0, 9.0)
+        coco = json.loads((folder / "regions.coco.json").read_text())
+        (annotation,) = coco["annotations"]
+        assert annotation["bbox"] == [24.0, 27.0, 16.0, 15.0]
+        assert annotation["image_id"] == coco["images"][0]["id"] == 1
+        assert len(annotation["segmentation"][0]) == 2 * (len(region["contour"][0]) - 1)
+        mask = np.asarray(Image.open(folder / "masks" / "a.png.png"))
+        assert mask.shape == (96, 128)
+        rows, columns = np.nonzero(mask)
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (27, 41, 24, 39)
+        assert not np.asarray(Image.open(folder / "masks" / "b.png.png")).any()
+        drawn = np.asarray(Image.open(folder / "overlays" / "a.png.jpg")).astype(int)
+        box = figures.box_outline((24.0, 27.0, 40.0, 42.0), (96, 128), 1, 4)
+        assert drawn[box].mean() > 220
+        assert drawn[~box].mean() < 120
+
+    def test_verdicts_by_regions(self):
+        """Verdicts by regions need no score."""
+        drawn = [predictions.Drawn((4, 4), ()), predictions.Drawn((4, 4), (REGION,))]
+        scores = np.array([9.0, 1.0], np.float32)
+        for decide, expected in (("score", [1, 0]), ("regions", [0, 1]), ("either", [1, 1])):
+            rows = predictions.rows(["a", "b"], scores, drawn, 5.0, None, decide)
+            assert [row["predicted"] for row in rows] == expected
+
+
+REGION = Region((0.0, 0.0, 2.0, 2.0), (1.0, 1.0), 4.0, 9.0, 9.0, ())

@@ -191,7 +191,7 @@ class TestWhatIsKept:
         with contextlib.closing(self.open(folder, **settings)) as opened:
             source = self.source(images)
             return predictions.resume(
-                opened, folder, "tiff", source, BATCH, parallel.Devices(1)
+                opened, folder, "tiff", source, BATCH, parallel.Devices(1), True
             )
 
     @pytest.fixture
@@ -202,7 +202,8 @@ class TestWhatIsKept:
         with (
             contextlib.closing(self.open(folder)) as opened,
             predictions.Writer(
-                folder, CONFIG, "tiff", predictions.Thresholds(), None, opened
+                *(folder, small.preprocessed(CONFIG), "tiff"),
+                *(predictions.Thresholds(pixel=8.5), None, opened),
             ) as writer,
         ):
             for start in (0, 4, 8):
@@ -231,6 +232,7 @@ class TestWhatIsKept:
             (lambda i, o: os.utime(i / "ü/09.png", (0, 0)), 12),  # the same content
             (lambda i, o: (o / "maps/ü/05.png.tiff").unlink(), 4),
             (lambda i, o: (o / "overlays/ü/08.png.jpg").unlink(), 8),
+            (lambda i, o: (o / "masks/ü/08.png.png").unlink(), 8),
             # As a power cut leaves them.
             (lambda i, o: os.truncate(o / "scores.csv", 100), 12),
             (lambda i, o: (o / "scores.csv").unlink(), 12),
@@ -257,6 +259,7 @@ class TestWhatIsKept:
         # Pictures and rows of these images only, whole.
         names = [record.relative_path for record in self.source(images).records[:kept]]
         expected = {f"maps/{x}.tiff" for x in names} | {f"overlays/{x}.jpg" for x in names}
+        expected |= {f"masks/{x}.png" for x in names}
         assert {x for x in tree(folder) if "/" in x} == expected
         with (folder / "scores.csv").open(encoding="utf-8", newline="") as table:
             assert [row["path"] for row in csv.DictReader(table)] == names

@@ -144,6 +144,7 @@ def arrival(name: str, number: int = 0) -> Arrival:
 
 def result(name: str, error: str = "") -> Result:
     row = {"path": name, "score": "0.1", "predicted": 1, "calibrated": "0.9991"}
+    row |= {"regions": 2, "largest_area": 12.5}
     row = None if error else row
     return Result(arrival(name), "" if error else "ab", row, error)
 
@@ -209,8 +210,8 @@ class TestLog:
         names = ["a, b.png", "ü\n.png", "bad\udcff.png"]
         assert [line["path"] for line in found] == names
         assert [row["path"] for row in rows] == [*names[:2], "bad\\udcff.png"]
-        assert list(rows[0].values()) == ["a, b.png", "0.1", "1", "0.9991", ""]
-        assert list(rows[2].values()) == ["bad\\udcff.png", "", "", "", "not an image"]
+        assert list(rows[0].values()) == ["a, b.png", "0.1", "1", "0.9991", "2", "12.5", ""]
+        assert list(rows[2].values()) == ["bad\\udcff.png", *5 * [""], "not an image"]
         assert (found[0]["score"], found[0]["predicted"]) == (0.1, 1)
         assert (found[0]["calibrated"], found[0]["error"]) == (0.9991, None)
         assert found[0]["sha256"] == "ab"
@@ -246,6 +247,21 @@ class TestLog:
         with contextlib.closing(Log(tmp_path, SAID)) as log:
             assert len(log.seen) == 2
         assert [row["path"] for row in table(tmp_path)] == expected["scores.csv"]
+
+    def test_a_table_of_an_earlier_version_keeps_its_columns(self, tmp_path: pathlib.Path):
+        columns = ("path", "score", "predicted", "calibrated", "error")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(watch, "COLUMNS", columns)
+            with contextlib.closing(Log(tmp_path, SAID)) as log:
+                log.write([result("a.png")], None)
+        for name in ("b.png", "c.png"):
+            with contextlib.closing(Log(tmp_path, SAID)) as log:
+                log.write([result(name)], None)
+            if name == "b.png":
+                assert [tuple(row) for row in table(tmp_path)] == 2 * [columns]
+                (tmp_path / "scores.csv").unlink()
+        assert table(tmp_path)[0]["largest_area"] == "12.5"
+        assert lines(tmp_path)[1]["largest_area"] == 12.5
 
     def test_results_of_something_else_are_not_added_to(self, tmp_path: pathlib.Path):
         with contextlib.closing(Log(tmp_path / "out", SAID)):

@@ -14,6 +14,7 @@ from typing import Any
 
 import hypothesis
 import numpy as np
+import small
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -115,7 +116,9 @@ def test_watch(data: st.DataObject):
             start += count
             results = [
                 watch.Result(
-                    x, "ab", dict(zip(predictions.COLUMNS, (x.name, "0.5", 1, ""), strict=True))
+                    x,
+                    "ab",
+                    dict(zip(predictions.COLUMNS, (x.name, "0.5", 1, "", 0, 0.0), strict=True)),
                 )
                 if x.stamp.size % 3
                 else watch.Result(x, "", None, "no image")
@@ -166,8 +169,10 @@ def predict(folder: pathlib.Path, records: list[Record], batch: int) -> int:
     known = predictions.Thresholds()  # the colours are those of the first batch
     with contextlib.closing(predictions.open_journal(folder, {"batch": batch})) as opened:
         source = FolderSource(records)
-        kept = predictions.resume(opened, folder, "npy", source, batch, Devices(1))
-        with predictions.Writer(folder, CONFIG, "npy", known, None, opened) as writer:
+        kept = predictions.resume(opened, folder, "npy", source, batch, Devices(1), False)
+        with predictions.Writer(
+            folder, small.preprocessed(CONFIG), "npy", known, None, opened
+        ) as writer:
             for start in range(kept, len(records), batch):
                 part = records[start : start + batch]
                 scores = np.asarray([int(x.relative_path[:-4]) for x in part], np.float32)

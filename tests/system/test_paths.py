@@ -25,6 +25,7 @@ import beartype.roar
 import jax
 import numpy as np
 import pytest
+import small
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from PIL import Image
 
@@ -738,14 +739,15 @@ class TestPredictions:
         remote = upload(tmp_path / "in", f"{store.url}/in")
         maps = np.random.default_rng(0).uniform(1, 9, (3, 32, 32)).astype(np.float32)
         places = {tmp_path / "in": tmp_path / "out", remote: paths.parse(f"{store.url}/out")}
+        config = small.preprocessed(IMAGE, **{"outputs.coco": True})
         written = []
         for source, place in places.items():
             records = listing.find(str(source))
-            known = predictions.Thresholds(image=2.0)
+            known = predictions.Thresholds(image=2.0, pixel=8.0)
             paths.make_folder(place)
             with (
                 contextlib.closing(predictions.open_journal(place, {})) as journal,
-                predictions.Writer(place, IMAGE, "npy", known, None, journal) as writer,
+                predictions.Writer(place, config, "npy", known, None, journal) as writer,
             ):
                 journal.keep(0)
                 for i in range(3):
@@ -763,6 +765,7 @@ class TestPredictions:
         rows = list(csv.reader(io.StringIO(written[1]["scores.csv"].decode())))
         assert [row[0] for row in rows] == ["path", "a b/0.png", "a b/1.png", "a b/2.png"]
         assert "overlays/a b/2.png.jpg" in written[1]
+        assert {"masks/a b/2.png.png", "regions.json", "regions.coco.json"} <= set(written[1])
 
 
 def make_model() -> model_file.Model:

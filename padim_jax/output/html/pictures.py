@@ -73,6 +73,7 @@ def encode(
             scale,
             threshold,
             scored.drawn_size(index, _SIDE),
+            () if scored.boxes is None else scored.boxes[index],
         )
 
     shown: dict[int, Picture] = {}
@@ -204,8 +205,11 @@ def _picture(
     scale: figures.ColorScale,
     threshold: float | None,
     size: tuple[int, int],
+    boxes: Sequence[figures.Box] = (),
 ) -> Picture:
     height, width = size
+    down, right = height / anomaly_map.shape[0], width / anomaly_map.shape[1]
+    boxes = [(x0 * right, y0 * down, x1 * right, y1 * down) for x0, y0, x1, y1 in boxes]
     predicted = None if threshold is None else anomaly_map >= threshold
     mask, predicted = (
         None if region is None else figures.resize_region(region, size)
@@ -218,15 +222,17 @@ def _picture(
         _png(mask.astype(np.uint8), (0, 0, 0, 255, 255, 255))
         if mask is not None and mask.any()
         else "",
-        _outlines(mask, predicted),
+        _outlines(mask, predicted, boxes),
         (width, height),
     )
 
 
 def _outlines(
-    mask: Bool[np.ndarray, "h w"] | None, predicted: Bool[np.ndarray, "h w"] | None
+    mask: Bool[np.ndarray, "h w"] | None,
+    predicted: Bool[np.ndarray, "h w"] | None,
+    boxes: Sequence[figures.Box],
 ) -> str:
-    """Outline the ground truth in green and, on top of it, the prediction in red."""
+    """Outline the ground truth in green and, on top of it, the prediction in red, and boxes."""
     drawn = [(i, r) for i, r in ((1, mask), (2, predicted)) if r is not None and r.any()]
     if not drawn:
         return ""
@@ -234,6 +240,8 @@ def _outlines(
     colors = np.zeros(shape, np.uint8)
     for color, region in drawn:
         colors[figures.outline(region, max(1, round(shape[1] / 128)))] = color
+    for box in boxes:
+        colors[figures.box_outline(box, (shape[0], shape[1]), 1, 3)] = 2
     return _png(colors, (0, 0, 0, *figures.TRUTH, *figures.PREDICTED), transparency=0)
 
 

@@ -164,8 +164,9 @@ def _pixel_threshold(measured: Mapping[str, Any]) -> tuple[float | None, str]:
     if normal := measured["normal_threshold"]:
         value = normal["pixel_threshold"]
         if not normal["pixel_rate"]:
-            rate = _percent(normal["image_rate"])
-            return value, f"pixels from {value:.4g}, as {rate} of normal images have any"
+            share = normal["image_rate"] / (2 if normal.get("decide") == "either" else 1)
+            have = f"as {_percent(share)} of normal images have any"
+            return value, f"pixels from {value:.4g}, {have}; boxes around regions that count"
         rate = _percent(normal["pixel_rate"])
         return value, f"pixels from {value:.4g}, as {rate} of normal pixels are"
     if (value := measured["pixel_f1_threshold"]) is not None:
@@ -239,6 +240,8 @@ def _notes(config: Config, measured: Mapping[str, Any], sources: list[str]) -> l
     ]
     if measured.get("resolution") == "full":
         notes.append(results.FULL)
+    if (normal := measured["normal_threshold"]) and "decide" in normal:
+        notes.append(_decided(normal))
     if why := published.not_compared(config, config.category, measured):
         notes.append(why)
     notes += dict.fromkeys(f"undefined: {r}" for r in measured.get("undefined", {}).values())
@@ -251,6 +254,19 @@ def _notes(config: Config, measured: Mapping[str, Any], sources: list[str]) -> l
         some = ", ".join(one["path"] for one in skipped[:3]) + ", …" * (len(skipped) > 3)
         notes.append(f"{len(skipped)} images skipped, listed in skipped.csv: {some}")
     return notes
+
+
+def _decided(normal: Mapping[str, Any]) -> str:
+    """Describe the outcome of verdicts that are not by the score alone."""
+    by = "regions" if normal["decide"] == "regions" else "score or regions"
+    found, alarms = (
+        verdicts.share_text(normal[key]) if normal[key]["total"] else "none"
+        for key in ("image_found", "image_false_alarms")
+    )
+    return (
+        f"images are called anomalous by {by} (config.decide={normal['decide']}): {found} "
+        f"defects found, {alarms} false alarms; counts at a threshold below are by score alone"
+    )
 
 
 def _per_defect(scored: Scored, measured: Mapping[str, Any], start: float | None) -> str:
@@ -591,7 +607,8 @@ def _settings(config: Config) -> str:
     }
     values["model"]["weights"] = pathlib.PurePath(config.model.weights).name
     lines = []
-    for group in ("dataset", "image", "model", "map", "score", "threshold", "metrics"):
+    groups = ("dataset", "image", "model", "map", "score", "threshold", "regions", "metrics")
+    for group in groups:
         for key, value in values[group].items():
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value
             lines.append([f"{text(group)}.{text(key)}", name(shown)])
