@@ -1,8 +1,10 @@
 """Fixtures and checks that hold for every test."""
 
 import atexit
+import datetime
 import os
 import pathlib
+import random
 import shutil
 import signal
 import sys
@@ -22,11 +24,15 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 # neither. Before the imports, of which one may ask for the place.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="padim_jax_tests_")
 
+# What a sample is drawn by; the day's, unless another is given. The workers inherit it.
+os.environ.setdefault("PADIM_JAX_SAMPLE", str(datetime.datetime.now().date()))
+
 # What one test has compiled, the others of this run load: those of other workers, and child
 # processes. Made by the first process, whose environment the workers inherit.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     COMPILED = tempfile.mkdtemp(prefix="padim_jax_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+    os.environ["MPLCONFIGDIR"] = COMPILED + "/matplotlib"  # a list of fonts takes seconds
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
     os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
     atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
@@ -87,14 +93,42 @@ def no_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 QUICK = ("core", "config", "test_api.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what the core, the settings and the public functions are tested by: `-m quick`."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Iterator[None]:
+    """Mark the quick ones, by which may be chosen; of what is chosen, draw the sample."""
     tests = pathlib.Path(__file__).parent
     for item in items:
         ours = item.path.is_relative_to(tests) and item.path.relative_to(tests).parts[0]
         # Programs of a real size are compiled for longer.
         if ours in QUICK and "optimized" not in getattr(item, "fixturenames", ()):
             item.add_marker("quick")
+    yield
+    left_out = set() if "PADIM_JAX_EVERYTHING" in os.environ else not_sampled(items)
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
+def not_sampled(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Of each test or group that is marked as `sampled`, what is left out today."""
+    groups: dict[tuple[str, int], list[pytest.Item]] = {}
+    for item in items:
+        if marker := item.get_closest_marker("sampled"):
+            name = marker.kwargs.get("group", item.nodeid.partition("[")[0])
+            groups.setdefault((name, marker.args[0]), []).append(item)
+    left_out: set[pytest.Item] = set()
+    for (name, count), cases in groups.items():
+        rng = random.Random(f"{os.environ['PADIM_JAX_SAMPLE']} {name}")
+        left_out.update(rng.sample(cases, max(0, len(cases) - count)))
+    return left_out
+
+
+def pytest_report_header() -> str:
+    """Say how to draw this run's sample again."""
+    if "PADIM_JAX_EVERYTHING" in os.environ:
+        return "sample: everything"
+    return f"sample: PADIM_JAX_SAMPLE={os.environ['PADIM_JAX_SAMPLE']}"
 
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"

@@ -92,7 +92,7 @@ def launch(root: pathlib.Path) -> Iterator[Any]:
 
     def start(mode: str, workdir: pathlib.Path, *arguments: str) -> subprocess.Popen:
         command = ["bash", str(ROOT / "launch" / "local_processes.sh"), "2", f"--mode={mode}"]
-        if mode == "train_and_eval":
+        if mode in ("train", "train_and_eval"):
             command.append(f"--config={ROOT}/configs/mvtec.py")
             given = SETTINGS | {"dataset.root": root}
             command += [f"--config.{name}={value}" for name, value in given.items()]

@@ -41,6 +41,7 @@ def golden(shared):
     return shapes, np.load(folder / "backbones.npz"), array
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("backbone", RESNETS)
 def test_equals_torchvision(golden, backbone):
     shapes, outputs, array = golden

@@ -80,6 +80,7 @@ def wait_for_a_save(process: subprocess.Popen[str], path: pathlib.Path, newest: 
         time.sleep(0.005)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("mode", "number"),
     [
@@ -126,7 +127,7 @@ def test_processes_stop_together(launch: Any, root: pathlib.Path, tmp_path: path
     many = tmp_path / "data" / "part" / "train" / "good"
     many.mkdir(parents=True)
     pictures = [Image.open(path) for path in images]
-    for number in range(600):  # files that differ: copies count once
+    for number in range(240):  # files that differ: copies count once
         picture = pictures[number % len(pictures)]
         picture.save(many / f"{number:03}.png", compress_level=1, dpi=(1000 + number, 1000))
     given = f"--config.dataset.root={tmp_path / 'data'}", "--config.batch_size=12"
@@ -139,13 +140,13 @@ def test_processes_stop_together(launch: Any, root: pathlib.Path, tmp_path: path
     second.send_signal(signal.SIGTERM)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    stopped = re.search(r"stopped by SIGTERM after (\d+) of 600 images", out)
+    stopped = re.search(r"stopped by SIGTERM after (\d+) of 240 images", out)
     assert stopped, out
-    assert 12 < int(stopped[1]) < 600
+    assert 12 < int(stopped[1]) < 240
     process = launch("train", tmp_path, *given)
     out, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
-    assert f"after {stopped[1]} of 600 images" in out
-    assert out.count("fitted 600 images") == 1
+    assert f"after {stopped[1]} of 240 images" in out
+    assert out.count("fitted 240 images") == 1
     fitted, _ = checkpoint.load(tmp_path / "checkpoint", Devices(1))
-    assert len(fitted.images) == int(fitted.statistics.count[0]) == 600
+    assert len(fitted.images) == int(fitted.statistics.count[0]) == 240

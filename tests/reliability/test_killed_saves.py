@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 from test_checkpoint import ONE, Crash, load, make_fitted, same, save, start, steps
 
@@ -153,13 +153,14 @@ class TestKilled:
         assert any("orbax-checkpoint-tmp" in name for name in names)
         assert any(name.endswith(".deleted") for name in names)
 
-    def test_for_real(self, history: list[Any], tmp_path: pathlib.Path):
-        rng = np.random.default_rng(0)
-        killed, next_one = {}, make_fitted(4)
-        for number in rng.choice(np.arange(10, 180), 4, replace=False).tolist():
-            path = tmp_path / str(number) / "checkpoint"
-            killed[path] = child(path, None, number)
-        for path, process in killed.items():
-            out, errors = process.communicate(timeout=100)
-            assert process.returncode == -signal.SIGKILL, errors
-            require_sound(path, next_one, *history[len(out.split()) - 1])
+    @pytest.mark.sampled(1)
+    @pytest.mark.parametrize("number", range(4))
+    def test_for_real(self, number: int, history: list[Any], tmp_path: pathlib.Path):
+        rng = random.Random(f"{os.environ['PADIM_JAX_SAMPLE']} {number}")
+        change = rng.randrange(10, 180)
+        print(f"before change {change}")
+        process = child(tmp_path / "checkpoint", None, change)
+        out, errors = process.communicate(timeout=100)
+        assert process.returncode == -signal.SIGKILL, errors
+        stage = len(out.split()) - 1
+        require_sound(tmp_path / "checkpoint", make_fitted(4), *history[stage])

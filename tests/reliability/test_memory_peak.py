@@ -1,6 +1,6 @@
 """Whole runs take the memory that is estimated before them: within a fifth, at several sizes.
 
-Not of the suite that is run by itself: `pytest tests/reliability/test_memory_peak.py`, minutes.
+Two fits and one prediction a day; all with PADIM_JAX_EVERYTHING=1, in minutes.
 """
 
 import json
@@ -85,6 +85,7 @@ def measured_peak(codes: list[str], folder: pathlib.Path, flat: dict[str, Any]) 
 FAST = {"model.layers": ["layer1"], "model.channels": 10}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says what a process took at most")
 @pytest.mark.parametrize(
     ("train", "test", "settings"),
@@ -154,6 +155,7 @@ print("peak", 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]))
 """
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says what a process took at most")
 @pytest.mark.parametrize(
     "settings",

@@ -1,4 +1,7 @@
-"""Pretrainings: of any number of devices, ended by signals, and from weights that there are."""
+"""Pretrainings: of any number of devices, ended by signals, and from weights that there are.
+
+What takes long once more, each a quarter of a minute or more: two of seven a day.
+"""
 
 import json
 import os
@@ -27,6 +30,7 @@ from padim_jax.pretrain import network, run, saving, training
 from padim_jax.pretrain.config import PretrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
+long = pytest.mark.sampled(2, group="pretraining")
 STEPS = 12  # each of so few is saved
 RECIPE = {
     "images.size": 32,
@@ -131,30 +135,30 @@ def test_what_is_written(whole: pathlib.Path):
 
 
 class TestEnded:
-    def test_by_signals(self, folder: pathlib.Path, whole: pathlib.Path):
-        """Twice on its way; the same command comes to the same weights."""
-        workdir = folder / "ended"
-        process = start(folder, "ended")
+    @long
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+    def test_by_signals(
+        self, number: signal.Signals, folder: pathlib.Path, whole: pathlib.Path
+    ):
+        """On its way; the same command comes to the same weights."""
+        workdir = folder / number.name
+        process = start(folder, number.name)
         wait_for_saves(process, workdir, 2)
-        process.kill()
-        process.communicate()
-        killed = max(map(int, filter(str.isdecimal, steps(workdir))))
-        assert 2 <= killed < STEPS - 2
-        # A save that another kill left half done.
-        half = workdir / run.CHECKPOINT / f"{STEPS}.orbax-checkpoint-tmp"
-        shutil.copytree(workdir / run.CHECKPOINT / str(killed), half, dirs_exist_ok=True)
-
-        process = start(folder, "ended")
-        wait_for_saves(process, workdir, killed + 1)
-        process.send_signal(signal.SIGTERM)
-        out = finish(process)
-        assert f"going on with an interrupted training, after {killed} steps" in out
-        (done,) = map(int, steps(workdir))
-        assert killed < done < STEPS
-        assert f"stopped by SIGTERM after {done} of {STEPS} steps, saved in " in out
+        process.send_signal(number)
+        if number == signal.SIGKILL:
+            process.communicate()
+            done = max(map(int, filter(str.isdecimal, steps(workdir))))
+            # A save that another kill left half done.
+            half = workdir / run.CHECKPOINT / f"{STEPS}.orbax-checkpoint-tmp"
+            shutil.copytree(workdir / run.CHECKPOINT / str(done), half, dirs_exist_ok=True)
+        else:
+            out = finish(process)
+            (done,) = map(int, steps(workdir))
+            assert f"stopped by SIGTERM after {done} of {STEPS} steps, saved in " in out
+        assert 2 <= done < STEPS
         assert not (workdir / run.WEIGHTS).exists()
 
-        out = finish(start(folder, "ended"))
+        out = finish(start(folder, number.name))
         assert f"going on with an interrupted training, after {done} steps" in out
         self.require_same(workdir, whole)
 
@@ -163,6 +167,7 @@ class TestEnded:
             assert (found / name).read_bytes() == (whole / name).read_bytes(), name
         assert steps(found) == [str(STEPS)]
 
+    @long
     def test_before_the_weights_were_written(self, folder: pathlib.Path, whole: pathlib.Path):
         """All steps are done and saved; they are not saved again, nor lost on the way."""
         shutil.copytree(whole, folder / "late")
@@ -342,6 +347,7 @@ def examples(bank: np.ndarray) -> jax.Array:
     return run._images(make_config(), bank, None)
 
 
+@long
 def test_features_have_their_deviation(whole: pathlib.Path, examples: jax.Array):
     weights = str(whole / run.WEIGHTS)
     variables, _ = pretrained.load(weights, "resnet18", network.STAGES)
@@ -364,6 +370,7 @@ class TestSteps:
             jax.jit(training.initial, static_argnums=0)(make_config(), examples)
         )
 
+    @long
     def test_number_of_devices_changes_rounding_only(self, first: Any, bank: np.ndarray):
         def after(step: int, count: int) -> tuple[Any, Any]:
             devices = Devices(count)
@@ -396,6 +403,7 @@ class TestSteps:
             # meets depends on the processor; an error in averaging would show in all.
         pytest.fail(f"in every step the gradients differ: {differences}")
 
+    @long
     def test_they_teach(self, first: Any, bank: np.ndarray):
         """On one step's scenes and channels again and again: more is no matter of seconds."""
         devices = Devices(1)
@@ -411,6 +419,7 @@ class TestSteps:
         assert auroc[-5:].mean() > auroc[:2].mean()
 
 
+@long
 def test_goes_on_from_weights_with_photographs(
     folder: pathlib.Path, tmp_path: pathlib.Path, whole: pathlib.Path, examples: jax.Array
 ):

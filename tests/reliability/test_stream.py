@@ -1,7 +1,7 @@
 """Predictions for months: of memory that does not grow, and through any number of kills.
 
-Not of the suite that is run by itself: `pytest tests/reliability/test_stream.py`, 100 seconds.
-Commands as a person would give them, looked at from outside.
+Commands as a person would give them, looked at from outside. With PADIM_JAX_EVERYTHING=1 of
+5,000 images and with five kills, else of 2,000 and with two.
 """
 
 import json
@@ -27,10 +27,11 @@ from padim_jax.data.layouts.synthetic import generate
 from padim_jax.runs import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-IMAGES = 5000
+IMAGES, KILLS = (5000, 5) if "PADIM_JAX_EVERYTHING" in os.environ else (2000, 2)
 SIDE = 64
-# Between 200 images and 5,000. Measured: 9.4 MB by image 2,000, which is malloc's, and
-# nothing after that. If only the maps were kept, it were 79 MB; the decoded images, 59 MB.
+# Between 200 images and the last. Measured: 9.4 MB by image 2,000, which is malloc's, and
+# nothing after that. If only the maps of 2,000 images were kept, it were 30 MB more; the
+# decoded images, 22 MB.
 GROWTH = 25e6
 
 
@@ -135,20 +136,20 @@ def test_memory_is_flat(start: Start, images: pathlib.Path, tmp_path: pathlib.Pa
     require_flat(found)
 
 
-def test_killed_five_times(start: Start, images: pathlib.Path, tmp_path: pathlib.Path):
+def test_killed_again_and_again(start: Start, images: pathlib.Path, tmp_path: pathlib.Path):
     some = tmp_path / "some"
     some.mkdir()
     for path in sorted((images / "0").iterdir())[:400]:
         shutil.copy(path, some)
     assert start(some, tmp_path / "whole").wait(120) == 0
-    cut, kills, draw = tmp_path / "cut", [], random.Random(0)
+    cut, kills, draw = tmp_path / "cut", [], random.Random(os.environ["PADIM_JAX_SAMPLE"])
     table = cut / "predictions.incomplete" / "scores.csv"
-    for number in range(5):
+    for number in range(KILLS):
         process, before = start(some, cut), rows(table)
-        if number in (0, 3):  # anywhere before the first batch, or in it
+        if number in (1, 3):  # anywhere before the next batch, or in it
             time.sleep(draw.uniform(0, 3))
         else:  # anywhere in what a batch takes
-            while process.poll() is None and rows(table) <= before:
+            while process.poll() is None and rows(table) <= max(before, 1):  # a header
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.2))
         process.kill()
@@ -158,9 +159,8 @@ def test_killed_five_times(start: Start, images: pathlib.Path, tmp_path: pathlib
     assert start(some, cut).wait(120) == 0
     output = (tmp_path / "output").read_text()
     assert "Traceback" not in output
-    # The second kill may come after the header alone, and the fourth before its process says
-    # anything: the fifth process and the last one say it.
-    assert output.count("going on with interrupted predictions") >= 2
+    # The next process may be killed before it says so; the last one is not.
+    assert "going on with interrupted predictions" in output
     assert tree(cut / "predictions") == tree(tmp_path / "whole" / "predictions")
 
 
@@ -170,11 +170,11 @@ def test_watched_memory_is_flat_and_kills_lose_nothing(
     into, out = tmp_path / "in", tmp_path / "work" / "watch"
     into.mkdir()
     paths = sorted(images.rglob("*.jpg"))[:2000]
-    draw = random.Random(0)
+    draw = random.Random(os.environ["PADIM_JAX_SAMPLE"])
     for path in paths[:1000]:
         shutil.copy(path, into)
     fast = ("--watch", "--poll_seconds=0.05", "--settle_seconds=0.1")
-    for _ in range(5):
+    for _ in range(KILLS):
         process, before = start(into, tmp_path / "work", *fast), rows(out / "scores.jsonl")
         while process.poll() is None and rows(out / "scores.jsonl") <= before:
             time.sleep(0.005)

@@ -49,34 +49,28 @@ def settings(root: pathlib.Path, **model: Any) -> Any:
 ALL_LAYERS = ("layer1", "layer2", "layer3")
 
 
-def run(values: Any, workdir: pathlib.Path, images: int | None = None) -> dict[str, Any]:
-    """Fits to the first or all training images, and evaluates."""
+def run(values: Any, workdir: pathlib.Path) -> dict[str, Any]:
+    """Fits to all training images, and evaluates."""
     config = validate(values)
     dataset = dataset_splits.open_dataset(config)
-    training = FolderSource(dataset["train"].records[:images])
-    fitted = fitting.train(config, training, workdir / "checkpoint")
+    fitted = fitting.train(config, dataset["train"], workdir / "checkpoint")
     return evaluate.evaluate(config, fitted, dataset["test"], workdir)
 
 
-def run_for_maps(values: Any, workdir: pathlib.Path, images: int | None = None) -> np.ndarray:
+def run_for_maps(values: Any, workdir: pathlib.Path) -> np.ndarray:
     values.outputs.maps = "npy"
-    run(values, workdir, images)
+    run(values, workdir)
     files = sorted((workdir / "maps").rglob("*.npy"))
     return np.stack([np.load(file) for file in files])
 
 
-# One of each kind; of all of them the features are compared in test_resnet and others.
-@pytest.mark.parametrize(
-    ("backbone", "stages"), [("resnet18", 3), ("resnet50", 1), ("efficientnet_b5", 1)]
-)
-def test_every_kind_of_backbone(
-    backbone: str, stages: int, root: pathlib.Path, tmp_path: pathlib.Path
-):
-    layers = backbones.BACKBONES[backbone].stages[:stages]
-    measured = run(settings(root, backbone=backbone, layers=layers), tmp_path)
-    # Chance is 0.5. The parts moved and missing are seen even by random weights; less well
-    # on an 8x8 grid.
-    assert measured["pixel_auroc"] > (0.7 if backbone in backbones.EFFICIENTNETS else 0.8)
+def test_another_kind_of_backbone(root: pathlib.Path, tmp_path: pathlib.Path):
+    """Features of all of them: test_resnet and test_efficientnet."""
+    layers = backbones.BACKBONES["efficientnet_b5"].stages[:1]
+    measured = run(settings(root, backbone="efficientnet_b5", layers=layers), tmp_path)
+    # Chance is 0.5. The parts moved and missing are seen even by random weights, on an 8x8
+    # grid.
+    assert measured["pixel_auroc"] > 0.7
     assert set(measured["per_defect"]) == set(DEFECTS)
 
 
@@ -135,22 +129,18 @@ def test_pictures_keep_the_proportions_of_the_files(root: pathlib.Path, tmp_path
 
 def test_results_do_not_depend_on_the_batch_size(root: pathlib.Path, tmp_path: pathlib.Path):
     maps = []
-    for batch_size in (1, 4, 32):  # one image, uneven batches, one padded batch
+    for batch_size in (4, 32):  # uneven batches, one padded batch; single ones: test_detector
         values = settings(root)
         values.batch_size = batch_size
         maps.append(run_for_maps(values, tmp_path / str(batch_size)))
     # Sums of float32 in another order; measured 2.4e-6 with two versions of XLA.
     np.testing.assert_allclose(maps[1], maps[0], rtol=2e-5)
-    np.testing.assert_allclose(maps[2], maps[0], rtol=2e-5)
 
 
-# Fewer images than channels, and more.
-@pytest.mark.parametrize("images", [2, 10])
-def test_results_do_not_depend_on_the_form(
-    images: int, root: pathlib.Path, tmp_path: pathlib.Path
-):
+def test_results_do_not_depend_on_the_form(root: pathlib.Path, tmp_path: pathlib.Path):
+    """Fewer images than channels and more: test_low_rank."""
     moments, samples = (
-        run_for_maps(settings(root, statistics=form), tmp_path / form, images)
+        run_for_maps(settings(root, statistics=form), tmp_path / form)
         for form in ("moments", "samples")
     )
     assert np.all(np.isfinite(moments))
@@ -158,12 +148,9 @@ def test_results_do_not_depend_on_the_form(
     np.testing.assert_allclose(samples, moments, rtol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("channels", "images", "form"), [(448, 10, Samples), (8, 10, Moments), (8, 2, Samples)]
-)
-def test_the_form_follows_the_number_of_images(
+@pytest.mark.parametrize(("channels", "form"), [(448, Samples), (8, Moments)])
+def test_the_form_follows_the_number_of_channels(
     channels: int,
-    images: int,
     form: type,
     root: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -172,10 +159,9 @@ def test_the_form_follows_the_number_of_images(
     layers = ALL_LAYERS if channels == 448 else ("layer1",)
     values = settings(root, layers=layers, channels=channels, statistics="auto")
     config = validate(values)
-    training = FolderSource(dataset_splits.open_dataset(config)["train"].records[:images])
-    fitting.train(config, training, tmp_path / "checkpoint")
+    fitting.train(config, dataset_splits.open_dataset(config)["train"], tmp_path / "checkpoint")
     name = form.__name__.lower()
-    said = f"fitted {images} images, 16x16 patches of {channels} channels ({name}) -> "
+    said = f"fitted 10 images, 16x16 patches of {channels} channels ({name}) -> "
     assert said in capsys.readouterr().out
     fitted, _ = checkpoint.load(tmp_path / "checkpoint", parallel.every())
     assert isinstance(fitted.statistics, form)
@@ -183,26 +169,22 @@ def test_the_form_follows_the_number_of_images(
         model = loading.load(tmp_path / "checkpoint")
         test = dataset_splits.open_dataset(config)["test"]
         assert evaluate.evaluate(config, model, test, tmp_path)["pixel_auroc"] > 0.8
-    assert np.all(np.asarray(fitted.statistics.count) == images)
+    assert np.all(np.asarray(fitted.statistics.count) == 10)
     # Which form it is, is the checkpoint's: any configuration may use it.
     for statistics in ("auto", "moments", "samples"):
         values.model.statistics = statistics
         loading.load(tmp_path / "checkpoint", validate(values))
 
 
-@pytest.mark.parametrize("form", ["moments", "samples"])
 def test_a_fit_that_fails_keeps_the_earlier_model(
-    form: str,
-    root: pathlib.Path,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
+    root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
     run(settings(root), tmp_path)
     _, earlier = checkpoint.load(tmp_path / "checkpoint", parallel.every())
     # More than there can be.
     monkeypatch.setattr(statistics_lib, "LEAST_KEPT", 2.0)
     with pytest.raises(UserError, match=r"config\.model\.regularization: .* region \d+;"):
-        run(settings(root, statistics=form), tmp_path)
+        run(settings(root), tmp_path)
     _, kept = checkpoint.load(tmp_path / "checkpoint", parallel.every())
     assert kept == earlier
     assert not list(tmp_path.glob("checkpoint.*"))
@@ -271,17 +253,12 @@ def in_groups(root: pathlib.Path, tmp_path: pathlib.Path, sizes: list[int]) -> F
     return FolderSource(sorted(found, key=lambda record: record.relative_path))
 
 
-# Three devices do what one does, and have groups of images that they do not share out evenly.
-@pytest.mark.parametrize(("devices", "form"), [(1, "moments"), (3, "samples")])
 def test_left_out_thresholds_are_those_of_fits_without_the_group(
-    form: str,
-    devices: int,
-    root: pathlib.Path,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
+    root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(parallel, "every", lambda: parallel.Devices(devices))
-    values = settings(root, statistics=form)
+    # Three devices have groups of images that they do not share out evenly.
+    monkeypatch.setattr(parallel, "every", lambda: parallel.Devices(3))
+    values = settings(root)
     # Images of the largest group are more than a batch.
     values.threshold.groups, values.batch_size = "part[0-9]+", 3
     values.threshold.image_rate, values.threshold.pixel_rate = 0.3, 0.3

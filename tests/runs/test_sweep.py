@@ -229,7 +229,7 @@ def test_what_another_process_is_at_is_left_to_it(
     assert done[2:] == ["nut"]
 
 
-# Two processes that need a moment for each run, and note it.
+# A process that needs a moment for each run, and notes it, as this one does meanwhile.
 SLOW = """
 import pathlib, sys, time
 sys.path[:0] = {path!r}
@@ -243,28 +243,37 @@ def pretend(config, workdir, *given):
     return finish(config, workdir, *given)
 
 train.train_and_eval = pretend
-pathlib.Path({log!r} + sys.argv[1]).touch()
-while len(list(pathlib.Path({log!r}).parent.glob("log?"))) < 2:
-    time.sleep(0.01)
+print("ready", flush=True)
 sweep.run(settings({root!r}, repeats=4), pathlib.Path({workdir!r}))
 """
 
 
-def test_processes_share_a_sweep(root: pathlib.Path, tmp_path: pathlib.Path):
+def test_processes_share_a_sweep(
+    root: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
     script = SLOW.format(
         path=[str(pathlib.Path(__file__).parents[i]) for i in (1, 2)],
         log=str(tmp_path / "log"),
         root=str(root),
         workdir=str(tmp_path / "results"),
     )
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, name], stdout=subprocess.PIPE, text=True
-        )
-        for name in "ab"
-    ]
-    said = [process.communicate()[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0]
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "ready\n"
+
+    def pretend(config: Config, workdir: pathlib.Path, *given: Any) -> dict[str, Any]:
+        with (tmp_path / "log").open("a") as log:
+            log.write(config.category + "\n")
+        time.sleep(0.2)
+        return finish(config, workdir, *given)
+
+    monkeypatch.setattr(train, "train_and_eval", pretend)
+    sweep.run(settings(root, repeats=4), tmp_path / "results")
+    said = [other.communicate()[0], capsys.readouterr().out]
+    assert other.returncode == 0
     found = sorted((tmp_path / "log").read_text().split())
     assert found == sorted(4 * CATEGORIES)
     # Both had their part, and the last table has them all.
@@ -331,44 +340,44 @@ def test_changed_images_are_done_again(
     assert len(done) == 4
 
 
-def test_what_killed_processes_left_is_done(root: pathlib.Path, tmp_path: pathlib.Path):
+def test_what_a_killed_process_left_is_done(
+    root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By a sweep that is amid another run."""
     script = """
-import pathlib, sys, time
+import sys, time
+from pathlib import Path
 sys.path[:0] = {path!r}
 from padim_jax.runs import train; from padim_jax.runs import sweep
-from tests.runs.test_sweep import finish, settings
-folder, name = pathlib.Path({folder!r}), sys.argv[1]
+from tests.runs.test_sweep import settings
 
-def pretend(config, workdir, *given):
-    (folder / f"{{name}} at {{config.category}}").touch()
-    while name != "c" or not (folder / "killed").exists():
-        time.sleep(0.01)
-    return finish(config, workdir, *given)
+def pretend(config, *given):
+    (Path({folder!r}) / f"at {{config.category}}").touch()
+    time.sleep(120)
 
 train.train_and_eval = pretend
-sweep.run(settings({root!r}), folder / "results")
+sweep.run(settings({root!r}), Path({folder!r}) / "results")
 """
     script = script.format(
         path=[str(pathlib.Path(__file__).parents[i]) for i in (1, 2)],
         folder=str(tmp_path),
         root=str(root),
     )
-    running = []
-    for name, category in zip("abc", CATEGORIES, strict=True):
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-c", script, name], stdout=subprocess.PIPE, text=True
-            )
-        )
-        while not (tmp_path / f"{name} at {category}").exists():
-            assert running[-1].poll() is None
-            time.sleep(0.01)
-    for process in running[:2]:
-        process.kill()
-        process.communicate()
-    (tmp_path / "killed").touch()
-    said = running[2].communicate()[0]
-    assert running[2].returncode == 0, said
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    while not (tmp_path / "at bolt").exists():
+        assert other.poll() is None
+        time.sleep(0.01)
+    done = []
+
+    def pretend(config: Config, workdir: pathlib.Path, *given: Any) -> dict[str, Any]:
+        done.append(config.category)
+        other.kill()
+        other.wait()
+        return finish(config, workdir, *given)
+
+    monkeypatch.setattr(train, "train_and_eval", pretend)
+    sweep.run(settings(root), tmp_path / "results")
+    assert done == ["nut", "washer", "bolt"]
     assert table(tmp_path / "results")["missing"] == []
 
 
