@@ -42,8 +42,8 @@ def serialize(detector: Detector) -> bytes:
     laid = geometry.pyramid(config.image, config.model, detector.index.tolist())
     regions = laid.shapes[0][0]
     structure = jax.tree.structure(detector.gaussian)
-    leaves = parallel.join(jax.tree.leaves(detector.gaussian), regions)
-    fitted = structure.unflatten(leaves)
+    joined = parallel.join(jax.tree.leaves(detector.gaussian), regions)
+    fitted = structure.unflatten(map(jnp.asarray, joined))
 
     def on_device(variables: Any, fitted: Any, images: Any) -> Any:
         return steps.score_images(variables, fitted, images, *static)
@@ -57,7 +57,7 @@ def serialize(detector: Detector) -> bytes:
             assert thresholds is not None
             means = np.array(thresholds.summary_means)
             deviations = image_score.at_least(means, np.array(thresholds.summary_deviations))
-            excess = (summaries - jnp.float32(means)) / jnp.float32(deviations)
+            excess = (summaries - jnp.float32(means)[None]) / jnp.float32(deviations)[None]
             scores = jnp.sqrt(jnp.sum(jnp.maximum(excess, 0) ** 2, axis=1))
         found = {"anomaly_map": maps, "score": scores}
         if thresholds is not None:
