@@ -234,5 +234,6 @@ def _outlines(
     # Pixel 0 of the padded part has its centre half a pixel outside of the part.
     x0, y0 = columns.start - 0.5, rows.start - 0.5
     lines: Any = contour_generator(z=beyond).lines(level)
-    for line in lines:
-        yield line[:, 0] + x0, line[:, 1] + y0
+    height, width = labels.shape
+    for line in lines:  # roundings reach beyond the edge
+        yield np.clip(line[:, 0] + x0, 0, width), np.clip(line[:, 1] + y0, 0, height)

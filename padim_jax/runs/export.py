@@ -73,8 +73,8 @@ def export(
       images: for ONNX: images that the file is verified on; None for drawn ones.
 
     Raises:
-      UserError: the file cannot be written, another process writes it, or `half` without
-        test images.
+      UserError: the file cannot be written, another process writes it, `half` without test
+        images, or verdicts by regions, which ONNX and StableHLO files do not have.
     """
     if parallel.every().processes > 1:
         raise UserError("--mode=export: one process writes the file; start only one")
@@ -87,6 +87,13 @@ def export(
         )
     if path.suffix == SUFFIXES["stablehlo"] and half:
         raise UserError("--half: not for --format=stablehlo, which holds float32 numbers")
+    decide = detector.config.decide
+    if path.suffix in (SUFFIXES["onnx"], SUFFIXES["stablehlo"]) and decide != "score":
+        raise UserError(
+            f"config.decide={decide}: {path.suffix} files find no regions, and their verdicts "
+            "would be by the score; export with --config.decide=score, or a model file "
+            "(.safetensors)"
+        )
     require_own, write = {
         SUFFIXES["onnx"]: (_require_own_onnx, _write_onnx),
         SUFFIXES["stablehlo"]: (_accept, _write_stablehlo),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -13,7 +14,7 @@ from padim_jax.core import calibration, regions
 from padim_jax.core.regions import Frame, find, label, peak
 
 
-def blank(*high: tuple[slice, slice], size: tuple[int, int] = (20, 30)) -> np.ndarray:
+def blank(*high: Any, size: tuple[int, int] = (20, 30)) -> np.ndarray:
     found = np.ones(size, np.float32)
     for part in high:
         found[part] = 5
