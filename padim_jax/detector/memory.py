@@ -107,7 +107,8 @@ def estimate(config: Config, images: int, devices: Devices) -> Estimate:
     statistics, fitted = int(statistics * part), int(fitted * part)
     weights = sharing * _weights(model)
     at_once = min(size, sharing * steps.at_a_time(config, devices))
-    batch = int(at_once * features + size * embeddings) + 3 * weights
+    # Embeddings are computed in parts, and then put side by side.
+    batch = int(at_once * features + 2 * size * embeddings) + 3 * weights
     # Either the statistics are being copied to disk, or they become the model. CPUs write them
     # from where they are, except diagonal blocks, whose lower triangles are packed.
     copied = statistics

@@ -250,7 +250,7 @@ def _measures(
 
 def _sample(levels: Levels) -> Float32[Array, "_s b"]:
     """Return evenly spaced numbers of each image's embeddings, over levels and positions."""
-    stride = -(-sum(x[..., 0].size for x in levels) * lax.psum(1, parallel.AXIS) // _SAMPLE)
+    stride = -(-sum(x[..., 0].size for x in levels) * parallel.count() // _SAMPLE)
     each = [x.reshape(-1, x.shape[-1])[::stride] for x in levels]
     return jnp.concatenate(each)
 

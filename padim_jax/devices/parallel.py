@@ -211,6 +211,11 @@ def total(tree: Tree) -> Tree:
     return lax.psum(tree, AXIS)
 
 
+def count() -> int:
+    """Inside `mapped`: return the number of devices."""
+    return lax.psum(1, AXIS)
+
+
 def share_of(count: int) -> Int[Array, " _n"]:
     """Inside `mapped`: return this device's part of the first `count` numbers."""
     own = count // lax.psum(1, AXIS)

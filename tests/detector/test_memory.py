@@ -152,7 +152,7 @@ class TestBatch:
         # Enough, and of the feature maps 1.07 to 1.47 times what is needed (measured with
         # two versions of XLA, of 14 configurations), of the weights three times.
         backbone_size = size(weights(config))
-        temporary = max(one.temp_size_in_bytes for one in taken)
+        temporary = max(one.temp_size_in_bytes for one in taken) + taken[0].output_size_in_bytes
         assert found >= temporary + backbone_size
         assert found <= 1.6 * temporary + 3.4 * backbone_size
 
@@ -262,10 +262,10 @@ class TestDevices:
     @pytest.mark.parametrize("devices", DEVICES, ids=str)
     def test_a_batch(self, devices: Devices, monkeypatch: pytest.MonkeyPatch):
         """What every device has of it, and the backbone, which each has whole."""
-        config = make_config(batch_size=32)
+        config = make_config(batch_size=8)  # of which a CPU computes all at a time
         one_image = memory.estimate(dataclasses.replace(config, batch_size=1), 209, ONE).batch
         backbone = memory.estimate(dataclasses.replace(config, batch_size=0), 209, ONE).batch
-        own = -(-32 // devices.total)  # rounded up, as are the regions by a process in 86
+        own = -(-8 // devices.total)  # rounded up, as are the regions by a process in 86
         expected = own * (one_image - backbone) + backbone
         on_a_machine = memory.estimate(config, 209, devices).batch
         assert on_a_machine == pytest.approx(devices.local * expected, rel=0.01)
@@ -435,7 +435,7 @@ class TestEvaluation:
         memory.require(config, 60, ONE, 582)
         out = capsys.readouterr().out
         assert re.fullmatch(
-            r"about 0\.9 GB of memory to fit 60 images: .* for a batch; "
+            r"about 0\.8 GB of memory to fit 60 images: .* for a batch; "
             r"about 1\.7 GB to evaluate 582 test images; 8\.0 GB are free\n",
             out,
         ), out
@@ -462,11 +462,11 @@ class TestEvaluation:
     ):
         config = make_config()
         memory.require_for_scores(config, 60, ONE, tests)
-        what = r"0\.9 GB of memory to evaluate 10 test images"
+        what = r"0\.8 GB of memory to evaluate 10 test images"
         if not tests:  # and writes as it goes
-            what = r"1\.0 GB of memory to score in batches of 32"
+            what = r"0\.8 GB of memory to score in batches of 32"
         assert re.match(f"about {what}", capsys.readouterr().out)
-        monkeypatch.setattr(memory, "available", lambda: GB // 10)
+        monkeypatch.setattr(memory, "available", lambda: GB // 20)
         with pytest.raises(
             UserError, match=r"score a batch of 32; 0\.1 GB are free.*batch_size"
         ):

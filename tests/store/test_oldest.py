@@ -183,14 +183,14 @@ def test_a_new_setting_that_changes_nothing(
     same: Any = settings.restore(stored, "0.1.0")
     assert (same.map.mode, same.map.shares, same.group.size) == ("as ever", (1, 1), 3)
     assert settings.to_stored(same) == stored
-    assert settings.score_settings(same, settings._SCORES) == scores
+    assert settings.score_settings(same) == scores
     # A new model has the new default.
     new: Any = settings.validate(schema.defaults(Whole))
     assert (new.map.mode, new.map.shares, new.group.size) == ("better", (1, 2), 5)
     changed = settings.to_stored(new)
     assert changed["map"]["shares"] == [1, 2]
     assert changed["group"] == {"size": 5}
-    scores = settings.score_settings(new, settings._SCORES)
+    scores = settings.score_settings(new)
     assert (scores["map.shares"], scores["group.size"]) == ([1, 2], 5)
     assert settings.restore(changed, "0.1.0") == new
 
