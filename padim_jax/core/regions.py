@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
-from scipy import ndimage
 
 # Pixels that share a corner touch, as in the ground truth's regions (see `metrics`).
 _NEIGHBOURS = np.ones((3, 3), bool)
@@ -96,6 +95,8 @@ def find(
     labels, count = label(anomaly_map, threshold, frame, min_area, close)
     if not count:
         return ()
+    from scipy import ndimage  # as in `_connected`
+
     (down, right), (top, left) = frame.scale, frame.corner
     found = []
     for number, part in enumerate(ndimage.find_objects(labels), 1):
@@ -197,6 +198,8 @@ def _connected(
     high: Bool[np.ndarray, "h w"], frame: Frame, close: float
 ) -> tuple[Int[np.ndarray, "h w"], int]:
     """Number the connected parts of a mask, those with short gaps between them alike."""
+    from scipy import ndimage  # slow to import; only verdicts need it
+
     if not close:
         return ndimage.label(high, _NEIGHBOURS)  # pyright: ignore[reportReturnType]
     # From each side half of the gap, and half of the step from pixel to pixel beyond it.

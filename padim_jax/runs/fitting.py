@@ -603,7 +603,7 @@ def add_images(
         alike.add(batch.images[batch.valid])
         few |= passes.few_levels(batch)
         sizes = np.zeros((len(batch.valid), 2), np.int32)
-        sizes[batch.valid] = batch.sizes
+        sizes[batch.valid] = np.reshape(batch.sizes, (-1, 2))  # a process may have none
         new, sizes, valid = parallel.gather((batch.digests, sizes, batch.valid))
         digests.append(new[valid])
         records = source.records[done : done + len(digests[-1])]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from padim_jax.errors import UserError
 from padim_jax.export import backbones as onnx_backbones
 from padim_jax.export import onnx_graph, resizing, runtimes, verification
 from padim_jax.export.graph import Graph
+from padim_jax.models.weights import naming
 from padim_jax.runs import export
 from padim_jax.store import model_file, onnx_file
 
@@ -35,7 +37,7 @@ B5 = {"model.backbone": "efficientnet_b5", "model.layers": ("block1", "block3")}
 
 
 @pytest.fixture
-def small_efficientnet(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_efficientnet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks of all kinds, fewer of them: the whole network takes a minute to compile."""
     spec = backbones.EfficientNetSpec(
         stages=("block1", "block3"),
@@ -46,6 +48,9 @@ def small_efficientnet(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(table, "efficientnet_b5", spec)
     for name, stride in (("block1", 4), ("block3", 8)):
         monkeypatch.setitem(backbones.STRIDES, name, stride)
+    naming._kernels.cache_clear()
+    yield
+    naming._kernels.cache_clear()
 
 
 def write(detector: Detector, path: pathlib.Path) -> None:
