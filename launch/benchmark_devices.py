@@ -151,19 +151,24 @@ def devices(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
         jax.block_until_ready(scored_by(*arguments))
 
     levels = embed(every, variables, arguments[-1])
-    compiled = _compiled(steps.score_batch, arguments[2], levels, *scored)
+    sent = [
+        collectives(_compiled(*program), every.total)
+        for program in (
+            (
+                *(steps.embed_batch, variables, arguments[-1], config.image, config.model),
+                *(inputs.index, steps.at_a_time(config, every)),
+            ),
+            (steps.score_batch, arguments[2], levels, *scored),
+        )
+    ]
     found["score"] = {
         **measure.summary(measure.repeat(score_once, seconds=options.seconds)),
-        "collectives": collectives(compiled, every.total),
+        "collectives": [*sent[0], *sent[1]],
     }
     del arguments
     held = inputs.start(every)
     images, valid = (parallel.share(x, every) for x in (batches[0].images, batches[0].valid))
-    compiled = _compiled(steps.fit_batch, held, levels, valid)
-    embedding = _compiled(
-        *(steps.embed_batch, variables, images, config.image, config.model, inputs.index),
-        steps.at_a_time(config, every),
-    )
+    fitted = collectives(_compiled(steps.fit_batch, held, levels, valid), every.total)
 
     def fit_once() -> None:
         nonlocal held
@@ -172,9 +177,7 @@ def devices(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
 
     found["fit"] = {
         **measure.summary(measure.repeat(fit_once, seconds=options.seconds)),
-        "collectives": [
-            one for each in (embedding, compiled) for one in collectives(each, every.total)
-        ],
+        "collectives": [*sent[0], *fitted],
     }
     return found
 

@@ -202,12 +202,20 @@ def volumes(shapes: Sequence[geometry.Shape], devices: int) -> dict[str, float]:
       devices: among which a (devices - 1) / devices part of everything is sent on.
 
     Returns:
-      "embeddings", all that a fit sends; "distances", what scoring sends back.
+      "embeddings", all that a fit sends; "distances" and "samples", what scoring sends back.
     """
     others = (devices - 1) / devices
     r, n, _ = shapes[0]
     embeddings = 4 * sum(math.prod(shape) for shape in shapes)
-    return {"embeddings": embeddings * others, "distances": 4 * r * n * others}
+    # About 2,048 numbers of an image, evenly from each device's regions; see `steps`.
+    own = [-(-regions // devices) * cells * d for regions, cells, d in shapes]
+    stride = -(-devices * sum(own) // 2048)
+    samples = 4 * devices * sum(-(-size // stride) for size in own)
+    return {
+        "embeddings": embeddings * others,
+        "distances": 4 * r * n * others,
+        "samples": samples * others,
+    }
 
 
 def extraction(config: Config, images: float) -> Work:

@@ -161,7 +161,7 @@ def devices(report: dict[str, Any]) -> str:
                     f"{fit / 1e3:.1f}",
                     f"{theory['embeddings'] / 1e3:.1f}",
                     f"{score / 1e3:.1f}",
-                    f"{(theory['embeddings'] + theory['distances']) / 1e3:.1f}",
+                    f"{sum(theory.values()) / 1e3:.1f}",
                     f"{fit_flags:.0f}",
                     f"{point['statistics_difference']:.0e}",
                     f"{max(point['map_difference'], point['score_difference']):.0e}",
