@@ -31,9 +31,9 @@ _FEATURES = {"basic": 90, "bottleneck": 345, "mbconv": 320}
 # report; additional bytes per defect pixel. Measured with 39 million pixels, of which 0.05, 2.5
 # and 20 % were defects: 18.0, 18.5 and 45.7 bytes besides the scores.
 _SCORED, _MEASURED, _DEFECT = 5, 16, 160
-# Bytes per pixel of a batch of predictions: images decoded ahead, maps, and pictures. Measured
-# 46 at 512x512, 28 at 256x256, in batches of 32.
-_WRITTEN = 45
+# Bytes per pixel of a batch of predictions: images decoded ahead, maps, and pictures. With it
+# the estimate is 1.1 times the peak at 256x256 and at 512x512, in batches of 32.
+_WRITTEN = 20
 _AT_ONCE = 40  # bytes per pixel of the largest image, or of a group sorted together
 _USUAL_DEFECTS = 0.05  # fraction of defect pixels assumed before masks are read
 _CGROUPS = pathlib.Path("/sys/fs/cgroup")
