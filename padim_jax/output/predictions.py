@@ -59,10 +59,23 @@ class Thresholds:
     text: str = ""
 
 
-def thresholds(calibration: Calibration) -> Thresholds:
-    """Return thresholds from normal images; the image threshold has the middle colour."""
+def thresholds(calibration: Calibration, score: str = "max") -> Thresholds:
+    """Return thresholds from normal images, and the colours of maps.
+
+    The image threshold has the middle colour if image scores are distances, as pixels are;
+    otherwise the pixel threshold.
+
+    Args:
+      calibration: calibration of the detector.
+      score: `config.score.image`.
+
+    Returns:
+      The thresholds.
+    """
     low = calibration.typical_pixel
-    high = 2 * calibration.image_threshold - low
+    distances = score in ("max", "top")
+    middle = calibration.image_threshold if distances else calibration.pixel_threshold
+    high = 2 * middle - low
     # A rate so high that typical images are called anomalous leaves no range for colours.
     scale = figures.ColorScale(low, high if high > low else low + max(1.0, abs(low)))
     return Thresholds(

@@ -64,7 +64,7 @@ def predict(detector: Detector, source: Source, workdir: Path) -> None:
 def known_thresholds(detector: Detector, workdir: Path) -> predictions.Thresholds:
     """Return a detector's thresholds, or those of its evaluation in `workdir`; print which."""
     if detector.calibration is not None:
-        known = predictions.thresholds(detector.calibration)
+        known = predictions.thresholds(detector.calibration, detector.config.score.image)
     else:
         fingerprints = detector_lib.fingerprints(detector)
         known = predictions.read_evaluation(workdir / "metrics.json", *fingerprints)

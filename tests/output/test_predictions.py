@@ -352,6 +352,13 @@ class TestThresholdsOfNormalImages:
         assert "40 normal images" in found.text
         assert "10 %" in found.text
 
+    def test_colours_of_scores_that_are_no_distances(self):
+        known = dataclasses.replace(calibration(), image_threshold=0.1)
+        found = thresholds(known, "variation")
+        assert (found.image, found.pixel) == (0.1, known.pixel_threshold)
+        assert found.scale is not None
+        assert (found.scale.low + found.scale.high) / 2 == pytest.approx(known.pixel_threshold)
+
     def test_a_warning_about_the_normal_images(self):
         warned = dataclasses.replace(calibration(), warning="near copies")
         assert "warning: near copies" in thresholds(warned).text
