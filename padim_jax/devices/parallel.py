@@ -240,11 +240,6 @@ def to_regions(levels: Levels) -> tuple[Float32[Array, "_k _n _d _b"], ...]:
     return tuple(exchange(x) for x in levels)
 
 
-def of_all_images_levels(levels: Levels) -> tuple[Float32[Array, "r _n _d _b"], ...]:
-    """Inside `mapped`: gather the embeddings of a device's images to all images'."""
-    return tuple(lax.all_gather(x, AXIS, axis=3, tiled=True) for x in levels)
-
-
 def own_regions(tree: Tree) -> Tree:
     """Inside `mapped`: return this device's regions of constant arrays (r, ...)."""
     size = lax.psum(1, AXIS)

@@ -231,7 +231,7 @@ def files(folder: Path, name: str, map_suffix: str, masks: bool) -> tuple[Path, 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What was drawn of an image.
+    """Results of drawing an image.
 
     Attributes:
       size: height and width of the image.

@@ -29,7 +29,7 @@ _MOST_VERIFIED = 8  # images that a written file is verified on
 
 @dataclasses.dataclass(frozen=True)
 class _Export:
-    """What a file is written of.
+    """Contents of a file to write.
 
     Attributes:
       detector: the detector, its factors rounded with `half`.

@@ -60,7 +60,7 @@ OPERATORS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What an ONNX file says of its detector.
+    """Description of the detector in an ONNX file.
 
     Attributes:
       config: configuration.
