@@ -26,5 +26,5 @@ def get_config(preset: str = "anomalib") -> ml_collections.ConfigDict:
     # The one category of the synthetic dataset.
     config.category = "part"
     # Not ImageNet's: no weights need be downloaded.
-    config.model.weights = "bundled"
+    config.model.backbone = "scattering"
     return config

@@ -15,7 +15,6 @@ from sphinx.pycode import ModuleAnalyzer
 
 from padim_jax.config import schema
 from padim_jax.config.settings import Config
-from padim_jax.pretrain.config import PretrainConfig
 
 project = "padim_jax"
 copyright = "The padim_jax authors"
@@ -60,8 +59,7 @@ def setup(app: Sphinx) -> None:
 def fill_in_settings(app: Sphinx, page: str, source: list[str]) -> None:
     """Put all settings where the page of settings names their dataclass."""
     if page == "docs/reference/settings":
-        for group in (Config, PretrainConfig):
-            source[0] = source[0].replace(f"<!-- {group.__name__} -->", explain(group))
+        source[0] = source[0].replace("<!-- Config -->", explain(Config))
 
 
 def explain(group: Any) -> str:

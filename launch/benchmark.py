@@ -125,7 +125,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--cases", type=names(), default=CASES, help="BACKBONE-CHANNELS, comma-separated")
     add("--against", action="append", choices=PEERS, default=[], help="a peer; repeatable")
     add("--data", type=pathlib.Path, help="a category in MVTec AD's layout; default: drawn")
-    add("--weights", default="random", help="of resnet18: a name, a file, bundled or random")
+    add("--weights", default="random", help="of resnet18: a name, a file or random")
     add("--rounds", type=int, default=3, help="how often each process is run")
     add("--seconds", type=float, default=3.0, help="how long each stage is repeated")
     add("--size", type=int, default=256, help="height and width of the resized images")

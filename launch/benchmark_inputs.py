@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=209)
     parser.add_argument("--test", type=int, default=83)
     parser.add_argument("--pixels", type=int, default=900)
-    parser.add_argument("--weights", help="name or file of weights, bundled or random")
+    parser.add_argument("--weights", help="name or file of weights, or random")
     parser.add_argument("--backbone")
     parser.add_argument("--npz", type=pathlib.Path, help="file to write the weights to")
     arguments = parser.parse_args()

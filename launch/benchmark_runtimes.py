@@ -3,7 +3,7 @@
     python launch/benchmark_runtimes.py [--size=256] [--channels=100] [--repeats=10]
 
 All in one run and in turns, so that what else the machine does concerns all of them alike. The
-detector has the published settings (ResNet-18, max of the map) and bundled weights; images are
+detector has the published settings (ResNet-18, max of the map) and random weights; images are
 noise, which takes as long as any other. Times are medians from uint8 images to maps and scores;
 decoding is not part of them.
 """
@@ -37,7 +37,7 @@ def main() -> None:
     detector = padim_jax.fit(
         normal,
         preset="anomalib",
-        weights="bundled",
+        weights="random",
         resize=size,
         channels=arguments.channels,
         statistics="moments",

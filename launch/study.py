@@ -115,7 +115,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     usual = [name for name in VARIANTS if name not in OPTIONAL]
     text = f"of {', '.join(VARIANTS)}; default: all but {', '.join(OPTIONAL)}"
     add("--variants", type=_names, default=usual, help=text)
-    add("--weights", default="resnet18.tv_in1k", help="of resnet18: name, file or bundled")
+    add("--weights", default="resnet18.tv_in1k", help="of resnet18: name, file or random")
     add("--image_size", type=int, default=256, help="side of the resized images")
     add("--seeds", type=int, default=5, help="draws of the channels, where they are random")
     add("--out", type=paths.parse, default="results/study", help="folder of the results")

@@ -3,7 +3,7 @@
 Example:
   >>> import numpy as np, padim_jax
   >>> good = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
-  >>> detector = padim_jax.fit(good, weights="bundled", channels=20, resize=(64, 64))
+  >>> detector = padim_jax.fit(good, backbone="scattering", channels=20, resize=(64, 64))
   >>> anomalies = detector.score(good[:2])  # or paths, a folder, Pillow images
   >>> anomalies.maps.shape  # distance from normality, per pixel
   (2, 64, 64)

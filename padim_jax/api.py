@@ -272,9 +272,10 @@ def fit(
         where `thresholds` is None.
       progress: whether to show progress bars, where standard error is a terminal.
       **settings: by their short names, as in `backbone="resnet18"`, `channels=100`,
-        `resize=(256, 256)`, `weights="bundled"`; `padim_jax.config.settings` explains them all.
-        Where two groups have a setting of this name, the group goes before it: `model_seed`,
-        `image_seed`, `model_upsample`, `map_upsample`; and for the image score: `score_image`.
+        `resize=(256, 256)`, `backbone="scattering"`; `padim_jax.config.settings` explains
+        them all. Where two groups have a setting of this name, the group goes before it:
+        `model_seed`, `image_seed`, `model_upsample`, `map_upsample`; and for the image score:
+        `score_image`.
 
     Returns:
       The fitted detector, with thresholds.
@@ -287,7 +288,7 @@ def fit(
     Example:
       >>> import numpy as np, padim_jax
       >>> good = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
-      >>> detector = padim_jax.fit(good, weights="bundled", channels=20, resize=(64, 64))
+      >>> detector = padim_jax.fit(good, backbone="scattering", channels=20, resize=(64, 64))
       >>> detector.count
       8
       >>> detector.score(good).maps.shape

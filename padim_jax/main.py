@@ -11,7 +11,6 @@ Modes:
   merge           join models of disjoint images: --models=A,B --checkpoint=JOINED
   export          write model.safetensors, for scoring alone; half the size with --half;
                   with --format=onnx or stablehlo for other runtimes
-  pretrain        train a backbone of your own on drawn images: --config=configs/pretrain.py
 
 Examples:
   python -m padim_jax.main --config=configs/demo.py
@@ -21,12 +20,10 @@ Examples:
   python -m padim_jax.main --config=configs/folder.py --config.dataset.root=/path/to/parts
   python -m padim_jax.main --mode=eval --workdir=results/mvtec_ad_bottle
   python -m padim_jax.main --mode=predict --workdir=results/mvtec_ad_bottle --input=parts/
-  python -m padim_jax.main --config=configs/pretrain.py --mode=pretrain
 
 `padim-jax` is the same as `python -m padim_jax.main`. Every setting of --config can be
 overridden, as in --config.batch_size=16; without --config, those of a saved model.
-padim_jax/config/settings.py explains them all, and padim_jax/pretrain/config.py those of
---mode=pretrain.
+padim_jax/config/settings.py explains them all.
 Results go to --workdir. Exit codes: 0 done, 1 a bug or a failing machine, 2 something
 to mend in the command, the settings, the files or the limits of memory, 130 interrupted
 (Ctrl-C).

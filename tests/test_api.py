@@ -25,7 +25,7 @@ from padim_jax.runs import train
 SIZE = 64
 # Batches of four and moments, whatever is fitted: few programs to compile.
 SETTINGS: dict[str, Any] = {
-    "weights": "bundled",
+    "backbone": "scattering",
     "layers": ("layer1",),
     "channels": 8,
     "statistics": "moments",
@@ -68,7 +68,7 @@ class TestFit:
             {
                 "dataset.root": str(part.parent),
                 "category": "part",
-                "model.weights": "bundled",
+                "model.backbone": "scattering",
                 "model.layers": ("layer1",),
                 "model.channels": 8,
                 "model.statistics": "moments",

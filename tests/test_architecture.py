@@ -43,7 +43,7 @@ FLOORS = (
     ("devices", "config"),
     ("models", "data"),
     ("detector",),
-    ("store", "export", "output", "pretrain"),
+    ("store", "export", "output"),
     ("runs",),
     ("api", "main"),
 )
@@ -83,11 +83,7 @@ def test_a_room_imports_rooms_below_it_only():
     """errors <- core, system <- devices, config <- models, data <- detector <- ... <- main."""
     for module in MODULES:
         others = {name for name in our_modules(module) - {FACADE} if room(name) != room(module)}
-        if room(module) == "pretrain":
-            # A room of its own beside the detector, which draws its pictures with the output's.
-            below = {name for name in others if FLOOR[room(name)] < FLOOR["detector"]}
-            assert others - below <= {f"{FACADE}.output.figures"}
-        elif module == f"{FACADE}.main":
+        if module == f"{FACADE}.main":
             assert "api" not in map(room, others)
         else:
             assert {
@@ -110,40 +106,6 @@ def test_the_core_is_the_paper():
         assert not calls & {"open", "print", "input"}, module
 
 
-# What a pretraining draws and learns; `run` and `saving` beside it read and write.
-LEARNING = ["textures", "scenes", "inspection", "redundancy", "network", "training"]
-
-
-def test_pretraining_is_pure_but_for_its_run():
-    for stage in LEARNING:
-        module = f"{FACADE}.pretrain.{stage}"
-        assert libraries(module) <= {"flax", "jax", "jaxtyping", "numpy", "optax"}
-        standard = {
-            name.partition(".")[0] for name, _ in IMPORTS[module]
-        } & sys.stdlib_module_names
-        assert standard <= {"collections", "dataclasses", "functools", "math", "typing"}
-        # Without an import one could still do this.
-        files = {"open", "load", "save", "savez", "fromfile", "tofile"}
-        tree = ast.parse(SOURCES[module].read_text(encoding="utf-8"))
-        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        called = {call.id for call in calls if isinstance(call, ast.Name)}
-        called |= {call.attr for call in calls if isinstance(call, ast.Attribute)}
-        assert not called & files, module
-
-
-def test_pretraining_stands_apart():
-    pretrain = f"{FACADE}.pretrain"
-    importers = {
-        name
-        for name in MODULES
-        if not within(name, pretrain)
-        and any(within(found, pretrain) for found, _ in IMPORTS[name])
-    }
-    assert importers == {f"{FACADE}.runs.flags", f"{FACADE}.runs.modes"}
-    used = {name for x in importers for name in our_modules(x) if within(name, pretrain)}
-    assert used - {pretrain} == {f"{pretrain}.config", f"{pretrain}.run"}
-
-
 @pytest.mark.parametrize(
     ("imported", "owners"),
     [
@@ -151,8 +113,7 @@ def test_pretraining_stands_apart():
         ("absl.flags", "runs"),
         ("ml_collections.config_flags", "runs"),
         ("filelock", "system"),
-        ("optax", "pretrain"),
-        ("orbax", "store pretrain"),
+        ("orbax", "store"),
         ("jax.sharding", "devices"),
         ("jax.experimental.multihost_utils", "devices"),
         ("jax.experimental.shard_map", "devices"),
@@ -210,7 +171,7 @@ def test_torch_is_imported_on_demand_only():
 # Checking a configuration, listing a dataset and showing --help are to be quick.
 LIGHT = [
     *("", "config.settings", "config.defaults", "errors", "main", "core.metrics"),
-    *("output.figures", "pretrain", "pretrain.config"),
+    "output.figures",
 ]
 HEAVY = ["flax", "grain", "jax", "matplotlib", "optax", "orbax", "tensorflow", "torch"]
 

@@ -3,8 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import errno
-import hashlib
 import importlib
 import io
 import json
@@ -28,14 +26,12 @@ from PIL import Image
 
 import padim_jax
 from padim_jax import main
-from padim_jax.config.backbones import BUNDLED
 from padim_jax.data import dataset_splits, input_pipeline
 from padim_jax.data.layouts.synthetic import generate
 from padim_jax.detector import memory
-from padim_jax.devices import distributed
-from padim_jax.errors import Stopped, UserError
+from padim_jax.errors import UserError
+from padim_jax.models import scattering
 from padim_jax.models.weights import pretrained
-from padim_jax.pretrain import run as pretrain_run
 from padim_jax.runs import evaluate, loading, modes
 
 # Of ml_collections, which loads configuration files so.
@@ -43,7 +39,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:Depreca
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MVTEC = f"--config={ROOT}/configs/mvtec.py"
-PRETRAIN = (f"--config={ROOT}/configs/pretrain.py", "--mode=pretrain")
 DEFECTS = ("misplaced_part", "missing_piece", "scratch", "stain")
 
 # Small, and random weights: seconds for a whole run.
@@ -233,8 +228,8 @@ class TestHelp:
             r"^  python -m padim_jax.main (--.*)$", main.__doc__, re.MULTILINE
         )
         for example in examples:
-            # Two would run, without anything to be missed.
-            if "demo.py" not in example and "pretrain.py" not in example:
+            # This one would run, without anything to be missed.
+            if "demo.py" not in example:
                 message = fail(*example.split(), cwd=tmp_path)
                 assert re.search("no (such )?(category |)(folder|checkpoint|image)", message), (
                     message
@@ -287,30 +282,6 @@ class TestMistakes:
             ([MVTEC, "--stopped_code=256"], "--stopped_code=256: .* range .0, 255"),
             (["--config.batch_size=4", MVTEC], "before a value for --config"),
             (["--mode=eval", "--workdir=x", "--config.batch_size=4"], "no such checkpoint"),
-            # Of a pretraining.
-            (["--mode=pretrain"], "--config: missing; --mode=pretrain .*configs/pretrain.py"),
-            ([MVTEC, "--mode=pretrain"], "mvtec.py is no recipe .*--config=configs/pretrain"),
-            (PRETRAIN[:1], "--mode=train_and_eval: .*/pretrain.py is a recipe for --mode=pre"),
-            ([*PRETRAIN, "--mode=merge"], "--mode=merge: .* a recipe for --mode=pretrain"),
-            ([f"{PRETRAIN[0]}:seed"], "--config: the file has no presets"),
-            ([*PRETRAIN, "--checkpoint=x"], "--checkpoint: not for --mode=pretrain; .*workdir"),
-            ([*PRETRAIN, "--input=x"], "--input: not .*; .* --config.images.photos"),
-            ([*PRETRAIN, "--watch"], "--watch: not for --mode=pretrain; .* --mode=predict"),
-            ([*PRETRAIN, "--poll_seconds=1"], "--poll_seconds: not .* --watch"),
-            ([*PRETRAIN, "--settle_seconds=1"], "--settle_seconds: not .* --watch"),
-            ([*PRETRAIN, "--models=a,b"], "--models: not for --mode=pretrain; .* merge"),
-            ([*PRETRAIN, "--weights=a.npz"], "--weights: not .* --config.start"),
-            ([*PRETRAIN, "--half"], "--half: not for --mode=pretrain; .* --mode=export"),
-            ([*PRETRAIN, "--overwrite"], "--overwrite: not .* another --workdir"),
-            ([*PRETRAIN, "--download"], "--download: not .* --config.dataset.name=mvtec_ad"),
-            ([*PRETRAIN, "--config.images.size=72"], "config.images.size=72: .*multiple of 16"),
-            ([*PRETRAIN, "--config.images.sice=72"], "no such setting 'sice'; .* 'size'"),
-            (
-                [*PRETRAIN, "--workdir=gs://b/c"],
-                "--workdir=gs://b/c: .* file systems only",
-            ),
-            ([*PRETRAIN, "--config.xyz=1"], "'xyz'; .*padim_jax/pretrain/config.py"),
-            ([*PRETRAIN, "--processes=2"], "the processes cannot be joined"),
             # Of the settings.
             ([MVTEC, "--config.bach_size=4"], "no such setting 'bach_size'; .* 'batch_size'"),
             ([MVTEC, "--config.model.chanels=4"], "no such setting 'chanels'; .* 'channels'"),
@@ -348,10 +319,6 @@ class TestMistakes:
                     *("--config.batch_size=0", "--config.batch_size=-1"),
                 ],
                 "config.batch_size=-1: ",
-            ),
-            (
-                [*PRETRAIN, "--config.images.size=64", "--config.images.size=72"],
-                "config.images.size=72: ",
             ),
             # Of the files.
             (["--config=nowhere.py"], "--config: .*nowhere.py"),
@@ -466,96 +433,23 @@ class TestMistakes:
         assert outcome.err.count("\n") == 1
 
 
-class TestPretrain:
-    """The command alone; what it starts has tests of its own."""
-
-    def test_recipe_and_place(self, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
-        started = []
-        monkeypatch.setattr(pretrain_run, "pretrain", lambda *given: started.append(given))
-        succeed(*PRETRAIN, "--config.images.photos=mine", cwd=tmp_path)
-        succeed(*PRETRAIN, "--config.optimizer.steps=200", "--workdir=here", cwd=tmp_path)
-        (first, place), (second, other) = started
-        assert first.images.photos == pathlib.Path("mine")
-        assert second.optimizer.steps == 200
-        assert (place, other) == (pathlib.Path("results/pretrain"), pathlib.Path("here"))
-
-    @pytest.mark.parametrize(
-        ("error", "code", "out", "err"),
-        [
-            (Stopped("stopped, and saved"), 75, "stopped, and saved\n", ""),
-            (UserError("mine: holds no images"), 2, "", "error: mine: holds no images\n"),
-            (
-                OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x"),
-                *(2, "", "error: x: cannot be read or written: No space"),
-            ),
-        ],
-    )
-    def test_how_it_ends(
-        self,
-        error: Exception,
-        code: int,
-        out: str,
-        err: str,
-        tmp_path: pathlib.Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ):
-        def pretrain(*_: object) -> None:
-            raise error
-
-        monkeypatch.setattr(pretrain_run, "pretrain", pretrain)
-        ended = padim(*PRETRAIN, "--stopped_code=75", cwd=tmp_path)
-        assert (ended.code, ended.out) == (code, out)
-        assert ended.err.startswith(err)
-        assert bool(ended.err) == bool(err)
-
-    def test_processes_compare_recipes(
-        self, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-    ):
-        compared = []
-
-        def session(launch: Any, settings: dict[str, str], _: float) -> Any:
-            compared.append((launch["process_id"], settings))
-            return contextlib.nullcontext()
-
-        monkeypatch.setattr(distributed, "session", session)
-        monkeypatch.setattr(pretrain_run, "pretrain", lambda *_: None)
-        processes = ("--processes=2", "--coordinator=localhost:1")
-        for i, seed in enumerate((0, 1)):
-            given = (*processes, f"--process_id={i}", f"--config.seed={seed}")
-            succeed(*PRETRAIN, *given, cwd=tmp_path)
-        (process, first), (other, second) = compared
-        assert (process, other) == (0, 1)
-        assert first["--mode"] == "pretrain"
-        assert first["config.images.size"] == "64"
-        assert {name for name in first if first[name] != second[name]} == {"config.seed"}
-
-
-def test_bundled_weights(
+def test_fixed_filters(
     root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
-    settings = ("--config.model.weights=bundled", "--config.model.layers=('layer1',)")
-    given = (MVTEC, *SMALL, *settings, f"--config.dataset.root={root}", "--workdir=out")
-    said = f"weights: {pretrained.BUNDLED_ORIGIN}\n"
-    assert said in succeed(*given, "--mode=train", cwd=tmp_path)
-    # They need not be named again.
+    given = (MVTEC, *SMALL, f"--config.dataset.root={root}", "--workdir=out")
+    given = tuple(x for x in given if "model.weights" not in x)
+    chosen = ("--config.model.backbone=scattering", "--config.model.channels=10")
+    said = f"weights: {pretrained.FIXED_ORIGIN}\n"
+    assert said in succeed(*given, *chosen, "--mode=train", cwd=tmp_path)
     use = ("--mode=predict", "--checkpoint=out/checkpoint", "--workdir=out")
     use += (f"--input={root}/part/test/good/000.png",)
     assert said in succeed(*use, cwd=tmp_path)
 
-    # The next version of padim_jax comes with others.
-    file = pretrained.BUNDLED_FOLDER / "resnet18.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    (tmp_path / file.name).write_bytes(content)
-    digest, before = hashlib.sha256(content).hexdigest(), BUNDLED["resnet18"]
-    monkeypatch.setattr(pretrained, "BUNDLED_FOLDER", tmp_path)
-    monkeypatch.setitem(BUNDLED, "resnet18", dataclasses.replace(before, sha256=digest))
+    # The next version of padim_jax has others.
+    filters = scattering.filters
+    monkeypatch.setattr(scattering, "filters", lambda count: filters(count) / 2)
     message = fail(*use, cwd=tmp_path)
-    other = "came with another version of padim_jax"
-    for part in ("weights bundled: ", digest[:12], before.sha256[:12], other, "--weights"):
-        assert part in message
-    # This version's file is as good by its path.
-    assert said in succeed(*use, f"--weights={file}", cwd=tmp_path)
+    assert "Those are the filters of another version of padim_jax" in message
 
 
 class TestTrainAndEval:
@@ -884,7 +778,7 @@ class TestOverridesOfAStoredModel:
             given.append(f"--input={root}/part/test/good")
         assert message in fail(*given, f"--config.{override}", cwd=run.workdir)
 
-    @pytest.mark.parametrize("mode", ["train", "train_and_eval", "merge", "pretrain"])
+    @pytest.mark.parametrize("mode", ["train", "train_and_eval", "merge"])
     def test_without_a_stored_model(self, mode: str, tmp_path: pathlib.Path):
         message = fail(f"--mode={mode}", "--config.batch_size=4", cwd=tmp_path)
         assert (

@@ -94,7 +94,7 @@ def test_what_changed_is_computed_again(
         file.write(b"changed")
     study.study(study.parse(arguments))
     assert fits.count == 6 + 3  # those of its category
-    study.study(study.parse([*arguments, "--weights=bundled"]))
+    study.study(study.parse([*arguments, "--weights=resnet18.tv_in1k"]))
     assert fits.count == 9 + 6
 
 

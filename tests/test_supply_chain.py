@@ -249,7 +249,7 @@ def test_wheel_has_all_of_the_package_and_runs(tmp_path: pathlib.Path):
     published = "import padim_jax.output.published as p; print(p.__file__, len(p.everything()))"
     weights = (
         "from padim_jax.models.weights import pretrained as p; "
-        'print(p.load("bundled", "resnet18", ("layer3",))[1])'
+        'print(p.load("none", "scattering", ("layer3",))[1])'
     )
     for arguments in (["-c", published], ["-c", weights], ["-m", "padim_jax.main", "--help"]):
         done = subprocess.run(

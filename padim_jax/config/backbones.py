@@ -8,8 +8,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from padim_jax.errors import UserError
-
 # Input pixels per cell, for each stage whose feature map is available.
 STRIDES = {
     "layer1": 4,
@@ -146,7 +144,37 @@ class EfficientNetSpec:
         return block.hidden * (expand + block.kernel**2 + 2 * block.squeezed + block.outputs)
 
 
-Spec = ResNetSpec | EfficientNetSpec
+@dataclasses.dataclass(frozen=True)
+class ScatteringSpec:
+    """Fixed filters instead of a trained network; see `padim_jax.models.scattering`.
+
+    Attributes:
+      block: kind of all blocks.
+      stages: names of the available feature maps, the shallowest first.
+      orientations: number of orientations of the filters.
+    """
+
+    block: ClassVar = "scattering"
+    stages: ClassVar = ("layer1", "layer2", "layer3")
+
+    orientations: int
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return the stages, in the order they are computed."""
+        return self.stages
+
+    def channels(self, stage: str) -> int:
+        """Return the number of channels of a stage's feature map."""
+        first, second = (6, 1) if stage == "layer1" else (3, 2)
+        return 3 + first * self.orientations + second * self.orientations**2
+
+    def kernels(self, stage: str) -> int:
+        """Return the number of weights of all stages, which share them."""
+        return 2 * self.orientations * 7**2
+
+
+Spec = ResNetSpec | EfficientNetSpec | ScatteringSpec
 
 RESNETS: dict[str, ResNetSpec] = {
     "resnet18": ResNetSpec("basic", (2, 2, 2, 2)),
@@ -175,7 +203,9 @@ EFFICIENTNETS: dict[str, EfficientNetSpec] = {
     ),
 }
 
-BACKBONES: dict[str, Spec] = {**RESNETS, **EFFICIENTNETS}
+SCATTERING = {"scattering": ScatteringSpec(orientations=4)}
+
+BACKBONES: dict[str, Spec] = {**RESNETS, **EFFICIENTNETS, **SCATTERING}
 
 # Weights available by name from the Hugging Face hub, under `timm/<name>`: for the ResNets
 # torchvision's, as timm re-published them (tv is torchvision's V1, tv2 its V2 training recipe),
@@ -190,6 +220,7 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
     "wide_resnet50_2": ("wide_resnet50_2.tv_in1k", "wide_resnet50_2.tv2_in1k"),
     "wide_resnet101_2": ("wide_resnet101_2.tv_in1k", "wide_resnet101_2.tv2_in1k"),
     "efficientnet_b5": ("efficientnet_b5.sw_in12k_ft_in1k",),
+    "scattering": (),
 }
 
 
@@ -253,62 +284,11 @@ DEFAULT_WEIGHTS = ".tv_in1k"
 
 RANDOM_WEIGHTS = "random"
 
-# Weights that are part of this package, trained by `padim_jax.pretrain`.
-BUNDLED_WEIGHTS = "bundled"
-
-
-@dataclasses.dataclass(frozen=True)
-class Bundled:
-    """A weights file of this package: `bundled/<backbone>.safetensors`.
-
-    Attributes:
-      stages: stages whose weights it has.
-      sha256: digest of the file.
-    """
-
-    stages: tuple[str, ...]
-    sha256: str
-
-
-BUNDLED = {
-    "resnet18": Bundled(
-        ("layer1", "layer2", "layer3"),
-        "0766a8ee8cb6e7e96f481c724dfea3d15ef10f838807590cb22a04cc1c1f6b66",
-    ),
-}
+# Of backbones that have none.
+NO_WEIGHTS = "none"
 
 # Suffixes of supported weight files.
 WEIGHT_FILES = (".safetensors", ".npz", ".pth", ".pt")
-
-
-def require_bundled(backbone: str, stages: Sequence[str]) -> Bundled:
-    """Return the bundled weights of a backbone cut after the deepest of `stages`.
-
-    Args:
-      backbone: key of `BACKBONES`.
-      stages: stages in use.
-
-    Returns:
-      The weights file.
-
-    Raises:
-      UserError: there are none for that backbone, or not for all stages.
-    """
-    setting = f"config.model.weights={BUNDLED_WEIGHTS!r}"
-    found = BUNDLED.get(backbone)
-    if found is None:
-        raise UserError(
-            f"{setting}: there are bundled weights of {', '.join(BUNDLED)}, and none of "
-            f"{backbone}. Set config.model.backbone={next(iter(BUNDLED))!r}, or other weights: "
-            f"{', '.join(WEIGHTS[backbone])}, {RANDOM_WEIGHTS} or a file"
-        )
-    if lacking := [stage for stage in stages if stage not in found.stages]:
-        raise UserError(
-            f"{setting}: the bundled weights of {backbone} end at {found.stages[-1]}, and "
-            f"config.model.layers asks for {', '.join(lacking)}. Leave that out, or set other "
-            f"weights: {', '.join(WEIGHTS[backbone])}, {RANDOM_WEIGHTS} or a file"
-        )
-    return found
 
 
 def parts_to_compute(spec: Spec, stages: Sequence[str]) -> tuple[str, ...]:

@@ -233,7 +233,8 @@ class ModelConfig:
     """Backbone, embedding and covariance."""
 
     backbone: str = setting("resnet18", OneOf(backbones.BACKBONES))
-    """Network that computes the features."""
+    """Network that computes the features: a ResNet, efficientnet_b5, or `scattering`, fixed
+    filters that need no weights."""
 
     layers: tuple[str, ...] = setting(
         ("layer1", "layer2", "layer3"), _layers, depends_on="backbone"
@@ -250,9 +251,9 @@ class ModelConfig:
       ImageNet weights, or `efficientnet_b5.sw_in12k_ft_in1k`; downloaded once from the Hugging
       Face hub. A suffix `@REVISION` selects another commit than the pinned one;
     - a .safetensors, .npz or .pth file;
-    - `bundled`, for resnet18 up to layer3: comes with this package, trained on procedural
-      images; lower accuracy, but no download and none of ImageNet's terms;
-    - `random`."""
+    - `random`;
+    - `none`, for `scattering`, whose filters are fixed: lower accuracy than ImageNet's, but no
+      download and none of its terms."""
 
     channels: int = setting(100, Integer(0, MOST_SEED))
     """Number of the stages' channels that are kept, drawn at random unless `reduction` says
@@ -526,9 +527,23 @@ def validate(
     Raises:
       UserError: a setting is wrong; one line with its name, value and what is allowed.
     """
-    config = _keep_all(schema.build(Config, values, earlier=earlier))
+    config = _keep_all(_without_weights(schema.build(Config, values, earlier=earlier)))
     _check_together(config)
     return config
+
+
+def _without_weights(config: Config) -> Config:
+    """Set `weights` to "none" where the backbone has none."""
+    model = config.model
+    if model.backbone not in backbones.SCATTERING:
+        return config
+    if model.weights not in (backbones.NO_WEIGHTS, model.backbone + backbones.DEFAULT_WEIGHTS):
+        raise UserError(
+            f"config.model.weights={model.weights!r}: {model.backbone} has fixed filters "
+            f"and no weights; leave it out, or at {backbones.NO_WEIGHTS!r}"
+        )
+    model = dataclasses.replace(model, weights=backbones.NO_WEIGHTS)
+    return dataclasses.replace(config, model=model)
 
 
 def _keep_all(config: Config) -> Config:
@@ -577,8 +592,6 @@ def _check_together(config: Config) -> None:
             "leave it at 0, or decide by the score"
         )
     model = config.model
-    if model.weights == backbones.BUNDLED_WEIGHTS:
-        backbones.require_bundled(model.backbone, model.layers)
     if model.channels > (total := _total_channels(model)):
         raise UserError(
             f"config.model.channels={model.channels}: {model.backbone} has {total} channels in "

@@ -26,7 +26,7 @@ _GB = 1e9
 _PROGRAM = 0.6 * _GB
 # Bytes per pixel of a batch for float32 feature maps, at most, as reported for XLA's compiled
 # programs.
-_FEATURES = {"basic": 90, "bottleneck": 345, "mbconv": 320}
+_FEATURES = {"basic": 90, "bottleneck": 345, "mbconv": 320, "scattering": 60}
 # Bytes per pixel of the test set in an evaluation: score and mask; peak of metrics, curves and
 # report; additional bytes per defect pixel. Measured with 39 million pixels, of which 0.05, 2.5
 # and 20 % were defects: 18.0, 18.5 and 45.7 bytes besides the scores.

@@ -29,7 +29,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float32, Int
+from jaxtyping import Array, Bool, Float32
 
 from padim_jax.core.types import Levels, Valid
 from padim_jax.errors import UserError
@@ -182,30 +182,6 @@ def replicate(tree: Tree, devices: Devices) -> Tree:
     return jax.device_put(tree, NamedSharding(devices.local_mesh, PartitionSpec()))
 
 
-def copies(tree: Any, devices: Devices) -> Any:
-    """Return a copy of the arrays for each of this process's devices, to be mapped over.
-
-    Args:
-      tree: arrays.
-      devices: devices that take part.
-
-    Returns:
-      Arrays (k, ...).
-    """
-    sharding = NamedSharding(devices.local_mesh, PartitionSpec(AXIS))
-
-    def copy(x: Array | np.ndarray) -> Array:
-        x = np.asarray(x)
-        return jax.device_put(np.broadcast_to(x, (devices.local, *x.shape)), sharding)
-
-    return jax.tree.map(copy, tree)
-
-
-def mean(tree: Tree) -> Tree:
-    """Inside `mapped`: return the mean of each array over all devices."""
-    return lax.pmean(tree, AXIS)
-
-
 def total(tree: Tree) -> Tree:
     """Inside `mapped`: return the sum of each array over all devices."""
     return lax.psum(tree, AXIS)
@@ -214,12 +190,6 @@ def total(tree: Tree) -> Tree:
 def count() -> int:
     """Inside `mapped`: return the number of devices."""
     return lax.psum(1, AXIS)
-
-
-def share_of(count: int) -> Int[Array, " _n"]:
-    """Inside `mapped`: return this device's part of the first `count` numbers."""
-    own = count // lax.psum(1, AXIS)
-    return lax.axis_index(AXIS) * own + jnp.arange(own)
 
 
 def to_regions(levels: Levels) -> tuple[Float32[Array, "_k _n _d _b"], ...]:

@@ -1,4 +1,4 @@
-"""Backbones as ONNX: counterparts of `models.resnet` and `models.efficientnet`."""
+"""Backbones as ONNX: counterparts of the networks in `models`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,19 +10,27 @@ from padim_jax.config.backbones import (
     EfficientNetSpec,
     MBConvSpec,
     ResNetSpec,
+    ScatteringSpec,
     parts_to_compute,
 )
 from padim_jax.export.graph import Graph
+from padim_jax.models import scattering
 
 
 def features(
-    graph: Graph, images: str, backbone: str, stages: Sequence[str], params: Mapping[str, Any]
+    graph: Graph,
+    images: str,
+    size: tuple[int, int],
+    backbone: str,
+    stages: Sequence[str],
+    params: Mapping[str, Any],
 ) -> list[str]:
     """Add a backbone.
 
     Args:
       graph: the graph.
       images: normalised images (b, 3, h, w).
+      size: their height and width.
       backbone: key of `padim_jax.config.backbones.BACKBONES`.
       stages: stages whose feature maps are returned.
       params: parameters of the Flax module, "params" of its variables.
@@ -36,6 +44,8 @@ def features(
     spec, network = BACKBONES[backbone], _Network(graph, params)
     if isinstance(spec, ResNetSpec):
         maps = _resnet(network, images, spec, stages)
+    elif isinstance(spec, ScatteringSpec):
+        maps = _scattering(network, images, size, spec, stages)
     else:
         maps = _efficientnet(network, images, spec, stages)
     if network.unused:
@@ -106,6 +116,65 @@ def _residual(network: _Network, x: str, name: str, block: str, stride: int) -> 
     if f"{name}.downsample" in network.unused:
         x = network.conv(x, f"{name}.downsample", stride)
     return network.relu(network.graph.add("Add", x, y))
+
+
+def _scattering(
+    network: _Network,
+    images: str,
+    size: tuple[int, int],
+    spec: ScatteringSpec,
+    stages: Sequence[str],
+) -> dict[str, str]:
+    graph, count = network.graph, spec.orientations
+    kernel = np.asarray(scattering.at_pixels(network.unused.pop("gabor")["kernel"]))
+    gabor = graph.constant(kernel.transpose(3, 2, 0, 1), "gabor.kernel")
+    binomial = scattering.BINOMIAL.astype(np.float32)
+    blur = graph.constant(np.outer(binomial, binomial)[None, None], "blur.kernel")
+    opponent = scattering.OPPONENT.T.astype(np.float32)[:, :, None, None]
+    small = graph.constant(np.array(scattering.SMALL, np.float32))
+    one = graph.constant(np.array(1, np.float32))
+    sizes = [size]
+    while len(sizes) < 5:
+        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+
+    def filtered(x: str, scale: int, weights: str, before: int, after: int) -> str:
+        """Convolve each channel at a scale, with stride 2; odd sides get a pixel more."""
+        height, width = sizes[scale]
+        ends = [0, 0, before, before, 0, 0, after + height % 2, after + width % 2]
+        x = graph.reshape(x, -1, 1, height, width)
+        x = graph.add("Pad", x, graph.constant(np.array(ends, np.int64)), mode="edge")
+        return graph.add("Conv", x, weights, strides=[2, 2])
+
+    def halved(x: str, channels: int, scale: int, times: int = 1) -> str:
+        for j in range(scale, scale + times):
+            x = graph.reshape(filtered(x, j, blur, 2, 3), -1, channels, *sizes[j + 1])
+        return x
+
+    def energy(x: str, channels: int, scale: int) -> str:
+        x = graph.reshape(filtered(x, scale, gabor, 3, 3), -1, 2, count, *sizes[scale + 1])
+        x = graph.add("Sqrt", graph.sum(graph.add("Mul", x, x), 1))
+        x = graph.reshape(x, -1, 4, count, *sizes[scale + 1])
+        x = graph.add("ReduceMean", x, axes=[1], keepdims=0)
+        return graph.reshape(x, -1, channels * count, *sizes[scale + 1])
+
+    averages = [graph.add("Conv", images, graph.constant(opponent, "opponent"))]
+    for j in range(4):
+        averages.append(halved(averages[j], 3, j))
+    first = [energy(x, 3, j) for j, x in enumerate(averages[:4])]
+    maps = {}
+    for stage in stages:
+        scale, own, pairs = scattering.STAGES[stage]
+        energies = [(j, first[j], 3 * count) for j in own]
+        for i, j in pairs:
+            luma = graph.take(first[i], np.arange(count), 1, 3 * count)
+            u = halved(luma, count, i + 1, j - i - 1)
+            energies.append((j, energy(u, count, j), count**2))
+        parts = [averages[scale]]
+        for j, u, channels in energies:
+            u = graph.add("Div", halved(u, channels, j + 1, scale - j - 1), small)
+            parts.append(graph.add("Log", graph.add("Add", u, one)))
+        maps[stage] = graph.add("Concat", *parts, axis=1)
+    return maps
 
 
 def _efficientnet(

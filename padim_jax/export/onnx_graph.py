@@ -59,7 +59,8 @@ def build(
         for value in (image.mean, image.std)
     )
     x = graph.add("Div", graph.add("Sub", x, mean), std)
-    maps = features(graph, x, model.backbone, model.layers, detector.variables["params"])
+    params = detector.variables["params"]
+    maps = features(graph, x, image.size, model.backbone, model.layers, params)
     laid = geometry.pyramid(image, model, detector.index.tolist())
     spec = backbones.BACKBONES[model.backbone]
     levels = embedding.levels(

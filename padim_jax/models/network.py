@@ -1,13 +1,14 @@
 """Network construction by the backbone's name."""
 
-from padim_jax.config.backbones import EFFICIENTNETS, RESNETS, Precision
+from padim_jax.config.backbones import EFFICIENTNETS, RESNETS, SCATTERING, Precision
 from padim_jax.models.efficientnet import EfficientNet
 from padim_jax.models.resnet import ResNet
+from padim_jax.models.scattering import Scattering
 
 
 def build(
     backbone: str, stages: tuple[str, ...], precision: Precision
-) -> ResNet | EfficientNet:
+) -> ResNet | EfficientNet | Scattering:
     """Return a backbone cut after the deepest of `stages`.
 
     Args:
@@ -20,4 +21,6 @@ def build(
     """
     if backbone in RESNETS:
         return ResNet(RESNETS[backbone], stages, precision)
+    if backbone in SCATTERING:
+        return Scattering(SCATTERING[backbone], stages, precision)
     return EfficientNet(EFFICIENTNETS[backbone], stages, precision)

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
@@ -31,49 +30,12 @@ def _residual(
     return nn.relu(x + y)
 
 
-@jax.custom_vjp
-def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
+def _max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
     """Return the maximum of 3x3 windows with stride 2 and padding 1, as torchvision does."""
     no, one = (0, 0), (1, 1)
     return lax.reduce_window(
         x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding=(no, one, one, no)
     )
-
-
-def _maximum_of_slices(x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
-    """Compute `max_pool` in elementary steps: rows, then columns."""
-    none, before = (0, 0), (1, 0)
-    for axis in (1, 2):
-        odd = x.shape[axis] % 2
-        x = jnp.pad(
-            x, [(0, odd) if i == axis else none for i in range(4)], constant_values=-jnp.inf
-        )
-        shape = list(x.shape)
-        shape[axis : axis + 1] = [shape[axis] // 2, 2]
-        first, second = jnp.moveaxis(x.reshape(shape), axis + 1, 0)
-        earlier = jnp.pad(
-            second, [before if i == axis else none for i in range(4)], constant_values=-jnp.inf
-        )
-        earlier = lax.slice_in_dim(earlier, 0, second.shape[axis], axis=axis)
-        x = jnp.maximum(jnp.maximum(first, second), earlier)
-    return x
-
-
-def _max_pool_forward(
-    x: Float[Array, "b h w c"],
-) -> tuple[Float[Array, "b i j c"], Float[Array, "b h w c"]]:
-    return max_pool(x), x
-
-
-def _max_pool_backward(
-    x: Float[Array, "b h w c"], change: Float[Array, "b i j c"]
-) -> tuple[Float[Array, "b h w c"]]:
-    return jax.vjp(_maximum_of_slices, x)[1](change)
-
-
-# On XLA's CPU backend the gradient of `reduce_window` takes more than a third of the network's
-# total time; this one takes a quarter of that. The maximum itself is equally fast either way.
-max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 class BasicBlock(nn.Module):
@@ -139,8 +101,6 @@ class ResNet(nn.Module):
       precision: precision of the convolutions. "float32" is full precision everywhere; "tf32"
         is PyTorch's default: TF32 products on NVIDIA GPUs (float32 on CPUs); "bfloat16"
         computes and stores all intermediate values in bfloat16.
-      conv: class of the convolutions: `nn.Conv`, or one that takes the same arguments and has
-        its own norm, for training (`padim_jax.pretrain.network`).
 
     Example:
       >>> from padim_jax.config.backbones import BACKBONES
@@ -154,7 +114,6 @@ class ResNet(nn.Module):
     spec: ResNetSpec
     stages: tuple[str, ...]
     precision: Precision
-    conv: Callable[..., nn.Module] = nn.Conv
 
     @nn.compact
     def __call__(
@@ -170,14 +129,14 @@ class ResNet(nn.Module):
           s), c) with s = 4, 8, 16, 32 for layer1 to layer4.
         """
         conv = functools.partial(
-            self.conv,
+            nn.Conv,
             dtype=jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32,
             precision=(
                 lax.Precision.HIGHEST if self.precision == "float32" else lax.Precision.DEFAULT
             ),
         )
         x = nn.relu(conv(64, (7, 7), strides=2, padding=3, name="conv1")(images))
-        x = max_pool(x)
+        x = _max_pool(x)
         maps = {}
         for i, stage in enumerate(parts_to_compute(self.spec, self.stages)):
             channels = self.spec.channels(stage)

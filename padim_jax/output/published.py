@@ -90,7 +90,7 @@ def applicable(config: Config) -> tuple[Published, ...]:
     Returns:
       One for each source; sources that agree in all results and settings are merged.
     """
-    not_imagenet = (backbones.RANDOM_WEIGHTS, backbones.BUNDLED_WEIGHTS)
+    not_imagenet = (backbones.RANDOM_WEIGHTS, backbones.NO_WEIGHTS)
     if config.dataset.name != "mvtec_ad" or config.model.weights in not_imagenet:
         return ()
     views = {name: _setting(config, name) for name in _VIEWS}

@@ -509,11 +509,11 @@ def load_weights(
             "that file is now)"
         ) from error
     if found.sha256 != identity.sha256:
-        both = found.origin == identity.origin == pretrained.BUNDLED_ORIGIN
+        both = found.origin == identity.origin == pretrained.FIXED_ORIGIN
         raise UserError(
             f"weights {place}: other weights ({found.origin}, sha256 {found.sha256[:12]}...) "
             f"than the model {path} was fitted with ({wanted}). "
-            + ("Those came with another version of padim_jax. " if both else "")
+            + ("Those are the filters of another version of padim_jax. " if both else "")
             + "Name that file with --weights, or fit again"
         )
     return variables

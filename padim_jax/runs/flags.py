@@ -21,7 +21,6 @@ import padim_jax
 from padim_jax.config import defaults
 from padim_jax.config import settings as config_lib
 from padim_jax.errors import UserError
-from padim_jax.pretrain import config as pretrain_config
 from padim_jax.runs import modes
 from padim_jax.system import ending, paths
 
@@ -40,8 +39,7 @@ _MODE = flags.DEFINE_enum("mode", "train_and_eval", list(modes.MODES), "What to 
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Folder of the results; default: results/<dataset>_<category>, for pretrain "
-    "results/pretrain.",
+    "Folder of the results; default: results/<dataset>_<category>.",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "The fitted model, a folder or file; default: <workdir>/checkpoint."
@@ -174,23 +172,17 @@ def command(overrides: Sequence[str]) -> Command:
     }
     if values is not None:
         given["config"] = values
-    if mode == "pretrain":
-        recipe = _recipe(values)
-        modes.check(mode, given, None)
-        config: Any = recipe
-        nested = pretrain_config.to_dict(recipe)
-    else:
-        config = _config(mode, values)
-        modes.check(mode, given, config)
-        nested = config_lib.to_dict(config) if config is not None else dict(replaced)
-        # Each machine's own affair.
-        nested = {name: x for name, x in nested.items() if name.partition(".")[0] != "cache"}
+    config = None if values is None else config_lib.validate(values)
+    modes.check(mode, given, config)
+    nested = config_lib.to_dict(config) if config is not None else dict(replaced)
+    # Each machine's own affair.
+    nested = {name: x for name, x in nested.items() if name.partition(".")[0] != "cache"}
     if not 0 < _JOIN_SECONDS.value <= _MOST_JOIN_SECONDS:
         raise UserError(
             f"--join_seconds={_JOIN_SECONDS.value}: expected a number of seconds above 0 and "
             f"at most {_MOST_JOIN_SECONDS:g}"
         )
-    workdir = _workdir(mode, config)
+    workdir = _workdir(config)
     checkpoint = paths.parse(given["checkpoint"]) if "checkpoint" in given else None
     places = ("config", "workdir", "checkpoint", "input")
     arguments = {name: value for name, value in given.items() if name not in places}
@@ -225,30 +217,6 @@ def _settings() -> Mapping[str, Any] | ml_collections.ConfigDict | None:
     return values
 
 
-def _config_file() -> str:
-    """Return the name of the configuration file as it was given."""
-    return config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])
-
-
-def _config(mode: str, values: Any) -> config_lib.Config | None:
-    if values is None:
-        return None
-    if "optimizer" in values and "dataset" not in values:
-        raise UserError(f"--mode={mode}: {_config_file()} is a recipe for --mode=pretrain")
-    return config_lib.validate(values)
-
-
-def _recipe(values: Any) -> Any:
-    if values is None:
-        return None
-    if "dataset" in values and "optimizer" not in values:
-        raise UserError(
-            f"--mode=pretrain: {_config_file()} is no recipe of a pretraining; expected one, "
-            "as in --config=configs/pretrain.py"
-        )
-    return pretrain_config.validate(values)
-
-
 def _shared_settings(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings that must be the same in all processes."""
     settings = {f"--{flag.name}": str(flag.value) for flag in (_MODE, *_REQUEST, STRICT)}
@@ -260,11 +228,9 @@ def _shared_settings(config: Mapping[str, Any]) -> dict[str, str]:
     return settings
 
 
-def _workdir(mode: str, config: Any) -> paths.Path:
+def _workdir(config: config_lib.Config | None) -> paths.Path:
     if _WORKDIR.value is not None:
-        return paths.parse(_WORKDIR.value, needed=mode != "pretrain")
-    if mode == "pretrain":
-        return pathlib.Path("results") / "pretrain"
+        return paths.parse(_WORKDIR.value)
     if config is not None:
         return pathlib.Path("results") / config.title
     return paths.absolute(paths.parse(_CHECKPOINT.value or "")).parent
@@ -375,10 +341,7 @@ def _unknown_setting(message: str) -> str:
     if close:
         return f"--config: no such setting {close[2]!r}; did you mean {close[1]!r}?"
     name = "".join(re.findall(r"\w", message))
-    return (
-        f"--config: no such setting {name!r}; padim_jax/config/settings.py lists them, and "
-        "padim_jax/pretrain/config.py those of --mode=pretrain"
-    )
+    return f"--config: no such setting {name!r}; padim_jax/config/settings.py lists them"
 
 
 def import_jax() -> None:

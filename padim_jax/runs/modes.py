@@ -13,7 +13,6 @@ from typing import Any
 from padim_jax.config.datasets import MVTEC_AD
 from padim_jax.config.settings import ALL, Config, Overrides
 from padim_jax.errors import UserError
-from padim_jax.pretrain.config import PretrainConfig
 from padim_jax.system import paths
 from padim_jax.system.paths import Path
 
@@ -24,7 +23,7 @@ class Request:
 
     Attributes:
       config: the validated configuration; for modes that use a stored model None, or settings
-        that replace some of the model's own (see `loading.load`); for "pretrain" its recipe.
+        that replace some of the model's own (see `loading.load`).
       workdir: folder of the results.
       checkpoint: where the fitted model is or goes.
       pattern: an image file, a folder or a glob (--input).
@@ -203,17 +202,6 @@ def _frame(text: str) -> tuple[int, int]:
     return found
 
 
-def _pretrain(request: Request) -> None:
-    from padim_jax.pretrain import run
-
-    if not isinstance(request.workdir, pathlib.Path):
-        raise UserError(
-            f"--workdir={request.workdir}: --mode=pretrain writes on file systems only; name a "
-            "folder there"
-        )
-    run.pretrain(request.config, request.workdir)
-
-
 @contextlib.contextmanager
 def _loaded(request: Request, scores: bool = True) -> Iterator[Any]:
     """Load the stored model of a request, and keep what is compiled for it.
@@ -293,19 +281,6 @@ MODES = {
         },
     ),
     "export": Mode(_export, _USES | {"half", "format", "frame", "input"}, stored=True),
-    "pretrain": Mode(
-        _pretrain,
-        frozenset({"config"}),
-        {"config": "--mode=pretrain needs one, as in --config=configs/pretrain.py"},
-        {
-            "checkpoint": "it saves in --workdir",
-            "input": "images of your own are --config.images.photos",
-            "weights": "weights to go on from are --config.start",
-            "overwrite": "an unfinished training goes on, a finished one stays; another "
-            "--workdir begins anew",
-            "download": "it is for --config.dataset.name=mvtec_ad",
-        },
-    ),
 }
 
 
@@ -362,7 +337,7 @@ def check(mode: str, given: Mapping[str, Any], config: Config | None) -> None:
 
 def run(
     mode: str,
-    config: Config | Overrides | PretrainConfig | None,
+    config: Config | Overrides | None,
     workdir: Path,
     checkpoint: Path,
     pattern: str | None = None,
@@ -395,7 +370,7 @@ def run(
     try:
         MODES[mode].run(request)
     except jax.errors.JaxRuntimeError as error:
-        if mode == "pretrain" or "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
             f"not enough memory ({' '.join(str(error).split())}). Statistics grow with patches "

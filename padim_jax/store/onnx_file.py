@@ -25,7 +25,7 @@ from onnx import helper, numpy_helper
 
 import padim_jax
 from padim_jax.config import settings as config_lib
-from padim_jax.config.backbones import BUNDLED
+from padim_jax.config.backbones import NO_WEIGHTS
 from padim_jax.config.settings import Config
 from padim_jax.errors import UserError
 from padim_jax.models.weights import pretrained
@@ -177,8 +177,8 @@ def _structure(proto: onnx.ModelProto) -> str:
 
 def _licence(model: Model) -> str:
     sha256 = model.weights.sha256
-    if sha256 in {bundled.sha256 for bundled in BUNDLED.values()}:
-        terms = "They come with padim_jax, under its licence, Apache-2.0."
+    if model.config.model.weights == NO_WEIGHTS:
+        terms = "They are part of padim_jax, under its licence, Apache-2.0."
     else:
         terms = (
             "Their terms, and possibly those of the images that they were trained on, apply to "

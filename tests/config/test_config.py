@@ -19,7 +19,6 @@ from ml_collections import config_flags
 from padim_jax.config import backbones, checks, defaults
 from padim_jax.config import settings as config_lib
 from padim_jax.errors import UserError
-from padim_jax.pretrain import config as pretrain_config
 from padim_jax.system import paths
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -338,7 +337,7 @@ def test_bounds(check, allowed, rejected):
             check("config.x", value)
 
 
-@pytest.mark.parametrize("module", [config_lib, pretrain_config])
+@pytest.mark.parametrize("module", [config_lib])
 def test_every_setting_is_explained_below_it(module):
     """The documentation is made of these texts."""
     for group in ast.parse(inspect.getsource(module)).body:
@@ -509,14 +508,14 @@ def test_weights_follow_the_backbone_until_they_are_set():
     assert config_lib.validate(config).model.weights == "random"
 
 
-def test_bundled_weights_are_of_resnet18_up_to_layer3():
+def test_scattering_has_no_weights():
     settings: Any = defaults.get_config()
-    settings.model.weights = "bundled"
-    assert config_lib.validate(settings).model.weights == "bundled"
-    settings.model.layers = ("layer2", "layer4")
-    assert "end at layer3, and config.model.layers asks for layer4" in message_of(settings)
-    settings.model.backbone, settings.model.layers = "resnet34", ("layer2",)
-    assert "of resnet18, and none of resnet34" in message_of(settings)
+    settings.model.backbone = "scattering"
+    assert config_lib.validate(settings).model.weights == "none"
+    settings.model.weights = "none"
+    assert config_lib.validate(settings).model.weights == "none"
+    settings.model.weights = "resnet18.tv_in1k"
+    assert "fixed filters and no weights; leave it out" in message_of(settings)
 
 
 def test_default_weights_exist_for_every_backbone():
@@ -533,9 +532,8 @@ def test_an_unknown_preset():
     assert "papr" in str(caught.value)
 
 
-# One of layers alone has presets of its own, see test_layers; the other is of another kind,
-# see test_pretrain_config.
-OTHERS = ("layers", "pretrain")
+# One of layers alone has presets of its own, see test_layers.
+OTHERS = ("layers",)
 FILES = sorted(path for path in CONFIGS.glob("*.py") if path.stem not in OTHERS)
 
 
@@ -689,9 +687,6 @@ def test_a_checkpoint_keeps_absolute_paths(tmp_path, monkeypatch):
     assert kept.dataset.tfds_dir == tmp_path / "packed"
     assert kept.cache.dir == tmp_path / "kept"
     assert kept.model.weights == str(tmp_path / "weights" / "r18.npz")
-    settings.model.weights = "bundled"
-    bundled = config_lib.with_absolute_paths(config_lib.validate(settings))
-    assert bundled.model.weights == "bundled"
     settings.model.weights = "resnet18.tv_in1k"
     settings.dataset.tfds_dir = settings.cache.dir = ""
     named = config_lib.with_absolute_paths(config_lib.validate(settings))

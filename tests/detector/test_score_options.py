@@ -28,7 +28,7 @@ IMAGES = np.stack(
 GOOD, NEW = IMAGES[:8], IMAGES[8:].copy()
 NEW[2, 20:32, 12:24] = 250
 SETTINGS: dict[str, Any] = {
-    "weights": "bundled",
+    "backbone": "scattering",
     "channels": 24,
     "resize": (64, 64),
     "batch_size": 4,

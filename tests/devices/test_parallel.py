@@ -89,43 +89,6 @@ class TestSharingOut:
         np.testing.assert_array_equal(found[:regions], x)
 
 
-@counts
-class TestOfAllDevices:
-    """What a step of pretraining needs: shares of numbers, sums and means of trees."""
-
-    def test_shares_of_numbers_are_all_of_them_in_order(self, count: int):
-        shares = parallel.mapped(lambda x: x + parallel.share_of(24))(np.zeros((count, 1), int))
-        assert shares.shape == (count, 24 // count)
-        np.testing.assert_array_equal(np.ravel(shares), np.arange(24))
-
-    def test_sums_and_means(self, count: int):
-        rng = np.random.default_rng(0)
-        tree = {"a": rng.normal(size=(count, 3, 2)), "b": (rng.normal(size=count),)}
-        tree = jax.tree.map(np.float32, tree)
-        for function, expected in ((parallel.total, np.sum), (parallel.mean, np.mean)):
-            found = parallel.mapped(function)(tree)
-            assert jax.tree.structure(found) == jax.tree.structure(tree)
-            for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(tree), strict=True):
-                assert x.shape == y.shape
-                # The same on every device; sums of at most eight float32 in any order.
-                np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))
-                np.testing.assert_allclose(x[0], expected(y, 0), rtol=0, atol=1e-5)
-
-    def test_copies_are_one_for_each_device(self, count: int):
-        tree = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": jnp.int32(7)}
-        found = parallel.copies(tree, Devices(count))
-        for name, x in tree.items():
-            assert found[name].shape == (count, *x.shape)
-            assert found[name].dtype == x.dtype
-            shards = found[name].addressable_shards
-            assert len({shard.device for shard in shards}) == count
-            for shard in shards:
-                np.testing.assert_array_equal(shard.data[0], x)
-        # Mapped over they are what the function is written for: one device's own.
-        back = parallel.mapped(lambda tree: tree["a"] * tree["b"])(found)
-        np.testing.assert_array_equal(back, np.stack([tree["a"] * 7] * count))
-
-
 def make_config(**model: Any) -> Config:
     values: Any = defaults.get_config()
     values.dataset.root = "/nowhere"

@@ -99,7 +99,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "projection": (
         "samples",
-        {"model.pooling": 3, "model.reduction": "semi_orthogonal", "model.weights": "bundled"},
+        {
+            "model.pooling": 3,
+            "model.reduction": "semi_orthogonal",
+            "model.backbone": "scattering",
+        },
     ),
     "bilinear, bottleneck": (
         "moments",

@@ -19,7 +19,6 @@ import safetensors.numpy
 
 from padim_jax.config.backbones import (
     BACKBONES,
-    BUNDLED,
     PINNED,
     TORCHVISION_FILES,
     WEIGHTS,
@@ -32,7 +31,7 @@ from padim_jax.models.weights import hub as hub_files
 from padim_jax.models.weights.naming import Convolution
 
 LAYER1 = ("layer1",)
-BUNDLED_FLAG = "--config.model.weights=bundled"
+WITHOUT = "--config.model.backbone=scattering --config.model.weights=none"
 NAMES = ["conv1", *(f"layer1.{block}.conv{i}" for block in (0, 1) for i in (1, 2))]
 
 
@@ -283,10 +282,11 @@ def test_unknown_names_and_paths(tmp_path):
     message = refusal("resnet50.tv_in1", "resnet50")
     assert "did you mean 'resnet50.tv_in1k'?" in message
     assert "resnet50.tv_in1k, resnet50.tv2_in1k, random" in message
-    assert message.endswith(f": --config.model.backbone=resnet18 {BUNDLED_FLAG}")
-    assert "resnet18.tv_in1k, bundled, random" in refusal("resnet18")
-    assert refusal("resnet18").endswith(f"lower than with ImageNet's: {BUNDLED_FLAG}")
-    assert "did you mean 'bundled'?" in refusal("bundeld")
+    assert message.endswith(f"lower than with ImageNet's: {WITHOUT}")
+    assert "resnet18.tv_in1k, random" in refusal("resnet18")
+    assert "did you mean 'random'?" in refusal("randon")
+    # Of earlier versions.
+    assert "no such weights" in refusal("bundled")
     assert "belongs to another backbone" in refusal("resnet50.tv_in1k", "resnet18")
     assert "no such file" in refusal(tmp_path / "nowhere.npz")
     (tmp_path / "weights.bin").write_bytes(b"")
@@ -485,7 +485,7 @@ def test_only_https_is_downloaded_from(hub, cache, monkeypatch, which):
         hub.location = "ftp://127.0.0.1/model.safetensors"
     message = refusal(NAME)
     assert f"no {hub_files.SCHEME} address" in message
-    assert message.endswith(BUNDLED_FLAG)
+    assert message.endswith(WITHOUT)
     assert not files(cache)
 
 
@@ -511,12 +511,10 @@ def test_offline_without_a_cached_file_says_what_to_do(cache):
     assert "HF_HUB_OFFLINE" in message
     assert "--config.model.weights=/path/to/model.safetensors" in message
     # Another way, which is never taken unasked.
-    assert message.endswith(f"results are lower than with ImageNet's: {BUNDLED_FLAG}")
-    other = refusal("wide_resnet50_2.tv_in1k", "wide_resnet50_2")
-    assert other.endswith(f": --config.model.backbone=resnet18 {BUNDLED_FLAG}")
+    assert message.endswith(f"results are lower than with ImageNet's: {WITHOUT}")
     deep = refusal(NAME, stages=("layer1", "layer4"))
     layers = "('layer1', 'layer2', 'layer3')"
-    assert deep.endswith(f'{BUNDLED_FLAG} --config.model.layers="{layers}"')
+    assert deep.endswith(f'{WITHOUT} --config.model.layers="{layers}"')
 
 
 @pytest.mark.usefixtures("offline")
@@ -577,58 +575,14 @@ def test_random_weights_are_the_same_everywhere_and_at_any_cut():
     assert identity.sha256 == "18e4570c24f2e93ce8e43d2ff1cddca17c0da431bc556c119bfe67f9fac2f15f"
 
 
-BUNDLED_STAGES = ("layer1", "layer2", "layer3")
-BUNDLED_FILE = pretrained.BUNDLED_FOLDER / "resnet18.safetensors"
-
-
-def test_the_bundled_file_is_small_and_ends_at_layer3():
-    assert BUNDLED.keys() == {"resnet18"}
-    assert BUNDLED["resnet18"].stages == BUNDLED_STAGES
-    content = BUNDLED_FILE.read_bytes()
-    assert len(content) < 6_000_000
-    # After changing the file, change the digest in padim_jax/models/__init__.py.
-    assert hashlib.sha256(content).hexdigest() == BUNDLED["resnet18"].sha256
-    tensors = dict(safetensors.deserialize(content))
-    blocks = [f"{stage}.{block}" for stage in BUNDLED_STAGES for block in (0, 1)]
-    names = {"conv1", "layer2.0.downsample.0", "layer3.0.downsample.0"}
-    names |= {f"{block}.conv{i}" for block in blocks for i in (1, 2)}
-    assert tensors.keys() == {f"{name}.{x}" for name in names for x in ("weight", "bias")}
-    assert {view["dtype"] for view in tensors.values()} <= {"F16", "BF16"}
-
-
-def test_bundled_weights_are_those_of_the_file():
-    found, identity = load("bundled", stages=BUNDLED_STAGES)
-    assert identity.sha256 == BUNDLED["resnet18"].sha256
+def test_scattering_has_fixed_filters():
+    found, identity = load("none", "scattering", ("layer1", "layer2"))
+    (kernel,) = jax.tree.leaves(found)
+    assert kernel.shape == (7, 7, 1, 8)
     assert "not ImageNet" in identity.origin
-    expected, _ = load(BUNDLED_FILE, stages=BUNDLED_STAGES)  # whose faults would be refused
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32"}
-    assert "layer2_0" not in load("bundled")[0]["params"]
-
-
-def test_bundled_weights_are_of_some_backbones_and_stages():
-    message = refusal("bundled", "resnet50")
-    assert message.startswith("config.model.weights='bundled': ")
-    for said in ("and none of resnet50", "backbone='resnet18'", "resnet50.tv_in1k"):
-        assert said in message
-    assert "none of efficientnet_b5" in refusal("bundled", "efficientnet_b5", ("block7",))
-    message = refusal("bundled", stages=("layer1", "layer4"))
-    assert "end at layer3, and config.model.layers asks for layer4" in message
-
-
-@pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
-def test_a_damaged_installation_is_named(tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(pretrained, "BUNDLED_FOLDER", tmp_path)
-    content = bytearray(BUNDLED_FILE.read_bytes())
-    content[-1] ^= 1  # a bit of a weight, which nothing else would notice
-    if damage != "missing":
-        end = 1000 if damage == "truncated" else None
-        (tmp_path / "resnet18.safetensors").write_bytes(content[:end])
-    message = refusal("bundled")
-    assert str(tmp_path / "resnet18.safetensors") in message
-    assert "Install padim_jax again" in message
-    if damage != "missing":
-        assert BUNDLED["resnet18"].sha256 in message
+    assert identity.sha256 == hashlib.sha256(kernel.tobytes()).hexdigest()
+    # Pins the definition: the same with any version of NumPy, and on any machine.
+    assert identity.sha256 == "915f81a9ff29c108f25d6834eaaebf14946ca6ae850a2db012ff6f1b32317d3b"
 
 
 def test_random_weights_are_he_normal():

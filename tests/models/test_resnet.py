@@ -15,7 +15,7 @@ from PIL import Image
 
 from padim_jax.config import backbones
 from padim_jax.config.backbones import RESNETS
-from padim_jax.models.resnet import ResNet, max_pool
+from padim_jax.models.resnet import ResNet
 from padim_jax.models.weights import folding, pretrained
 
 STAGES = ("layer1", "layer2", "layer3")
@@ -264,43 +264,6 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32():
         assert found.dtype == jnp.float32
         # Eight bits of mantissa, 2^-9 a rounding, some ten roundings deep; measured 0.7 %.
         assert 1e-4 < relative_error(found, np.asarray(expected)) < 0.03
-
-
-class TestMaxPoolsGradient:
-    """It is written apart from the maximum itself, for speed."""
-
-    @pytest.mark.parametrize("size", [(8, 9), (7, 10), (1, 2)])
-    def test_is_that_of_the_maximum(self, size):
-        rng = np.random.default_rng(0)
-        x = jnp.float32(rng.normal(size=(2, *size, 3)))
-
-        def plain(x):
-            return jax.lax.reduce_window(
-                x,
-                -jnp.inf,
-                jax.lax.max,
-                (1, 3, 3, 1),
-                (1, 2, 2, 1),
-                ((0, 0), (1, 1), (1, 1), (0, 0)),
-            )
-
-        expected, found = plain(x), max_pool(x)
-        np.testing.assert_array_equal(found, expected)
-        change = jnp.float32(rng.normal(size=found.shape))
-        slopes = [
-            jax.jit(lambda x, change, pool=pool: jax.vjp(pool, x)[1](change)[0])(x, change)
-            for pool in (plain, max_pool)
-        ]
-        # Where one is the maximum of several windows, theirs are added in any order.
-        np.testing.assert_allclose(slopes[1], slopes[0], rtol=0, atol=1e-6)
-
-    def test_equal_maxima_share_it(self):
-        """Behind a ReLU there are many zeros; none of the gradient is lost or doubled."""
-        x = jnp.maximum(jnp.asarray(np.random.default_rng(1).normal(size=(1, 9, 8, 2))), 0.7)
-        found, back = jax.vjp(max_pool, x)
-        (slope,) = back(jnp.ones(found.shape))
-        assert float(slope.sum()) == found.size
-        assert float(slope.min()) >= 0
 
 
 def test_the_list_of_backbones_is_light():

@@ -132,7 +132,7 @@ def test_what_is_not_known_does_not_differ():
     "settings",
     [
         {"model.weights": "random"},
-        {"model.weights": "bundled"},
+        {"model.weights": "none", "model.backbone": "scattering"},
         {"dataset.name": "folder"},
         {"dataset.name": "synthetic"},
         {"model.backbone": "resnet50"},

@@ -258,7 +258,7 @@ class TestTable:
         "settings",
         [
             {"model.weights": "random"},
-            {"model.weights": "bundled"},
+            {"model.weights": "none", "model.backbone": "scattering"},
             {"dataset.name": "folder"},
             {"dataset.name": "synthetic"},
             {"model.backbone": "resnet50"},

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from padim_jax.config.backbones import ResNetSpec, Spec
+from padim_jax.config.backbones import EfficientNetSpec, ResNetSpec
 from padim_jax.models.weights.naming import Convolution
 
 
-def random_tensors(network: Sequence[Convolution], spec: Spec) -> dict[str, np.ndarray]:
+def random_tensors(
+    network: Sequence[Convolution], spec: ResNetSpec | EfficientNetSpec
+) -> dict[str, np.ndarray]:
     """Draw normal weights that keep the scale of activations; biases are zero.
 
     Each tensor has its own generator, seeded by its name, so that it is the same wherever the
@@ -32,7 +34,7 @@ def random_tensors(network: Sequence[Convolution], spec: Spec) -> dict[str, np.n
     return {name: tensor.astype("<f4") for name, tensor in tensors.items()}
 
 
-def _gain(path: Sequence[str], spec: Spec) -> float:
+def _gain(path: Sequence[str], spec: ResNetSpec | EfficientNetSpec) -> float:
     """Return the variance of random weights times fan-in.
 
     It is one over the mean square of the input, for outputs of variance 1: 2 after a ReLU

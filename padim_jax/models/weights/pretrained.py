@@ -10,20 +10,22 @@ from typing import Any
 
 from padim_jax.config.backbones import (
     BACKBONES,
-    BUNDLED,
-    BUNDLED_WEIGHTS,
+    NO_WEIGHTS,
     RANDOM_WEIGHTS,
+    SCATTERING,
     TORCHVISION_FILES,
     WEIGHTS,
-    require_bundled,
+    EfficientNetSpec,
+    ResNetSpec,
+    ScatteringSpec,
 )
 from padim_jax.errors import UserError
+from padim_jax.models import scattering
 from padim_jax.models.weights import folding, hub, initialization, naming, readers
 from padim_jax.models.weights.folding import Variables
 
 RANDOM_ORIGIN = "random (not ImageNet: for trying the program out)"
-BUNDLED_ORIGIN = "bundled with padim_jax (trained on procedural images, not ImageNet's)"
-BUNDLED_FOLDER = pathlib.Path(__file__).parents[1] / "bundled"
+FIXED_ORIGIN = "fixed filters (no training, not ImageNet)"
 _LONGEST_ORIGIN = 1000  # characters
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -34,9 +36,9 @@ class WeightsIdentity:
 
     Attributes:
       origin: hub repository and its commit, file name, or a statement that the weights are
-        random or bundled.
-      sha256: hex digest of the file's bytes; for random weights, of the tensors' bytes
-        (little-endian float32) in the order of their names.
+        random or fixed.
+      sha256: hex digest of the file's bytes; for random weights and filters, of the tensors'
+        bytes (little-endian float32) in the order of their names.
     """
 
     origin: str
@@ -70,8 +72,7 @@ def load(
         one); a `.safetensors`, `.npz`, `.pth` or `.pt` file with torchvision's or timm's tensor
         names (with batch norm, or with batch norm already folded into each convolution's weight
         and bias; all names may share a prefix such as "module.", which the origin then states);
-        "bundled" (a file of this package; see `padim_jax.config.backbones.BUNDLED`); or
-        "random".
+        "random"; or "none", for scattering.
       backbone: key of `padim_jax.config.backbones.BACKBONES`.
       stages: stages in use, from the backbone's.
 
@@ -83,16 +84,17 @@ def load(
       UserError: the name is unknown or another backbone's, the file cannot be
         downloaded or read, or its tensors are not exactly what the backbone needs.
     """
+    spec = BACKBONES[backbone]
+    if isinstance(spec, ScatteringSpec):
+        return _fixed(spec)
     if name_or_path == RANDOM_WEIGHTS:
-        return _random(backbone, stages)
-    if name_or_path == BUNDLED_WEIGHTS:
-        return _bundled(backbone, stages)
+        return _random(backbone, spec, stages)
     name, _, revision = name_or_path.partition("@")
     if any(name in names for names in WEIGHTS.values()):
         if name not in WEIGHTS[backbone]:
             problem = "belongs to another backbone"
             raise UserError(_expectation(name_or_path, backbone, stages, problem))
-        path, origin, published = hub.fetch(name, revision, _to_bundled(backbone, stages))
+        path, origin, published = hub.fetch(name, revision, _without_download(stages))
     else:
         path = _local_file(name_or_path, backbone, stages)
         origin, published = path.name, ""
@@ -120,10 +122,12 @@ def load(
     return folding.convert(tensors, backbone, stages, source), identity
 
 
-def _random(backbone: str, stages: tuple[str, ...]) -> tuple[Variables, WeightsIdentity]:
+def _random(
+    backbone: str, spec: ResNetSpec | EfficientNetSpec, stages: tuple[str, ...]
+) -> tuple[Variables, WeightsIdentity]:
     network = naming.convolutions(backbone, naming.namings(backbone)[0])
     used = naming.used(network, backbone, stages)
-    tensors = initialization.random_tensors(used, BACKBONES[backbone])
+    tensors = initialization.random_tensors(used, spec)
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(tensors[name].tobytes())
@@ -131,58 +135,35 @@ def _random(backbone: str, stages: tuple[str, ...]) -> tuple[Variables, WeightsI
     return folding.to_variables(tensors, used), identity
 
 
-def _bundled(backbone: str, stages: tuple[str, ...]) -> tuple[Variables, WeightsIdentity]:
-    expected = require_bundled(backbone, stages).sha256
-    path = BUNDLED_FOLDER / f"{backbone}.safetensors"
-    again = (
-        "Install padim_jax again, with pip's --force-reinstall, or restore the file where "
-        "padim_jax runs from a clone of its repository"
-    )
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"config.model.weights={BUNDLED_WEIGHTS!r}: {path} cannot be read, and is part of "
-            f"padim_jax ({error.strerror}). {again}"
-        ) from error
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != expected:
-        raise UserError(
-            f"config.model.weights={BUNDLED_WEIGHTS!r}: {path} has {len(content)} bytes with "
-            f"SHA-256 {digest}; expected {expected}. It is damaged, or of another version of "
-            f"padim_jax. {again}"
-        )
-    variables = folding.convert(
-        readers.parse(content, path), backbone, stages, f"weights file {path}"
-    )
-    return variables, WeightsIdentity(BUNDLED_ORIGIN, digest)
+def _fixed(spec: ScatteringSpec) -> tuple[Variables, WeightsIdentity]:
+    kernel = scattering.filters(spec.orientations)
+    identity = WeightsIdentity(FIXED_ORIGIN, hashlib.sha256(kernel.tobytes()).hexdigest())
+    return {"params": {"gabor": {"kernel": kernel}}}, identity
 
 
 def _expectation(weights: str, backbone: str, stages: Sequence[str], problem: str) -> str:
-    bundled = (BUNDLED_WEIGHTS,) if backbone in BUNDLED else ()
-    names = (*WEIGHTS[backbone], *bundled, RANDOM_WEIGHTS)
+    names = (*WEIGHTS[backbone], RANDOM_WEIGHTS)
     close = difflib.get_close_matches(weights, names, n=1)
     return (
         f"config.model.weights={weights!r}: {problem}"
         + (f"; did you mean {close[0]!r}?" if close else ".")
         + f" Expected for {backbone}: {', '.join(names)}, or the path of a file that ends in "
-        + f"{', '.join(readers.READERS)}. {_to_bundled(backbone, stages)}"
+        + f"{', '.join(readers.READERS)}. {_without_download(stages)}"
     )
 
 
-def _to_bundled(backbone: str, stages: Sequence[str]) -> str:
+def _without_download(stages: Sequence[str]) -> str:
     """Return the alternative that messages about unavailable weights offer.
 
     It is used only when requested: the results differ.
     """
-    offered = backbone if backbone in BUNDLED else next(iter(BUNDLED))
-    settings = [] if offered == backbone else [f"--config.model.backbone={offered}"]
-    settings.append(f"--config.model.weights={BUNDLED_WEIGHTS}")
-    if not set(stages) <= set(BUNDLED[offered].stages):
-        settings.append(f'--config.model.layers="{BUNDLED[offered].stages}"')
+    (name, spec), settings = next(iter(SCATTERING.items())), ""
+    if not set(stages) <= set(spec.stages):
+        settings = f' --config.model.layers="{spec.stages}"'
     return (
-        "Weights that come with padim_jax need no download and come without ImageNet's terms, "
-        f"but results are lower than with ImageNet's: {' '.join(settings)}"
+        "Fixed filters need no download and come without ImageNet's terms, but results are "
+        f"lower than with ImageNet's: --config.model.backbone={name} "
+        f"--config.model.weights={NO_WEIGHTS}{settings}"
     )
 
 

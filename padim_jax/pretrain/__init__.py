@@ -1,1 +1,0 @@
-"""Pretraining of a backbone: procedural images, and a network trained on them."""
