@@ -50,7 +50,8 @@ _INPUT = flags.DEFINE_string(
     "input",
     None,
     "For predict: an image, a folder or a 'glob'. For calibrate and update: normal images, "
-    "likewise; for update without it those of --config. For export with --format=onnx: images "
+    "likewise; for update without it those of --config. For forget: images that the model was "
+    "fitted to. For export with --format=onnx: images "
     "that the file is verified on; drawn ones without it.",
 )
 _WATCH = flags.DEFINE_bool(

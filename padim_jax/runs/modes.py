@@ -77,7 +77,8 @@ class Mode:
 
 # What flags are for that only some modes take.
 _PURPOSES = {
-    "input": "it names what to predict, to find thresholds on, to add or to verify on",
+    "input": "it names what to predict, to find thresholds on, to add, to forget or to verify "
+    "on",
     "watch": "it is a form of --mode=predict",
     "poll_seconds": "it is for --watch",
     "settle_seconds": "it is for --watch",
@@ -168,6 +169,18 @@ def _update(request: Request) -> None:
     dataset_splits.say_folders(config, {"train": dataset["train"]})
     dataset = grow.as_fitted(config, dataset)
     grow.update(checkpoint, dataset["train"], config, request.weights, dataset, request.workdir)
+
+
+def _forget(request: Request) -> None:
+    from padim_jax.data import listing
+    from padim_jax.data.input_pipeline import FolderSource
+    from padim_jax.runs import grow
+
+    assert request.pattern is not None
+    _require_own_suspects(request.workdir)
+    source = FolderSource(listing.find(request.pattern))
+    config, weights = request.config, request.weights
+    grow.forget(request.checkpoint, source, config, weights, workdir=request.workdir)
 
 
 def _merge(request: Request) -> None:
@@ -282,6 +295,12 @@ MODES = {
         stored=True,
     ),
     "update": Mode(_update, _USES | {"input"}, stored=True),
+    "forget": Mode(
+        _forget,
+        _USES | {"input"},
+        {"input": "expected images that the model was fitted to and is to forget"},
+        stored=True,
+    ),
     "merge": Mode(
         _merge,
         frozenset({"checkpoint", "models"}),

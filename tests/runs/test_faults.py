@@ -540,12 +540,13 @@ class TestTwoProcesses:
             "train_and_eval",
             "eval",
             "update",
+            "forget",
             "calibrate",
             "export",
             "merge",
         ):
             given: dict[str, Any] = {}
-            if mode in ("update", "calibrate"):
+            if mode in ("update", "forget", "calibrate"):
                 given = {"pattern": f"{root}/part/test/good"}
             if mode == "merge":
                 given = {"models": (str(finished / "checkpoint"), str(workdir / "checkpoint"))}
