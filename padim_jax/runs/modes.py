@@ -31,6 +31,8 @@ class Request:
       watch: whether to go on with the images that arrive in the folder `pattern`.
       poll_seconds: between two looks at that folder.
       settle_seconds: a file is taken when it has not changed for so long.
+      on_result: a command or a URL that gets each JSON line of `watch`.
+      on_result_seconds: time-out of such a delivery.
       models: the checkpoints to merge.
       weights: where the backbone's weights are now, if they were moved.
       half: whether an exported model is rounded to float16.
@@ -47,6 +49,8 @@ class Request:
     watch: bool = False
     poll_seconds: float = 0.25
     settle_seconds: float = 0.5
+    on_result: str | None = None
+    on_result_seconds: float = 10.0
     models: Sequence[str] = ()
     weights: str | None = None
     half: bool = False
@@ -82,6 +86,8 @@ _PURPOSES = {
     "watch": "it is a form of --mode=predict",
     "poll_seconds": "it is for --watch",
     "settle_seconds": "it is for --watch",
+    "on_result": "it is for --watch",
+    "on_result_seconds": "it is for --on_result",
     "models": "it names what to merge",
     "half": "it is a form of --mode=export",
     "format": "it is for --mode=export",
@@ -124,14 +130,17 @@ def _eval(request: Request) -> None:
 def _predict(request: Request) -> None:
     from padim_jax.data import listing
     from padim_jax.data.input_pipeline import FolderSource
-    from padim_jax.runs import predict, watch
+    from padim_jax.runs import handover, predict, watch
 
     assert request.pattern is not None
     if request.watch:
+        send = None
+        if request.on_result is not None:
+            send = handover.sender(request.on_result, request.on_result_seconds)
         folder = _local_folder(request.pattern)
         timing = watch.Timing(request.poll_seconds, request.settle_seconds)
         with _loaded(request) as detector:
-            watch.watch(detector, folder, request.workdir, timing)
+            watch.watch(detector, folder, request.workdir, timing, send)
         return
     source = FolderSource(listing.find(request.pattern))
     with _loaded(request) as detector:
@@ -281,7 +290,9 @@ MODES = {
     "eval": Mode(_eval, _USES | {"overwrite"}, stored=True),
     "predict": Mode(
         _predict,
-        _USES | {"input", "watch", "poll_seconds", "settle_seconds"},
+        _USES
+        | {"input", "watch", "poll_seconds", "settle_seconds"}
+        | {"on_result", "on_result_seconds"},
         {"input": "expected the image, folder or glob to predict"},
         stored=True,
     ),
@@ -346,7 +357,12 @@ def check(mode: str, given: Mapping[str, Any], config: Config | None) -> None:
     for flag in given:
         if flag in purposes and flag not in MODES[mode].takes:
             raise UserError(f"--{flag}: not for --mode={mode}; {purposes[flag]}")
-    for flag, lowest in (("poll_seconds", 0.01), ("settle_seconds", 0.0)):
+    if "on_result_seconds" in given and "on_result" not in given:
+        raise UserError("--on_result_seconds: for --on_result, which is missing")
+    if "on_result" in given and "watch" not in given:
+        raise UserError("--on_result: for --watch, which is missing")
+    seconds = {"poll_seconds": 0.01, "settle_seconds": 0.0, "on_result_seconds": 0.1}
+    for flag, lowest in seconds.items():
         if flag in given and "watch" not in given:
             raise UserError(f"--{flag}: for --watch, which is missing")
         if not lowest <= given.get(flag, lowest) <= 3600:

@@ -25,7 +25,7 @@ import stat
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +41,7 @@ from padim_jax.devices import parallel
 from padim_jax.errors import DataWarning, MachineError, UserError
 from padim_jax.output import figures, predictions, tables
 from padim_jax.output.predictions import Pictures, Thresholds
-from padim_jax.runs import predict
+from padim_jax.runs import handover, predict
 from padim_jax.system import journal, locks, paths
 from padim_jax.system.journal import Journal, Row, Table
 from padim_jax.system.paths import Path
@@ -281,6 +281,7 @@ class Log(Journal):
     Args:
       folder: where they are; local.
       settings: all that scores depend on, and the watched folder, by names for a person.
+      queued: whether results are to be handed over; see `handover`.
 
     Attributes:
       seen: keys of the arrivals that are finished.
@@ -290,7 +291,8 @@ class Log(Journal):
       UserError: what is there is of something else.
     """
 
-    def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any]):
+    def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any], queued: bool = False):
+        self._queued = queued
         path, refusal = folder / journal.NAME, ""
         names = {x.name for x in folder.iterdir()} if folder.is_dir() else set()
         if journal.EARLIER in names:
@@ -335,7 +337,7 @@ class Log(Journal):
         pairs = zip(results, statuses, strict=True)
         rows = [Row(x.arrival.key, status, x.fields(when)) for x, status in pairs]
         self.scale = self.scale or scale
-        self.add(rows, scale=self.scale and dataclasses.astuple(self.scale))
+        self.add(rows, self._queued, scale=self.scale and dataclasses.astuple(self.scale))
         self.seen.update(row.identity for row in rows)
         self._refused += statuses.count("refused")
 
@@ -352,7 +354,13 @@ class _GoneError(Exception):
     """The file is not there any more, or not as it was found."""
 
 
-def watch(detector: Detector, folder: pathlib.Path, workdir: Path, timing: Timing) -> None:
+def watch(
+    detector: Detector,
+    folder: pathlib.Path,
+    workdir: Path,
+    timing: Timing,
+    send: handover.Send | None = None,
+) -> None:
     """Score images as they arrive in a folder, until SIGTERM; see `run`.
 
     Thresholds and colours are those of `predict`.
@@ -362,6 +370,7 @@ def watch(detector: Detector, folder: pathlib.Path, workdir: Path, timing: Timin
       folder: the images come there, and to folders in it.
       workdir: results go to `watch` below it, where those before stay.
       timing: how often to look, and how long to wait.
+      send: gets each JSON line; see `handover.sender`.
 
     Raises:
       UserError: see `run`.
@@ -370,7 +379,7 @@ def watch(detector: Detector, folder: pathlib.Path, workdir: Path, timing: Timin
     known = predict.known_thresholds(detector, workdir)
     detector = scoring_pass.for_new_images(detector)
     suffix, said = predict.map_suffix(detector.config), predict.dependencies(detector, known)
-    run(detector, known, folder, workdir / "watch", suffix, said, timing)
+    run(detector, known, folder, workdir / "watch", suffix, said, timing, send=send)
 
 
 def run(
@@ -382,6 +391,7 @@ def run(
     said: Mapping[str, Any],
     timing: Timing,
     stop: threading.Event | None = None,
+    send: handover.Send | None = None,
 ) -> None:
     """Score the images of a folder, and those that arrive there, until told to stop.
 
@@ -403,6 +413,7 @@ def run(
       said: all that predictions depend on beside images, by names for a person.
       timing: see there.
       stop: ends this when it is set.
+      send: gets each JSON line; see `handover`.
 
     Raises:
       UserError: no such folder, it holds the results, these are of another model or folder,
@@ -424,7 +435,8 @@ def run(
     with (
         locks.held(output),
         _stopping(stop or threading.Event()) as asked,
-        contextlib.closing(Log(output, settings)) as log,
+        contextlib.closing(Log(output, settings, queued=send is not None)) as log,
+        handover.delivering(log, send, _json_line) as deliver,
     ):
         scale = known.scale or log.scale
         known = dataclasses.replace(known, scale=scale)
@@ -438,13 +450,18 @@ def run(
         delays = Delays()
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
             scorer = _Scorer(detector, known, pictures, log, delays, threads, timing)
-            _loop(watched, scorer, delays, timing, asked)
+            _loop(watched, scorer, delays, timing, asked, deliver)
         waiting = f", {len(delays)} are tried again by the next --watch" if delays else ""
         print(f"stopped, {log.summary()}{waiting}")
 
 
 def _loop(
-    watched: Folder, scorer: "_Scorer", delays: Delays, timing: Timing, asked: threading.Event
+    watched: Folder,
+    scorer: "_Scorer",
+    delays: Delays,
+    timing: Timing,
+    asked: threading.Event,
+    deliver: Callable[[], None],
 ) -> None:
     gone = False
     while not asked.is_set():
@@ -464,6 +481,8 @@ def _loop(
             if asked.is_set():
                 break
             scorer.score(group)
+            deliver()
+        deliver()
         rest = timing.poll - (time.monotonic() - began)
         asked.wait(max(rest, listed * (1 / _LISTING_SHARE - 1)))
 
