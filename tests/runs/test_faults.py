@@ -23,13 +23,14 @@ import pytest
 import small
 
 from padim_jax.config.settings import Config
-from padim_jax.data import dataset_splits, image_cache, inputs, passes
+from padim_jax.data import dataset_splits, image_cache, inputs, listing, passes
+from padim_jax.data.input_pipeline import FolderSource
 from padim_jax.data.layouts.synthetic import generate
 from padim_jax.detector import memory, steps
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
 from padim_jax.output import results
-from padim_jax.runs import evaluate, fitting, loading, modes, sweep, train
+from padim_jax.runs import evaluate, fitting, loading, modes, predict, sweep, train
 from padim_jax.store import checkpoint
 from padim_jax.system import library_logs, locks, paths
 
@@ -135,6 +136,31 @@ class TestFullDisk:
         assert content(workdir).keys() < before.keys()  # without pictures
         expected = (tmp_path / "all" / "metrics.json").read_bytes()
         assert (workdir / "metrics.json").read_bytes() == expected
+
+    def test_every_write_of_predictions(
+        self, root: pathlib.Path, finished: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        """Maps, overlays, masks and regions: told, and the same command goes on."""
+        workdir, images = tmp_path / "run", root / "part" / "test" / "good"
+        shutil.copytree(finished, workdir)
+        fitted = loading.load(workdir / "checkpoint", {"outputs.coco": True})
+        source = FolderSource(listing.find(str(images)))
+        with full_disk(10**6) as names:
+            predict.predict(fitted, source, tmp_path / "all")
+        expected = content(tmp_path / "all" / "predictions")
+        for kind in ("maps", "overlays", "masks", "regions.json", "regions.coco.json"):
+            assert any(f"/{kind}" in name for name in names), kind
+        for write in range(len(names)):
+            shutil.rmtree(workdir / "predictions.incomplete", ignore_errors=True)
+            with full_disk(write), pytest.raises(UserError) as caught, paths.explained():
+                predict.predict(fitted, source, workdir)
+            assert str(caught.value).startswith(str(workdir / "predictions.incomplete"))
+            assert "No space left on device" in str(caught.value)
+            assert not (workdir / "predictions").exists()
+            if write % 3:  # goes on with what is there
+                predict.predict(fitted, source, workdir)
+                assert content(workdir / "predictions") == expected
+                shutil.rmtree(workdir / "predictions")
 
     def test_of_the_checkpoint(
         self,
