@@ -132,7 +132,7 @@ class TestWatch:
         assert first.startswith("drift: the last 100 images called normal score higher")
         assert last == "drift: as in the calibration again"
         report = (tmp_path / "report.html").read_text()
-        assert "mean p-value of 100 images" in report
+        assert "share scoring high" in report
         assert report.count("<polyline") == 2 + 3  # courses, and bounds
 
     def test_restarts_change_nothing(

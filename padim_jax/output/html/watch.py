@@ -46,20 +46,22 @@ def watch_page(
         low, top = 0.5 - against.band, 0.5 + against.band
         most = against.most / drift.WINDOW
         pictures = [
-            charts.course(numbers, means, (low, top), f"mean p-value of {drift.WINDOW} images"),
+            charts.course(numbers, means, (low, top), "mean p-value"),
             charts.course(
                 numbers,
                 high / drift.WINDOW,
                 (0.0, most),
-                f"called anomalous, of {drift.WINDOW} images",
+                "share scoring high",
             ),
         ]
         state = "what" if said else "faint"
         body = (
             f'<p class="{state}">{text(said or "No drift at present.")}</p>'
             f"{''.join(pictures)}"
-            f'<p class="faint">The line is of the last {drift.WINDOW} images, at each of the '
-            f"last {len(means)} that were scored; the dashed lines are the bounds. At most "
+            f'<p class="faint">After each of the last {len(means):,} scored images: the mean '
+            f"p-value of the last {drift.WINDOW} called normal (1/2 as in the calibration, "
+            f"less for higher scores), and how many of the last {drift.WINDOW} score as high "
+            "as anomalous ones. The dashed lines are the bounds; at most "
             f"{drift.RATE:.0%} of runs of {drift.IMAGES:,} images like those of the "
             "calibration leave them at any time.</p>"
         )
