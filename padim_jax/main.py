@@ -5,9 +5,10 @@ Modes:
   train           fit and save
   eval            evaluate a saved model
   predict         score images without labels: --input=IMAGE, FOLDER or 'GLOB'; with --watch
-                  go on with those that arrive in the FOLDER
+                  go on with those that arrive in the FOLDER, and hand results over: --on_result
   calibrate       find thresholds on normal images that were not fitted: --input
   update          extend a saved model by normal images: --input, or the configuration's
+  forget          remove images from a saved model that it was fitted to: --input
   merge           join models of disjoint images: --models=A,B --checkpoint=JOINED
   export          write model.safetensors, for scoring alone; half the size with --half;
                   with --format=onnx or stablehlo for other runtimes

@@ -19,7 +19,7 @@ from padim_jax.config import defaults
 from padim_jax.config import settings as config
 from padim_jax.data import dataset_splits
 from padim_jax.data.layouts.synthetic import generate
-from padim_jax.errors import UserError
+from padim_jax.errors import DataWarning, UserError
 from padim_jax.runs import train
 
 SIZE = 64
@@ -354,6 +354,39 @@ class TestGrowing:
         np.testing.assert_allclose(maps(found, arrays), maps(expected, arrays), rtol=1e-3)
         assert found.thresholds is not None
         assert found.thresholds.origin == "leave_some_out"
+
+    @pytest.mark.parametrize("form", ["moments", "samples"])
+    def test_forget_equals_one_fit(self, form: str, arrays: np.ndarray):
+        settings = {**SETTINGS, "statistics": form}
+        whole, expected = (padim_jax.fit(x, **settings) for x in (arrays, arrays[:GOOD]))
+        if form == "moments":
+            with pytest.warns(DataWarning, match="no thresholds now: 0 of the 8 images"):
+                found = whole.forget(arrays[GOOD:])
+            assert found.thresholds is None
+        else:
+            found = whole.forget(arrays[GOOD:])
+            assert found.thresholds == expected.thresholds
+        np.testing.assert_array_equal(found.images, expected.images)
+        np.testing.assert_allclose(maps(found, arrays), maps(expected, arrays), rtol=1e-4)
+        assert found.forget(arrays[GOOD:]) is found  # as a command that is given twice
+        with pytest.warns(DataWarning, match="4 of the images to add were forgotten before"):
+            again = found.update(arrays[GOOD:])
+        np.testing.assert_array_equal(again.images, whole.images)
+        np.testing.assert_allclose(maps(again, arrays), maps(whole, arrays), rtol=1e-4)
+
+    def test_forget_only_what_was_fitted(self, arrays: np.ndarray, fitted: padim_jax.Detector):
+        with pytest.raises(
+            UserError, match=r"images\[2\], images\[3\]: 2 of 4 .* never fitted"
+        ):
+            fitted.forget(arrays[GOOD - 2 : GOOD + 2])
+        with pytest.raises(UserError, match="fitted to 8 images, of which 1 would be left"):
+            fitted.forget(arrays[: GOOD - 1])
+        bright = np.full_like(arrays[:1], 255)
+        odd = padim_jax.fit(
+            np.concatenate([arrays[:3], bright]), **SETTINGS, regularization=1e-4
+        )
+        with pytest.raises(UserError, match=r"cannot forget them: .* rounding .* fit again"):
+            odd.forget(bright)
 
     def test_merge(self, arrays: np.ndarray):
         samples = {**SETTINGS, "statistics": "samples"}

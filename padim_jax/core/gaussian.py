@@ -26,6 +26,7 @@ _Matrices = tuple[tuple[Float32[Array, "_n _d _e"], ...], ...]
 _Rows = tuple[Float32[Array, "_n _d b"], ...]
 
 _LARGEST_BLOCK = 256  # cells of the finest level per block
+_ROUNDOFF = 2.0**-24  # of float32
 _MOST_NUMBERS = 1 << 25  # in a block's matrices; reached only with many channels per level
 
 # float32 products, also on GPUs, where the default would be TF32's 10-bit mantissa.
@@ -88,8 +89,57 @@ def merge(a: Moments, b: Moments) -> Moments:
     Returns:
       Moments of both.
     """
-    count = a.count + b.count
-    weight = b.count / jnp.maximum(count, 1).astype(jnp.float32)
+    return _combine(a, b, 1)
+
+
+def remove(
+    moments: Moments, part: Moments, regularization: Float[Array, ""] | float
+) -> tuple[Moments, Float32[Array, " r"], Float32[Array, " r"]]:
+    """Return the moments without a part of the images; the inverse of `merge`.
+
+    The moments are those of `merge` with a negative count and M2 of the part.
+
+    Rounding errors are those of all images' moments, and count for more beside the moments that
+    are left. With D the diagonal of M2 and u = 2^-24, sums of n terms have errors of about
+    sqrt(n) u D, and sqrt(n) u |m| sqrt(D) since means are rounded, m being the larger one. The
+    product of the means' difference, s = n n_part / n_left times, has sqrt(s) of the latter. By
+    Cauchy-Schwarz an entry (i, j) has no more than the geometric mean of i's and j's. Where
+    errors are as large as what is left, the estimate only says so.
+
+    Args:
+      moments: moments of all images; donate them under jit.
+      part: moments of some of them; at least two images are left.
+      regularization: epsilon, above 0.
+
+    Returns:
+      Moments of the images that are left; per region the estimated error of their covariances
+      relative to the largest regularized variance, and the largest of those of variances each
+      relative to itself, by as much of which squared distances are wrong.
+    """
+    means = jax.tree.map(lambda x, y: jnp.maximum(abs(x), abs(y)), moments.mean, part.mean)
+    before = list(zip(_diagonals(moments), means, strict=True))
+    left = _combine(moments, part, -1)
+    total = moments.count.astype(jnp.float32)
+    scale = jnp.maximum(total * part.count / left.count, 1)
+    floor = (left.count - 1) * regularization
+    size, variance = [], []
+    for (sums, mean), remaining in zip(before, _diagonals(left), strict=True):
+        error = sums + mean * jnp.sqrt(scale * sums)
+        size.append(jnp.reshape(error, (len(error), -1)))
+        variance.append(jnp.reshape(remaining + floor, size[-1].shape))
+    sizes, variances = jnp.concatenate(size, axis=1), jnp.concatenate(variance, axis=1)
+    own = jnp.max(jnp.where(variances > 0, sizes / variances, jnp.inf), axis=1)
+    overall = jnp.max(sizes, axis=1) / jnp.max(variances, axis=1)
+    # Measured on 1,500 drawn sets of 12 to 1,000 images: own errors are at most 0.9 of these.
+    roundoff = _ROUNDOFF * jnp.sqrt(total + 8)
+    least = total / left.count  # of the means
+    return left, roundoff * jnp.maximum(overall, least), roundoff * jnp.maximum(own, least)
+
+
+def _combine(a: Moments, b: Moments, sign: int) -> Moments:
+    added = sign * b.count
+    count = a.count + added
+    weight = added / jnp.maximum(count, 1).astype(jnp.float32)
     scale = a.count * weight
     block = _block(a.m2)
     merge_block = jax.vmap(_merge_region, in_axes=(0, 0, 0, 0, None, None))
@@ -99,6 +149,7 @@ def merge(a: Moments, b: Moments) -> Moments:
         mean, m2, other, other_m2 = jax.tree.map(
             lambda x: _slice(x, i, block), (*state, b.mean, b.m2)
         )
+        other_m2 = jax.tree.map(lambda x: sign * x, other_m2)
         changed = merge_block(mean, m2, other, other_m2, weight, scale)
         return jax.tree.map(lambda x, y: _put(x, y, i, block), state, changed)
 
@@ -156,6 +207,10 @@ def _block(m2: LevelMatrices) -> int:
     numbers = sum(x.size for x in jax.tree.leaves(m2)) // regions
     most = max(1, min(_LARGEST_BLOCK // cells, _MOST_NUMBERS // numbers))
     return max(n for n in range(1, most + 1) if regions % n == 0)
+
+
+def _diagonals(moments: Moments) -> list[Float32[Array, "r _n _d"]]:
+    return [jnp.diagonal(own, axis1=-2, axis2=-1) for own, *_ in moments.m2]
 
 
 def _slice(x: Array, i: Int32[Array, ""], block: int) -> Array:

@@ -91,6 +91,20 @@ def merge(a: Samples, b: Samples) -> Samples:
     return Samples(a.count + b.count, values)
 
 
+def take(samples: Samples, rows: Int32[Array, " t"]) -> Samples:
+    """Return some of the images.
+
+    Args:
+      samples: samples filled to capacity.
+      rows: their numbers, in the order of `update`.
+
+    Returns:
+      Samples of these images, filled to capacity.
+    """
+    count = jnp.full_like(samples.count, len(rows))
+    return Samples(count, tuple(x[:, :, rows] for x in samples.values))
+
+
 def levels(samples: Samples) -> tuple[Levels, Valid]:
     """Return the embeddings as one batch, as `gaussian.update` takes it."""
     room = samples.values[0].shape[2]

@@ -17,6 +17,16 @@ from padim_jax.devices.parallel import Devices
 LEAST_KEPT = 0.95
 
 
+# Largest estimated errors of moments that images are removed from, see `gaussian.remove`: of
+# covariances relative to the largest, and of each variance. Measured on 600 drawn sets, of what
+# is allowed: moments are wrong by at most 6e-6, distances by 5e-5.
+MOST_LOST, MOST_LOST_EACH = 1e-5, 1e-4
+
+
+class CancellationError(ValueError):
+    """Moments of which rounding leaves too little when images are removed."""
+
+
 class RegionError(ValueError):
     """Statistics of a region that give no Gaussians.
 
@@ -133,6 +143,44 @@ def merge(
     return _merge_moments(first, second)
 
 
+def take(samples: Samples, rows: Sequence[int], devices: Devices) -> Samples:
+    """Return the samples of some of the images; see `low_rank.take`.
+
+    Args:
+      samples: samples filled to capacity.
+      rows: numbers of the images.
+      devices: devices that take part.
+    """
+    return _take(samples, parallel.replicate(np.array(rows, np.int32), devices))
+
+
+def remove(moments: Moments, part: Moments, regularization: float) -> Moments:
+    """Return the moments without a part of the images; consumes the first argument.
+
+    Args:
+      moments: moments of all images.
+      part: moments of some of them; at least two images are left.
+      regularization: epsilon, above 0.
+
+    Returns:
+      Moments of the images that are left.
+
+    Raises:
+      CancellationError: rounding errors could exceed `MOST_LOST` or `MOST_LOST_EACH`; or they
+        are not finite.
+    """
+    epsilon = np.full(len(moments.count), regularization, np.float32)
+    left, *errors = _remove(moments, part, epsilon)
+    overall, each = (float(np.max(np.asarray(x)[0])) for x in errors)
+    if not (overall <= MOST_LOST and each <= MOST_LOST_EACH):
+        raise CancellationError(
+            "float32 keeps too little of the moments, of which these images make up too much: "
+            f"estimated rounding errors of {overall:.1g} of the moments and {each:.1g} of a "
+            f"variance; at most {MOST_LOST:g} and {MOST_LOST_EACH:g} are allowed"
+        )
+    return left
+
+
 def finalize(
     statistics: Moments | Samples, regularization: float, left_out: int = 0
 ) -> Gaussian | LowRank:
@@ -200,6 +248,14 @@ def _moments(samples: Samples) -> Moments:
     return gaussian.update(gaussian.init(shapes), *low_rank.levels(samples))
 
 
+def _remove_regions(
+    moments: Moments, part: Moments, regularization: Float32[Array, ""]
+) -> tuple[Moments, Float32[Array, " r"], Float32[Array, " r"]]:
+    left, *errors = gaussian.remove(moments, part, regularization)
+    overall, each = map(parallel.of_all_regions, errors)
+    return left, overall, each
+
+
 def _finalize_regions(
     statistics: Moments | Samples, regularization: Float32[Array, ""]
 ) -> tuple[Gaussian | LowRank, Bool[Array, " r"], Float32[Array, " r"], Int32[Array, ""]]:
@@ -215,5 +271,7 @@ _init = parallel.mapped(_init_regions, static=(1, 2))
 _resize = parallel.mapped(low_rank.resize, static=(1,))
 _summarise = parallel.mapped(_moments)
 _merge_samples = parallel.mapped(low_rank.merge)
+_take = parallel.mapped(low_rank.take, replicated=(1,))
+_remove = parallel.mapped(_remove_regions, donated=(0,))
 _merge_moments = parallel.mapped(gaussian.merge, donated=(0,))
 _finalize = parallel.mapped(_finalize_regions, donated=(0,))

@@ -1,5 +1,6 @@
 """Normal images -> a fitted model on disk: fit, go on with a fit, extend it, merge several."""
 
+import collections
 import dataclasses
 import hashlib
 import operator
@@ -21,6 +22,7 @@ from padim_jax.data import (
     copies,
     decoding,
     image_cache,
+    input_pipeline,
     passes,
     sampling,
     skipping,
@@ -122,19 +124,20 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class Extended:
-    """Result of `update`.
+    """Result of `update`, and of `forget`.
 
     Attributes:
-      detector: the extended model.
-      source: the images that were to be added and can be read, all of which are in it now.
+      detector: the extended model, or the one that has forgotten.
+      source: the images that were to be added and can be read, all of which are in it now; or
+        those that were to be forgotten, none of which are.
       digests: SHA-256 of their files.
-      added: how many of them the model did not know.
+      changed: how many of them were added or forgotten.
     """
 
     detector: Detector
     source: Source
     digests: UInt8[np.ndarray, "n 32"]
-    added: int
+    changed: int
 
 
 def update(
@@ -184,6 +187,7 @@ def update(
         progress.say(
             f"{left_out} of {len(source.records)} images are in {path} already: left out"
         )
+    warn_forgotten(fitted, sampling.part(source, new), digests[new], devices)
     start, marker = 0, f"update {identity}"
     unfinished = checkpoint.load_unfinished(path, devices)
     if unfinished is not None:
@@ -211,12 +215,196 @@ def update(
             fitted.statistics, shapes, total, fitted.config.model.statistics
         ),
         unfinished=marker,
+        forgotten=without(fitted.forgotten, digests[new]),
     )
     del fitted, unfinished  # whose statistics are used up, or would be there twice
     with compilation_cache.enabled(config.cache.programs):
         part = sampling.part(source, new)
         detector = _fit(extended, part, start, config, variables, path, devices)
     return Extended(detector, source, digests, len(new))
+
+
+def forget(
+    path: Path,
+    source: Source,
+    config: Config | config_lib.Overrides | None = None,
+    weights: str | None = None,
+    check: Callable[[Config, UInt8[np.ndarray, "m 32"]], None] | None = None,
+) -> Extended:
+    """Remove images that a model was fitted to; the inverse of `update`.
+
+    The result is that of one fit to the others, up to rounding. It has no thresholds; see
+    `grow.forget`, which also locks the checkpoint.
+
+    Args:
+      path: the checkpoint's folder; the model without the images replaces it.
+      source: the images, all of which the model was fitted to; told by their files' contents.
+      config: see `update`.
+      weights: see `update`.
+      check: called before the model changes, if it does, with the configuration and the SHA-256
+        of all images that it is fitted to now.
+
+    Raises:
+      UserError: see `forgettable` and `without_images`; or no checkpoint, other settings or
+        weights than it was fitted with, an unreadable image, or too little memory.
+      Stopped: by SIGTERM.
+    """
+    devices = parallel.every()
+    fitted, identity = statistics_store.load_checkpoint(path, devices)
+    config = config_lib.resolve(config, fitted.config)
+    require_same(path, fitted.config, config)
+    config = with_stored_range(config, fitted.config)
+    found = copies.distinct(source, devices)
+    variables = load_weights(path, fitted.weights, config, weights)
+    variables = parallel.replicate(steps.with_projection(variables, fitted.projection), devices)
+    part = forgettable(path, fitted, found)
+    if not (count := len(part.records)):
+        progress.say(f"nothing to forget: {path} is as it was")
+        ready = statistics_store.ready(fitted, identity, config, variables)
+        return Extended(ready, found, found.digests, 0)
+    if checkpoint.load_unfinished(path, devices) is not None:
+        raise UserError(_other_unfinished(path))
+    if isinstance(fitted.statistics, Moments):
+        memory.require(config, len(fitted.images), devices, kept=True)  # those of the part, too
+    if check is not None:
+        check(config, fitted.images)
+    with (
+        compilation_cache.enabled(config.cache.programs),
+        interrupts.sigterm() as asked,
+    ):
+        left = without_images(path, fitted, part, config, variables, devices, asked)
+        del fitted  # whose statistics are used up
+        progress.say(f"forgot {count} images")
+        detector = _save(left, part, config, variables, path, devices, asked)
+    return Extended(detector, found, found.digests, count)
+
+
+def forgettable(place: Path | str, fitted: Fitted, source: copies.Distinct) -> copies.Distinct:
+    """Return the images that a model was fitted to, without those that it has forgotten.
+
+    Args:
+      place: where the model is, for messages.
+      fitted: the model.
+      source: images to forget.
+
+    Raises:
+      UserError: an image was never fitted, or fewer than two are left.
+    """
+    known, gone = (set(map(bytes, x)) for x in (fitted.images, fitted.forgotten))
+    digests = list(map(bytes, source.digests))
+    names = [shown(record.image) for record in source.records]
+    never = [x for x, digest in zip(names, digests, strict=True) if digest not in known | gone]
+    if never:
+        raise UserError(
+            f"{', '.join(never[:3])}{', ...' * (len(never) > 3)}: {len(never)} of {len(names)} "
+            f"images to forget were never fitted by {place} (a file's content counts, not its "
+            "name); expected images that were"
+        )
+    numbers = [i for i, digest in enumerate(digests) if digest in known]
+    if len(numbers) < len(digests):
+        progress.say(f"{len(digests) - len(numbers)} images were forgotten before: left out")
+    left = len(without(fitted.images, source.digests))
+    if numbers and left < 2:
+        raise UserError(
+            f"{place}: fitted to {len(fitted.images)} images, of which {left} would be left; a "
+            "covariance needs at least 2"
+        )
+    return source.part(np.array(numbers, int))
+
+
+def without_images(
+    place: Path | str,
+    fitted: Fitted,
+    source: copies.Distinct,
+    config: Config,
+    variables: Any,
+    devices: Devices,
+    asked: Callable[[], bool] = lambda: False,
+) -> Fitted:
+    """Return a model without some of its images; its statistics are used up.
+
+    Samples lose these images' rows. Of moments those of the images are taken away, which are
+    read again for it.
+
+    Args:
+      place: where the model is, for messages.
+      fitted: the model.
+      source: images that it was fitted to, of which at least two others are left.
+      config: in use.
+      variables: the backbone's, and the projection, on the devices.
+      devices: that take part.
+      asked: whether to stop.
+
+    Raises:
+      UserError: rounding would leave too little of moments; or they are of random views.
+      Stopped: `asked` said so.
+    """
+    removed = set(map(bytes, source.digests))
+    rows = [i for i, digest in enumerate(fitted.images) if bytes(digest) not in removed]
+    statistics, again = fitted.statistics, "fit again without them"
+    if isinstance(statistics, Moments):
+        if input_pipeline.centred(config.image) != config.image:
+            # A view depends on the name that an image had when it was fitted.
+            raise UserError(
+                f"{place}: random views of fitted images cannot be drawn again, to take them "
+                f"out of moments; {again}"
+            )
+
+        def pause(done: int, _: Callable[[], Fitted]) -> None:
+            if np.any(parallel.gather(np.array([asked()]))):
+                raise Stopped(
+                    f"stopped by SIGTERM after {done} of {len(source.records)} images, nothing "
+                    "is forgotten; the same command begins anew"
+                )
+
+        # Models of earlier versions may have a file's image several times.
+        times = collections.Counter(map(bytes, fitted.images))
+        numbers = [i for i, x in enumerate(source.digests) for _ in range(times[bytes(x)])]
+        index = fitted.index.tolist()
+        shapes = geometry.pyramid(config.image, config.model, index).shapes
+        empty = statistics_lib.init(shapes, len(numbers), "moments", devices)
+        part = dataclasses.replace(fitted, statistics=empty)
+        images = sampling.part(source, numbers)
+        part = add_images(part, images, 0, config, variables, devices, pause)
+        assert isinstance(part.statistics, Moments)
+        try:
+            statistics = statistics_lib.remove(
+                statistics, part.statistics, config.model.regularization
+            )
+        except statistics_lib.CancellationError as error:
+            raise UserError(f"{place}: cannot forget them: {error}; {again}") from error
+    else:
+        statistics = statistics_lib.take(statistics, rows, devices)
+    return dataclasses.replace(
+        fitted,
+        statistics=statistics,
+        images=fitted.images[rows],
+        forgotten=np.concatenate([fitted.forgotten, source.digests]),
+    )
+
+
+def without(
+    digests: UInt8[np.ndarray, "n 32"], others: UInt8[np.ndarray, "m 32"]
+) -> UInt8[np.ndarray, "_ 32"]:
+    """Return the digests that are not among others, in their order."""
+    known = set(map(bytes, others))
+    return digests[[bytes(digest) not in known for digest in digests]]
+
+
+def warn_forgotten(
+    fitted: Fitted, source: Source, digests: UInt8[np.ndarray, "n 32"], devices: Devices
+) -> None:
+    """Issue a `DataWarning` for images to add that the model has forgotten before."""
+    gone = set(map(bytes, fitted.forgotten))
+    pairs = zip(source.records, digests, strict=True)
+    names = [shown(record.image) for record, digest in pairs if bytes(digest) in gone]
+    if names and devices.process == 0:
+        message = (
+            f"{', '.join(names[:3])}{', ...' * (len(names) > 3)}: {len(names)} of the images "
+            "to add were forgotten before, and count again now; move their files away if they "
+            "are not to"
+        )
+        warnings.warn(DataWarning(message), stacklevel=3)
 
 
 def merge(
@@ -313,9 +501,12 @@ def join(models: Sequence[Store]) -> tuple[Fitted, list[Config]]:
             merged.regions,
             np.concatenate([merged.images, other.images]),
             projection=merged.projection,
+            forgotten=np.concatenate([merged.forgotten, other.forgotten]),
         )
         del other
-    return merged, configs
+    # What one of them has forgotten may be fitted by another.
+    forgotten = without(merged.forgotten, merged.images)
+    return dataclasses.replace(merged, forgotten=forgotten), configs
 
 
 def _same_projection(a: Projection | None, b: Projection | None) -> bool:
@@ -683,15 +874,28 @@ def _fit(
             fitted, source, start, config, variables, devices, pause, embeddings
         )
         finished = dataclasses.replace(fitted, unfinished=None)
-        count, form = len(finished.images), "samples"
-        if isinstance(finished.statistics, Moments):
-            form = "moments"
-        with checkpoint.saving(path, finished, devices) as identity:
-            detector = finalize(finished, identity, source, config, variables, left_out)
-        stop = bool(np.any(parallel.gather(np.array([asked()]))))
+        return _save(finished, source, config, variables, path, devices, asked, left_out)
+
+
+def _save(
+    fitted: Fitted,
+    source: Source,
+    config: Config,
+    variables: Any,
+    path: Path,
+    devices: Devices,
+    asked: Callable[[], bool],
+    left_out: int = 0,
+) -> Detector:
+    """Write a finished model, whose statistics are used up, and factorise it."""
+    count, index = len(fitted.images), fitted.index
+    form = "moments" if isinstance(fitted.statistics, Moments) else "samples"
+    with checkpoint.saving(path, fitted, devices) as identity:
+        detector = finalize(fitted, identity, source, config, variables, left_out)
+    stop = bool(np.any(parallel.gather(np.array([asked()]))))
     height, width = geometry.patch_grid(config.image, config.model.layers)
     progress.say(
-        f"fitted {count} images, {height}x{width} patches of {len(finished.index)} channels "
+        f"fitted {count} images, {height}x{width} patches of {len(index)} channels "
         f"({form}) -> {path}"
     )
     if stop:

@@ -48,7 +48,8 @@ _INPUT = flags.DEFINE_string(
     "input",
     None,
     "For predict: an image, a folder or a 'glob'. For calibrate and update: normal images, "
-    "likewise; for update without it those of --config. For export with --format=onnx: images "
+    "likewise; for update without it those of --config. For forget: images that the model was "
+    "fitted to. For export with --format=onnx: images "
     "that the file is verified on; drawn ones without it.",
 )
 _WATCH = flags.DEFINE_bool(
@@ -65,6 +66,15 @@ _SETTLE_SECONDS = flags.DEFINE_float(
     0.5,
     "For --watch: a file is taken when it has not changed for so long; 0 where files are only "
     "ever moved in.",
+)
+_ON_RESULT = flags.DEFINE_string(
+    "on_result",
+    None,
+    "For --watch: a command, run without a shell, that gets each result's JSON line on its "
+    "standard input; or an http or https URL that gets it by POST (docs/operations.md).",
+)
+_ON_RESULT_SECONDS = flags.DEFINE_float(
+    "on_result_seconds", 10.0, "For --on_result: time-out of a delivery, which is tried again."
 )
 _MODELS = flags.DEFINE_list("models", [], "For merge: the checkpoints to join.")
 _WEIGHTS = flags.DEFINE_string(
@@ -129,6 +139,7 @@ STRICT = flags.DEFINE_bool(
 # All that a mode may be asked for beside its configuration; the same in all processes.
 _REQUEST = (
     *(_WORKDIR, _CHECKPOINT, _INPUT, _WATCH, _POLL_SECONDS, _SETTLE_SECONDS),
+    *(_ON_RESULT, _ON_RESULT_SECONDS),
     *(_MODELS, _WEIGHTS, _HALF, _FORMAT, _FRAME, _OVERWRITE, _DOWNLOAD),
 )
 

@@ -1,11 +1,11 @@
-"""Extend a model, join several, and find their thresholds again."""
+"""Extend a model, let it forget, join several, and find their thresholds again."""
 
 import collections
 import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -61,6 +61,49 @@ def update(
       UserError: see `fitting.update` and `calibrate`; or another process writes there.
       Stopped: by SIGTERM.
     """
+    return _changed(fitting.update, path, source, config, weights, dataset, workdir)
+
+
+def forget(
+    path: Path,
+    source: Source,
+    config: Config | config_lib.Overrides | None = None,
+    weights: str | None = None,
+    dataset: Mapping[str, Source] | None = None,
+    workdir: Path | None = None,
+) -> Detector:
+    """Remove images that a model was fitted to, and find its thresholds again.
+
+    The inverse of `update`, with the same arguments and thresholds; see `fitting.forget` for
+    the rest.
+
+    Args:
+      path: the checkpoint's folder; the model without the images replaces it.
+      source: images that were fitted.
+      config: see `update`.
+      weights: see `update`.
+      dataset: see `update`.
+      workdir: see `update`.
+
+    Returns:
+      The detector without the images.
+
+    Raises:
+      UserError: see `fitting.forget` and `calibrate`; or another process writes there.
+      Stopped: by SIGTERM.
+    """
+    return _changed(fitting.forget, path, source, config, weights, dataset, workdir)
+
+
+def _changed(
+    change: Callable[..., fitting.Extended],
+    path: Path,
+    source: Source,
+    config: Config | config_lib.Overrides | None,
+    weights: str | None,
+    dataset: Mapping[str, Source] | None,
+    workdir: Path | None,
+) -> Detector:
     splits = dataset
 
     def check(used: Config, images: UInt8[np.ndarray, "_n 32"]) -> None:
@@ -68,15 +111,17 @@ def update(
         splits = _without_fitted(used, splits or _dataset_at_hand(used), images)
 
     with locks.held(path, parallel.every().process):
-        extended = fitting.update(path, source, config, weights, check)
-        detector = extended.detector
+        changed = change(path, source, config, weights, check)
+        detector = changed.detector
         with compilation_cache.enabled(detector.config.cache.programs):
-            if not extended.added:  # an update that was killed may lack its thresholds
+            if not changed.changed:  # what was killed may lack its thresholds, or suspects.csv
                 mark = detector_lib.fingerprint(detector)
-                if known := calibration_file.read(path, mark):
+                known = calibration_file.read(path, mark)
+                ranked = workdir is None or (workdir / results.SUSPECTS).exists()
+                if known and _all_processes(ranked or known.origin != "leave_one_out"):
                     return dataclasses.replace(detector, calibration=known)
             splits = splits or _dataset_at_hand(detector.config)
-            hashed = [(extended.source, extended.digests)]
+            hashed = [(changed.source, changed.digests)]
             return find_thresholds(detector, [splits], hashed, OnDisk(path), workdir)
 
 

@@ -30,6 +30,8 @@ class Request:
       watch: whether to go on with the images that arrive in the folder `pattern`.
       poll_seconds: between two looks at that folder.
       settle_seconds: a file is taken when it has not changed for so long.
+      on_result: a command or a URL that gets each JSON line of `watch`.
+      on_result_seconds: time-out of such a delivery.
       models: the checkpoints to merge.
       weights: where the backbone's weights are now, if they were moved.
       half: whether an exported model is rounded to float16.
@@ -46,6 +48,8 @@ class Request:
     watch: bool = False
     poll_seconds: float = 0.25
     settle_seconds: float = 0.5
+    on_result: str | None = None
+    on_result_seconds: float = 10.0
     models: Sequence[str] = ()
     weights: str | None = None
     half: bool = False
@@ -76,10 +80,13 @@ class Mode:
 
 # What flags are for that only some modes take.
 _PURPOSES = {
-    "input": "it names what to predict, to find thresholds on, to add or to verify on",
+    "input": "it names what to predict, to find thresholds on, to add, to forget or to verify "
+    "on",
     "watch": "it is a form of --mode=predict",
     "poll_seconds": "it is for --watch",
     "settle_seconds": "it is for --watch",
+    "on_result": "it is for --watch",
+    "on_result_seconds": "it is for --on_result",
     "models": "it names what to merge",
     "half": "it is a form of --mode=export",
     "format": "it is for --mode=export",
@@ -122,14 +129,17 @@ def _eval(request: Request) -> None:
 def _predict(request: Request) -> None:
     from padim_jax.data import listing
     from padim_jax.data.input_pipeline import FolderSource
-    from padim_jax.runs import predict, watch
+    from padim_jax.runs import handover, predict, watch
 
     assert request.pattern is not None
     if request.watch:
+        send = None
+        if request.on_result is not None:
+            send = handover.sender(request.on_result, request.on_result_seconds)
         folder = _local_folder(request.pattern)
         timing = watch.Timing(request.poll_seconds, request.settle_seconds)
         with _loaded(request) as detector:
-            watch.watch(detector, folder, request.workdir, timing)
+            watch.watch(detector, folder, request.workdir, timing, send)
         return
     source = FolderSource(listing.find(request.pattern))
     with _loaded(request) as detector:
@@ -167,6 +177,18 @@ def _update(request: Request) -> None:
     dataset_splits.say_folders(config, {"train": dataset["train"]})
     dataset = grow.as_fitted(config, dataset)
     grow.update(checkpoint, dataset["train"], config, request.weights, dataset, request.workdir)
+
+
+def _forget(request: Request) -> None:
+    from padim_jax.data import listing
+    from padim_jax.data.input_pipeline import FolderSource
+    from padim_jax.runs import grow
+
+    assert request.pattern is not None
+    _require_own_suspects(request.workdir)
+    source = FolderSource(listing.find(request.pattern))
+    config, weights = request.config, request.weights
+    grow.forget(request.checkpoint, source, config, weights, workdir=request.workdir)
 
 
 def _merge(request: Request) -> None:
@@ -256,7 +278,9 @@ MODES = {
     "eval": Mode(_eval, _USES | {"overwrite"}, stored=True),
     "predict": Mode(
         _predict,
-        _USES | {"input", "watch", "poll_seconds", "settle_seconds"},
+        _USES
+        | {"input", "watch", "poll_seconds", "settle_seconds"}
+        | {"on_result", "on_result_seconds"},
         {"input": "expected the image, folder or glob to predict"},
         stored=True,
     ),
@@ -270,6 +294,12 @@ MODES = {
         stored=True,
     ),
     "update": Mode(_update, _USES | {"input"}, stored=True),
+    "forget": Mode(
+        _forget,
+        _USES | {"input"},
+        {"input": "expected images that the model was fitted to and is to forget"},
+        stored=True,
+    ),
     "merge": Mode(
         _merge,
         frozenset({"checkpoint", "models"}),
@@ -302,7 +332,12 @@ def check(mode: str, given: Mapping[str, Any], config: Config | None) -> None:
     for flag in given:
         if flag in purposes and flag not in MODES[mode].takes:
             raise UserError(f"--{flag}: not for --mode={mode}; {purposes[flag]}")
-    for flag, lowest in (("poll_seconds", 0.01), ("settle_seconds", 0.0)):
+    if "on_result_seconds" in given and "on_result" not in given:
+        raise UserError("--on_result_seconds: for --on_result, which is missing")
+    if "on_result" in given and "watch" not in given:
+        raise UserError("--on_result: for --watch, which is missing")
+    seconds = {"poll_seconds": 0.01, "settle_seconds": 0.0, "on_result_seconds": 0.1}
+    for flag, lowest in seconds.items():
         if flag in given and "watch" not in given:
             raise UserError(f"--{flag}: for --watch, which is missing")
         if not lowest <= given.get(flag, lowest) <= 3600:

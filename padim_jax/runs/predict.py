@@ -21,7 +21,7 @@ from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.output import predictions, results
-from padim_jax.runs import fitting, results_folder
+from padim_jax.runs import fitting, monitor, results_folder
 from padim_jax.store import calibration_file
 from padim_jax.system import journal, locks, paths
 from padim_jax.system.paths import Path
@@ -113,6 +113,7 @@ def _predict(
                 scores = detector_lib.image_scores(detector, part.summaries)
                 writer.add(part.records, part.maps, scores, part.digests)
             writer.finish()
+        drifted = monitor.summary(detector.calibration, log.rows())
     results.write_skipped(growing, skipped)
     # Earlier predictions stay until these are whole.
     _remove_predictions(folder)
@@ -120,6 +121,8 @@ def _predict(
     (folder / journal.NAME).unlink(missing_ok=True)
     left_out = f", {len(skipped)} skipped (see {results.SKIPPED})" if skipped else ""
     print(f"scored {len(source.records)} images{left_out}\nresults: {folder}")
+    if drifted:
+        print(drifted)
 
 
 def _measured(detector: Detector, source: Source, start: int) -> Iterator[scoring_pass.Part]:

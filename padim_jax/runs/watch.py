@@ -25,13 +25,14 @@ import stat
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
 from padim_jax import errors
+from padim_jax.core.calibration import Calibration
 from padim_jax.data import input_pipeline
 from padim_jax.data.files import read_file, shown, walk
 from padim_jax.detector import detector as detector_lib
@@ -41,7 +42,8 @@ from padim_jax.devices import parallel
 from padim_jax.errors import DataWarning, MachineError, UserError
 from padim_jax.output import figures, predictions, tables
 from padim_jax.output.predictions import Pictures, Thresholds
-from padim_jax.runs import predict
+from padim_jax.runs import handover, predict
+from padim_jax.runs.monitor import Monitor
 from padim_jax.system import journal, locks, paths
 from padim_jax.system.journal import Journal, Row, Table
 from padim_jax.system.paths import Path
@@ -281,8 +283,11 @@ class Log(Journal):
     Args:
       folder: where they are; local.
       settings: all that scores depend on, and the watched folder, by names for a person.
+      queued: whether results are to be handed over; see `handover`.
+      calibration: calibration of the detector, for drift.
 
     Attributes:
+      monitor: follows the scores.
       seen: keys of the arrivals that are finished.
       scale: colours of the heat maps; None as long as there are none.
 
@@ -290,7 +295,14 @@ class Log(Journal):
       UserError: what is there is of something else.
     """
 
-    def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any]):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        settings: Mapping[str, Any],
+        queued: bool = False,
+        calibration: Calibration | None = None,
+    ):
+        self._queued = queued
         path, refusal = folder / journal.NAME, ""
         names = {x.name for x in folder.iterdir()} if folder.is_dir() else set()
         if journal.EARLIER in names:
@@ -313,7 +325,15 @@ class Log(Journal):
                 f"{folder}: holds results, {refusal}; move it away or name another --workdir. "
                 "Of one model and folder results are added to"
             )
-        statuses = {row.identity: row.status for row in self.rows()}
+        statuses: dict[bytes, str] = {}
+
+        def scores() -> Iterator[float]:
+            for row in self.rows():
+                statuses[row.identity] = row.status
+                if row.status == "scored":
+                    yield float(row.fields["score"])
+
+        self.monitor = Monitor(calibration, scores())
         self.seen = set(statuses)
         self._refused = sum(status == "refused" for status in statuses.values())
         scale = self.fact("scale")
@@ -332,12 +352,20 @@ class Log(Journal):
         """
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         statuses = ["refused" if x.error else "scored" for x in results]
-        pairs = zip(results, statuses, strict=True)
-        rows = [Row(x.arrival.key, status, x.fields(when)) for x, status in pairs]
+        scored = [x.row["score"] for x in results if x.row is not None]
+        before = self.monitor.drift
+        courses = iter(self.monitor.add([float(score) for score in scored]))
+        unknown = {"mean_p": "", "drift": ""}
+        rows = [
+            Row(x.arrival.key, status, x.fields(when) | (next(courses) if x.row else unknown))
+            for x, status in zip(results, statuses, strict=True)
+        ]
         self.scale = self.scale or scale
-        self.add(rows, scale=self.scale and dataclasses.astuple(self.scale))
+        self.add(rows, self._queued, scale=self.scale and dataclasses.astuple(self.scale))
         self.seen.update(row.identity for row in rows)
         self._refused += statuses.count("refused")
+        if bool(before) != bool(self.monitor.drift):
+            print(self.monitor.drift or "drift: as in the calibration again", flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +380,13 @@ class _GoneError(Exception):
     """The file is not there any more, or not as it was found."""
 
 
-def watch(detector: Detector, folder: pathlib.Path, workdir: Path, timing: Timing) -> None:
+def watch(
+    detector: Detector,
+    folder: pathlib.Path,
+    workdir: Path,
+    timing: Timing,
+    send: handover.Send | None = None,
+) -> None:
     """Score images as they arrive in a folder, until SIGTERM; see `run`.
 
     Thresholds and colours are those of `predict`.
@@ -362,6 +396,7 @@ def watch(detector: Detector, folder: pathlib.Path, workdir: Path, timing: Timin
       folder: the images come there, and to folders in it.
       workdir: results go to `watch` below it, where those before stay.
       timing: how often to look, and how long to wait.
+      send: gets each JSON line; see `handover.sender`.
 
     Raises:
       UserError: see `run`.
@@ -370,7 +405,7 @@ def watch(detector: Detector, folder: pathlib.Path, workdir: Path, timing: Timin
     known = predict.known_thresholds(detector, workdir)
     detector = scoring_pass.for_new_images(detector)
     suffix, said = predict.map_suffix(detector.config), predict.dependencies(detector, known)
-    run(detector, known, folder, workdir / "watch", suffix, said, timing)
+    run(detector, known, folder, workdir / "watch", suffix, said, timing, send=send)
 
 
 def run(
@@ -382,11 +417,13 @@ def run(
     said: Mapping[str, Any],
     timing: Timing,
     stop: threading.Event | None = None,
+    send: handover.Send | None = None,
 ) -> None:
     """Score the images of a folder, and those that arrive there, until told to stop.
 
-    scores.csv gets a row an image, scores.jsonl a line: what is in the table, and the file's
-    SHA-256, size and date and the time in UTC. maps/ and overlays/ are as in `predictions`.
+    scores.csv gets a row an image, scores.jsonl a line: what is in the table, the file's
+    SHA-256, size and date, the time in UTC, and whether images drift (see `core.drift`), which
+    report.html shows. maps/ and overlays/ are as in `predictions`.
     An image that cannot be decoded gets a row and a line with the error, which is printed,
     and is tried again only when it changes, as every file is that is written to. One that the
     machine cannot read or has no memory for is tried again until it can, and gets its row then.
@@ -403,6 +440,7 @@ def run(
       said: all that predictions depend on beside images, by names for a person.
       timing: see there.
       stop: ends this when it is set.
+      send: gets each JSON line; see `handover`.
 
     Raises:
       UserError: no such folder, it holds the results, these are of another model or folder,
@@ -424,7 +462,10 @@ def run(
     with (
         locks.held(output),
         _stopping(stop or threading.Event()) as asked,
-        contextlib.closing(Log(output, settings)) as log,
+        contextlib.closing(
+            Log(output, settings, send is not None, detector.calibration)
+        ) as log,
+        handover.delivering(log, send, _json_line) as deliver,
     ):
         scale = known.scale or log.scale
         known = dataclasses.replace(known, scale=scale)
@@ -435,16 +476,29 @@ def run(
         blank = np.zeros((1, *detector.config.image.size, 3), np.uint8)
         detector_lib.score_pixels(detector, blank)
         print(f"watching {folder}, {log.summary()}\nresults: {output}")
+        if log.monitor.drift:
+            print(log.monitor.drift)
+
+        def between() -> None:
+            deliver()
+            log.monitor.write_report(output, shown(folder), log.summary())
+
         delays = Delays()
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
             scorer = _Scorer(detector, known, pictures, log, delays, threads, timing)
-            _loop(watched, scorer, delays, timing, asked)
+            _loop(watched, scorer, delays, timing, asked, between)
+        log.monitor.write_report(output, shown(folder), log.summary(), now=True)
         waiting = f", {len(delays)} are tried again by the next --watch" if delays else ""
         print(f"stopped, {log.summary()}{waiting}")
 
 
 def _loop(
-    watched: Folder, scorer: "_Scorer", delays: Delays, timing: Timing, asked: threading.Event
+    watched: Folder,
+    scorer: "_Scorer",
+    delays: Delays,
+    timing: Timing,
+    asked: threading.Event,
+    between: Callable[[], None],
 ) -> None:
     gone = False
     while not asked.is_set():
@@ -464,6 +518,8 @@ def _loop(
             if asked.is_set():
                 break
             scorer.score(group)
+            between()
+        between()
         rest = timing.poll - (time.monotonic() - began)
         asked.wait(max(rest, listed * (1 / _LISTING_SHARE - 1)))
 

@@ -90,6 +90,7 @@ class Fitted:
       images: SHA-256 of each image's file, in the order of fitting.
       unfinished: for a fit in progress, identity of its images.
       projection: matrix of a reduction by projection, or None.
+      forgotten: SHA-256 of images that were fitted once and have been removed since.
     """
 
     config: Config
@@ -100,6 +101,9 @@ class Fitted:
     images: UInt8[np.ndarray, "s 32"]
     unfinished: str | None = None
     projection: Projection | None = None
+    forgotten: UInt8[np.ndarray, "f 32"] = dataclasses.field(
+        default_factory=lambda: np.zeros((0, 32), np.uint8)
+    )
 
 
 def save(path: Path, fitted: Fitted, devices: Devices) -> str:
@@ -151,6 +155,8 @@ def saving(path: Path, fitted: Fitted, devices: Devices) -> Iterator[str]:
         "regions": fitted.regions,
         "unfinished": fitted.unfinished,
     }
+    if len(fitted.forgotten):
+        metadata["forgotten"] = fitted.forgotten.tobytes().hex()
     kept, made = _pack(fitted.statistics)
     state = _small_state(fitted, kept | made, devices)
     # The digest has always described the count as an array of one axis.
@@ -357,6 +363,9 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
             small["images"],
             metadata["unfinished"],
             small.get("projection"),
+            np.frombuffer(bytes.fromhex(metadata.get("forgotten", "")), np.uint8).reshape(
+                -1, 32
+            ),
         )
         return fitted, _identity(small, weights)
 

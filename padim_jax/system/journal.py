@@ -129,11 +129,42 @@ class Journal:
         value = next(self._select("SELECT value FROM facts WHERE name = ?", name), None)
         return None if value is None else self._decode(value[0])
 
-    def add(self, rows: Sequence[Row], **facts: Any) -> None:
+    def open_queue(self) -> None:
+        """Keep a list of pending rows, if there is none yet: of those that `add` puts on it."""
+        with self._transaction():
+            # Beside the schema of version 1, which earlier versions use as it is.
+            self._db.execute("CREATE TABLE IF NOT EXISTS pending (number INTEGER PRIMARY KEY)")
+
+    def pending(self, start: int, limit: int) -> list[tuple[int, dict[str, Any]]]:
+        """Return the number and the fields of the next pending rows, in order.
+
+        Args:
+          start: number of the row before them.
+          limit: most rows to return.
+        """
+        query = (
+            "SELECT number, row FROM pending JOIN images USING (number) WHERE number > ? "
+            "ORDER BY number LIMIT ?"
+        )
+        found = self._select(query, start, limit)
+        return [(number, self._decode(fields)) for number, fields in found]
+
+    def count_pending(self) -> int:
+        """Return the number of pending rows."""
+        return next(self._select("SELECT count(*) FROM pending"))[0]
+
+    def delivered(self, numbers: Sequence[int]) -> None:
+        """Take rows off the list of pending ones."""
+        with self._transaction():
+            query = "DELETE FROM pending WHERE number = ?"
+            self._db.executemany(query, [(number,) for number in numbers])
+
+    def add(self, rows: Sequence[Row], queued: bool = False, **facts: Any) -> None:
         """Add rows and facts in one transaction, then append the rows to the tables.
 
         Args:
           rows: rows to add.
+          queued: whether they are pending; see `open_queue`.
           facts: JSON values to store by name.
 
         Raises:
@@ -144,7 +175,12 @@ class Journal:
         with self._transaction():
             self._set(**facts, appending={"start": self.count(), "sizes": sizes})
             query = "INSERT INTO images (identity, status, row) VALUES (?, ?, ?)"
-            self._db.executemany(query, [(*row[:2], json.dumps(row.fields)) for row in rows])
+            values = [(*row[:2], json.dumps(row.fields)) for row in rows]
+            if not queued:
+                self._db.executemany(query, values)
+            for one in values if queued else ():
+                number = self._db.execute(query, one).lastrowid
+                self._db.execute("INSERT INTO pending VALUES (?)", (number,))
         self._append()
 
     def keep(self, count: int) -> None:

@@ -25,6 +25,7 @@ on_all_pyramids = pytest.mark.parametrize("name", patchwise.KINDS)
 
 update = jax.jit(gaussian.update)
 merge = jax.jit(gaussian.merge)
+remove = jax.jit(gaussian.remove)
 
 
 class Images:
@@ -141,6 +142,48 @@ def test_any_images_split_into_any_batches_and_models(order, valid, ends, models
         assert_moments(whole, images, images.embeddings[seen], few=True)
     else:
         assert not any(np.any(x) for x in jax.tree.leaves(whole))
+
+
+@examples(25)
+@hypothesis.given(
+    order=st.permutations(range(24)),
+    removed=st.integers(1, 22),
+    mean=st.sampled_from([0.0, 3.0, -40.0]),
+    defect=st.sampled_from([1.0, 30.0, 3000.0]),
+    regularization=st.sampled_from([1e-2, 1e-8]),
+)
+def test_removal_is_a_fit_to_the_others(order, removed, mean, defect, regularization):
+    """The largest error is below the estimate, with few and many, ordinary and odd images."""
+    images, order = Images(mean=mean), np.array(order)
+    factor = np.ones(24, np.float32)
+    factor[order[:removed]] = defect
+    images.embeddings = images.embeddings * factor[:, None, None]
+    images.levels = [x * factor for x in images.levels]
+    left, overall, own = remove(
+        images.fit([8, 8, 8]), images.fit([removed], order[:removed]), regularization
+    )
+    x = images.embeddings[order[removed:]].astype(np.float64)
+    assert int(left.count) == len(x)
+    m2 = np.einsum("npi,npj->pij", x - x.mean(axis=0), x - x.mean(axis=0))
+    variances = np.einsum("pii->pi", m2) + (len(x) - 1) * regularization
+    off = np.abs(patchwise.symmetric(left.m2, images.pyramid) - m2)
+    size = np.sqrt(variances)
+    if np.max(own) < 0.1:
+        assert np.max(off) <= np.max(overall) * np.max(variances)
+        assert np.max(off / size[:, :, None] / size[:, None]) <= np.max(own)
+    if defect == 1 and mean == 0 and removed < 12:
+        assert np.max(overall) <= statistics_lib.MOST_LOST
+        assert np.max(own) <= statistics_lib.MOST_LOST_EACH
+    if defect == 3000:
+        assert np.max(own) > statistics_lib.MOST_LOST_EACH
+
+
+def test_merge_and_removal_are_inverses():
+    images = Images()
+    a, b = images.fit([8, 8], slice(16)), images.fit([8], slice(16, None))
+    for whole in (merge(a, b), merge(b, a)):
+        left, *_ = remove(whole, b, 0.01)
+        assert_moments(left, images, images.embeddings[:16], m2_rounding=100 * ROUNDOFF)
 
 
 def test_merging_with_no_images_changes_nothing():

@@ -136,6 +136,10 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Command]:
     whole = (f"{name}metrics.json" for name in (part, other))
     scores = (f"{name}scores.csv" for name in (part, other))
     good = f"{base}/data/part/test/good"
+    wrong = f"{base}/data/part/train/good/003.png"
+    tested = base / "data" / "part" / "test"
+    names = sorted(str(path.relative_to(tested)) for path in tested.rglob("*.png"))
+    masks = (f"run/predictions/masks/{name}.png" for name in names)
     return {
         "train_and_eval": Command(
             settings("train_and_eval", **root), results, results[:1], "run/checkpoint"
@@ -178,9 +182,16 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Command]:
         ),
         "predict": Command(
             ("--mode=predict", "--workdir=FOLDER/run", f"--input={base}/data/part/test"),
-            ("run/predictions/scores.csv",),
+            ("run/predictions/scores.csv", "run/predictions/regions.json", *masks),
             ("run/predictions/scores.csv",),
             None,
+            earlier,
+        ),
+        "forget": Command(
+            ("--mode=forget", "--workdir=FOLDER/run", f"--input={wrong}"),
+            ("run/checkpoint/calibration.json", "run/suspects.csv"),
+            (),
+            "run/checkpoint",
             earlier,
         ),
         "calibrate": Command(
@@ -195,7 +206,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Command]:
 
 KILLS = {
     **{"train_and_eval": 3, "train": 1, "eval": 2, "sweep": 2, "packing": 1},
-    **{"drawing": 1, "export": 1, "calibrate": 1, "predict": 2},
+    **{"drawing": 1, "export": 1, "calibrate": 1, "predict": 2, "forget": 1},
 }
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,14 @@ import pytest
 import small
 
 from padim_jax.config.settings import Config
-from padim_jax.data import dataset_splits, image_cache, inputs, passes
+from padim_jax.data import dataset_splits, image_cache, inputs, listing, passes
+from padim_jax.data.input_pipeline import FolderSource
 from padim_jax.data.layouts.synthetic import generate
 from padim_jax.detector import memory, steps
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
 from padim_jax.output import results
-from padim_jax.runs import evaluate, fitting, loading, modes, sweep, train
+from padim_jax.runs import evaluate, fitting, loading, modes, predict, sweep, train
 from padim_jax.store import checkpoint
 from padim_jax.system import library_logs, locks, paths
 
@@ -80,7 +81,7 @@ def full_disk(write: int) -> Iterator[list[str]]:
 
     def open_(self: pathlib.Path, mode: str = "r", *args: Any, **options: Any) -> Any:
         file: Any = original(self, mode, *args, **options)
-        if mode not in ("wb", "xb") or self.parent.name == locks.FOLDER:
+        if mode not in ("w", "wb", "xb") or self.parent.name == locks.FOLDER:
             return file
         names.append(str(self))
         return file if len(names) <= write else HalfWritten(file)
@@ -109,6 +110,11 @@ class HalfWritten(contextlib.AbstractContextManager):
         # As the system says it, of a file that is open: without a name.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def writelines(self, text: Iterable[str]) -> None:
+        content = "".join(text)
+        self.file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
 
 class TestFullDisk:
     def test_every_write_of_an_evaluation(
@@ -135,6 +141,32 @@ class TestFullDisk:
         assert content(workdir).keys() < before.keys()  # without pictures
         expected = (tmp_path / "all" / "metrics.json").read_bytes()
         assert (workdir / "metrics.json").read_bytes() == expected
+
+    def test_every_write_of_predictions(
+        self, root: pathlib.Path, finished: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        """Maps, overlays, masks and regions: told, and the same command goes on."""
+        workdir, images = tmp_path / "run", root / "part" / "test" / "good"
+        shutil.copytree(finished, workdir)
+        fitted = loading.load(workdir / "checkpoint", {"outputs.coco": True})
+        source = FolderSource(listing.find(str(images)))
+        with full_disk(10**6) as names:
+            predict.predict(fitted, source, tmp_path / "all")
+        expected = content(tmp_path / "all" / "predictions")
+        assert {"regions.json", "regions.coco.json"} <= expected.keys()
+        # Three pictures of each image, and both files of regions, by names for the meantime.
+        assert len(names) == 3 * len(source.records) + 2
+        for write in range(len(names)):
+            shutil.rmtree(workdir / "predictions.incomplete", ignore_errors=True)
+            with full_disk(write), pytest.raises(UserError) as caught, paths.explained():
+                predict.predict(fitted, source, workdir)
+            assert str(caught.value).startswith(str(workdir / "predictions.incomplete"))
+            assert "No space left on device" in str(caught.value)
+            assert not (workdir / "predictions").exists()
+            if write % 3:  # goes on with what is there
+                predict.predict(fitted, source, workdir)
+                assert content(workdir / "predictions") == expected
+                shutil.rmtree(workdir / "predictions")
 
     def test_of_the_checkpoint(
         self,
@@ -540,12 +572,13 @@ class TestTwoProcesses:
             "train_and_eval",
             "eval",
             "update",
+            "forget",
             "calibrate",
             "export",
             "merge",
         ):
             given: dict[str, Any] = {}
-            if mode in ("update", "calibrate"):
+            if mode in ("update", "forget", "calibrate"):
                 given = {"pattern": f"{root}/part/test/good"}
             if mode == "merge":
                 given = {"models": (str(finished / "checkpoint"), str(workdir / "checkpoint"))}

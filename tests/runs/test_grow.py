@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import pathlib
 import shutil
 import warnings
@@ -24,7 +25,7 @@ from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import DataWarning, UserError
 from padim_jax.runs import calibrate, export, fitting, grow, loading, modes, train
-from padim_jax.store import calibration_file, statistics_store
+from padim_jax.store import calibration_file, checkpoint, statistics_store
 from padim_jax.store.statistics_store import OnDisk
 
 
@@ -454,6 +455,147 @@ class TestUpdate:
         fit_model(config, tmp_path / "model", normal(root, 0, 5))
         with pytest.warns(DataWarning, match="no thresholds now: random views"):
             grow.update(tmp_path / "model", normal(root, 9, 11))
+
+
+def moments(path: pathlib.Path) -> Any:
+    return statistics_store.load_checkpoint(path, Devices(1))[0].statistics
+
+
+class TestForget:
+    @pytest.mark.parametrize("devices", [1, 4])
+    def test_is_the_inverse_of_update(
+        self,
+        devices: int,
+        root: pathlib.Path,
+        fitted: Any,
+        tmp_path: pathlib.Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        """Moments within 1e-5, thresholds and suspects as of one fit to the others."""
+        config = make_config(root)
+        expected = fitted(tmp_path / "expected", config, 0, 10)
+        path = fitted(tmp_path / "model", config, 0, 10)
+        monkeypatch.setattr(parallel, "every", lambda: Devices(devices))
+        grow.update(path, normal(root, 10, 14))
+        place = tmp_path / "wrong"
+        place.mkdir()
+        for record in normal(root, 10, 14).records:
+            shutil.move(record.image, place / f"other_{record.image.name}")
+        modes.run("forget", None, tmp_path, path, str(place))
+        found, wanted = loading.load(path), loading.load(expected)
+        np.testing.assert_array_equal(found.images, wanted.images)
+        same(found.calibration, wanted.calibration)
+        assert len(suspects(tmp_path)) == 10
+        a, b = moments(path), moments(expected)
+        for x, y in ((a.mean, b.mean), (a.m2, b.m2)):
+            x, y = np.asarray(x[0]), np.asarray(y[0])
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
+
+    def test_samples_lose_rows(self, root: pathlib.Path, fitted: Any, tmp_path: pathlib.Path):
+        """No image is needed but those that are to be forgotten, of which none is decoded."""
+        config = make_config(root, "samples")
+        path = fitted(tmp_path / "model", config)
+        values = np.asarray(moments(path).values[0])
+        more = moved(root, tmp_path, 12)
+        modes.run("forget", None, tmp_path, path, str(more))
+        np.testing.assert_array_equal(np.asarray(moments(path).values[0]), values[..., :12, :])
+        found = thresholds(path)
+        assert (found.origin, found.images) == ("leave_one_out", 12)
+
+    def test_refused(self, root: pathlib.Path, fitted: Any, tmp_path: pathlib.Path):
+        path = fitted(tmp_path / "model", make_config(root), 0, 7)
+        before = {x: x.read_bytes() for x in path.rglob("*") if x.is_file()}
+        views = make_config(root, "moments", **{"image.rotation": 5.0})
+        fit_model(views, tmp_path / "views", normal(root, 0, 5))
+        for place, start, stop, message in (
+            (path, 6, 9, r"007\.png, .*008\.png: 2 of 3 images to forget were never fitted"),
+            (path, 0, 6, "fitted to 7 images, of which 1 would be left"),
+            (tmp_path / "views", 0, 2, "random views of fitted images cannot be drawn again"),
+        ):
+            with pytest.raises(UserError, match=message):
+                grow.forget(place, normal(root, start, stop))
+        with pytest.raises(UserError, match="--input: missing; expected images that the model"):
+            modes.check("forget", {"checkpoint": "x"}, None)
+        assert {x: x.read_bytes() for x in path.rglob("*") if x.is_file()} == before
+
+    def test_none_of_the_images_makes_thresholds(
+        self, root: pathlib.Path, tmp_path: pathlib.Path
+    ):
+        """Not even those of validation that are copies of them."""
+        config = make_config(
+            with_validation(root, copies=1, others=4), **{"dataset.name": "mvtec_loco"}
+        )
+        with pytest.warns(DataWarning, match="1 of 5 validation images"):
+            fit_model(config, tmp_path / "model")
+        wrong = root / "part" / "train" / "good" / "000.png"
+        with pytest.warns(DataWarning, match="1 of 5 validation images"):
+            modes.run("forget", None, tmp_path, tmp_path / "model", str(wrong))
+        assert thresholds(tmp_path / "model").images == 4
+
+    @pytest.mark.parametrize("place", ["before the model", "before its thresholds"])
+    def test_killed(
+        self,
+        place: str,
+        root: pathlib.Path,
+        fitted: Any,
+        tmp_path: pathlib.Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        """The model is as before, or whole; the same command ends as if undisturbed."""
+        path, wrong = fitted(tmp_path / "model", make_config(root)), normal(root, 3, 5)
+        other = fitted(tmp_path / "other", make_config(root))
+        grow.forget(other, wrong)
+
+        def killed(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            owner, name = (fitting, "finalize"), (calibration_file, "write")
+            patch.setattr(*(owner if place == "before the model" else name), killed)
+            with pytest.raises(KeyboardInterrupt):
+                grow.forget(path, wrong)
+        left = 14 if place == "before the model" else 12
+        assert loading.load(path).count == left
+        grow.forget(path, wrong)
+        assert loading.load(path).identity == loading.load(other).identity
+        assert thresholds(path) == thresholds(other)
+        before = (path / "calibration.json").stat().st_mtime_ns
+        grow.forget(path, wrong)  # nothing to do
+        assert (path / "calibration.json").stat().st_mtime_ns == before
+
+    def test_full_disk(
+        self,
+        root: pathlib.Path,
+        fitted: Any,
+        tmp_path: pathlib.Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        path = fitted(tmp_path / "model", make_config(root))
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.ocp, "save", full)
+            with pytest.raises(UserError, match=r"What was saved before is as it was"):
+                grow.forget(path, normal(root, 3, 5))
+        assert loading.load(path).count == 14
+        assert thresholds(path).images == 14
+
+    def test_images_that_come_back(
+        self, root: pathlib.Path, fitted: Any, tmp_path: pathlib.Path
+    ):
+        """Told, after a merge as well, until they have come back."""
+        path = fitted(tmp_path / "model", make_config(root), 0, 7)
+        grow.forget(path, normal(root, 2, 3))
+        fitted(tmp_path / "other", make_config(root), 7, 10)
+        grow.merge([path, tmp_path / "other"], tmp_path / "merged")
+        for place in (path, tmp_path / "merged"):
+            with pytest.warns(DataWarning, match=r"002\.png: 1 of the images to add were forg"):
+                grow.update(place, normal(root, 0, 7))
+            grow.forget(place, normal(root, 5, 6))
+            fitted_again, _ = statistics_store.load_checkpoint(place, Devices(1))
+            assert len(fitted_again.forgotten) == 1
 
 
 def suspects(workdir: pathlib.Path) -> dict[str, float]:

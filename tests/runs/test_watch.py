@@ -304,14 +304,14 @@ def watching(
     (tmp_path / "in").mkdir()
 
     @contextlib.contextmanager
-    def running(timing: Timing = FAST) -> Iterator[None]:
+    def running(timing: Timing = FAST, send: Any = None) -> Iterator[None]:
         stop, errors = threading.Event(), []
 
         def run() -> None:
             try:
                 known = predictions.thresholds(model.calibration)  # pyright: ignore
                 given = (tmp_path / "in", tmp_path / "work" / "watch", "npy", SAID, timing)
-                watch.run(model, known, *given, stop)
+                watch.run(model, known, *given, stop, send)
             except BaseException as error:
                 errors.append(error)
 
@@ -402,6 +402,30 @@ class TestRun:
         with watching():
             found = wait_for(9, out)
         assert sorted(line["path"] for line in found[7:]) == ["0.png", "6.png"]
+
+    def test_results_are_handed_over(self, watching: Watching, tmp_path: pathlib.Path):
+        """The lines of scores.jsonl, one after a restart; those of bad images, too."""
+        into, out, sent = tmp_path / "in", tmp_path / "work" / "watch", []
+
+        def send(line: bytes) -> str:
+            if json.loads(line)["path"] == "b.png" and len(sent) < 2:
+                return "no answer"
+            sent.append(line)
+            return ""
+
+        draw(into / "a.png", 1)
+        with watching(send=send):
+            wait_for(1, out)
+            draw(into / "b.png", 2)
+            wait_for(2, out)
+        (into / "x.png").write_bytes(b"no image")
+        with watching(send=send):
+            wait_for(3, out)
+            end = time.monotonic() + 30
+            while len(sent) < 3 and time.monotonic() < end:
+                time.sleep(0.01)
+        expected = (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
+        assert sorted(sent) == sorted(expected)
 
     def test_images_at_full_size_share_the_room(
         self, watching: Watching, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch

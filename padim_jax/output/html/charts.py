@@ -209,3 +209,65 @@ def _thin(curve: Curve, limit: float) -> Curve:
     chosen = np.searchsorted(along, np.linspace(along[0], along[-1], _POINTS))
     chosen = np.unique([0, *chosen.tolist(), len(x) - 1])
     return x[chosen], y[chosen]
+
+
+def course(
+    numbers: Float[np.ndarray, " n"],
+    values: Float[np.ndarray, " n"],
+    bounds: tuple[float, float],
+    y_name: str,
+) -> str:
+    """Return a value in [0, 1] over the numbers of images, between two bounds.
+
+    Where there are more images than points, each point's lowest and highest value is shown.
+
+    Args:
+      numbers: ascending numbers of the images.
+      values: values after each of them; NaN where there is none.
+      bounds: lower and upper bound; not drawn where it is 0 or 1.
+      y_name: label of the vertical axis.
+
+    Returns:
+      SVG.
+    """
+    left, top, width, height = 50, 10, 700, 150
+    right, bottom = left + width, top + height
+    axis = Axis(float(numbers[0]), max(float(numbers[-1]), float(numbers[0]) + 1))
+    parts = []
+    for i in range(5):
+        y = bottom - height * i / 4
+        parts.append(
+            f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
+            f'<text class="tick" x="{left - 6}" y="{y + 4}" text-anchor="end">{i / 4:g}</text>'
+        )
+    parts += [
+        f'<text class="tick" x="{left + width * axis.part(x):.1f}" y="{bottom + 15}" '
+        f'text-anchor="middle">{x:.0f}</text>'
+        for x in _ticks(axis)
+        if x == round(x)
+    ]
+    parts += [
+        f'<polyline class="second" points="{left},{bottom - height * y:.1f} '
+        f'{right},{bottom - height * y:.1f}"/>'
+        for y in bounds
+        if 0 < y < 1
+    ]
+    known = np.flatnonzero(~np.isnan(values))
+    points = []
+    for part in np.array_split(known, min(_POINTS, len(known)) or 1):
+        ends = {int(part[f(values[part])]) for f in (np.argmin, np.argmax)} if len(part) else ()
+        for i in sorted(ends):
+            x = left + width * axis.part(float(numbers[i]))
+            points.append(f"{x:.1f},{bottom - height * values[i]:.1f}")
+    parts.append(f'<polyline class="first" points="{" ".join(points)}"/>')
+    parts.append(
+        f'<text class="tick" x="{left + width / 2}" y="{bottom + 31}" text-anchor="middle">'
+        "number of the image</text>"
+        f'<text class="tick" transform="translate(11 {top + height / 2}) rotate(-90)" '
+        f'text-anchor="middle">{text(y_name)}</text>'
+    )
+    last = f"{values[known[-1]]:.3f} at the end" if len(known) else "unknown"
+    return (
+        f'<svg class="curves wide" viewBox="0 0 {right + 12} {bottom + 36}" role="img" '
+        f'aria-label="{text(y_name)}: {last}">{"".join(parts)}</svg>'
+    )
