@@ -56,6 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shift1": {**_FINE, "shift": 1},
 }
 OPTIONAL = ("bilinear", "shift1")  # of much memory or time
+_WEIGHTS = "of resnet18: a name, a file or random; none: the filters of scattering"
 SCORES = ("max", "top", "band", "variation", "combined")
 # Columns of the table: heading, format and unit of each value of a result.
 COLUMNS = {
@@ -115,7 +116,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     usual = [name for name in VARIANTS if name not in OPTIONAL]
     text = f"of {', '.join(VARIANTS)}; default: all but {', '.join(OPTIONAL)}"
     add("--variants", type=_names, default=usual, help=text)
-    add("--weights", default="resnet18.tv_in1k", help="of resnet18: name, file or random")
+    add("--weights", default="resnet18.tv_in1k", help=_WEIGHTS)
     add("--image_size", type=int, default=256, help="side of the resized images")
     add("--seeds", type=int, default=5, help="draws of the channels, where they are random")
     add("--out", type=paths.parse, default="results/study", help="folder of the results")
@@ -193,7 +194,8 @@ def _jobs(options: argparse.Namespace, category: str) -> list[Job]:
                 "settings": json.loads(json.dumps(settings)),
             }
             file = options.out / category / f"{variant}_{seed}.json"
-            settings = settings | {"weights": options.weights}
+            backbone = "scattering" if options.weights == "none" else "resnet18"
+            settings = settings | {"backbone": backbone, "weights": options.weights}
             jobs.append(Job(category, variant, seed, file, settings, identity))
     return jobs
 
