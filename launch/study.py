@@ -86,7 +86,7 @@ class Job(NamedTuple):
 def main() -> None:
     """Run the study that the command line asks for."""
     ending.show_warnings(strict=False)
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, end)
     options = parse(sys.argv[1:])
     try:
         with paths.explained():
@@ -98,7 +98,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def _end(*_: Any) -> None:
+def end(*_: Any) -> None:
     """End with the process of the running fit, which would go on alone."""
     for process in multiprocessing.active_children():
         process.terminate()
@@ -112,10 +112,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--root", required=True, type=paths.parse, help="folder of categories, as MVTec AD's")
-    add("--categories", type=_names, help="some of its folders, comma-separated; default: all")
+    add("--categories", type=names, help="some of its folders, comma-separated; default: all")
     usual = [name for name in VARIANTS if name not in OPTIONAL]
     text = f"of {', '.join(VARIANTS)}; default: all but {', '.join(OPTIONAL)}"
-    add("--variants", type=_names, default=usual, help=text)
+    add("--variants", type=names, default=usual, help=text)
     add("--weights", default="resnet18.tv_in1k", help=_WEIGHTS)
     add("--image_size", type=int, default=256, help="side of the resized images")
     add("--seeds", type=int, default=5, help="draws of the channels, where they are random")
@@ -128,7 +128,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
+    """Return the names in a comma-separated list, each once."""
     return list(dict.fromkeys(text.split(",")))
 
 
