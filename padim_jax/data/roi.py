@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -104,8 +105,8 @@ def at_input_size(text: str, config: ImageConfig) -> Bool[np.ndarray, "h w"]:
     if not ((inside[1:] & inside[:-1]).any() and (inside[:, 1:] & inside[:, :-1]).any()):
         raise _wrong(
             text,
-            f"less than 2x2 pixels are left of it at the model's {rows}x{columns}, after resizing "
-            "and cropping; expected a larger region, or a larger config.image.resize",
+            f"less than 2x2 pixels are left of it at the model's {rows}x{columns}, after "
+            "resizing and cropping; expected a larger region, or a larger config.image.resize",
         )
     inside.setflags(write=False)
     return inside
@@ -177,16 +178,15 @@ def _pixels(value: str | Sequence, size: tuple[int, int]) -> Bool[np.ndarray, "_
     return inside
 
 
-def _polygon(
-    value: Sequence[float] | Sequence[Sequence[float]], size: tuple[int, int]
-) -> Bool[np.ndarray, "h w"]:
+def _polygon(value: Sequence[Any], size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
     """Return the pixels whose centres are inside a polygon, by the even-odd rule, or a box."""
     height, width = size
-    if len(value) == 4 and not isinstance(value[0], Sequence):
+    if not isinstance(value[0], Sequence):
         left, top, right, bottom = value
-        value = ((left, top), (right, top), (right, bottom), (left, bottom))  # pyright: ignore[reportAssignmentType]
-    points = np.array(value, float)
-    if (points < 0).any() or (points > (width, height)).any():
+        points = [(left, top), (right, top), (right, bottom), (left, bottom)]
+    else:
+        points = list(value)
+    if not all(0 <= x <= width and 0 <= y <= height for x, y in points):
         raise _wrong(
             value,
             f"a point outside of the image of {width}x{height} pixels; expected x from 0 to "
@@ -196,6 +196,5 @@ def _polygon(
     inside = np.zeros(size, bool)
     for (x0, y0), (x1, y1) in itertools.pairwise([*points, points[0]]):
         crossed = (y0 <= y) != (y1 <= y)
-        slope = (x1 - x0) / (y1 - y0) if y1 != y0 else 0.0
-        inside ^= crossed & (x < x0 + (y - y0) * slope)
+        inside ^= crossed & (x < x0 + (x1 - x0) * (y - y0) / ((y1 - y0) or 1))
     return inside
