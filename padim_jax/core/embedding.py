@@ -23,7 +23,6 @@ import functools
 import itertools
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,14 +168,9 @@ def restrict(whole: Pyramid, inside: Bool[np.ndarray, "_h _w"]) -> Pyramid:
     Returns:
       The pyramid.
     """
-    from scipy import ndimage  # slow to import; only a region of interest needs it
-
-    nearest: Any = ndimage.distance_transform_edt(
-        ~inside, return_distances=False, return_indices=True
-    )
-    patches = whole.patches[np.ravel_multi_index(tuple(nearest), inside.shape).reshape(-1)]
+    patches = whole.patches.reshape(inside.shape)[interpolation.nearest_inside(inside)]
     regions, cells, _ = whole.shapes[0]
-    region, cell = np.divmod(patches, cells)
+    region, cell = np.divmod(patches.reshape(-1), cells)
     kept = np.unique(region)
     numbers = np.zeros(regions, int)
     numbers[kept] = np.arange(len(kept))

@@ -217,7 +217,7 @@ def hatch(picture: Pixels, image: Pixels, outside: Mask | None) -> UInt8[np.ndar
     """
     if outside is None:
         return picture
-    step = max(6, outside.shape[1] // 40)
+    step = max(8, outside.shape[1] // 32)
     diagonal = np.add.outer(*map(np.arange, outside.shape)) % step
     lines = np.where(diagonal == 0, np.uint8(210), np.uint8(40))[..., None]  # on any ground
     hatched = np.where((diagonal < 2)[..., None], lines, image // 4 * 3)

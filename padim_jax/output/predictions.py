@@ -16,6 +16,7 @@ from PIL import Image
 
 from padim_jax.config.settings import Config, ImageConfig
 from padim_jax.core import calibration as calibration_lib
+from padim_jax.core import interpolation
 from padim_jax.core import regions as regions_lib
 from padim_jax.core.calibration import Calibration
 from padim_jax.core.regions import Region
@@ -156,6 +157,9 @@ def restore_map(
     top, left = input_pipeline.crop_offset(config) if view is None else view[1:]
     if view is not None and view.angle:
         return _restore_turned(anomaly_map, size, config, view)
+    if config.roi:  # its edge has no zeros beside it
+        covered = roi.at_input_size(str(config.roi), config)
+        anomaly_map = anomaly_map[interpolation.nearest_inside(covered)]
     rows, rows_scored = _source_pixels(size[0], config.resize[0], top, config.size[0])
     columns, columns_scored = _source_pixels(size[1], config.resize[1], left, config.size[1])
     full = _interpolate(_interpolate(anomaly_map, rows).T, columns).T
