@@ -293,7 +293,8 @@ def _found_in_place(scored: Scored, chosen: Bool[np.ndarray, " n"], start: float
     if start is None:
         return "&ndash;"
     known = [i for i in np.flatnonzero(chosen).tolist() if places[i] is not None]
-    return _share(np.array([bool(places[i]) and scored.scores[i] >= start for i in known]))
+    found = [bool(places[i]) and scored.scores[i] >= start for i in known]
+    return _share(np.array(found, bool))
 
 
 def _thresholds(
