@@ -183,7 +183,7 @@ def optional_path(name: str, value: Any) -> paths.Path | None:
 
 def roi(name: str, value: Any) -> str | tuple[Any, ...]:
     """Require a region of interest, and return it: text, a box or a polygon."""
-    if isinstance(value, str) and value.startswith(RUNS):
+    if is_runs(value):
         found = _RUNS.fullmatch(value)
         height, width, runs = found.groups() if found else ("0", "0", "0")
         pixels, lengths = int(height) * int(width), list(map(int, runs.split(",")))
@@ -205,6 +205,11 @@ def roi(name: str, value: Any) -> str | tuple[Any, ...]:
         f"(x, y), (x, y), ...) of 3 to {_MOST_POINTS} points in pixels of the original image, "
         "or '' for the whole image",
     )
+
+
+def is_runs(value: Any) -> bool:
+    """Return whether a region of interest is given by its pixels, not by a file or points."""
+    return isinstance(value, str) and value.startswith(RUNS)
 
 
 def _is_point(value: Any) -> bool:

@@ -638,7 +638,10 @@ def restore(stored: Any, version: Any) -> Config:
     """
     defaults = schema.defaults(Config).to_dict()
     values = _complete("config", stored, Config, defaults, version)
-    return validate(values, earlier=True)
+    config = validate(values, earlier=True)
+    if config.image.roi and not checks.is_runs(config.image.roi):  # a file of the reader's own
+        raise wrong("config.image.roi", config.image.roi, "run lengths, as fits store them")
+    return config
 
 
 def implausible(config: Config) -> str:

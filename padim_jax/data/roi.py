@@ -134,7 +134,7 @@ def original_size(text: str) -> tuple[int, int]:
 
 def shown(value: str | Sequence) -> str:
     """Return a region of interest for a message: a model's pixels by number and digest."""
-    if not isinstance(value, str) or not value.startswith(checks.RUNS):
+    if not isinstance(value, str) or not checks.is_runs(value):
         return checks.shown(value)
     height, width = original_size(value)
     runs = np.array(value.split(":")[2].split(","), int)
@@ -163,7 +163,7 @@ def _is_similar(a: Sequence[int], b: Sequence[int]) -> bool:
 def _pixels(value: str | Sequence, size: tuple[int, int]) -> Bool[np.ndarray, "_h _w"]:
     if not isinstance(value, str):
         return _polygon(value, size)
-    if value.startswith(checks.RUNS):
+    if checks.is_runs(value):
         inside = decode(value)
     else:
         path = paths.parse(value)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 from PIL import Image
 
-from padim_jax.config import backbones
+from padim_jax.config import backbones, checks
 from padim_jax.config.settings import Config, ImageConfig, ModelConfig
 from padim_jax.core import embedding
 from padim_jax.core.embedding import Pyramid
@@ -81,9 +81,9 @@ def inside(image: ImageConfig, layers: tuple[str, ...]) -> Inside | None:
     """
     if not image.roi:
         return None
-    if not isinstance(image.roi, str):
+    if not checks.is_runs(image.roi):
         raise ValueError("a region of interest is resolved before a model is made")
-    pixels = roi.at_input_size(image.roi, image)
+    pixels = roi.at_input_size(str(image.roi), image)
     cells = Image.fromarray(pixels.astype(np.float32))
     rows, columns = patch_grid(image, layers)
     return Inside(pixels, np.asarray(cells.resize((columns, rows), Image.Resampling.BOX)) > 0)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from PIL import Image
 
+from padim_jax.config import settings as config_lib
 from padim_jax.config.settings import ImageConfig
 from padim_jax.data import input_pipeline, roi
 from padim_jax.errors import UserError
@@ -135,6 +136,14 @@ def test_images_of_another_aspect_are_refused():
 def test_wrong_settings(value: Any):
     with pytest.raises(UserError, match=r"^config\.image\.roi=.*: expected"):
         small.config(pathlib.Path("/parts"), **{"image.roi": value})
+
+
+@pytest.mark.parametrize("value", ["/etc/hostname", [0, 0, 9, 9]], ids=str)
+def test_stored_models_name_no_files(value: Any):
+    stored = config_lib.to_stored(small.config(pathlib.Path("/parts")))
+    stored["image"]["roi"] = value
+    with pytest.raises(UserError, match=r"^config\.image\.roi=.*: expected run lengths"):
+        config_lib.restore(stored, "1.0")
 
 
 @pytest.mark.parametrize(

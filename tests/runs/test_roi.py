@@ -148,9 +148,7 @@ def test_other_regions_are_neither_extended_nor_merged(
     merged, _ = fitting.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
     assert merged.count == 12
     for name in ("c", "d"):
-        with pytest.raises(
-            UserError, match=r"config\.image\.roi=2808 of 96x96 pixels \(.*with"
-        ):
+        with pytest.raises(UserError, match=r"image\.roi=2808 of 96x96 pixels \(.*with"):
             fitting.merge([tmp_path / "a", tmp_path / name], tmp_path / "no")
     extended = fitting.update(tmp_path / "a", halves[1], config)
     assert extended.added == 6
