@@ -18,7 +18,7 @@ from padim_jax.config import settings as config_lib
 from padim_jax.config.settings import Config
 from padim_jax.core import drift as drift_lib
 from padim_jax.core.calibration import Calibration
-from padim_jax.data import copies, image_inputs, input_pipeline, sampling
+from padim_jax.data import copies, image_inputs, input_pipeline, roi, sampling
 from padim_jax.data.image_inputs import Images
 from padim_jax.data.records import Source
 from padim_jax.detector import detector as detector_lib
@@ -338,7 +338,8 @@ def fit(
         `resize=(256, 256)`, `backbone="scattering"`; `padim_jax.config.settings` explains
         them all. Where two groups have a setting of this name, the group goes before it:
         `model_seed`, `image_seed`, `model_upsample`, `map_upsample`; and for the image score:
-        `score_image`.
+        `score_image`. `roi` may also be an array (h, w), not 0 inside the region
+        of interest.
 
     Returns:
       The fitted detector, with thresholds.
@@ -367,7 +368,7 @@ def fit(
         source = copies.distinct(image_inputs.source(images), devices)
         if (count := len(source.records)) < 2:
             raise UserError(f"{count} normal image(s) to fit; a covariance needs at least 2")
-        chosen = fitting.with_range(chosen, source)
+        chosen = fitting.from_images(chosen, source)
         leave_out = normal == "leave_one_out" and count >= 3
         if leave_out:
             calibrate.require_groups(chosen, source)
@@ -500,6 +501,8 @@ def _values(
     # The weights' name follows the backbone's, unless it is given.
     if config is None and "backbone" in given and "weights" not in given:
         given["weights"] = f"{given['backbone']}{backbones.DEFAULT_WEIGHTS}"
+    if isinstance(given.get("roi"), np.ndarray):
+        given["roi"] = roi.from_array(given["roi"])
     for name, value in given.items():
         if name not in places:
             close = difflib.get_close_matches(name, places, n=1)

@@ -8,6 +8,7 @@ what it allows.
 import dataclasses
 import difflib
 import pathlib
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -18,7 +19,11 @@ from padim_jax.system import paths
 MOST_SEED = 2**63 - 1
 MOST_SECONDS = 1e9
 MOST = 1e6  # of numbers with a meaning around 1: float32 squares them
+RUNS = "rle:"  # begins the text of a region of interest; see `data.roi.encode`
+_RUNS = re.compile(r"rle:([0-9]{1,5})x([0-9]{1,5}):([0-9]{1,9}(?:,[0-9]{1,9})*)")
 _LONGEST_PATH = 4095
+_MOST_PIXELS = 178_956_970  # of a region of interest: as of an image
+_MOST_POINTS = 1000
 _LARGEST_BYTE = 255
 _MOST_SHOWN = 200  # characters of a wrong value in a message
 
@@ -174,6 +179,41 @@ def optional_path(name: str, value: Any) -> paths.Path | None:
     if value is None or (isinstance(value, str) and not value):
         return None
     return path(name, value)
+
+
+def roi(name: str, value: Any) -> str | tuple[Any, ...]:
+    """Require a region of interest, and return it: text, a box or a polygon."""
+    if is_runs(value):
+        found = _RUNS.fullmatch(value)
+        height, width, runs = found.groups() if found else ("0", "0", "0")
+        pixels, lengths = int(height) * int(width), list(map(int, runs.split(",")))
+        if 0 < pixels <= _MOST_PIXELS and sum(lengths) == pixels and all(lengths[1:]):
+            return value
+        raise wrong(name, value, "run lengths that add up to the pixels of an image")
+    if isinstance(value, str) and "\0" not in value and len(value) <= _LONGEST_PATH:
+        return value
+    listed = tuple(value) if isinstance(value, tuple | list) else ()
+    if len(listed) == 4 and all(map(is_number, listed)):
+        if listed[0] < listed[2] and listed[1] < listed[3]:
+            return listed
+    elif 3 <= len(listed) <= _MOST_POINTS and all(map(_is_point, listed)):
+        return tuple(map(tuple, listed))
+    raise wrong(
+        name,
+        value,
+        "the path of a mask image, a box (left, top, right, bottom) or a polygon ((x, y), "
+        f"(x, y), (x, y), ...) of 3 to {_MOST_POINTS} points in pixels of the original image, "
+        "or '' for the whole image",
+    )
+
+
+def is_runs(value: Any) -> bool:
+    """Return whether a region of interest is given by its pixels, not by a file or points."""
+    return isinstance(value, str) and value.startswith(RUNS)
+
+
+def _is_point(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(map(is_number, value))
 
 
 def flag(name: str, value: Any) -> bool:

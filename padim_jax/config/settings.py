@@ -217,6 +217,14 @@ class ImageConfig:
     percentiles of all training pixels, which the fit determines and stores. For images that use
     a part of 16 bits (thermal images, 12-bit cameras); not for colours of 16 bits."""
 
+    roi: str | tuple[Any, ...] = setting(
+        lambda _: config_dict.FieldReference("", field_type=object), checks.roi, later=""
+    )
+    """Region of interest: the part of the image that is modelled and scored (`docs/roi.md`).
+    The path of a mask image (0 outside), a box (left, top, right, bottom) or a polygon ((x, y),
+    (x, y), (x, y), ...), in pixels of the original image; `""` for the whole image. A fit
+    stores the pixels, and needs the file no more."""
+
     @property
     def counts(self) -> Range:
         """Return `range` for the decoder; "train" before a fit means "full"."""
@@ -573,6 +581,17 @@ def _check_together(config: Config) -> None:
             "config.image.crop_at=random: without config.image.crop there is nothing to place; "
             "the paper crops 224x224 of 256x256 (--config=...:rd)"
         )
+    if config.image.roi and (config.image.rotation or config.image.crop_at == "random"):
+        raise UserError(
+            "config.image.roi: with random rotations or crops (config.image.rotation, "
+            "config.image.crop_at) a place on the image is another patch each time; use one or "
+            "the other"
+        )
+    if config.image.roi and config.model.reduction == "pca":
+        raise UserError(
+            "config.image.roi: config.model.reduction=pca takes its components from whole "
+            "images; use random or semi_orthogonal"
+        )
     cache = config.cache
     if cache.images_gb and cache.dir and not isinstance(cache.dir, pathlib.Path):
         raise UserError(
@@ -632,7 +651,10 @@ def restore(stored: Any, version: Any) -> Config:
     """
     defaults = schema.defaults(Config).to_dict()
     values = _complete("config", stored, Config, defaults, version)
-    return validate(values, earlier=True)
+    config = validate(values, earlier=True)
+    if config.image.roi and not checks.is_runs(config.image.roi):  # a file of the reader's own
+        raise wrong("config.image.roi", config.image.roi, "run lengths, as fits store them")
+    return config
 
 
 def implausible(config: Config) -> str:

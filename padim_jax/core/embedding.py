@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Bool, Float32, Int
 
 from padim_jax.core import interpolation
 from padim_jax.core.types import Embeddings, FeatureMap, Levels
@@ -60,10 +60,12 @@ class Pyramid:
       levels: levels of the stages with selected channels, the finest first. Cells of a level
         that share a cell of the next coarser level are contiguous.
       patches: per patch, row-major, the index of its cell among all cells of the finest level.
+      inside: whether each patch takes part; see `restrict`.
     """
 
     levels: tuple[Level, ...]
     patches: Int[np.ndarray, " p"]
+    inside: Bool[np.ndarray, " p"]
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
@@ -149,7 +151,31 @@ def pyramid(
         (order,) = np.nonzero(_within(kept, offsets, i))
         source = sources[i].reshape(regions, -1)
         levels.append(Level(i, kept[order] - offsets[i], order, source))
-    return Pyramid(tuple(levels), patches)
+    return Pyramid(tuple(levels), patches, np.ones(len(patches), bool))
+
+
+def restrict(whole: Pyramid, inside: Bool[np.ndarray, "_h _w"]) -> Pyramid:
+    """Return the part of a pyramid that a region of interest needs.
+
+    Regions without a patch inside are left out. Each patch outside gets the cell of the nearest
+    patch inside: maps then continue beyond the edge of the region of interest with the values
+    at its edge.
+
+    Args:
+      whole: pyramid of the whole grid.
+      inside: which patches of the finest grid take part, at least one.
+
+    Returns:
+      The pyramid.
+    """
+    patches = whole.patches.reshape(inside.shape)[interpolation.nearest_inside(inside)]
+    regions, cells, _ = whole.shapes[0]
+    region, cell = np.divmod(patches.reshape(-1), cells)
+    kept = np.unique(region)
+    numbers = np.zeros(regions, int)
+    numbers[kept] = np.arange(len(kept))
+    levels = [dataclasses.replace(level, source=level.source[kept]) for level in whole.levels]
+    return Pyramid(tuple(levels), numbers[region] * cells + cell, inside.reshape(-1))
 
 
 @functools.cache
@@ -162,22 +188,26 @@ def shifts(pyramid: Pyramid, grid: tuple[int, int], radius: int) -> Shifts:
       radius: largest distance in patches, at least 1.
 
     Returns:
-      The shifts; the finest level has (2 radius + 1)^2 variants.
+      The shifts; the finest level has (2 radius + 1)^2 variants. Patches outside of a region of
+      interest are like patches outside the grid.
 
     Raises:
       ValueError: patches share cells of the finest level, since no channel of the finest stage
         is kept; their neighbours are not the same.
     """
-    if len(np.unique(pyramid.patches)) < len(pyramid.patches):
+    (own_patches,) = np.nonzero(pyramid.inside)
+    if len(np.unique(pyramid.patches[own_patches])) < len(own_patches):
         raise ValueError("no channel of the first layer is kept")
     steps = sorted(itertools.product(range(-radius, radius + 1), repeat=2), key=any)
     rows, columns = (axis.reshape(-1, 1) for axis in np.indices(grid))
     y, x = rows + np.array(steps)[:, 0], columns + np.array(steps)[:, 1]
     inside = (y >= 0) & (y < grid[0]) & (x >= 0) & (x < grid[1])
     near = np.where(inside, y * grid[1] + x, rows * grid[1] + columns)
+    near = np.where(pyramid.inside[near], near, rows * grid[1] + columns)
     regions, finest, _ = pyramid.shapes[0]
     fine = np.arange(regions * finest)[:, None].repeat(len(steps), 1)
-    fine[pyramid.patches] = pyramid.patches[near]  # repeated cells keep to themselves
+    # Repeated cells, and those outside, keep to themselves.
+    fine[pyramid.patches[own_patches]] = pyramid.patches[near[own_patches]]
     own = np.arange(len(fine))[:, None]
     sources, numbers = [], []
     for _, cells, _ in pyramid.shapes:

@@ -5,9 +5,10 @@ for the rows and one for the columns describe it completely.
 """
 
 import functools
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 
 def nearest(n_in: int, n_out: int) -> Int[np.ndarray, " n_out"]:
@@ -22,6 +23,26 @@ def nearest(n_in: int, n_out: int) -> Int[np.ndarray, " n_out"]:
     """
     # In float32, as in PyTorch: a whole number may round down to the previous sample.
     return (np.arange(n_out, dtype=np.float32) * np.float32(n_in / n_out)).astype(int)
+
+
+def nearest_inside(
+    inside: Bool[np.ndarray, "h w"],
+) -> tuple[Int[np.ndarray, "h w"], Int[np.ndarray, "h w"]]:
+    """Return, for each cell of a grid, row and column of the nearest cell inside a region.
+
+    Args:
+      inside: (h, w), at least one cell.
+
+    Returns:
+      Rows and columns; those of the cell itself where it is inside.
+    """
+    from scipy import ndimage  # slow to import; only a region of interest needs it
+
+    found: Any = ndimage.distance_transform_edt(
+        ~inside, return_distances=False, return_indices=True
+    )
+    rows, columns = found
+    return rows, columns
 
 
 @functools.cache

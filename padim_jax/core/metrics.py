@@ -148,6 +148,7 @@ def pixel_metrics(
     defect_types: Sequence[str],
     masks: Bool[np.ndarray, "n h w"],
     maps: Float[np.ndarray, "n h w"],
+    inside: Bool[np.ndarray, "h w"] | None = None,
 ) -> PixelMetrics:
     """Return the pixel metrics of a test set and their curves; each pixel is sorted once.
 
@@ -156,6 +157,7 @@ def pixel_metrics(
       defect_types: one per image; ignored for normal images.
       masks: True for defect pixels; all False for normal images.
       maps: anomaly maps, higher is more anomalous.
+      inside: pixels that count, as those that are not NaN in `stream_pixels`; None for all.
 
     Returns:
       Metrics and curves.
@@ -169,7 +171,7 @@ def pixel_metrics(
     groups = [~labels, *(labels & (types == name) for name in names)]
     # NumPy sorts and searches without holding the GIL: threads use all cores.
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        parts = list(pool.map(lambda group: _pixels(masks[group], maps[group]), groups))
+        parts = list(pool.map(lambda group: _pixels(masks[group], maps[group], inside), groups))
         every = [_merge(parts), *(_merge([parts[0], part]) for part in parts[1:])]
         whole, *tallies = pool.map(_tally, every)
     return _pixel_metrics(whole, dict(zip(names, tallies, strict=True)))
@@ -331,14 +333,17 @@ def _samples(labels: np.ndarray, scores: np.ndarray) -> _Samples:
     return _Samples(anomalous, np.ones(anomalous.size), [np.sort(scores[~labels])])
 
 
-def _pixels(masks: np.ndarray, maps: np.ndarray) -> _Samples:
+def _pixels(masks: np.ndarray, maps: np.ndarray, inside: np.ndarray | None = None) -> _Samples:
     """Weight regions equally, not their pixels: the curve is the PRO curve."""
     from scipy import ndimage  # slow to import; only pixel metrics need it
 
     regions = np.empty(masks.shape, np.int32)
     ndimage.label(masks, structure=_REGION_STRUCTURE, output=regions)
+    normal = ~masks
+    if inside is not None:  # labelled before, so that its edge does not split a region
+        masks, normal = masks & inside, normal & inside
     region = regions[masks]
-    return _Samples(maps[masks], 1 / np.bincount(region)[region], [np.sort(maps[~masks])])
+    return _Samples(maps[masks], 1 / np.bincount(region)[region], [np.sort(maps[normal])])
 
 
 def _merge(parts: Sequence[_Samples]) -> _Samples:

@@ -159,6 +159,7 @@ def peak(
     frame: Frame = Frame(),
     min_area: float = 0.0,
     close: float = 0.0,
+    pixels: int | None = None,
 ) -> float:
     """Return the highest threshold at which a map has a region.
 
@@ -167,18 +168,19 @@ def peak(
       frame: see `find`.
       min_area: see `find`.
       close: see `find`.
+      pixels: number of the map's pixels that are scored; None for all.
 
     Returns:
       One of the map's values.
 
     Raises:
-      ValueError: the map is smaller than `min_area`.
+      ValueError: what is scored of the map is smaller than `min_area`.
     """
     fewest = max(1, math.ceil(min_area / frame.pixel_area))
-    if fewest > anomaly_map.size:
+    if fewest > (pixels := anomaly_map.size if pixels is None else pixels):
         raise ValueError(
             f"a region of {min_area:g} pixels is larger than what is scored of an image, "
-            f"{anomaly_map.size * frame.pixel_area:.0f} pixels"
+            f"{pixels * frame.pixel_area:.0f} pixels"
         )
     if fewest == 1:
         return float(anomaly_map.max())

@@ -1,14 +1,18 @@
 """Shapes that follow from a configuration alone: channels, patch grids, levels and shifts."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float32, Int
+from PIL import Image
 
-from padim_jax.config import backbones
+from padim_jax.config import backbones, checks
 from padim_jax.config.settings import Config, ImageConfig, ModelConfig
 from padim_jax.core import embedding
 from padim_jax.core.embedding import Pyramid
+from padim_jax.core.image_score import Inside
+from padim_jax.data import roi
 from padim_jax.errors import UserError
 
 Shape = tuple[int, int, int]  # regions, cells per region and channels of a level
@@ -61,6 +65,45 @@ def patch_size(config: Config) -> tuple[float, float]:
     return height / rows, width / columns
 
 
+@functools.lru_cache(maxsize=16)
+def inside(image: ImageConfig, layers: tuple[str, ...]) -> Inside | None:
+    """Return what the region of interest covers, or None without one.
+
+    A patch takes part if a pixel of its cell is inside, so that every pixel inside has its own
+    patch.
+
+    Args:
+      image: image settings of a model; see `roi.resolve`.
+      layers: names of the stages in use, the finest first.
+
+    Raises:
+      UserError: see `roi.at_input_size`.
+    """
+    if not image.roi:
+        return None
+    if not checks.is_runs(image.roi):
+        raise ValueError("a region of interest is resolved before a model is made")
+    pixels = roi.at_input_size(str(image.roi), image)
+    cells = Image.fromarray(pixels.astype(np.float32))
+    rows, columns = patch_grid(image, layers)
+    return Inside(pixels, np.asarray(cells.resize((columns, rows), Image.Resampling.BOX)) > 0)
+
+
+def scored_pixels(
+    image: ImageConfig, maps: Float32[np.ndarray, "n h w"]
+) -> Float32[np.ndarray, "n _h _w"]:
+    """Return the pixels of maps inside the region of interest, in one row of each map.
+
+    Args:
+      image: image settings of a model.
+      maps: anomaly maps.
+
+    Returns:
+      (n, 1, k), or the maps without a region of interest.
+    """
+    return maps if not image.roi else maps[:, None, roi.at_input_size(str(image.roi), image)]
+
+
 def pyramid(image: ImageConfig, model: ModelConfig, index: Sequence[int]) -> Pyramid:
     """Return the correspondence between the stages' grids; see `embedding`.
 
@@ -70,14 +113,23 @@ def pyramid(image: ImageConfig, model: ModelConfig, index: Sequence[int]) -> Pyr
       index: channels kept.
 
     Returns:
-      The pyramid.
+      The pyramid, restricted to the region of interest; the same object for the same arguments.
     """
     if has_one_level(model):
         grid, channels = patch_grid(image, model.layers), len(index)
-        return embedding.pyramid((grid,), (channels,), tuple(range(channels)))
-    spec = backbones.BACKBONES[model.backbone]
-    grids = tuple(patch_grid(image, (layer,)) for layer in model.layers)
-    return embedding.pyramid(grids, tuple(map(spec.channels, model.layers)), tuple(index))
+        whole = embedding.pyramid((grid,), (channels,), tuple(range(channels)))
+    else:
+        spec = backbones.BACKBONES[model.backbone]
+        grids = tuple(patch_grid(image, (layer,)) for layer in model.layers)
+        channels = tuple(map(spec.channels, model.layers))
+        whole = embedding.pyramid(grids, channels, tuple(index))
+    covered = inside(image, model.layers)
+    return whole if covered is None else _restricted(whole, covered)
+
+
+@functools.lru_cache(maxsize=16)
+def _restricted(whole: Pyramid, covered: Inside) -> Pyramid:
+    return embedding.restrict(whole, covered.patches)
 
 
 def place(image: ImageConfig, model: ModelConfig, index: Sequence[int], region: int) -> str:
@@ -94,7 +146,8 @@ def place(image: ImageConfig, model: ModelConfig, index: Sequence[int], region: 
     """
     laid, (height, width) = pyramid(image, model, index), patch_grid(image, model.layers)
     cells = laid.shapes[0][1]
-    rows, columns = np.divmod(np.flatnonzero(laid.patches // cells == region), width)
+    of_region = laid.inside & (laid.patches // cells == region)
+    rows, columns = np.divmod(np.flatnonzero(of_region), width)
     return (
         f"patches of rows {rows.min()} to {rows.max()} and columns {columns.min()} to "
         f"{columns.max()}, of {height}x{width}"

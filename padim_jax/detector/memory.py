@@ -440,7 +440,9 @@ def _shapes(config: Config) -> list[geometry.Shape]:
     model = config.model
     if geometry.has_one_level(model):
         height, width = geometry.patch_grid(config.image, model.layers)
-        return [(height * width, 1, model.channels)]
+        covered = geometry.inside(config.image, model.layers)
+        count = height * width if covered is None else np.count_nonzero(covered.patches)
+        return [(int(count), 1, model.channels)]
     spec = backbones.BACKBONES[model.backbone]
     ends = np.cumsum([spec.channels(layer) for layer in model.layers])
     index = geometry.channel_index(model)
@@ -450,9 +452,14 @@ def _shapes(config: Config) -> list[geometry.Shape]:
     grids = [geometry.patch_grid(config.image, (layer,)) for layer in model.layers]
     rows = embedding.pyramid(tuple((height, 1) for height, _ in grids), ones, stages)
     columns = embedding.pyramid(tuple((1, width) for _, width in grids), ones, stages)
+    regions = rows.shapes[0][0] * columns.shapes[0][0]
+    if (covered := geometry.inside(config.image, model.layers)) is not None:
+        down, right = (axis.patches // axis.shapes[0][1] for axis in (rows, columns))
+        numbers = down[:, None] * columns.shapes[0][0] + right
+        regions = len(np.unique(numbers[covered.patches]))
     return [
-        (r1 * r2, n1 * n2, int(channels))
-        for (r1, n1, _), (r2, n2, _), channels in zip(
+        (regions, n1 * n2, int(channels))
+        for (_, n1, _), (_, n2, _), channels in zip(
             rows.shapes, columns.shapes, kept[list(stages)], strict=True
         )
     ]

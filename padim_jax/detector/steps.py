@@ -244,8 +244,11 @@ def _measures(
     grid = geometry.patch_grid(image, model.layers)
     distances = scoring.on_grid(parallel.to_images(by_region), patches)
     maps = scoring.anomaly_maps(distances, grid, image.size, map_.upsample, map_.sigma)
+    inside = geometry.inside(image, model.layers)
+    if inside is not None:
+        maps = jnp.where(inside.pixels[None], maps, 0)
     samples = parallel.to_images(_sample(levels)[:, None])[:, 0].T  # of all regions
-    return maps, image_score.summaries(maps, distances, grid, score), samples
+    return maps, image_score.summaries(maps, distances, grid, score, inside), samples
 
 
 def _sample(levels: Levels) -> Float32[Array, "_s b"]:

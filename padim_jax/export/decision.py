@@ -5,10 +5,13 @@ Counterpart of `core.scoring.anomaly_maps`, `core.image_score` and `core.calibra
 
 import numpy as np
 import onnx
+from jaxtyping import Bool
 
 from padim_jax.core import image_score, scoring
 from padim_jax.core.calibration import Calibration
 from padim_jax.export.graph import Graph
+
+Mask = Bool[np.ndarray, "_h _w"]
 
 
 def anomaly_maps(
@@ -48,17 +51,19 @@ def score(
     size: tuple[int, int],
     kind: str,
     calibration: Calibration | None,
+    inside: image_score.Inside | None = None,
 ) -> str:
     """Add the image score (b,).
 
     Args:
       graph: the graph.
-      maps: anomaly maps (b, h, w).
+      maps: anomaly maps (b, h, w), 0 outside of a region of interest.
       distances: distances (b, rows, columns).
       grid: height and width in patches.
       size: height and width of the maps.
       kind: see `image_score.summaries`.
       calibration: thresholds, which `combined` needs.
+      inside: region of interest, or None.
 
     Returns:
       Name of the scores.
@@ -68,19 +73,21 @@ def score(
     """
     if kind == "max":
         return graph.add("ReduceMax", maps, axes=[1, 2], keepdims=0)
+    pixels = None if inside is None else inside.pixels
+    patches = None if inside is None else inside.patches
     if kind == "top":
-        return _top(graph, maps, size)
+        return _top(graph, maps, size, pixels)
     if kind == "band":
-        return _band(graph, distances, grid)
+        return _band(graph, distances, grid, patches)
     if kind == "variation":
-        return _total_variation(graph, maps, grid, size)
+        return _total_variation(graph, maps, grid, size, pixels)
     if kind != "combined" or calibration is None:
         raise ValueError(f"{kind}: no such score, or one that needs thresholds")
     parts = [
-        _top(graph, maps, size),
-        _deviation(graph, maps),
-        _total_variation(graph, maps, grid, size),
-        _band(graph, distances, grid),
+        _top(graph, maps, size, pixels),
+        _deviation(graph, maps, pixels),
+        _total_variation(graph, maps, grid, size, pixels),
+        _band(graph, distances, grid, patches),
     ]
     # In float64, as `image_score.combine`.
     columns = [graph.reshape(part, -1, 1) for part in parts]
@@ -134,34 +141,51 @@ def _double(graph: Graph, x: str) -> str:
     return graph.add("Cast", x, to=onnx.TensorProto.DOUBLE)
 
 
-def _mean(graph: Graph, x: str) -> str:
-    return graph.add("ReduceMean", x, axes=[1, 2], keepdims=0)
+def only_inside(graph: Graph, maps: str, inside: image_score.Inside | None) -> str:
+    """Add what sets maps to 0 outside of a region of interest, if there is one."""
+    if inside is None:
+        return maps
+    return graph.add("Mul", maps, graph.constant(inside.pixels.astype(np.float32)))
 
 
-def _deviation(graph: Graph, x: str) -> str:
-    centred = graph.add("Sub", x, graph.add("ReduceMean", x, axes=[1, 2], keepdims=1))
-    return graph.add("Sqrt", _mean(graph, graph.add("Mul", centred, centred)))
+def _mean(graph: Graph, x: str, inside: Mask | None = None, keepdims: int = 0) -> str:
+    if inside is None:
+        return graph.add("ReduceMean", x, axes=[1, 2], keepdims=keepdims)
+    weights = (inside / np.count_nonzero(inside)).astype(np.float32).reshape(-1, 1)
+    mean = graph.add("MatMul", graph.reshape(x, -1, inside.size), graph.constant(weights))
+    return graph.reshape(mean, -1, *(keepdims * [1, 1]))
 
 
-def _top(graph: Graph, maps: str, size: tuple[int, int]) -> str:
+def _deviation(graph: Graph, x: str, inside: Mask | None = None) -> str:
+    centred = graph.add("Sub", x, _mean(graph, x, inside, keepdims=1))
+    return graph.add("Sqrt", _mean(graph, graph.add("Mul", centred, centred), inside))
+
+
+def _top(graph: Graph, maps: str, size: tuple[int, int], inside: Mask | None) -> str:
     pixels = size[0] * size[1]
-    count = graph.constant(np.array([image_score.top_count(pixels)], np.int64))
+    scored = pixels if inside is None else np.count_nonzero(inside)
+    count = graph.constant(np.array([image_score.top_count(int(scored))], np.int64))
     highest = graph.add("TopK", graph.reshape(maps, -1, pixels), count, outputs=2, axis=1)
     return graph.add("ReduceMean", highest, axes=[1], keepdims=0)
 
 
-def _band(graph: Graph, distances: str, grid: tuple[int, int]) -> str:
+def _band(graph: Graph, distances: str, grid: tuple[int, int], inside: Mask | None) -> str:
     fine, coarse = (
         anomaly_maps(graph, distances, grid, grid, "bilinear", sigma)
         for sigma in (image_score.FINE, image_score.COARSE)
     )
-    return _deviation(graph, graph.add("Sub", fine, coarse))
+    return _deviation(graph, graph.add("Sub", fine, coarse), inside)
 
 
 def _total_variation(
-    graph: Graph, maps: str, grid: tuple[int, int], size: tuple[int, int]
+    graph: Graph,
+    maps: str,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    inside: Mask | None,
 ) -> str:
     total = ""
+    pairs = (None, None) if inside is None else image_score.neighbours(inside)
     for axis, (pixels, cells) in enumerate(zip(size, grid, strict=True), 1):
         first, last, end, along = (
             graph.constant(np.array([i], np.int64)) for i in (0, 1, pixels - 1, axis)
@@ -169,7 +193,8 @@ def _total_variation(
         whole = graph.constant(np.array([pixels], np.int64))
         earlier = graph.add("Slice", maps, first, end, along)
         later = graph.add("Slice", maps, last, whole, along)
-        change = _mean(graph, graph.add("Abs", graph.add("Sub", later, earlier)))
+        change = graph.add("Abs", graph.add("Sub", later, earlier))
+        change = _mean(graph, change, pairs[axis - 1])
         width = graph.constant(np.array(pixels / cells, np.float32))
         change = graph.add("Mul", change, width)
         total = graph.add("Add", total, change) if total else change

@@ -80,8 +80,9 @@ def build(
     map_ = decision.anomaly_maps(
         graph, on_grid, grid, image.size, config.map.upsample, config.map.sigma
     )
-    kind = config.score.image
-    score = decision.score(graph, map_, on_grid, grid, image.size, kind, calibration)
+    kind, inside = config.score.image, geometry.inside(image, model.layers)
+    map_ = decision.only_inside(graph, map_, inside)
+    score = decision.score(graph, map_, on_grid, grid, image.size, kind, calibration, inside)
     graph.name(map_, MAP)
     graph.name(score, SCORE)
     height, width = frame or image.size

@@ -204,6 +204,26 @@ def _line_width(image_width: int) -> int:
     return max(1, round(image_width / 170))
 
 
+def hatch(picture: Pixels, image: Pixels, outside: Mask | None) -> UInt8[np.ndarray, "h w 3"]:
+    """Return a picture with what is outside of the region of interest dimmed and hatched.
+
+    Args:
+      picture: picture of the result.
+      image: image under it, of the same size.
+      outside: (h, w), True outside of the region of interest; None without one.
+
+    Returns:
+      The picture; outside, the dimmed image under diagonal lines.
+    """
+    if outside is None:
+        return picture
+    step = max(8, outside.shape[1] // 32)
+    diagonal = np.add.outer(*map(np.arange, outside.shape)) % step
+    lines = np.where(diagonal == 0, np.uint8(210), np.uint8(40))[..., None]  # on any ground
+    hatched = np.where((diagonal < 2)[..., None], lines, image // 4 * 3)
+    return np.where(outside[..., None], hatched, picture)
+
+
 def _blend(image: Pixels, anomaly_map: AnomalyMap, scale: ColorScale) -> Image.Image:
     # The image in grey, so that colour encodes only the score.
     grey = Image.fromarray(image).convert("L").convert("RGB")
@@ -216,6 +236,7 @@ def overlay(
     scale: ColorScale,
     predicted: Mask | None,
     boxes: Sequence[Box] = (),
+    outside: Mask | None = None,
 ) -> Image.Image:
     """Return the heat map over the image, with predicted regions outlined and boxed in white.
 
@@ -226,6 +247,7 @@ def overlay(
       scale: scores of the colours.
       predicted: (h, w), True in the predicted regions; None for no outline.
       boxes: left, top, right and bottom of each region, in pixels.
+      outside: see `hatch`.
 
     Returns:
       An RGB picture of the image's size.
@@ -233,6 +255,7 @@ def overlay(
     picture = np.array(_blend(image, anomaly_map, scale))
     unscored = np.isnan(anomaly_map)
     picture[unscored] = image[unscored] // 4 * 3
+    picture = hatch(picture, image, outside)
     width = _line_width(image.shape[1])
     if predicted is not None:
         picture[outline(predicted, width + 1)] = 0  # a dark inner line: white fades on white
@@ -277,6 +300,7 @@ def panels(
     scale: ColorScale,
     caption: str,
     size: tuple[int, int] | None = None,
+    outside: Mask | None = None,
 ) -> Image.Image:
     """Return the result for one test image: five panels side by side, under a caption.
 
@@ -299,6 +323,8 @@ def panels(
       caption: text above the panels; a long one widens the picture. The font, Pillow's own, has
         ASCII characters only.
       size: height and width of a panel before it is enlarged; None for the image's.
+      outside: (h, w), True outside of the region of interest, which is hatched in the heat map;
+        None without one.
 
     Returns:
       An RGB picture.
@@ -309,9 +335,9 @@ def panels(
     image, anomaly_map = (
         _enlarge(resize(pixels, size), factor) for pixels in (image, anomaly_map)
     )
-    mask, predicted = (
+    mask, predicted, outside = (
         None if region is None else _enlarge(resize_region(region, size), factor)
-        for region in (mask, predicted)
+        for region in (mask, predicted, outside)
     )
 
     height, width = anomaly_map.shape
@@ -320,7 +346,7 @@ def panels(
         if region is not None:
             segmentation[outline(region, _line_width(width))] = color
 
-    heat = np.asarray(_blend(image, anomaly_map, scale))
+    heat = hatch(np.asarray(_blend(image, anomaly_map, scale)), image, outside)
     layout = _Layout(width, height)
     form = _form(layout, scale, threshold, mask is not None)
     picture = _under_caption(form, caption, layout.text)

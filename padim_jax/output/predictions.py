@@ -16,13 +16,15 @@ from PIL import Image
 
 from padim_jax.config.settings import Config, ImageConfig
 from padim_jax.core import calibration as calibration_lib
+from padim_jax.core import interpolation
 from padim_jax.core import regions as regions_lib
 from padim_jax.core.calibration import Calibration
 from padim_jax.core.regions import Region
-from padim_jax.data import decoding, input_pipeline
+from padim_jax.data import decoding, input_pipeline, roi
 from padim_jax.data.files import read_file, shown
 from padim_jax.data.records import Record, Source
 from padim_jax.detector import detector as detector_lib
+from padim_jax.detector import geometry
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
 from padim_jax.output import figures, regions_file, results, tables
@@ -149,17 +151,30 @@ def restore_map(
       view: view of the image; None for the centre, not rotated.
 
     Returns:
-      The map at the original size; NaN where the crop left the image unscored.
+      The map at the original size; NaN where the crop or the region of interest left the image
+      unscored.
     """
     top, left = input_pipeline.crop_offset(config) if view is None else view[1:]
     if view is not None and view.angle:
         return _restore_turned(anomaly_map, size, config, view)
+    if config.roi:  # its edge has no zeros beside it
+        covered = roi.at_input_size(str(config.roi), config)
+        anomaly_map = anomaly_map[interpolation.nearest_inside(covered)]
     rows, rows_scored = _source_pixels(size[0], config.resize[0], top, config.size[0])
     columns, columns_scored = _source_pixels(size[1], config.resize[1], left, config.size[1])
     full = _interpolate(_interpolate(anomaly_map, rows).T, columns).T
     full[~rows_scored] = np.nan
     full[:, ~columns_scored] = np.nan
+    if (outside := _outside(config, size)) is not None:
+        full[outside] = np.nan
     return np.ascontiguousarray(full)
+
+
+def _outside(
+    config: ImageConfig, size: tuple[int, int]
+) -> Bool[np.ndarray, "height width"] | None:
+    """Return the pixels of an image outside of the region of interest, or None."""
+    return ~roi.at_size(str(config.roi), size) if config.roi else None
 
 
 def _restore_turned(
@@ -257,7 +272,8 @@ class Pictures:
     def set_scale(self, maps: Float32[np.ndarray, "n h w"]) -> None:
         """Set the colour scale from the first maps, if there is none yet."""
         if self.scale is None:
-            self.scale = figures.color_scale(maps, np.zeros(len(maps), int))
+            pixels = geometry.scored_pixels(self._config.image, maps)
+            self.scale = figures.color_scale(pixels, np.zeros(len(maps), int))
 
     def draw(
         self, name: str, path: Path, data: bytes, anomaly_map: Float32[np.ndarray, "h w"]
@@ -296,7 +312,8 @@ class Pictures:
             found = detector_lib.find_regions(config, anomaly_map, threshold, size)
             predicted = _mask(full, anomaly_map, threshold, size, config)
         boxes = [region.box for region in found or ()]
-        overlay = figures.overlay(image, full, self.scale, predicted, boxes)
+        outside = _outside(config.image, size)
+        overlay = figures.overlay(image, full, self.scale, predicted, boxes, outside)
         written = files(self._folder, name, self._suffix, predicted is not None)
         pictures = [overlay] if predicted is None else [overlay, Image.fromarray(predicted)]
         with journal_lib.writing(written[1]):

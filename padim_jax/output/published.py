@@ -85,13 +85,16 @@ def applicable(config: Config) -> tuple[Published, ...]:
     """Return the published results that a run may be compared with.
 
     They were measured with ImageNet weights on MVTec AD; runs with other weights, data,
-    backbone or random views of the images than the source's are not compared.
+    backbone or random views of the images than the source's are not compared, nor those of a
+    region of interest.
 
     Returns:
       One for each source; sources that agree in all results and settings are merged.
     """
     not_imagenet = (backbones.RANDOM_WEIGHTS, backbones.NO_WEIGHTS)
     if config.dataset.name != "mvtec_ad" or config.model.weights in not_imagenet:
+        return ()
+    if config.image.roi:
         return ()
     views = {name: _setting(config, name) for name in _VIEWS}
     found: list[Published] = []

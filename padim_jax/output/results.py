@@ -65,6 +65,7 @@ class Scored:
       regions: for each image its regions above the pixel threshold from normal images, in
         pixels of the image file; None without this threshold.
       boxes: their boxes in pixels of the maps.
+      inside: pixels of the maps inside the region of interest; None without one.
       called: whether each image is called anomalous by thresholds from normal images, as
         `config.decide` says; None without them.
       in_place: whether the strongest region of each map lies at the image's defect (see
@@ -81,6 +82,16 @@ class Scored:
     regions: Sequence[Sequence[Region]] | None = None
     boxes: Sequence[Sequence[Box]] | None = None
     called: Bool[np.ndarray, " n"] | None = None
+    inside: Bool[np.ndarray, "h w"] | None = None
+
+    @property
+    def outside(self) -> Bool[np.ndarray, "h w"] | None:
+        """Return the pixels outside of the region of interest, or None."""
+        return None if self.inside is None else ~self.inside
+
+    def scored_pixels(self, values: np.ndarray) -> np.ndarray:
+        """Return those of values (..., h, w) that are inside: (..., 1, k), or all of them."""
+        return values if self.inside is None else values[..., None, self.inside]
 
     def drawn_size(self, index: int, side: int | None = None) -> tuple[int, int]:
         """Return height and width at which an image is drawn; see `figures.drawn_size`.
@@ -112,7 +123,7 @@ def with_pixels(scored: Scored) -> Scored:
     if (masks := _masks(scored)) is None:
         return scored
     types = [record.defect_type for record in scored.records]
-    pixels = metrics.pixel_metrics(scored.labels, types, masks, scored.maps)
+    pixels = metrics.pixel_metrics(scored.labels, types, masks, scored.maps, scored.inside)
     return dataclasses.replace(scored, pixels=pixels)
 
 
@@ -143,6 +154,7 @@ def measure(
       `verdicts.Transfer`), or None; `normal_threshold`, the outcome of thresholds from normal
       images alone, always at the model's size (see `calibration.outcome`), or None.
     """
+    scored = with_pixels(scored) if scored.pixels is None else scored
     measured = metrics.evaluate(
         scored.labels,
         scored.scores,
@@ -152,8 +164,10 @@ def measure(
         np.array([mask is not None for mask in scored.masks]),
         scored.pixels,
     )
+    masks = [None if mask is None else scored.scored_pixels(mask) for mask in scored.masks]
+    maps = scored.scored_pixels(scored.maps)
     outcome = calibration and calibration_lib.outcome(
-        calibration, scored.labels, scored.scores, scored.maps, scored.masks, scored.called
+        calibration, scored.labels, scored.scores, maps, masks, scored.called
     )
     return measured | {
         "test_images": len(scored.records),
@@ -178,12 +192,14 @@ def locate(scored: Scored, measured: Mapping[str, Any], patch: tuple[float, floa
     Returns:
       The test set with `in_place`; see `verdicts.in_place`.
     """
-    threshold = _threshold(measured, "pixel")
+    threshold, masks = _threshold(measured, "pixel"), scored.masks
+    if scored.inside is not None:
+        masks = [None if mask is None else mask & scored.inside for mask in masks]
     in_place = [
         verdicts.in_place(anomaly_map, mask, np.inf if threshold is None else threshold, patch)
         if mask is not None and mask.any()
         else None
-        for anomaly_map, mask in zip(scored.maps, scored.masks, strict=True)
+        for anomaly_map, mask in zip(scored.maps, masks, strict=True)
     ]
     known = any(place is not None for place in in_place)
     return dataclasses.replace(scored, in_place=in_place if known else None)
@@ -718,6 +734,7 @@ def _draw_figures(
             f"{record.relative_path}   score {score:.2f}   "
             f"{'anomalous' if record.label else 'normal'}{verdict}",
             scored.drawn_size(index),
+            scored.outside,
         )
         stem = pathlib.PurePosixPath(record.relative_path).stem
         name = f"{place:04d}_{record.defect_type}_{stem}".encode()[:_LONGEST_NAME]

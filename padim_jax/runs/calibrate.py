@@ -18,7 +18,7 @@ from padim_jax.core.suspects import Suspects
 from padim_jax.data import copies, image_cache, input_pipeline, sampling
 from padim_jax.data.records import Record, Source
 from padim_jax.detector import detector as detector_lib
-from padim_jax.detector import scoring_pass
+from padim_jax.detector import geometry, scoring_pass
 from padim_jax.detector.detector import Detector
 from padim_jax.detector.embeddings import Embeddings
 from padim_jax.devices import parallel
@@ -148,7 +148,8 @@ def find_ranked(
                 if sum(map(len, samples)) < copies.MOST_COMPARED:
                     samples.append(part.samples)
                 summaries.append(part.summaries)
-                yield part.maps, part.summaries, *_peaks(config, part)
+                pixels = geometry.scored_pixels(config.image, part.maps)
+                yield pixels, part.summaries, *_peaks(config, part)
 
     within = groups[order] if pattern else None
     thresholds = _thresholds(detector, parts(), count, origin, within)
@@ -235,10 +236,11 @@ def _peaks(config: Config, part: scoring_pass.Part) -> list[Float32[np.ndarray, 
     if config.decide == "score":
         return []
     rule, found = config.regions, []
+    pixels = geometry.scored_pixels(config.image, part.maps[:1]).size
     for record, anomaly_map, size in zip(part.records, part.maps, part.sizes, strict=True):
         frame = input_pipeline.frame(config.image, size.tolist())
         try:
-            found.append(regions.peak(anomaly_map, frame, rule.min_area, rule.close))
+            found.append(regions.peak(anomaly_map, frame, rule.min_area, rule.close, pixels))
         except ValueError as error:
             raise UserError(
                 f"config.regions.min_area={rule.min_area:g}: {record.image}: {error}"
@@ -270,7 +272,8 @@ def find_from_model(
             valid, maps, part, sample = parallel.gather(own)
             samples.append(sample[valid])
             summaries.append(part[valid])
-            yield maps[valid], part[valid]
+            pixels = geometry.scored_pixels(detector.config.image, maps[valid])
+            yield pixels, part[valid]
 
     thresholds = _thresholds(detector, parts(), detector.count, "leave_one_out")
     numbered = [f"image {i + 1}" for i in range(detector.count)]

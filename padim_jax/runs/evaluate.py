@@ -100,7 +100,8 @@ def evaluate_unlocked(
         return {}
     resolution = config.metrics.resolution
     if resolution == "full":
-        scored = dataclasses.replace(scored, pixels=_full_pixels(config, source, scored, read))
+        seen = dataclasses.replace(config, image=detector.config.image)
+        scored = dataclasses.replace(scored, pixels=_full_pixels(seen, source, scored, read))
     defects = sum(int(mask.sum()) for mask in scored.masks if mask is not None)
     memory.require_for_maps(config, len(source.records), defects / scored.maps.size)
     if resolution == "model":
@@ -112,7 +113,8 @@ def evaluate_unlocked(
         measured["suspects"] = suspects_lib.to_dict(suspects)
     if (transfer := measured["transfer"]) and transfer["unlike"]:
         warnings.warn(DataWarning(results.transfer_text(transfer)), stacklevel=2)
-    scale = figures.color_scale(scored.maps, scored.labels.astype(int))
+    maps = geometry.scored_pixels(detector.config.image, scored.maps)
+    scale = figures.color_scale(maps, scored.labels.astype(int))
     measured["color_scale"] = [scale.low, scale.high]
     measured["detector"] = detector_lib.fingerprint(detector)
     measured[inputs.KEY] = {**identity, "weights": detector.weights.sha256}
@@ -206,6 +208,7 @@ def score(detector: Detector, source: Source) -> tuple[results.Scored | None, _R
     scores = detector_lib.image_scores(
         detector, np.concatenate([part.summaries for part in parts])
     )
+    covered = geometry.inside(detector.config.image, detector.config.model.layers)
     scored = results.Scored(
         source.records,
         known_masks,
@@ -214,6 +217,7 @@ def score(detector: Detector, source: Source) -> tuple[results.Scored | None, _R
         aspects=[
             input_pipeline.aspect(detector.config.image, size) for size in every.sizes.tolist()
         ],
+        inside=covered and covered.pixels,
     )
     return _with_regions(detector, scored, every.sizes), every
 

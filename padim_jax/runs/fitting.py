@@ -24,6 +24,7 @@ from padim_jax.data import (
     image_cache,
     input_pipeline,
     passes,
+    roi,
     sampling,
     skipping,
     summary,
@@ -169,6 +170,7 @@ def update(
     devices = parallel.every()
     fitted, identity = statistics_store.load_checkpoint(path, devices)
     config = config_lib.resolve(config, fitted.config)
+    config = with_stored_roi(config, fitted.config)
     require_same(path, fitted.config, config)
     warn_implausible(path, fitted.config)
     config = with_stored_range(config, fitted.config)
@@ -640,6 +642,62 @@ def with_range(config: Config, source: Source) -> Config:
     return dataclasses.replace(config, image=image)
 
 
+def from_images(config: Config, source: Source) -> Config:
+    """Return the configuration with what the training images decide.
+
+    These are the numbers of `config.image.range=train` (see `with_range`), and the pixels of
+    `config.image.roi`, which is given in pixels of the images.
+
+    Args:
+      config: configuration of a run.
+      source: training images.
+
+    Raises:
+      UserError: see `with_range` and `roi.resolve`.
+    """
+    config = with_range(config, source)
+    if not config.image.roi:
+        return config
+    devices, text = parallel.every(), ""
+    if devices.process == 0:  # the mask may be on its disk alone
+        text = roi.resolve(config.image.roi, _first_size(config, source), config.image)
+    text = parallel.gather_bytes(text.encode())[0].decode()
+    return _with_roi(config, text)
+
+
+def _with_roi(config: Config, text: str) -> Config:
+    return dataclasses.replace(config, image=dataclasses.replace(config.image, roi=text))
+
+
+def _first_size(config: Config, source: Source) -> tuple[int, int]:
+    """Return height and width of the first image that can be read."""
+    for i, record in enumerate(source.records):
+        try:
+            image = decoding.open_rgb(source.read(i)[0], shown(record.image))
+        except UserError:
+            if config.dataset.skip_bad:
+                continue
+            raise
+        return image.height, image.width
+    raise UserError("config.image.roi: no training image can be read")
+
+
+def with_stored_roi(config: Config, fitted: Config) -> Config:
+    """Return the configuration with its region of interest as models keep it.
+
+    It is given in pixels of the images that the model was fitted to. A model without a region
+    of interest knows of no images; see `require_same`.
+
+    Raises:
+      UserError: see `roi.resolve`.
+    """
+    wanted, stored = config.image.roi, fitted.image.roi
+    if not wanted or not stored or wanted == stored:
+        return config
+    size = roi.original_size(str(stored))
+    return _with_roi(config, roi.resolve(wanted, size, config.image))
+
+
 def with_stored_range(config: Config, fitted: Config) -> Config:
     """The configuration with the model's range, where it says "train"."""
     if config.image.range != "train":
@@ -660,6 +718,8 @@ def require_same(path: Path | str, fitted: Config, wanted: Config) -> None:
         if setting(wanted) == "train" and fitted.image.range != "full":
             continue  # the range, which a fit found; see `with_stored_range`
         if (ours := setting(wanted)) != (theirs := setting(fitted)):
+            if name == "image.roi":
+                ours, theirs = roi.shown(ours), roi.shown(theirs)
             raise UserError(
                 f"config.{name}={ours}: the model {path} was fitted with {theirs}. Ask for "
                 f"that, fit again, or leave out --config (or --config.{name} alone) to take "
@@ -795,6 +855,9 @@ def add_images(
         few |= passes.few_levels(batch)
         sizes = np.zeros((len(batch.valid), 2), np.int32)
         sizes[batch.valid] = np.reshape(batch.sizes, (-1, 2))  # a process may have none
+        if config.image.roi:
+            for record, size in zip(batch.records, batch.sizes, strict=True):
+                roi.require_aspect(str(config.image.roi), size, shown(record.image))
         new, sizes, valid = parallel.gather((batch.digests, sizes, batch.valid))
         digests.append(new[valid])
         records = source.records[done : done + len(digests[-1])]

@@ -46,6 +46,7 @@ def load(
         statistics_store.load_checkpoint(place, devices) if model is None else (model, "")
     )
     config = config_lib.resolve(config, fitted.config)
+    config = fitting.with_stored_roi(config, fitted.config)
     fitting.require_same(place, fitted.config, config)
     fitting.warn_implausible(place, fitted.config)
     config = fitting.with_stored_range(config, fitted.config)

@@ -35,7 +35,7 @@ def train_alone(config: Config, workdir: Path, path: Path, overwrite: bool = Fal
         dataset = dataset_splits.open_dataset(config)
         del dataset["test"]
         dataset_splits.say_folders(config, dataset)
-        config = fitting.with_range(config, dataset["train"])
+        config = fitting.from_images(config, dataset["train"])
         dataset, skipped = scoring_pass.readable(config, dataset)
         dataset, _ = evaluate.take_survey(dataset, config)
         _, suspects = _train(config, dataset, path, overwrite=overwrite)
@@ -80,7 +80,7 @@ def train_and_eval(
         identity = inputs.read(config, dataset, parallel.every())
         if not overwrite:
             results_folder.require_same_data(workdir, identity)
-        ranged = fitting.with_range(config, dataset["train"])
+        ranged = fitting.from_images(config, dataset["train"])
         dataset, skipped = scoring_pass.readable(ranged, dataset)
         dataset, summary = evaluate.take_survey(dataset, ranged)
         tests = len(dataset["test"].records)
@@ -132,7 +132,7 @@ def _train(
 
     There has to be memory for evaluating `tests` images afterwards.
     """
-    config = fitting.with_range(config, dataset["train"])
+    config = fitting.from_images(config, dataset["train"])
     with locks.held(path, parallel.every().process):
         if not overwrite:
             results_folder.require_model_of_same_data(path, config, dataset["train"])

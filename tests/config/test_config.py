@@ -113,6 +113,7 @@ def test_settings_arrive_where_they_belong():
             "crop_at": "random",
             "seed": 9,
             "range": [100, 4000],
+            "roi": "",
         },
         "model": {
             "backbone": "wide_resnet50_2",
@@ -165,7 +166,18 @@ def test_fields_are_these():
             *("source", "tfds_dir", "train_images"),
         ],
         "image": [
-            *("crop", "crop_at", "mean", "method", "range", "resize", "rotation", "seed", "std")
+            *(
+                "crop",
+                "crop_at",
+                "mean",
+                "method",
+                "range",
+                "resize",
+                "roi",
+                "rotation",
+                "seed",
+            ),
+            "std",
         ],
         "model": [
             "backbone",
@@ -417,7 +429,7 @@ def test_a_group_that_is_none_is_refused(group, value):
 def test_none_and_text_are_refused_where_they_mean_nothing():
     folders = {"config.dataset.tfds_dir", "config.cache.dir"}
     texts = {"config.category", "config.model.weights", "config.dataset.root"}
-    texts.add("config.threshold.groups")
+    texts |= {"config.threshold.groups", "config.image.roi"}
     for field in leaves(values()):
         if field not in folders | {"config.image.crop"}:
             assert message_of(changed(field, None)).startswith(f"{field}=None: expected ")

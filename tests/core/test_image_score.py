@@ -109,3 +109,32 @@ def test_normal_images_are_measured_by_the_others(count: int, seed: int, grouped
 def test_scores_of_one_summary_are_the_summary():
     summaries = np.array([[3.0], [1.0], [2.0]], np.float32)
     np.testing.assert_array_equal(image_score.of_normal(summaries), [3, 1, 2])
+
+
+@pytest.mark.parametrize("kind", ["max", "top", "band", "variation", "combined"])
+def test_region_of_interest_is_all_that_counts(kind: str):
+    patches = np.zeros(GRID, bool)
+    patches[2:9, 1:7] = True
+    patches[4, 3] = False
+    pixels = patches.repeat(4, 0).repeat(4, 1)
+    pixels[8:10] = False  # half of a patch
+    inside, maps = image_score.Inside(pixels, patches), np.where(pixels, MAPS, 0)
+    found = image_score.summaries(jnp.asarray(maps), jnp.asarray(DISTANCES), GRID, kind, inside)
+    values = MAPS[:, pixels].astype(float)
+    highest = np.sort(values, axis=1)[:, -round(0.01 * np.count_nonzero(pixels)) :]
+    grids = DISTANCES.reshape(5, *GRID)
+    between = np.stack([blurred(grid, 1.0) - blurred(grid, 10.0) for grid in grids])
+    changes = [
+        np.abs(np.diff(MAPS.astype(float), axis=axis))[:, pairs].mean(axis=1)
+        for axis, pairs in ((1, pixels[1:] & pixels[:-1]), (2, pixels[:, 1:] & pixels[:, :-1]))
+    ]
+    expected = {
+        "max": values.max(axis=1),
+        "top": highest.mean(axis=1),
+        "band": between[:, patches].std(axis=1),
+        "variation": 4 * sum(changes),
+    }
+    order = ("top", "deviation", "variation", "band") if kind == "combined" else (kind,)
+    expected["deviation"] = values.std(axis=1)
+    columns = np.stack([expected[name] for name in order], axis=1)
+    np.testing.assert_allclose(found, columns, rtol=1e-5)

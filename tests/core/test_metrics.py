@@ -630,6 +630,20 @@ def test_scores_that_are_not_finite_are_named(value):
             function(*arguments)
 
 
+def test_pixels_outside_the_region_of_interest_do_not_count():
+    labels, _, types, masks, maps = dataset()
+    inside = np.zeros(masks.shape[1:], bool)
+    inside[:, 1:-1] = True
+    found = metrics.pixel_metrics(labels, types, masks, maps, inside)
+
+    def load(index: int) -> tuple[np.ndarray, np.ndarray]:
+        return masks[index], np.where(inside, maps[index], np.nan)
+
+    expected = metrics.stream_pixels(labels, types, load)
+    assert (found.whole, found.per_defect) == (expected.whole, expected.per_defect)
+    assert found.whole != metrics.pixel_metrics(labels, types, masks, maps).whole
+
+
 def test_contradictory_arguments_are_refused():
     labels, scores, types, masks, maps = dataset()
     with pytest.raises(ValueError, match="6 defect types for 7 images"):

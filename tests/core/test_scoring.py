@@ -238,7 +238,12 @@ def grid_of(name: str) -> tuple[int, int]:
 
 
 def nearest_distance(
-    training: np.ndarray, x: np.ndarray, grid: tuple[int, int], radius: int, epsilon: float
+    training: np.ndarray,
+    x: np.ndarray,
+    grid: tuple[int, int],
+    radius: int,
+    epsilon: float,
+    inside: np.ndarray | None = None,
 ) -> np.ndarray:
     """Of each patch the smallest distance of a nearby patch's embedding to its Gaussian."""
     found = np.full((len(x), *grid), np.inf)
@@ -257,6 +262,8 @@ def nearest_distance(
             moved[:, to_y, to_x] = cells[:, of_y, of_x]
             squared, _ = patchwise.distances(training, moved.reshape(x.shape), epsilon)
             near = squared.reshape(found.shape)[:, to_y, to_x]
+            if inside is not None:  # patches outside are not compared
+                near = np.where(inside[of_y, of_x], near, np.inf)
             found[:, to_y, to_x] = np.minimum(found[:, to_y, to_x], near)
     return np.sqrt(found).reshape(len(x), -1)
 
@@ -319,6 +326,44 @@ def test_left_out_nearby_is_what_a_refit_gives(name: str, form: str, images: int
         # What is subtracted leaves a few hundredths of 1 with few images; measured 3e-5.
         np.testing.assert_allclose(found[group], expected, rtol=3e-4)
     assert not np.any(found[whole:])
+
+
+@pytest.mark.parametrize("radius", [0, 1], ids=["alone", "shift"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("three levels", "moments"), ("three levels", "samples"), ("no nested grids", "moments")],
+)
+def test_region_of_interest_changes_no_distance_inside(name: str, form: str, radius: int):
+    case, grid = patchwise.CASES[name], grid_of(name)
+    inside = np.zeros(grid, bool)
+    inside[1:4, 2:5] = inside[-1, -1] = True
+    inside[2, 3] = False
+    whole = patchwise.lay(case)
+    part = embedding.restrict(whole, inside)
+    features = patchwise.random_features(case[0], 9)
+    levels, every = (
+        [np.asarray(x) for x in embedding.select(list(map(jnp.asarray, features)), pyramid)]
+        for pyramid in (part, whole)
+    )
+    assert len(levels[0]) < len(every[0])
+    x = np.asarray(embedding.concatenate(tuple(map(jnp.asarray, every)), whole))
+    fitted = fit(form, [level[..., :6] for level in levels], part.shapes, 0.5)
+    given = tuple(map(jnp.asarray, levels))
+    if radius:
+        shifts = embedding.shifts(part, grid, radius)
+        found = jax.jit(scoring.mahalanobis_nearby)(fitted, given, shifts)
+    else:
+        found = jax.jit(scoring.mahalanobis)(fitted, given)
+    found = np.asarray(scoring.on_grid(found, part.patches)).reshape(9, *grid)
+    expected = nearest_distance(x[:6].astype(float), x, grid, radius, 0.5, inside)
+    expected = expected.reshape(found.shape)
+    np.testing.assert_allclose(found[:, inside], expected[:, inside], rtol=3e-5)
+    # Outside, the distance of the nearest patch inside.
+    for y, column in np.argwhere(~inside):
+        squares = np.sum((np.argwhere(inside) - (y, column)) ** 2, axis=1)
+        nearest = np.argwhere(inside)[squares == squares.min()]
+        values = [found[0, i, j] for i, j in nearest]
+        assert found[0, y, column] in values
 
 
 def test_neighbours_of_patches_that_share_cells():

@@ -17,6 +17,9 @@ from padim_jax.models.weights import pretrained
 
 ONE = parallel.Devices(1)
 IMAGES = 6  # of the low-rank form
+# Of images of 36x40 pixels, with edges within patches.
+ROI = "rle:36x40:210,14,26,14,26,14,26,16,24,17,23,9,31,9,981"
+assert sum(map(int, ROI.split(":")[2].split(","))) == 36 * 40
 
 
 def make_config(**settings: Any) -> Config:

@@ -84,6 +84,12 @@ def agree(detector: Detector, path: pathlib.Path, runtime: Any = "onnx") -> None
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "region, max": ("moments", {"image.roi": detectors.ROI}),
+    "region, combined": ("samples", {"image.roi": detectors.ROI, "score.image": "combined"}),
+    "region, shift": (
+        "moments",
+        {"image.roi": detectors.ROI, "model.shift": 1, "score.image": "variation"},
+    ),
     "no nested grids, combined": (
         "moments",
         {

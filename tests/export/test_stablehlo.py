@@ -13,7 +13,13 @@ from padim_jax.runs import export
 
 
 @pytest.mark.parametrize(
-    "settings", [{"score.image": "combined"}, {"model.shift": 1}], ids=["combined", "shift"]
+    "settings",
+    [
+        {"score.image": "combined"},
+        {"model.shift": 1},
+        {"image.roi": detectors.ROI, "score.image": "combined"},
+    ],
+    ids=["combined", "shift", "region"],
 )
 def test_agrees_with_the_detector(settings: dict[str, Any], tmp_path: pathlib.Path):
     detector = detectors.make(**{"model.layers": ("layer1",), "model.channels": 4, **settings})

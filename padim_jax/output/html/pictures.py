@@ -73,6 +73,7 @@ def encode(
             scale,
             threshold,
             scored.drawn_size(index, _SIDE),
+            scored.outside,
             () if scored.boxes is None else scored.boxes[index],
         )
 
@@ -157,7 +158,7 @@ def thumbnails(
         record = scored.records[index]
         size = scored.drawn_size(index, _SMALL)
         caption = f"{record.defect_type}, {scored.scores[index]:.2f}: {record.relative_path}"
-        url = _side_by_side(load_image(index), scored.maps[index], scale, size)
+        url = _side_by_side(load_image(index), scored.maps[index], scale, size, scored.outside)
         return {"caption": caption, "url": url}
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -169,6 +170,7 @@ def strip(
     maps: Sequence[Float32[np.ndarray, "h w"]],
     aspects: Sequence[float],
     scale: figures.ColorScale,
+    outside: Bool[np.ndarray, "h w"] | None = None,
 ) -> list[str]:
     """Return small images and their heat maps side by side, as data: URLs.
 
@@ -177,12 +179,15 @@ def strip(
       maps: their anomaly maps.
       aspects: width over height of each; see `figures.drawn_size`.
       scale: scores of the heat maps' colours.
+      outside: see `figures.hatch`.
 
     Returns:
       A URL per image.
     """
     return [
-        _side_by_side(image, heat, scale, figures.drawn_size(heat.shape, aspect, _SMALL))
+        _side_by_side(
+            image, heat, scale, figures.drawn_size(heat.shape, aspect, _SMALL), outside
+        )
         for image, heat, aspect in zip(images, maps, aspects, strict=True)
     ]
 
@@ -192,9 +197,11 @@ def _side_by_side(
     anomaly_map: Float32[np.ndarray, "h w"],
     scale: figures.ColorScale,
     size: tuple[int, int],
+    outside: Bool[np.ndarray, "h w"] | None,
 ) -> str:
     image, anomaly_map = figures.resize(image, size), figures.resize(anomaly_map, size)
-    heat = np.asarray(figures.overlay(image, anomaly_map, scale, None))
+    outside = None if outside is None else figures.resize_region(outside, size)
+    heat = np.asarray(figures.overlay(image, anomaly_map, scale, None, outside=outside))
     return _jpeg(np.concatenate([image, heat], axis=1))
 
 
@@ -205,6 +212,7 @@ def _picture(
     scale: figures.ColorScale,
     threshold: float | None,
     size: tuple[int, int],
+    outside: Bool[np.ndarray, "h w"] | None = None,
     boxes: Sequence[figures.Box] = (),
 ) -> Picture:
     height, width = size
@@ -216,9 +224,13 @@ def _picture(
         for region in (mask, predicted)
     )
     half = (max(1, height // 2), max(1, width // 2))
+    heat = figures.heat_map(figures.resize(anomaly_map, half), scale)
+    if outside is not None:
+        outside = figures.resize_region(outside, half)
+        heat = figures.hatch(heat, figures.resize(image, half), outside)
     return Picture(
         _jpeg(figures.resize(image, size)),
-        _jpeg(figures.heat_map(figures.resize(anomaly_map, half), scale)),
+        _jpeg(heat),
         _png(mask.astype(np.uint8), (0, 0, 0, 255, 255, 255))
         if mask is not None and mask.any()
         else "",

@@ -13,6 +13,7 @@ from padim_jax.config.settings import Config
 from padim_jax.core import metrics, verdicts
 from padim_jax.core.suspects import Suspects
 from padim_jax.core.suspects import text as suspects_text
+from padim_jax.data import roi
 from padim_jax.output import figures, published, results
 from padim_jax.output.html import charts, document, pictures
 from padim_jax.output.html.document import name, number, text
@@ -81,7 +82,7 @@ def run_page(
             _metrics(config, scored, measured, start),
             _thresholds(scored, axis, named, start),
             _rates(measured["normal_threshold"]),
-            _suspects(suspects, scale),
+            _suspects(suspects, scale, scored.outside),
             drawn,
             _gallery(scored, shown, start, _legend(scale, pixel_meaning)),
             _data(measured.get("data")),
@@ -292,7 +293,8 @@ def _found_in_place(scored: Scored, chosen: Bool[np.ndarray, " n"], start: float
     if start is None:
         return "&ndash;"
     known = [i for i in np.flatnonzero(chosen).tolist() if places[i] is not None]
-    return _share(np.array([bool(places[i]) and scored.scores[i] >= start for i in known]))
+    found = [bool(places[i]) and scored.scores[i] >= start for i in known]
+    return _share(np.array(found, bool))
 
 
 def _thresholds(
@@ -394,12 +396,16 @@ def _rates(normal: Mapping[str, Any] | None) -> str:
     return f"<section>{document.table(escaped, caption)}</section>"
 
 
-def _suspects(found: Suspects | None, scale: figures.ColorScale) -> str:
+def _suspects(
+    found: Suspects | None,
+    scale: figures.ColorScale,
+    outside: Bool[np.ndarray, "h w"] | None,
+) -> str:
     """Return the training images of the highest left-out scores, which set the threshold."""
     if found is None or not found.images:
         return ""
     items = []
-    strips = pictures.strip(found.images, found.maps, found.aspects, scale)
+    strips = pictures.strip(found.images, found.maps, found.aspects, scale, outside)
     for i, url in enumerate(strips):
         expected = float(found.expected[i])
         facts = f"{found.scores[i]:.4g}"
@@ -605,6 +611,7 @@ def _settings(config: Config) -> str:
         key: values["dataset"][key]
         for key in ("name", "train_images", "seed", "inverted_masks")
     }
+    values["image"]["roi"] = roi.shown(config.image.roi)
     values["model"]["weights"] = pathlib.PurePath(config.model.weights).name
     lines = []
     groups = ("dataset", "image", "model", "map", "score", "threshold", "regions", "metrics")
