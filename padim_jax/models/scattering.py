@@ -152,7 +152,8 @@ class _Gabor(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float32[Array, "7 7 1 _k"]:
-        return self.param("kernel", lambda _: jnp.asarray(filters(self.orientations)))
+        kernel = self.param("kernel", lambda _: jnp.asarray(filters(self.orientations)))
+        return jnp.asarray(kernel)
 
 
 def _energy(
