@@ -22,13 +22,14 @@ from padim_jax.data.image_inputs import Images
 from padim_jax.data.records import Source
 from padim_jax.detector import detector as detector_lib
 from padim_jax.detector import geometry, memory, steps
+from padim_jax.detector import scores as scores_lib
 from padim_jax.detector import statistics as statistics_lib
-from padim_jax.detector.detector import Anomalies
 from padim_jax.detector.embeddings import Embeddings
+from padim_jax.detector.scores import Anomalies
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.output import results
-from padim_jax.runs import calibrate, export, fitting, grow, loading
+from padim_jax.runs import calibrate, export, fitting, grow, loading, results_folder
 from padim_jax.runs import evaluate as evaluation
 from padim_jax.store import calibration_file, checkpoint, statistics_store
 from padim_jax.store.checkpoint import Fitted
@@ -75,7 +76,7 @@ class Detector(detector_lib.Detector):
           UserError: an image cannot be used.
           TypeError: something else than images was given.
         """
-        return detector_lib.score(self, _items(images))
+        return scores_lib.score(self, _items(images))
 
     def stream(
         self, images: Images, batch_size: int | None = None
@@ -94,7 +95,7 @@ class Detector(detector_lib.Detector):
           TypeError: see `score`.
         """
         items = _items(images) if isinstance(images, str | os.PathLike) else images
-        return detector_lib.stream(self, items, batch_size)
+        return scores_lib.stream(self, items, batch_size)
 
     def embed(self, images: Images) -> Float32[np.ndarray, "n _h _w _d"]:
         """Return the patch embeddings of images, for which see `detector.embed`.
@@ -208,7 +209,7 @@ class Detector(detector_lib.Detector):
                     "overwrite=True"
                 )
             fitted = _fitted(self)
-            fitting.make_folder(place.parent)
+            results_folder.make_folder(place.parent)
             checkpoint.save(place, fitted, devices)
             if self.calibration is not None:
                 mark = detector_lib.fingerprint(self)

@@ -6,9 +6,10 @@ import numpy as np
 from jaxtyping import Int
 
 from padim_jax.config import backbones
-from padim_jax.config.settings import Config, ImageConfig, ModelConfig
+from padim_jax.config.settings import ImageConfig, ModelConfig
 from padim_jax.core import embedding
 from padim_jax.core.embedding import Pyramid
+from padim_jax.detector.grid import patch_grid
 from padim_jax.errors import UserError
 
 Shape = tuple[int, int, int]  # regions, cells per region and channels of a level
@@ -37,28 +38,6 @@ def is_projected(config: ModelConfig) -> bool:
 def has_one_level(config: ModelConfig) -> bool:
     """Return whether patches share no features, so that each patch is a region."""
     return is_projected(config) or config.upsample != "nearest"
-
-
-def patch_grid(config: ImageConfig, layers: Sequence[str]) -> tuple[int, int]:
-    """Return height and width of the first layer's feature map, in patches.
-
-    Args:
-      config: image settings.
-      layers: names of the stages in use, the finest first.
-
-    Returns:
-      Height and width in patches.
-    """
-    stride = backbones.STRIDES[layers[0]]
-    height, width = config.size
-    return -(-height // stride), -(-width // stride)
-
-
-def patch_size(config: Config) -> tuple[float, float]:
-    """Return height and width of a patch, in pixels of the anomaly maps."""
-    rows, columns = patch_grid(config.image, config.model.layers)
-    height, width = config.image.size
-    return height / rows, width / columns
 
 
 def pyramid(image: ImageConfig, model: ModelConfig, index: Sequence[int]) -> Pyramid:

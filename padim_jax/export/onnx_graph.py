@@ -12,7 +12,8 @@ from onnx import TensorProto, helper
 from padim_jax.config import backbones
 from padim_jax.core.types import Gaussian, LowRank
 from padim_jax.detector import geometry
-from padim_jax.detector.detector import Detector, require_scorable
+from padim_jax.detector.detector import Detector
+from padim_jax.detector.scores import require_scorable
 from padim_jax.devices import parallel
 from padim_jax.export import decision, distances, embedding, resizing
 from padim_jax.export.backbones import features

@@ -22,7 +22,7 @@ from padim_jax.core.regions import Region
 from padim_jax.data import decoding, input_pipeline
 from padim_jax.data.files import read_file, shown
 from padim_jax.data.records import Record, Source
-from padim_jax.detector import detector as detector_lib
+from padim_jax.detector import scores as scores_lib
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
 from padim_jax.output import figures, regions_file, results, tables
@@ -293,7 +293,7 @@ class Pictures:
         full = restore_map(anomaly_map, size, config.image)
         predicted = found = None
         if threshold is not None:
-            found = detector_lib.find_regions(config, anomaly_map, threshold, size)
+            found = scores_lib.find_regions(config, anomaly_map, threshold, size)
             predicted = _mask(full, anomaly_map, threshold, size, config)
         boxes = [region.box for region in found or ()]
         overlay = figures.overlay(image, full, self.scale, predicted, boxes)

@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int, UInt8
 
 from padim_jax.config.settings import Config
 from padim_jax.core import calibration as calibration_lib
-from padim_jax.core import image_score, regions
+from padim_jax.core import combined_score, regions
 from padim_jax.core import suspects as suspects_lib
 from padim_jax.core.calibration import Calibration
 from padim_jax.core.suspects import Suspects
@@ -157,7 +157,7 @@ def find_ranked(
         thresholds = _with_warning(thresholds, samples, names)
     if not left_out:
         return _keep_thresholds(detector, thresholds, store), None
-    scores = image_score.of_normal(np.concatenate(summaries), within)
+    scores = combined_score.of_normal(np.concatenate(summaries), within)
     scores = scores[np.argsort(order)]  # in the source's order
     shown = np.argsort(-scores, kind="stable")[: suspects_lib.SHOWN].tolist()
     seen, measured = _measure_again(
@@ -280,7 +280,7 @@ def find_from_model(
     if names is None or parallel.every().process > 0:
         return detector, None
     groups = np.arange(len(names))
-    scores = image_score.of_normal(np.concatenate(summaries))
+    scores = combined_score.of_normal(np.concatenate(summaries))
     return detector, _rank(detector.config, names, scores, groups, thresholds)
 
 

@@ -17,7 +17,7 @@ from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.output import results
-from padim_jax.runs import evaluate, fitting
+from padim_jax.runs import evaluate, results_folder
 from padim_jax.store import calibration_file, model_file
 from padim_jax.system import locks, paths
 from padim_jax.system.paths import Path
@@ -101,7 +101,7 @@ def export(
     with locks.held(path):
         require_own(path)  # now, rather than after measuring
         prepared = _prepare(detector, half, test, frame, images or [])
-        fitting.make_folder(path.parent)
+        results_folder.make_folder(path.parent)
         write(path, prepared)
 
 

@@ -28,8 +28,8 @@ from padim_jax.config import settings as config_lib
 from padim_jax.config.backbones import BUNDLED
 from padim_jax.config.settings import Config
 from padim_jax.errors import UserError
-from padim_jax.models.weights import pretrained
-from padim_jax.models.weights.pretrained import WeightsIdentity
+from padim_jax.models.weights import identity as weights_identity
+from padim_jax.models.weights.identity import WeightsIdentity
 from padim_jax.store import validation
 from padim_jax.system import paths
 from padim_jax.system.paths import Path
@@ -353,7 +353,7 @@ def _constants(path: Path, proto: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 def _model(described: Mapping[str, Any], config: Config) -> Model:
     fields = {field.name: described[field.name] for field in dataclasses.fields(Model)}
-    fields |= {"config": config, "weights": pretrained.identity(fields["weights"])}
+    fields |= {"config": config, "weights": weights_identity.identity(fields["weights"])}
     frame = fields["frame"]
     if frame is not None:
         fields["frame"] = frame = tuple(frame)
