@@ -26,9 +26,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from padim_jax.api import Detector, fit, load, merge
+    from padim_jax.api import Detector, fit, merge
     from padim_jax.detector.scores import Anomalies, score
     from padim_jax.errors import DataWarning, UserError
+    from padim_jax.loading import load
 
 _HOMES = {
     "Anomalies": "detector.scores",
@@ -36,7 +37,7 @@ _HOMES = {
     "Detector": "api",
     "UserError": "errors",
     "fit": "api",
-    "load": "api",
+    "load": "loading",
     "merge": "api",
     "score": "detector.scores",
 }

@@ -58,7 +58,7 @@ def write(detector: Detector, path: pathlib.Path) -> None:
     export.export(detector, path, images=list(detectors.images(detector.config)))
 
 
-def agree(detector: Detector, path: pathlib.Path, runtime: Any = "onnx") -> None:
+def agree(detector: Detector, path: pathlib.Path, runtime: Any = "onnxruntime") -> None:
     """Check all outputs, for several numbers of images at once."""
     pixels = detectors.images(detector.config)
     expected = detector_lib.score_pixels(detector, pixels)
@@ -76,7 +76,7 @@ def agree(detector: Detector, path: pathlib.Path, runtime: Any = "onnx") -> None
         return
     rarity = detector.calibration.calibrated(scores)
     np.testing.assert_allclose(
-        found["rarity"], rarity, atol=1e-12 if runtime == "onnx" else 1e-6
+        found["rarity"], rarity, atol=1e-12 if runtime == "onnxruntime" else 1e-6
     )
     called = scores >= np.float32(detector.calibration.image_threshold)
     assert 0 < np.count_nonzero(called) < len(called)
