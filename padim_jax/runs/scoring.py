@@ -4,6 +4,7 @@ Nothing here imports JAX.
 """
 
 import dataclasses
+import operator
 import os
 import pathlib
 from collections.abc import Generator, Iterable, Sequence
@@ -275,10 +276,11 @@ def _resolve(
     inside, wanted = config_lib.score_settings(stored), config_lib.score_settings(used)
     for name in sorted((inside.keys() | wanted.keys()) - {"model.precision"}):
         if inside.get(name) != wanted.get(name):
+            setting = operator.attrgetter(name)
             raise UserError(
-                f"config.{name}={wanted.get(name)}: {path} was exported with "
-                f"{inside.get(name)}, which is a part of the file; leave the setting out, or "
-                "export the checkpoint with it"
+                f"config.{name}={setting(used)}: {path} was exported with {setting(stored)}, "
+                "which is a part of the file; leave the setting out, or export the checkpoint "
+                "with it"
             )
     tell_use(path, stored, used)
     return used
