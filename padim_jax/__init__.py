@@ -26,19 +26,20 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from padim_jax.api import Detector, fit, load, merge
-    from padim_jax.detector.detector import Anomalies, score
+    from padim_jax.api import Detector, fit, merge
+    from padim_jax.detector.scores import Anomalies, score
     from padim_jax.errors import DataWarning, UserError
+    from padim_jax.loading import load
 
 _HOMES = {
-    "Anomalies": "detector.detector",
+    "Anomalies": "detector.scores",
     "DataWarning": "errors",
     "Detector": "api",
     "UserError": "errors",
     "fit": "api",
-    "load": "api",
+    "load": "loading",
     "merge": "api",
-    "score": "detector.detector",
+    "score": "detector.scores",
 }
 
 

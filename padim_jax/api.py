@@ -7,30 +7,26 @@ command line does the same by the same functions, with files around them.
 import dataclasses
 import difflib
 import os
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 from padim_jax.config import backbones, defaults
 from padim_jax.config import settings as config_lib
 from padim_jax.config.settings import Config
-from padim_jax.core import drift as drift_lib
-from padim_jax.core.calibration import Calibration
 from padim_jax.data import copies, image_inputs, input_pipeline, roi, sampling
 from padim_jax.data.image_inputs import Images
 from padim_jax.data.records import Source
 from padim_jax.detector import detector as detector_lib
 from padim_jax.detector import geometry, memory, steps
 from padim_jax.detector import statistics as statistics_lib
-from padim_jax.detector.detector import Anomalies
 from padim_jax.detector.embeddings import Embeddings
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
-from padim_jax.output import results
-from padim_jax.runs import calibrate, export, fitting, grow, loading
-from padim_jax.runs import evaluate as evaluation
+from padim_jax.runs import calibrate, export, fitting, grow, loading, results_folder, scoring
+from padim_jax.runs.scoring import Scoring
 from padim_jax.store import calibration_file, checkpoint, statistics_store
 from padim_jax.store.checkpoint import Fitted
 from padim_jax.store.statistics_store import InMemory, OnDisk, Store
@@ -43,7 +39,7 @@ _TOP = ("batch_size", "decide")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Detector(detector_lib.Detector):
+class Detector(Scoring, detector_lib.Detector):
     """A fitted model, and all that a program does with it.
 
     It is a frozen pytree, equal to itself alone: methods that change a model return another.
@@ -56,72 +52,13 @@ class Detector(detector_lib.Detector):
 
     store: Store | None = None
 
-    @property
-    def thresholds(self) -> Calibration | None:
-        """The thresholds from normal images, if there are any."""
-        return self.calibration
-
-    def score(self, images: Images) -> Anomalies:
-        """Score images of any size.
-
-        Args:
-          images: a folder, paths, arrays (h, w, 3) or (h, w), a stack of them, Pillow images,
-            bytes or open files; see `padim_jax.score`.
-
-        Returns:
-          Anomaly maps (n, h, w) at the size of the detector's input, scores (n,), and with
-          thresholds what is anomalous and how rare it is.
-
-        Raises:
-          UserError: an image cannot be used.
-          TypeError: something else than images was given.
-        """
-        return detector_lib.score(self, _items(images))
-
-    def stream(
-        self, images: Images, batch_size: int | None = None
-    ) -> Generator[Anomalies, None, None]:
-        """Score images batch by batch, in bounded memory; the next batch is decoded meanwhile.
-
-        Args:
-          images: see `score`; of an iterable no more than two batches are taken ahead.
-          batch_size: images a batch; None takes `config.batch_size`.
-
-        Yields:
-          What `score` returns of the next images.
-
-        Raises:
-          UserError: see `score`.
-          TypeError: see `score`.
-        """
-        items = _items(images) if isinstance(images, str | os.PathLike) else images
-        return detector_lib.stream(self, items, batch_size)
-
-    def drift(self, scores: Float[np.ndarray, " n"]) -> drift_lib.Course | None:
-        """Return whether images still look like those of the calibration, after each of them.
-
-        At most 1 % of runs of 10,000 normal images have any alarm; see `core.drift`.
-
-        Args:
-          scores: image scores, in the order of the images; those from the image threshold on
-            need not be left out.
-
-        Returns:
-          The course of the test; None where the thresholds are missing, of an earlier version,
-          of groups of images, or of too few for an alarm.
-        """
-        against = drift_lib.reference(self.calibration)
-        if against is None:
-            return None
-        return drift_lib.follow(against, drift_lib.State(), scores)[1]
-
     def embed(self, images: Images) -> Float32[np.ndarray, "n _h _w _d"]:
         """Return the patch embeddings of images, for which see `detector.embed`.
 
         Args:
           images: see `score`.
         """
-        items, config = _items(images), self.config
+        items, config = scoring.items(images), self.config
         height, width = geometry.patch_grid(config.image, config.model.layers)
         embeddings = np.empty((len(items), height, width, len(self.index)), np.float32)
         size = config.batch_size
@@ -132,36 +69,6 @@ class Detector(detector_lib.Detector):
             ]
             embeddings[start : start + size] = detector_lib.embed(self, np.stack(pixels))
         return embeddings
-
-    def evaluate(
-        self,
-        images: Images,
-        labels: Iterable[bool],
-        masks: Iterable[input_pipeline.Input | None] | None = None,
-    ) -> dict[str, Any]:
-        """Measure how well the detector tells anomalous images, and their defects' pixels.
-
-        Args:
-          images: see `score`.
-          labels: (n,), True for an anomalous image.
-          masks: for each image a mask of its own size, not 0 where the defect is, as an array
-            (h, w), a path or a Pillow image; None of a normal image, or where it is unknown.
-
-        Returns:
-          The exact metrics of `metrics.evaluate` (`image_auroc`, `pixel_auroc`, `aupro`, ...)
-          and, with thresholds, what these do: see `results.measure`.
-
-        Raises:
-          UserError: numbers of images, labels and masks differ, one cannot be used, or there is
-            too little memory.
-        """
-        with progress_lib.showing(lines=False, bars=False):
-            source = image_inputs.labelled(images, labels, masks)
-            detector = _without_cache(self)
-            memory.require_for_maps(self.config, len(source.records))
-            scored, _ = evaluation.score(detector, source)
-            assert scored is not None
-            return results.measure(scored, self.calibration)
 
     def update(
         self, images: Images, *, thresholds: Images | None = None, progress: bool = False
@@ -181,7 +88,7 @@ class Detector(detector_lib.Detector):
           UserError: an image cannot be used, or the detector has no statistics.
         """
         with progress_lib.showing(lines=False, bars=progress):
-            devices, config = _one_process("update"), _uncached(self.config)
+            devices, config = _one_process("update"), scoring.uncached(self.config)
             source = copies.distinct(image_inputs.source(images), devices)
             known = set(map(bytes, self.images))
             new = [i for i, digest in enumerate(source.digests) if bytes(digest) not in known]
@@ -271,7 +178,7 @@ class Detector(detector_lib.Detector):
                     "overwrite=True"
                 )
             fitted = _fitted(self)
-            fitting.make_folder(place.parent)
+            results_folder.make_folder(place.parent)
             checkpoint.save(place, fitted, devices)
             if self.calibration is not None:
                 mark = detector_lib.fingerprint(self)
@@ -305,7 +212,7 @@ class Detector(detector_lib.Detector):
                 self,
                 paths.parse(os.fspath(path)),
                 frame=frame,
-                images=None if images is None else _items(images),
+                images=None if images is None else scoring.items(images),
             )
 
 
@@ -362,7 +269,7 @@ def fit(
     values["dataset"]["root"] = image_inputs.folder(images)
     normal = _origin(thresholds, values["threshold"]["normal"])
     values["threshold"]["normal"] = normal
-    chosen = _uncached(config_lib.validate(values))
+    chosen = scoring.uncached(config_lib.validate(values))
     with progress_lib.showing(lines=False, bars=progress):
         devices = _one_process("fit")
         source = copies.distinct(image_inputs.source(images), devices)
@@ -473,18 +380,6 @@ def _origin(thresholds: str | Images | None, configured: str) -> str:
     return "held_out"
 
 
-def _items(images: Images) -> list[input_pipeline.Input]:
-    """Return the images one by one.
-
-    Raises:
-      TypeError: a single image was given.
-    """
-    if isinstance(images, str | os.PathLike):
-        return [record.image for record in image_inputs.source(images).records]
-    input_pipeline.require_several(images)
-    return list(images)
-
-
 def _values(
     preset: str, config: Config | Mapping[str, Any] | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -539,16 +434,6 @@ def _places() -> dict[str, list[Any]]:
         if len(groups) > 1 or name in schemas:
             places |= {f"{group}_{name}": [group] for group in groups}
     return places
-
-
-def _uncached(config: Config) -> Config:
-    """Return the same configuration, which keeps no files of images or programs."""
-    cache = dataclasses.replace(config.cache, images_gb=0.0, compilation=False)
-    return dataclasses.replace(config, cache=cache)
-
-
-def _without_cache(detector: detector_lib.Detector) -> detector_lib.Detector:
-    return dataclasses.replace(detector, config=_uncached(detector.config))
 
 
 def _store(detector: Detector) -> Store:

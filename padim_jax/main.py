@@ -5,7 +5,9 @@ Modes:
   train           fit and save
   eval            evaluate a saved model
   predict         score images without labels: --input=IMAGE, FOLDER or 'GLOB'; with --watch
-                  go on with those that arrive in the FOLDER, and hand results over: --on_result
+                  go on with those that arrive in the FOLDER, and hand results over:
+                  --on_result. It and eval take an exported file as well, without JAX:
+                  --checkpoint=part.onnx
   calibrate       find thresholds on normal images that were not fitted: --input
   update          extend a saved model by normal images: --input, or the configuration's
   forget          remove images from a saved model that it was fitted to: --input
@@ -71,6 +73,11 @@ def main(argv: Sequence[str]) -> None:
       Stopped: by SIGTERM, during a fit that is saved.
     """
     command = flags.command(argv[1:])
+    if modes.scores_without_jax(command.arguments["checkpoint"]):
+        flags.require_one_process(command.place)
+        with paths.explained():
+            modes.run(command.mode, **command.arguments)
+        return
     # Only now what takes long to import: a mistake should not have to wait for it.
     flags.import_jax()
     from padim_jax.devices import distributed

@@ -46,6 +46,7 @@ FLOORS = (
     ("store", "export", "output"),
     ("runs",),
     ("api", "main"),
+    ("loading",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # `import padim_jax` offers its contents on first use; it stands above all rooms. Every room
@@ -154,8 +155,8 @@ def test_devices_is_the_only_room_that_knows_devices():
         found = DEVICES & set(names(ast.parse(SOURCES[module].read_text(encoding="utf-8"))))
         if room(module) == "devices":
             # What the test looks for is found where it is.
-            if module == f"{FACADE}.devices.parallel":
-                assert {"pmap", "all_to_all", "NamedSharding", "local_devices"} <= found
+            if module == f"{FACADE}.devices.mapping":
+                assert {"pmap", "all_to_all", "NamedSharding"} <= found
         else:
             assert not found, module
 

@@ -950,6 +950,57 @@ class TestExport:
             )
         assert path.read_bytes() == before
 
+    def test_onnx(self, run: Run, root: pathlib.Path, tmp_path: pathlib.Path):
+        """Evaluates and predicts as JAX does, to the digits that are printed."""
+        pytest.importorskip("onnxruntime", reason="needs padim-jax[onnx]")
+        given = (f"--checkpoint={run.workdir}/checkpoint", "--workdir=new", "--format=onnx")
+        out = succeed("--mode=export", *given, f"--input={root}/part/test/good", cwd=tmp_path)
+        assert "verified on 6 images in ONNX Runtime" in out
+        path = tmp_path / "new" / "model.onnx"
+        exported = f"--checkpoint={path}"
+        out = succeed("--mode=eval", exported, "--workdir=eval", cwd=tmp_path)
+        assert "in ONNX Runtime" in out
+        table = run.out[run.out.index("image AUROC") :].splitlines()[:3]
+        assert all(line in out for line in table)
+        auroc = read_json(run.workdir / "metrics.json")["pixel_auroc"]
+        found = read_json(tmp_path / "eval" / "metrics.json")
+        assert found["pixel_auroc"] == pytest.approx(auroc, abs=5e-5)
+        assert found["train_images"] == 6
+        given = ("--mode=predict", exported, f"--input={root}/part/test", "--workdir=predicted")
+        succeed(*given, cwd=tmp_path)
+        rows = read_rows(tmp_path / "predicted" / "predictions" / "scores.csv")
+        evaluated = read_rows(run.workdir / "scores.csv")
+        assert [float(row["score"]) for row in rows] == pytest.approx(
+            [float(row["score"]) for row in evaluated], rel=2e-5
+        )
+        for arguments, message in {
+            ("--mode=update", "--input=x"): "for --mode=update name the checkpoint",
+            ("--mode=calibrate", "--input=x"): "for --mode=calibrate name the checkpoint",
+            ("--mode=export",): "for --mode=export name the checkpoint",
+            ("--mode=merge", "--models=a,b"): "for --mode=merge name the checkpoint",
+            ("--mode=eval", "--weights=x"): "holds its weights",
+            ("--mode=eval", "--config.map.sigma=2.0"): "config.map.sigma=2.0: ",
+            ("--mode=eval", "--processes=2", "--process_id=0"): "computed by one process",
+            ("--mode=eval", "--config.model.precision=bfloat16"): "computes in float32",
+        }.items():
+            runtime = ("--runtime=onnxruntime",) if "--mode=eval" in arguments else ()
+            assert message in fail(*arguments, exported, *runtime, cwd=tmp_path), arguments
+        given = ("--mode=eval", f"--workdir={run.workdir}", "--runtime=openvino")
+        assert fail(*given, cwd=tmp_path).startswith("--runtime: for an ONNX file alone")
+
+    def test_onnx_of_half_size_and_of_frames(self, run: Run, tmp_path: pathlib.Path):
+        pytest.importorskip("onnxruntime", reason="needs padim-jax[onnx]")
+        given = (f"--checkpoint={run.workdir}/checkpoint", "--workdir=new", "--format=onnx")
+        out = succeed("--mode=export", "--half", *given, cwd=tmp_path)
+        path = tmp_path / "new" / "model.onnx"
+        assert re.search(r"^image AUROC +\d\.\d+ +\d\.\d+ +[+-]0\.\d+$", out, re.MULTILINE)
+        succeed("--mode=eval", f"--checkpoint={path}", cwd=tmp_path)
+        succeed("--mode=export", "--frame=96x96", *given, cwd=tmp_path)
+        message = fail("--mode=eval", f"--checkpoint={path}", cwd=tmp_path)
+        assert "takes raw frames (--frame=96x96)" in message
+        message = fail("--mode=export", "--frame=96", *given, cwd=tmp_path)
+        assert message.startswith("--frame=96: expected height and width")
+
     def test_settings_of_another_model(self, run: Run, copy: pathlib.Path):
         succeed("--mode=export", f"--workdir={copy}", cwd=copy.parent)
         given = ("--mode=eval", f"--checkpoint={copy}/model.safetensors", *run.arguments)

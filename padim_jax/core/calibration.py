@@ -46,7 +46,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
-from padim_jax.core import image_score, verdicts
+from padim_jax.core import combined_score, verdicts
 
 # Origins of the normal images, and their descriptions.
 ORIGINS = {
@@ -221,10 +221,10 @@ def calibrate(
     every = np.concatenate(summaries)
     if not np.all(np.isfinite(every)):
         raise ValueError("a score of a normal image is not finite")
-    scores = image_score.of_normal(every, groups)
+    scores = combined_score.of_normal(every, groups)
     means = deviations = np.zeros(0)
     if every.shape[1] > 1:
-        means, deviations = image_score.moments(every)
+        means, deviations = combined_score.moments(every)
     found, peaks = (
         np.sort(values if groups is None else _highest(values, groups))
         for values in (scores, np.concatenate(maxima))

@@ -1,26 +1,27 @@
 """Image files -> decoded, resized, cropped uint8 batches, ahead of the device.
 
 Pixels leave this module exactly as Pillow makes them; normalisation happens on the
-device (see `detector`). Decoding runs in Grain's threads, where Pillow releases the GIL, in
+device (see `detector`). Decoding runs in threads, where Pillow releases the GIL, in
 a deterministic order. Images decoded in an earlier run come from a cache, if one is given.
 
 Images of a dataset may be seen in random views (`view`), their masks in the same ones;
 an image keeps its label even if the crop excludes its defect.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import os
 import pathlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
@@ -161,9 +162,6 @@ class _Example:
     levels: int | None
 
 
-_PADDING = "padding"  # Grain drops None
-
-
 def batches(
     source: Source,
     config: ImageConfig,
@@ -194,22 +192,25 @@ def batches(
     end, own = len(source.records), batch_size // share.processes
     count = -(-(end - start) // batch_size)
 
-    def load(position: int) -> _Example | str:
+    def load(position: int) -> _Example | None:
         batch, number = divmod(position, own)
         index = start + batch * batch_size + share.process * own + number
-        return _load(source, config, index, cache) if index < end else _PADDING
+        return _load(source, config, index, cache) if index < end else None
 
-    dataset = (
-        grain.MapDataset.range(count * own)
-        .map(load)
-        .to_iter_dataset(
-            grain.ReadOptions(
-                num_threads=_threads(), prefetch_buffer_size=max(2 * own, _threads())
-            )
-        )
-        .batch(own, batch_fn=_collate(config.size))
-    )
-    yield from dataset
+    with concurrent.futures.ThreadPoolExecutor(_threads()) as threads:
+        positions = iter(range(count * own))
+        ahead = itertools.islice(positions, max(2 * own, _threads()))
+        pending = collections.deque(threads.submit(load, position) for position in ahead)
+        try:
+            for _ in range(count):
+                slots = []
+                for _ in range(own):
+                    slots.append(pending.popleft().result())
+                    for position in itertools.islice(positions, 1):
+                        pending.append(threads.submit(load, position))
+                yield _collate(slots, config.size)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def load_image(
@@ -640,26 +641,23 @@ def crop_offset(config: ImageConfig) -> tuple[int, int]:
     return round((height - crop_height) / 2), round((width - crop_width) / 2)
 
 
-def _collate(size: tuple[int, int]) -> Callable[[Sequence[_Example | str]], Batch]:
-    def collate(slots: Sequence[_Example | str]) -> Batch:
-        examples = [example for example in slots if isinstance(example, _Example)]
-        images = np.zeros((len(slots), *size, 3), np.uint8)
-        digests = np.zeros((len(slots), 32), np.uint8)
-        for i, example in enumerate(examples):
-            images[i] = example.image
-            digests[i] = np.frombuffer(example.digest, np.uint8)
-        return Batch(
-            images=images,
-            valid=np.arange(len(slots)) < len(examples),
-            records=tuple(example.record for example in examples),
-            masks=tuple(example.mask for example in examples),
-            sizes=tuple(example.size for example in examples),
-            facts=tuple(example.facts for example in examples),
-            digests=digests,
-            levels=tuple(example.levels for example in examples),
-        )
-
-    return collate
+def _collate(slots: Sequence[_Example | None], size: tuple[int, int]) -> Batch:
+    examples = [example for example in slots if example is not None]
+    images = np.zeros((len(slots), *size, 3), np.uint8)
+    digests = np.zeros((len(slots), 32), np.uint8)
+    for i, example in enumerate(examples):
+        images[i] = example.image
+        digests[i] = np.frombuffer(example.digest, np.uint8)
+    return Batch(
+        images=images,
+        valid=np.arange(len(slots)) < len(examples),
+        records=tuple(example.record for example in examples),
+        masks=tuple(example.mask for example in examples),
+        sizes=tuple(example.size for example in examples),
+        facts=tuple(example.facts for example in examples),
+        digests=digests,
+        levels=tuple(example.levels for example in examples),
+    )
 
 
 def _size_text(image: Image.Image) -> str:

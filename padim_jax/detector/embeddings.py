@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
 from padim_jax.data.records import Record
-from padim_jax.detector.steps import Embedded
 from padim_jax.devices import parallel
+
+Embedded = tuple[Any, ...]  # see `steps.Embedded`, which needs JAX
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,15 +4,16 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Int
 from PIL import Image
 
 from padim_jax.config import backbones, checks
-from padim_jax.config.settings import Config, ImageConfig, ModelConfig
+from padim_jax.config.settings import ImageConfig, ModelConfig
 from padim_jax.core import embedding
 from padim_jax.core.embedding import Pyramid
 from padim_jax.core.image_score import Inside
 from padim_jax.data import roi
+from padim_jax.detector.grid import patch_grid
 from padim_jax.errors import UserError
 
 Shape = tuple[int, int, int]  # regions, cells per region and channels of a level
@@ -43,28 +44,6 @@ def has_one_level(config: ModelConfig) -> bool:
     return is_projected(config) or config.upsample != "nearest"
 
 
-def patch_grid(config: ImageConfig, layers: Sequence[str]) -> tuple[int, int]:
-    """Return height and width of the first layer's feature map, in patches.
-
-    Args:
-      config: image settings.
-      layers: names of the stages in use, the finest first.
-
-    Returns:
-      Height and width in patches.
-    """
-    stride = backbones.STRIDES[layers[0]]
-    height, width = config.size
-    return -(-height // stride), -(-width // stride)
-
-
-def patch_size(config: Config) -> tuple[float, float]:
-    """Return height and width of a patch, in pixels of the anomaly maps."""
-    rows, columns = patch_grid(config.image, config.model.layers)
-    height, width = config.image.size
-    return height / rows, width / columns
-
-
 @functools.lru_cache(maxsize=16)
 def inside(image: ImageConfig, layers: tuple[str, ...]) -> Inside | None:
     """Return what the region of interest covers, or None without one.
@@ -87,21 +66,6 @@ def inside(image: ImageConfig, layers: tuple[str, ...]) -> Inside | None:
     cells = Image.fromarray(pixels.astype(np.float32))
     rows, columns = patch_grid(image, layers)
     return Inside(pixels, np.asarray(cells.resize((columns, rows), Image.Resampling.BOX)) > 0)
-
-
-def scored_pixels(
-    image: ImageConfig, maps: Float32[np.ndarray, "n h w"]
-) -> Float32[np.ndarray, "n _h _w"]:
-    """Return the pixels of maps inside the region of interest, in one row of each map.
-
-    Args:
-      image: image settings of a model.
-      maps: anomaly maps.
-
-    Returns:
-      (n, 1, k), or the maps without a region of interest.
-    """
-    return maps if not image.roi else maps[:, None, roi.at_input_size(str(image.roi), image)]
 
 
 def pyramid(image: ImageConfig, model: ModelConfig, index: Sequence[int]) -> Pyramid:

@@ -11,10 +11,9 @@ import psutil
 
 from padim_jax.config import backbones
 from padim_jax.config.settings import Config, ModelConfig
-from padim_jax.core import embedding, metrics
+from padim_jax.core import metrics
 from padim_jax.data import input_pipeline
-from padim_jax.detector import geometry, steps
-from padim_jax.detector import statistics as statistics_lib
+from padim_jax.detector import grid
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
@@ -85,6 +84,10 @@ def estimate(config: Config, images: int, devices: Devices) -> Estimate:
     Returns:
       Bytes per memory.
     """
+    # Not above: they import JAX, which checks of maps do without.
+    from padim_jax.detector import geometry, steps
+    from padim_jax.detector import statistics as statistics_lib
+
     model = config.model
     spec = backbones.BACKBONES[model.backbone]
     shapes = _shapes(config)
@@ -431,15 +434,18 @@ def _process_limits() -> Iterator[int]:
             yield soft - used
 
 
-def _shapes(config: Config) -> list[geometry.Shape]:
+def _shapes(config: Config) -> list[tuple[int, int, int]]:
     """Return `Pyramid.shapes` without a pyramid, which takes much memory for large images.
 
     Rows and columns of the grids correspond independently: a grid's numbers are the products of
     its two sides' numbers.
     """
+    from padim_jax.core import embedding
+    from padim_jax.detector import geometry
+
     model = config.model
     if geometry.has_one_level(model):
-        height, width = geometry.patch_grid(config.image, model.layers)
+        height, width = grid.patch_grid(config.image, model.layers)
         covered = geometry.inside(config.image, model.layers)
         count = height * width if covered is None else np.count_nonzero(covered.patches)
         return [(int(count), 1, model.channels)]
@@ -449,7 +455,7 @@ def _shapes(config: Config) -> list[geometry.Shape]:
     kept = np.bincount(np.searchsorted(ends, index, side="right"), minlength=len(ends))
     stages = tuple(np.flatnonzero(kept).tolist())
     ones = (1,) * len(ends)
-    grids = [geometry.patch_grid(config.image, (layer,)) for layer in model.layers]
+    grids = [grid.patch_grid(config.image, (layer,)) for layer in model.layers]
     rows = embedding.pyramid(tuple((height, 1) for height, _ in grids), ones, stages)
     columns = embedding.pyramid(tuple((1, width) for _, width in grids), ones, stages)
     regions = rows.shapes[0][0] * columns.shapes[0][0]
@@ -469,7 +475,7 @@ def _all_channels(config: Config) -> int:
     """Return the bytes of an image's embeddings of all channels: as is, centred, and moved."""
     spec, found = backbones.BACKBONES[config.model.backbone], 0
     for layer in config.model.layers:
-        height, width = geometry.patch_grid(config.image, (layer,))
+        height, width = grid.patch_grid(config.image, (layer,))
         found += height * width * spec.channels(layer)
     return 3 * 4 * found
 

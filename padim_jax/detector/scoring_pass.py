@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
@@ -11,11 +11,12 @@ from jaxtyping import Bool, Float32, Int32, UInt8
 from padim_jax.config.settings import Config
 from padim_jax.data import image_cache, input_pipeline, passes, skipping
 from padim_jax.data.records import Record, Skipped, Source
-from padim_jax.detector import detector as detector_lib
-from padim_jax.detector.detector import Detector
 from padim_jax.detector.embeddings import Embeddings
+from padim_jax.detector.scores import Scorer
 from padim_jax.devices import parallel
 from padim_jax.system import progress
+
+AnyScorer = TypeVar("AnyScorer", bound=Scorer)
 
 
 def readable(
@@ -36,11 +37,12 @@ def readable(
     return skipping.readable(sources, config, parallel.every(), cache)
 
 
-def for_new_images(detector: Detector) -> Detector:
+def for_new_images(detector: AnyScorer) -> AnyScorer:
     """Return the detector with centred views; random views are for a dataset's own images."""
     config = detector.config
     image = input_pipeline.centred(config.image)
-    return dataclasses.replace(detector, config=dataclasses.replace(config, image=image))
+    config = dataclasses.replace(config, image=image)
+    return dataclasses.replace(cast(Any, detector), config=config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Part:
       masks: defect pixels; all False if unknown.
       known: whether the mask is known.
       digests: SHA-256 of the image files.
-      samples: see `detector.Anomalies`.
+      samples: see `scores.Anomalies`.
       sizes: sizes of the images as stored, (height, width).
       facts: facts about the masks; see `image_cache.MaskFacts`.
     """
@@ -71,7 +73,7 @@ class Part:
 
 
 def measure(
-    detector: Detector,
+    detector: Scorer,
     source: Source,
     what: str,
     cache: image_cache.ImageCache | None,
@@ -104,7 +106,7 @@ def measure(
     few: dict[str, int] = {}
     for batch in passes.batches(source, config, what, cache, devices, start):
         names = [str(record.image) for record in batch.records]
-        measures = detector_lib.measure_pixels(detector, batch.images, names)
+        measures = detector.measure(batch.images, names)
         padding = len(batch.images) - len(batch.records)
         nothing = np.zeros(config.image.size, bool)
         masks = [nothing if mask is None else mask for mask in batch.masks]
@@ -127,8 +129,12 @@ def measure(
 
 
 def _measure_kept(
-    detector: Detector, source: Source, config: Config, what: str, embeddings: Embeddings
+    detector: Scorer, source: Source, config: Config, what: str, embeddings: Embeddings
 ) -> Iterator[Part]:
+    # Not above: it imports JAX, which other runtimes do without.
+    from padim_jax.detector import detector as detector_lib
+
+    assert isinstance(detector, detector_lib.Detector)
     devices, records = parallel.every(), source.records
     size = passes.batch_size(source, config, devices)
     name = f"{config.category} {what}".lstrip()

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 from jaxtyping import Bool
 
-from padim_jax.core import image_score, scoring
+from padim_jax.core import combined_score, image_score, scoring
 from padim_jax.core.calibration import Calibration
 from padim_jax.export.graph import Graph
 
@@ -89,11 +89,11 @@ def score(
         _total_variation(graph, maps, grid, size, pixels),
         _band(graph, distances, grid, patches),
     ]
-    # In float64, as `image_score.combine`.
+    # In float64, as `combined_score.combine`.
     columns = [graph.reshape(part, -1, 1) for part in parts]
     summaries = _double(graph, graph.add("Concat", *columns, axis=1))
     means = np.array(calibration.summary_means)
-    deviations = image_score.at_least(means, np.array(calibration.summary_deviations))
+    deviations = combined_score.at_least(means, np.array(calibration.summary_deviations))
     excess = graph.add("Sub", summaries, graph.constant(means, "summary_means"))
     excess = graph.add("Div", excess, graph.constant(deviations, "summary_deviations"))
     excess = graph.add("Max", excess, graph.constant(np.array(0.0)))

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper
 from padim_jax.config import backbones
 from padim_jax.core.types import Gaussian, LowRank
 from padim_jax.detector import geometry
-from padim_jax.detector.detector import Detector, require_scorable
+from padim_jax.detector.detector import Detector
+from padim_jax.detector.scores import require_scorable
 from padim_jax.devices import parallel
 from padim_jax.export import decision, distances, embedding, resizing
 from padim_jax.export.backbones import features
@@ -30,9 +31,9 @@ def build(
     """Return the graph of a detector, and its constants.
 
     The graph has the input `images`, uint8 (b, h, w, 3), and the outputs `anomaly_map` (b, h,
-    w) and `score` (b,), float32. With thresholds it also has the outputs `rarity` (b,),
-    float64, and `is_anomalous` (b,), bool, and the optional input `image_threshold`, a float32
-    number whose default is the detector's.
+    w) and `score` (b,), float32. With thresholds it also has the output `rarity` (b,), float64,
+    and where `config.decide` is "score" `is_anomalous` (b,), bool, and the optional input
+    `image_threshold`, a float32 number whose default is the detector's.
 
     Args:
       detector: fitted detector of a single process.
@@ -92,12 +93,14 @@ def build(
         _value(SCORE, TensorProto.FLOAT),
     ]
     if calibration is not None:
-        threshold = np.array(calibration.image_threshold, np.float32)
-        graph.constant(threshold, THRESHOLD)
-        inputs.append(helper.make_tensor_value_info(THRESHOLD, TensorProto.FLOAT, []))
         graph.name(decision.rarity(graph, score, calibration), RARITY)
-        graph.name(graph.add("GreaterOrEqual", score, THRESHOLD), VERDICT)
-        outputs += [_value(RARITY, TensorProto.DOUBLE), _value(VERDICT, TensorProto.BOOL)]
+        outputs.append(_value(RARITY, TensorProto.DOUBLE))
+        if config.decide == "score":  # regions are found by whoever reads the maps
+            threshold = np.array(calibration.image_threshold, np.float32)
+            graph.constant(threshold, THRESHOLD)
+            inputs.append(helper.make_tensor_value_info(THRESHOLD, TensorProto.FLOAT, []))
+            graph.name(graph.add("GreaterOrEqual", score, THRESHOLD), VERDICT)
+            outputs.append(_value(VERDICT, TensorProto.BOOL))
     made = helper.make_graph(graph.nodes, "padim_jax", inputs, outputs)
     return made, graph.constants
 

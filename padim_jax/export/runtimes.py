@@ -1,5 +1,7 @@
 """ONNX files in the runtimes that run them: ONNX Runtime and OpenVINO, on CPUs."""
 
+import importlib.metadata
+import importlib.util
 import pathlib
 import sys
 from collections.abc import Callable
@@ -10,20 +12,23 @@ from jaxtyping import UInt8
 
 from padim_jax.errors import UserError
 
-Runtime = Literal["onnx", "openvino"]
-RUNTIMES: tuple[Runtime, ...] = ("onnx", "openvino")
+Runtime = Literal["onnxruntime", "openvino"]  # the packages' names
+NAMES: dict[Runtime, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_EXTRAS: dict[Runtime, str] = {"onnxruntime": "onnx", "openvino": "openvino"}
 Run = Callable[[UInt8[np.ndarray, "b h w 3"]], dict[str, np.ndarray]]
 
 _INPUT = "images"
 _OUTPUTS = frozenset({"anomaly_map", "score", "rarity", "is_anomalous"})
 
 
-def open_file(path: pathlib.Path, runtime: Runtime = "onnx", bfloat16: bool = False) -> Run:
+def open_file(
+    path: pathlib.Path, runtime: Runtime = "onnxruntime", bfloat16: bool = False
+) -> Run:
     """Return the function of a file's images.
 
     Args:
       path: an ONNX file that `store.onnx_file.load` has accepted.
-      runtime: "onnx" for ONNX Runtime, "openvino" for OpenVINO.
+      runtime: a key of `NAMES`.
       bfloat16: whether OpenVINO computes in bfloat16 where the processor can; it would do so
         without being asked.
 
@@ -34,17 +39,40 @@ def open_file(path: pathlib.Path, runtime: Runtime = "onnx", bfloat16: bool = Fa
       UserError: the runtime is not installed, or rejects the file.
     """
     try:
-        if runtime == "onnx":
+        if runtime == "onnxruntime":
             return _onnx_runtime(path)
         return _openvino(path, bfloat16)
     except ImportError as error:
         raise UserError(
-            f"{path}: needs {'ONNX Runtime' if runtime == 'onnx' else 'OpenVINO'} ({error}); "
-            f'install it: pip install "padim-jax[{runtime}]"'
+            f"{path}: needs {NAMES[runtime]} ({error}); "
+            f'install it: pip install "padim-jax[{_EXTRAS[runtime]}]"'
         ) from error
     except (RuntimeError, ValueError) as error:  # base classes of both runtimes' errors
         reason = " ".join(str(error).split())[:500]
-        raise UserError(f"{path}: {runtime} rejects the file ({reason})") from error
+        raise UserError(f"{path}: {NAMES[runtime]} rejects the file ({reason})") from error
+
+
+def installed(path: pathlib.Path) -> Runtime:
+    """Return the runtime that is installed, ONNX Runtime first.
+
+    Args:
+      path: the file that needs one, for the message.
+
+    Raises:
+      UserError: there is none.
+    """
+    for runtime in NAMES:
+        if importlib.util.find_spec(runtime) is not None:
+            return runtime
+    raise UserError(
+        f"{path}: needs ONNX Runtime or OpenVINO; install one: "
+        'pip install "padim-jax[onnx]" or "padim-jax[openvino]"'
+    )
+
+
+def version(runtime: Runtime) -> str:
+    """Return the version of a runtime that is installed."""
+    return importlib.metadata.version(runtime)
 
 
 def _onnx_runtime(path: pathlib.Path) -> Run:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
-from padim_jax.core import image_score
-from padim_jax.detector import detector as detector_lib
+from padim_jax.core import combined_score
 from padim_jax.detector import geometry, steps
+from padim_jax.detector import scores as scores_lib
 from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 
@@ -33,7 +33,7 @@ def serialize(detector: Detector) -> bytes:
     Raises:
       UserError: the score needs thresholds, and there are none.
     """
-    detector_lib.require_scorable(detector)
+    scores_lib.require_scorable(detector)
     config, thresholds = detector.config, detector.calibration
     static = (
         *(config.image, config.model, config.map, config.score.image),
@@ -56,7 +56,7 @@ def serialize(detector: Detector) -> bytes:
         if config.score.image == "combined":
             assert thresholds is not None
             means = np.array(thresholds.summary_means)
-            deviations = image_score.at_least(means, np.array(thresholds.summary_deviations))
+            deviations = combined_score.at_least(means, np.array(thresholds.summary_deviations))
             excess = (summaries - jnp.float32(means)[None]) / jnp.float32(deviations)[None]
             scores = jnp.sqrt(jnp.sum(jnp.maximum(excess, 0) ** 2, axis=1))
         found = {"anomaly_map": maps, "score": scores}

@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from padim_jax.config.settings import Config
-from padim_jax.core import image_score
+from padim_jax.core import combined_score
 from padim_jax.core.calibration import Calibration
-from padim_jax.detector import detector as detector_lib
+from padim_jax.detector import scores as scores_lib
 from padim_jax.detector.detector import Detector
 from padim_jax.errors import UserError
 from padim_jax.export.runtimes import Run
@@ -63,7 +63,7 @@ def verify(
     config = detector.config
     model = dataclasses.replace(config.model, precision="float32")
     exact = dataclasses.replace(detector, config=dataclasses.replace(config, model=model))
-    expected = detector_lib.score_pixels(exact, images)
+    expected = scores_lib.score_pixels(exact, images)
     given = images if frames is None else frames
     # In two calls: the number of images must not matter.
     parts = [run(given[:1]), run(given[1:])]
@@ -97,6 +97,6 @@ def _scale(config: Config, calibration: Calibration | None, scores: np.ndarray) 
     scale = float(np.max(np.abs(scores)))
     if config.score.image == "combined" and calibration is not None:
         means = np.array(calibration.summary_means)
-        least = image_score.at_least(means, np.array(calibration.summary_deviations))
+        least = combined_score.at_least(means, np.array(calibration.summary_deviations))
         scale = max(scale, float(np.max(np.abs(means) / least)))
     return scale

@@ -23,8 +23,8 @@ from padim_jax.core.regions import Region
 from padim_jax.data import decoding, input_pipeline, roi
 from padim_jax.data.files import read_file, shown
 from padim_jax.data.records import Record, Source
-from padim_jax.detector import detector as detector_lib
-from padim_jax.detector import geometry
+from padim_jax.detector import grid
+from padim_jax.detector import scores as scores_lib
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
 from padim_jax.output import figures, regions_file, results, tables
@@ -272,7 +272,7 @@ class Pictures:
     def set_scale(self, maps: Float32[np.ndarray, "n h w"]) -> None:
         """Set the colour scale from the first maps, if there is none yet."""
         if self.scale is None:
-            pixels = geometry.scored_pixels(self._config.image, maps)
+            pixels = grid.scored_pixels(self._config.image, maps)
             self.scale = figures.color_scale(pixels, np.zeros(len(maps), int))
 
     def draw(
@@ -309,7 +309,7 @@ class Pictures:
         full = restore_map(anomaly_map, size, config.image)
         predicted = found = None
         if threshold is not None:
-            found = detector_lib.find_regions(config, anomaly_map, threshold, size)
+            found = scores_lib.find_regions(config, anomaly_map, threshold, size)
             predicted = _mask(full, anomaly_map, threshold, size, config)
         boxes = [region.box for region in found or ()]
         outside = _outside(config.image, size)

@@ -11,14 +11,14 @@ from jaxtyping import Float32, Int, UInt8
 
 from padim_jax.config.settings import Config
 from padim_jax.core import calibration as calibration_lib
-from padim_jax.core import image_score, regions
+from padim_jax.core import combined_score, regions
 from padim_jax.core import suspects as suspects_lib
 from padim_jax.core.calibration import Calibration
 from padim_jax.core.suspects import Suspects
 from padim_jax.data import copies, image_cache, input_pipeline, sampling
 from padim_jax.data.records import Record, Source
 from padim_jax.detector import detector as detector_lib
-from padim_jax.detector import geometry, scoring_pass
+from padim_jax.detector import grid, scoring_pass
 from padim_jax.detector.detector import Detector
 from padim_jax.detector.embeddings import Embeddings
 from padim_jax.devices import parallel
@@ -148,7 +148,7 @@ def find_ranked(
                 if sum(map(len, samples)) < copies.MOST_COMPARED:
                     samples.append(part.samples)
                 summaries.append(part.summaries)
-                pixels = geometry.scored_pixels(config.image, part.maps)
+                pixels = grid.scored_pixels(config.image, part.maps)
                 yield pixels, part.summaries, *_peaks(config, part)
 
     within = groups[order] if pattern else None
@@ -158,7 +158,7 @@ def find_ranked(
         thresholds = _with_warning(thresholds, samples, names)
     if not left_out:
         return _keep_thresholds(detector, thresholds, store), None
-    scores = image_score.of_normal(np.concatenate(summaries), within)
+    scores = combined_score.of_normal(np.concatenate(summaries), within)
     scores = scores[np.argsort(order)]  # in the source's order
     shown = np.argsort(-scores, kind="stable")[: suspects_lib.SHOWN].tolist()
     seen, measured = _measure_again(
@@ -236,7 +236,7 @@ def _peaks(config: Config, part: scoring_pass.Part) -> list[Float32[np.ndarray, 
     if config.decide == "score":
         return []
     rule, found = config.regions, []
-    pixels = geometry.scored_pixels(config.image, part.maps[:1]).size
+    pixels = grid.scored_pixels(config.image, part.maps[:1]).size
     for record, anomaly_map, size in zip(part.records, part.maps, part.sizes, strict=True):
         frame = input_pipeline.frame(config.image, size.tolist())
         try:
@@ -272,7 +272,7 @@ def find_from_model(
             valid, maps, part, sample = parallel.gather(own)
             samples.append(sample[valid])
             summaries.append(part[valid])
-            pixels = geometry.scored_pixels(detector.config.image, maps[valid])
+            pixels = grid.scored_pixels(detector.config.image, maps[valid])
             yield pixels, part[valid]
 
     thresholds = _thresholds(detector, parts(), detector.count, "leave_one_out")
@@ -283,7 +283,7 @@ def find_from_model(
     if names is None or parallel.every().process > 0:
         return detector, None
     groups = np.arange(len(names))
-    scores = image_score.of_normal(np.concatenate(summaries))
+    scores = combined_score.of_normal(np.concatenate(summaries))
     return detector, _rank(detector.config, names, scores, groups, thresholds)
 
 

@@ -27,9 +27,9 @@ from padim_jax.data import (
 from padim_jax.data import summary as summary_lib
 from padim_jax.data.files import shown
 from padim_jax.data.records import Skipped, Source
-from padim_jax.detector import detector as detector_lib
-from padim_jax.detector import geometry, memory, scoring_pass
-from padim_jax.detector.detector import Detector
+from padim_jax.detector import grid, memory, scoring_pass
+from padim_jax.detector import scores as scores_lib
+from padim_jax.detector.scores import Scorer
 from padim_jax.devices import parallel
 from padim_jax.errors import DataWarning
 from padim_jax.output import figures, html, predictions, results
@@ -39,7 +39,7 @@ from padim_jax.system.paths import Path
 
 
 def evaluate(
-    config: Config, detector: Detector, source: Source, workdir: Path, overwrite: bool = False
+    config: Config, detector: Scorer, source: Source, workdir: Path, overwrite: bool = False
 ) -> dict:
     """Score a test set and write metrics, scores, maps and pictures.
 
@@ -59,7 +59,7 @@ def evaluate(
     """
     dataset_splits.require_test_images(config, source)
     tests = len(source.records)
-    memory.require_for_scores(detector.config, detector.count, parallel.every(), tests)
+    detector.require_memory(tests)
     with results_folder.writing_results(workdir):
         identity = inputs.read(config, {"test": source}, parallel.every())
         if not overwrite:
@@ -74,7 +74,7 @@ def evaluate(
 
 def evaluate_unlocked(
     config: Config,
-    detector: Detector,
+    detector: Scorer,
     source: Source,
     workdir: Path,
     skipped: Sequence[Skipped],
@@ -107,16 +107,16 @@ def evaluate_unlocked(
     if resolution == "model":
         scored = results.with_pixels(scored)
     measured = results.measure(scored, detector.calibration, resolution)
-    scored = results.locate(scored, measured, geometry.patch_size(detector.config))
+    scored = results.locate(scored, measured, grid.patch_size(detector.config))
     measured = results.with_in_place(scored, measured)
     if suspects is not None and suspects.count:
         measured["suspects"] = suspects_lib.to_dict(suspects)
     if (transfer := measured["transfer"]) and transfer["unlike"]:
         warnings.warn(DataWarning(results.transfer_text(transfer)), stacklevel=2)
-    maps = geometry.scored_pixels(detector.config.image, scored.maps)
+    maps = grid.scored_pixels(detector.config.image, scored.maps)
     scale = figures.color_scale(maps, scored.labels.astype(int))
     measured["color_scale"] = [scale.low, scale.high]
-    measured["detector"] = detector_lib.fingerprint(detector)
+    measured["detector"] = detector.fingerprints[0]
     measured[inputs.KEY] = {**identity, "weights": detector.weights.sha256}
     line = None if found is None else summary_lib.mask_line(found, config.image.size)
     if line is not None:
@@ -169,13 +169,13 @@ class _Read:
     facts: Int32[np.ndarray, "n 4"]
 
 
-def score(detector: Detector, source: Source) -> tuple[results.Scored | None, _Read]:
+def score(detector: Scorer, source: Source) -> tuple[results.Scored | None, _Read]:
     """Score a test set; return scores, in the first process, and facts that were read.
 
     Raises:
       UserError: most of the masks are a defect by more than half; see `masks.FullCheck`.
     """
-    detector_lib.require_scorable(detector)
+    scores_lib.require_scorable(detector)
     check = masks.FullCheck(sum(record.mask is not None for record in source.records))
     checked = detector.config.dataset.inverted_masks == "check"
     cache = image_cache.open_cache(detector.config.cache)
@@ -205,10 +205,9 @@ def score(detector: Detector, source: Source) -> tuple[results.Scored | None, _R
         for mask, known in zip(part.masks, part.known, strict=True)
     ]
     maps = np.concatenate([part.maps for part in parts])
-    scores = detector_lib.image_scores(
+    scores = scores_lib.image_scores(
         detector, np.concatenate([part.summaries for part in parts])
     )
-    covered = geometry.inside(detector.config.image, detector.config.model.layers)
     scored = results.Scored(
         source.records,
         known_masks,
@@ -217,13 +216,13 @@ def score(detector: Detector, source: Source) -> tuple[results.Scored | None, _R
         aspects=[
             input_pipeline.aspect(detector.config.image, size) for size in every.sizes.tolist()
         ],
-        inside=covered and covered.pixels,
+        inside=grid.inside(detector.config.image),
     )
     return _with_regions(detector, scored, every.sizes), every
 
 
 def _with_regions(
-    detector: Detector, scored: results.Scored, sizes: Int32[np.ndarray, "n 2"]
+    detector: Scorer, scored: results.Scored, sizes: Int32[np.ndarray, "n 2"]
 ) -> results.Scored:
     """Return the test set with its regions and verdicts, if there are thresholds."""
     config, thresholds = detector.config, detector.calibration
@@ -233,7 +232,7 @@ def _with_regions(
     for record, anomaly_map, size in zip(scored.records, scored.maps, sizes, strict=True):
         seen = input_pipeline.view(config.image, record.relative_path)
         place = input_pipeline.frame(config.image, size.tolist(), seen)
-        found = detector_lib.find_regions(
+        found = scores_lib.find_regions(
             config, anomaly_map, thresholds.pixel_threshold, size.tolist(), seen
         )
         regions.append(found)
@@ -291,7 +290,7 @@ def _full_pixels(
 def take_survey(
     sources: Mapping[str, Source],
     config: Config,
-    detector: Detector | None = None,
+    detector: Scorer | None = None,
     cached: bool = True,
 ) -> tuple[dict[str, Source], summary_lib.Summary]:
     """Read the images' files, print what they are, and warn of what is implausible.

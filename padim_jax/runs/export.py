@@ -17,7 +17,7 @@ from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.output import results
-from padim_jax.runs import evaluate, fitting
+from padim_jax.runs import evaluate, results_folder
 from padim_jax.store import calibration_file, model_file
 from padim_jax.system import locks, paths
 from padim_jax.system.paths import Path
@@ -74,7 +74,7 @@ def export(
 
     Raises:
       UserError: the file cannot be written, another process writes it, `half` without test
-        images, or verdicts by regions, which ONNX and StableHLO files do not have.
+        images, or verdicts by regions in a StableHLO file.
     """
     if parallel.every().processes > 1:
         raise UserError("--mode=export: one process writes the file; start only one")
@@ -88,11 +88,11 @@ def export(
     if path.suffix == SUFFIXES["stablehlo"] and half:
         raise UserError("--half: not for --format=stablehlo, which holds float32 numbers")
     decide = detector.config.decide
-    if path.suffix in (SUFFIXES["onnx"], SUFFIXES["stablehlo"]) and decide != "score":
+    if path.suffix == SUFFIXES["stablehlo"] and decide != "score":
         raise UserError(
             f"config.decide={decide}: {path.suffix} files find no regions, and their verdicts "
-            "would be by the score; export with --config.decide=score, or a model file "
-            "(.safetensors)"
+            "would be by the score; export with --config.decide=score, or another file (.onnx, "
+            ".safetensors)"
         )
     require_own, write = {
         SUFFIXES["onnx"]: (_require_own_onnx, _write_onnx),
@@ -101,7 +101,7 @@ def export(
     with locks.held(path):
         require_own(path)  # now, rather than after measuring
         prepared = _prepare(detector, half, test, frame, images or [])
-        fitting.make_folder(path.parent)
+        results_folder.make_folder(path.parent)
         write(path, prepared)
 
 
@@ -189,7 +189,7 @@ def _write_onnx(path: Path, export: _Export) -> None:
         config_lib.with_absolute_paths(config),
         detector.weights,
         detector_lib.fingerprint(exported),
-        detector.count,
+        detector.images,
         export.half,
         export.comparison,
         export.calibration,

@@ -40,13 +40,15 @@ from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import DataWarning, Stopped, UserError
 from padim_jax.models.weights import pretrained
+from padim_jax.models.weights.identity import WeightsIdentity
+from padim_jax.runs import results_folder
 from padim_jax.store import checkpoint, statistics_store
 from padim_jax.store.checkpoint import Fitted
 from padim_jax.store.statistics_store import OnDisk, Store
 from padim_jax.system import compilation_cache, interrupts, paths, progress
 from padim_jax.system.paths import Path
 
-Backbone = tuple[Any, pretrained.WeightsIdentity]  # variables, and what identifies them
+Backbone = tuple[Any, WeightsIdentity]  # variables, and what identifies them
 
 
 def load_backbone(model: ModelConfig, devices: Devices) -> Backbone:
@@ -735,7 +737,7 @@ def warn_implausible(path: Path | str, fitted: Config) -> None:
 
 def load_weights(
     path: Path,
-    identity: pretrained.WeightsIdentity,
+    identity: WeightsIdentity,
     config: Config,
     weights: str | None,
 ) -> Any:
@@ -969,23 +971,8 @@ def _save(
 def _check_place(path: Path, devices: Devices) -> None:
     # Now, rather than after hours of fitting.
     if devices.process == 0:
-        make_folder(path.parent)
+        results_folder.make_folder(path.parent)
         checkpoint.check_destination(path)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder for results.
-
-    Raises:
-      UserError: it cannot be made.
-    """
-    try:
-        paths.make_folder(path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be made a folder ({error.strerror}); name another place with "
-            "--workdir or --checkpoint"
-        ) from error
 
 
 def _not_finite(
@@ -1039,7 +1026,7 @@ def _require_resumable(
     path: Path,
     fitted: Fitted,
     config: Config,
-    weights: pretrained.WeightsIdentity,
+    weights: WeightsIdentity,
     listed: str,
 ) -> None:
     if fitted.unfinished != listed:

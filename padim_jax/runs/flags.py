@@ -97,6 +97,13 @@ _FRAME = flags.DEFINE_string(
     None,
     "For export with --format=onnx: HEIGHTxWIDTH of raw frames, which the file then resizes.",
 )
+_RUNTIME = flags.DEFINE_enum(
+    "runtime",
+    None,
+    ["onnxruntime", "openvino"],
+    "For predict and eval of an ONNX file, --checkpoint=part.onnx: what computes it; default: "
+    "what is installed, ONNX Runtime first.",
+)
 _OVERWRITE = flags.DEFINE_bool(
     "overwrite",
     False,
@@ -140,7 +147,7 @@ STRICT = flags.DEFINE_bool(
 _REQUEST = (
     *(_WORKDIR, _CHECKPOINT, _INPUT, _WATCH, _POLL_SECONDS, _SETTLE_SECONDS),
     *(_ON_RESULT, _ON_RESULT_SECONDS),
-    *(_MODELS, _WEIGHTS, _HALF, _FORMAT, _FRAME, _OVERWRITE, _DOWNLOAD),
+    *(_MODELS, _WEIGHTS, _HALF, _FORMAT, _FRAME, _RUNTIME, _OVERWRITE, _DOWNLOAD),
 )
 
 
@@ -353,6 +360,19 @@ def _unknown_setting(message: str) -> str:
         return f"--config: no such setting {close[2]!r}; did you mean {close[1]!r}?"
     name = "".join(re.findall(r"\w", message))
     return f"--config: no such setting {name!r}; padim_jax/config/settings.py lists them"
+
+
+def require_one_process(place: tuple[str | None, int | None, int | None, bool]) -> None:
+    """Reject flags of many processes: see `Command.place`.
+
+    Raises:
+      UserError: one of them is given.
+    """
+    if place not in ((None, None, None, False), (None, 1, None, False)):
+        raise UserError(
+            "--coordinator, --processes, --process_id, --distributed: an ONNX file is computed "
+            "by one process; leave them out"
+        )
 
 
 def import_jax() -> None:

@@ -5,13 +5,12 @@ import os
 
 from padim_jax.config import settings as config_lib
 from padim_jax.config.settings import Config
-from padim_jax.data import inputs
-from padim_jax.data.files import shown
 from padim_jax.detector import detector as detector_lib
 from padim_jax.detector import steps
 from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
-from padim_jax.runs import fitting
+from padim_jax.errors import UserError
+from padim_jax.runs import fitting, scoring
 from padim_jax.store import calibration_file, checkpoint, model_file, statistics_store
 from padim_jax.system import paths
 from padim_jax.system.paths import Path
@@ -41,6 +40,11 @@ def load(
         preprocessing or channel choice than the configuration asks for.
     """
     place, devices = paths.parse(os.fspath(path)), parallel.every()
+    if scoring.is_onnx(place) and place.is_file():
+        raise UserError(
+            f"{path}: an ONNX file, for scoring alone; name the checkpoint that it was "
+            "exported from"
+        )
     model = model_file.load(place, devices) if place.is_file() else None
     fitted, identity = (
         statistics_store.load_checkpoint(place, devices) if model is None else (model, "")
@@ -50,13 +54,7 @@ def load(
     fitting.require_same(place, fitted.config, config)
     fitting.warn_implausible(place, fitted.config)
     config = fitting.with_stored_range(config, fitted.config)
-    if config.title != fitted.config.title:
-        print(f"{path} was fitted to {fitted.config.title}; now used for {config.title}")
-    elif inputs.folder(config) != inputs.folder(fitted.config):
-        print(
-            f"{path} was fitted to images of {shown(inputs.folder(fitted.config))}; now used "
-            f"for {shown(inputs.folder(config))}"
-        )
+    scoring.tell_use(path, fitted.config, config)
     variables = fitting.load_weights(place, fitted.weights, config, weights)
     variables = steps.with_projection(variables, fitted.projection)
     variables = parallel.replicate(variables, devices)

@@ -37,6 +37,7 @@ class Request:
       half: whether an exported model is rounded to float16.
       format: what is exported: "model", "onnx" or "stablehlo".
       frame: size of the frames that an exported ONNX file takes, as "HxW".
+      runtime: what computes an ONNX file: "onnxruntime" or "openvino".
       overwrite: whether to replace the results and the model of another data set.
       download: whether to download MVTec AD if it is missing.
     """
@@ -55,6 +56,7 @@ class Request:
     half: bool = False
     format: str = "model"
     frame: str | None = None
+    runtime: Any = None
     overwrite: bool = False
     download: bool = False
 
@@ -91,6 +93,7 @@ _PURPOSES = {
     "half": "it is a form of --mode=export",
     "format": "it is for --mode=export",
     "frame": "it is for --mode=export --format=onnx",
+    "runtime": "it is for --mode=predict and --mode=eval of an ONNX file",
     "overwrite": "it replaces the results and the model of another data set, and does a "
     "sweep's finished runs again",
 }
@@ -230,6 +233,14 @@ def _loaded(request: Request, scores: bool = True) -> Iterator[Any]:
 
     With `scores`, the origin of its weights is printed.
     """
+    if scores_without_jax(request.checkpoint):
+        from padim_jax.runs import scoring
+
+        path, config = request.checkpoint, request.config
+        exported = scoring.load(path, config, request.weights, request.runtime)
+        print(f"weights: {exported.weights.origin}, in {exported.runtime}")
+        yield exported
+        return
     from padim_jax.runs import loading
     from padim_jax.system import compilation_cache
 
@@ -275,11 +286,11 @@ _CONFIG = {"config": "--mode={mode} needs one, as in --config=configs/mvtec.py"}
 MODES = {
     "train_and_eval": Mode(_train_and_eval, _FITS, _CONFIG, _WEIGHTS),
     "train": Mode(_train, _FITS, _CONFIG, _WEIGHTS),
-    "eval": Mode(_eval, _USES | {"overwrite"}, stored=True),
+    "eval": Mode(_eval, _USES | {"overwrite", "runtime"}, stored=True),
     "predict": Mode(
         _predict,
         _USES
-        | {"input", "watch", "poll_seconds", "settle_seconds"}
+        | {"input", "watch", "poll_seconds", "settle_seconds", "runtime"}
         | {"on_result", "on_result_seconds"},
         {"input": "expected the image, folder or glob to predict"},
         stored=True,
@@ -314,6 +325,11 @@ MODES = {
 }
 
 
+def scores_without_jax(checkpoint: Path) -> bool:
+    """Return whether a model is an ONNX file, which another runtime computes."""
+    return checkpoint.suffix == ".onnx"
+
+
 def check(mode: str, given: Mapping[str, Any], config: Config | None) -> None:
     """Refuse a command that a mode cannot carry out.
 
@@ -342,6 +358,14 @@ def check(mode: str, given: Mapping[str, Any], config: Config | None) -> None:
             raise UserError(f"--{flag}: for --watch, which is missing")
         if not lowest <= given.get(flag, lowest) <= 3600:
             raise UserError(f"--{flag}={given[flag]}: expected {lowest:g} to 3600 seconds")
+    if str(given.get("checkpoint", "")).endswith(".onnx"):
+        if mode not in ("predict", "eval"):
+            raise UserError(
+                f"--checkpoint={given['checkpoint']}: an ONNX file, for --mode=predict and "
+                f"--mode=eval; for --mode={mode} name the checkpoint that it was exported from"
+            )
+    elif "runtime" in given:
+        raise UserError("--runtime: for an ONNX file alone, as in --checkpoint=part.onnx")
     if given.get("format") != "onnx":
         for flag in ("frame", "input") if mode == "export" else ():
             if flag in given:
@@ -392,8 +416,6 @@ def run(
       UserError: something to mend in the settings or the files, or too little memory.
       Stopped: by SIGTERM, during a fit.
     """
-    import jax
-
     from padim_jax.detector import memory
     from padim_jax.devices import parallel
 
@@ -404,7 +426,7 @@ def run(
     memory.limit_images()
     try:
         MODES[mode].run(request)
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:  # JAX's are of this class
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(

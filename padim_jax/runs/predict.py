@@ -9,19 +9,17 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-
 import padim_jax
 from padim_jax.config.settings import Config
 from padim_jax.data import passes
 from padim_jax.data.records import Skipped, Source
-from padim_jax.detector import detector as detector_lib
-from padim_jax.detector import memory, scoring_pass
-from padim_jax.detector.detector import Detector
+from padim_jax.detector import scores as scores_lib
+from padim_jax.detector import scoring_pass
+from padim_jax.detector.scores import Scorer
 from padim_jax.devices import parallel
 from padim_jax.errors import UserError
 from padim_jax.output import predictions, results
-from padim_jax.runs import fitting, monitor, results_folder
+from padim_jax.runs import monitor, results_folder
 from padim_jax.store import calibration_file
 from padim_jax.system import journal, locks, paths
 from padim_jax.system.paths import Path
@@ -33,7 +31,7 @@ _PREDICTIONS = (
 )
 
 
-def predict(detector: Detector, source: Source, workdir: Path) -> None:
+def predict(detector: Scorer, source: Source, workdir: Path) -> None:
     """Score images of which nothing is known; see `predictions.Writer` for the output.
 
     Thresholds and colours are the detector's; if it has none, those of its evaluation in
@@ -51,29 +49,29 @@ def predict(detector: Detector, source: Source, workdir: Path) -> None:
     Raises:
       UserError: an unreadable image, or another process is writing there.
     """
-    detector_lib.require_scorable(detector)
+    scores_lib.require_scorable(detector)
     known = known_thresholds(detector, workdir)
     detector = scoring_pass.for_new_images(detector)
     devices = parallel.every()
     with locks.held(workdir / "predictions", devices.process):
-        memory.require_for_scores(detector.config, detector.count, devices)
+        detector.require_memory()
         sources, skipped = scoring_pass.readable(detector.config, {"input": source}, False)
         _predict(detector, sources["input"], workdir, known, devices, skipped)
 
 
-def known_thresholds(detector: Detector, workdir: Path) -> predictions.Thresholds:
+def known_thresholds(detector: Scorer, workdir: Path) -> predictions.Thresholds:
     """Return a detector's thresholds, or those of its evaluation in `workdir`; print which."""
     if detector.calibration is not None:
         known = predictions.thresholds(detector.calibration, detector.config.score.image)
     else:
-        fingerprints = detector_lib.fingerprints(detector)
+        fingerprints = detector.fingerprints
         known = predictions.read_evaluation(workdir / "metrics.json", *fingerprints)
     print(known.text)
     return known
 
 
 def _predict(
-    detector: Detector,
+    detector: Scorer,
     source: Source,
     workdir: Path,
     known: predictions.Thresholds,
@@ -96,12 +94,12 @@ def _predict(
     elif (growing / journal.EARLIER).exists():
         print("interrupted predictions of an earlier version of padim_jax are redone")
         paths.remove_folder(growing)
-    fitting.make_folder(growing)
+    results_folder.make_folder(growing)
     settings = dependencies(detector, known) | {
         "batch size": size,
         "format of maps": suffix,
         "version of padim_jax": padim_jax.__version__,
-        "version of jax": jax.__version__,
+        **detector.versions,
     }
     with contextlib.closing(predictions.open_journal(growing, settings)) as log:
         masks = known.pixel is not None
@@ -110,7 +108,7 @@ def _predict(
             growing, config, suffix, known, detector.calibration, log
         ) as writer:
             for part in _measured(detector, source, start):
-                scores = detector_lib.image_scores(detector, part.summaries)
+                scores = scores_lib.image_scores(detector, part.summaries)
                 writer.add(part.records, part.maps, scores, part.digests)
             writer.finish()
         drifted = monitor.summary(detector.calibration, log.rows())
@@ -125,7 +123,7 @@ def _predict(
         print(drifted)
 
 
-def _measured(detector: Detector, source: Source, start: int) -> Iterator[scoring_pass.Part]:
+def _measured(detector: Scorer, source: Source, start: int) -> Iterator[scoring_pass.Part]:
     """Measure images from where the first process says."""
     start = parallel.agreed(start)
     # Not cached: images that are seen once would push out those that are seen again.
@@ -152,9 +150,9 @@ def map_suffix(config: Config) -> str:
     return "npy" if config.outputs.maps == "npy" else "tiff"
 
 
-def dependencies(detector: Detector, known: predictions.Thresholds) -> dict[str, Any]:
+def dependencies(detector: Scorer, known: predictions.Thresholds) -> dict[str, Any]:
     """Return all that predictions depend on beside images, by names for a person."""
-    fingerprint, calibration = detector_lib.fingerprint(detector), detector.calibration
+    fingerprint, calibration = detector.fingerprints[0], detector.calibration
     said = calibration and calibration_file.to_dict(calibration, fingerprint)
     rule = (detector.config.decide, *dataclasses.astuple(detector.config.regions))
     # Left out as it is by default: results before there were regions are of these.

@@ -14,8 +14,6 @@ from padim_jax.data.records import Source
 from padim_jax.devices import parallel
 from padim_jax.errors import RemovedError, UserError
 from padim_jax.output import results
-from padim_jax.runs import fitting
-from padim_jax.store import checkpoint
 from padim_jax.system import locks, paths
 from padim_jax.system.paths import Path
 
@@ -30,6 +28,21 @@ _RESULTS = (
     *("scores.csv", "maps", "figures", "roc_curve.png", "score_histogram.png", "overview.jpg"),
     *(REPORT, THUMBNAILS, results.SKIPPED),
 )
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    try:
+        paths.make_folder(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be made a folder ({error.strerror}); name another place with "
+            "--workdir or --checkpoint"
+        ) from error
 
 
 def remove(folder: Path, sign: Path) -> None:
@@ -49,7 +62,7 @@ def writing_results(workdir: Path) -> Iterator[None]:
     process = parallel.every().process
     with locks.held(workdir / "results", process):
         if process == 0:
-            fitting.make_folder(workdir)
+            make_folder(workdir)
             require_own_results(workdir)
             results.require_own_suspects(workdir)
         yield
@@ -142,6 +155,9 @@ def require_same_data(workdir: Path, now: Mapping[str, Any]) -> None:
 
 def require_model_of_same_data(path: Path, config: Config, source: Source) -> None:
     """Refuse to replace a model of other images; see `inputs.are_same_data`."""
+    # Not above: it imports JAX, which predictions in other runtimes do without.
+    from padim_jax.store import checkpoint
+
     fitted = checkpoint.fitted_config(path)
     if fitted is None or inputs.folder(fitted) == inputs.folder(config):
         return

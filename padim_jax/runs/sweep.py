@@ -144,7 +144,7 @@ def run(config: Config, workdir: Path, overwrite: bool = False) -> None:
         for one in runs:
             _require_same(one)
     if devices.process == 0:
-        fitting.make_folder(workdir)
+        results_folder.make_folder(workdir)
     failures = _Failures()
     with (
         compilation_cache.enabled(config.cache.programs),
@@ -275,7 +275,7 @@ def _run(one: Run, backbone: Backbone, overwrite: bool, devices: Devices) -> str
 def _train_and_eval(one: Run, backbone: Backbone, overwrite: bool, devices: Devices) -> str:
     started = time.monotonic()
     if devices.process == 0:
-        fitting.make_folder(one.workdir)
+        results_folder.make_folder(one.workdir)
         # If it is interrupted, it is neither failed nor finished.
         for name in (_ERROR, _METRICS):
             (one.workdir / name).unlink(missing_ok=True)

@@ -35,9 +35,9 @@ from padim_jax import errors
 from padim_jax.core.calibration import Calibration
 from padim_jax.data import input_pipeline
 from padim_jax.data.files import read_file, shown, walk
-from padim_jax.detector import detector as detector_lib
+from padim_jax.detector import scores as scores_lib
 from padim_jax.detector import scoring_pass
-from padim_jax.detector.detector import Detector
+from padim_jax.detector.scores import Scorer
 from padim_jax.devices import parallel
 from padim_jax.errors import DataWarning, MachineError, UserError
 from padim_jax.output import figures, predictions, tables
@@ -381,7 +381,7 @@ class _GoneError(Exception):
 
 
 def watch(
-    detector: Detector,
+    detector: Scorer,
     folder: pathlib.Path,
     workdir: Path,
     timing: Timing,
@@ -401,7 +401,7 @@ def watch(
     Raises:
       UserError: see `run`.
     """
-    detector_lib.require_scorable(detector)
+    scores_lib.require_scorable(detector)
     known = predict.known_thresholds(detector, workdir)
     detector = scoring_pass.for_new_images(detector)
     suffix, said = predict.map_suffix(detector.config), predict.dependencies(detector, known)
@@ -409,7 +409,7 @@ def watch(
 
 
 def run(
-    detector: Detector,
+    detector: Scorer,
     known: Thresholds,
     folder: pathlib.Path,
     output: Path,
@@ -474,7 +474,7 @@ def run(
         # Compiles it. On a CPU an image takes as long in a batch as alone; alone it waits for
         # no other, and its score does not depend on what else has come.
         blank = np.zeros((1, *detector.config.image.size, 3), np.uint8)
-        detector_lib.score_pixels(detector, blank)
+        scores_lib.score_pixels(detector, blank)
         print(f"watching {folder}, {log.summary()}\nresults: {output}")
         if log.monitor.drift:
             print(log.monitor.drift)
@@ -545,7 +545,7 @@ class _Scorer:
 
     def __init__(
         self,
-        detector: Detector,
+        detector: Scorer,
         known: Thresholds,
         pictures: Pictures,
         log: Log,
@@ -581,7 +581,7 @@ class _Scorer:
         for image in images:
             pixels = image.seen[None]
             try:
-                found = detector_lib.score_pixels(self._detector, pixels)
+                found = scores_lib.score_pixels(self._detector, pixels)
             except UserError as error:  # it is not finite
                 reason = f"{shown(image.arrival.path)}: {error}"
                 results.append(Result(image.arrival, image.sha256, None, reason))

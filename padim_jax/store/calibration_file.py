@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import padim_jax
-from padim_jax.core import image_score
+from padim_jax.core import combined_score
 from padim_jax.core.calibration import MIN_IMAGES, ORIGINS, Calibration
 from padim_jax.errors import UserError
 from padim_jax.store import validation
@@ -172,8 +172,10 @@ def _check(fields: Mapping[str, Any]) -> None:
         raise ValueError("as many levels as quantiles were expected")
     if len(fields["rates"]) != len(fields["rate_thresholds"]):
         raise ValueError("as many thresholds as rates were expected")
-    if {len(fields[name]) for name in _SUMMARIES} not in ({0}, {image_score.COMBINED}):
-        raise ValueError(f"{image_score.COMBINED} means and deviations of summaries, or none")
+    if {len(fields[name]) for name in _SUMMARIES} not in ({0}, {combined_score.COMBINED}):
+        raise ValueError(
+            f"{combined_score.COMBINED} means and deviations of summaries, or none"
+        )
 
 
 def _valid(name: str, value: Any) -> bool:

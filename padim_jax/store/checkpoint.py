@@ -43,8 +43,8 @@ from padim_jax.core.types import Moments, Projection, Samples
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
-from padim_jax.models.weights import pretrained
-from padim_jax.models.weights.pretrained import WeightsIdentity
+from padim_jax.models.weights import identity as weights_identity
+from padim_jax.models.weights.identity import WeightsIdentity
 from padim_jax.store import calibration_file, validation
 from padim_jax.system import library_logs, paths
 from padim_jax.system.paths import Path
@@ -340,7 +340,7 @@ def _load(step: Path, devices: Devices) -> tuple[Fitted, str]:
     metadata = info.custom_metadata
     with _explained(step, metadata):
         config = config_lib.restore(metadata["config"], metadata.get("version"))
-        weights = pretrained.identity(metadata["weights"])
+        weights = weights_identity.identity(metadata["weights"])
         regions = metadata["regions"]
         if not isinstance(metadata["unfinished"], str | None):
             raise ValueError("its metadata are of other types")

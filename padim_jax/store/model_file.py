@@ -27,8 +27,8 @@ from padim_jax.core.types import Gaussian, LowRank, Projection
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
-from padim_jax.models.weights import pretrained
-from padim_jax.models.weights.pretrained import WeightsIdentity
+from padim_jax.models.weights import identity as weights_identity
+from padim_jax.models.weights.identity import WeightsIdentity
 from padim_jax.store import validation
 from padim_jax.system import paths
 from padim_jax.system.paths import Path
@@ -200,7 +200,7 @@ def load(path: Path, devices: Devices) -> Model:
             raise UserError(f"{path}: {error}") from error
         except UserError as error:
             raise ValueError(str(error)) from error
-        weights = pretrained.identity(described["weights"])
+        weights = weights_identity.identity(described["weights"])
         _require_types(described, arrays)
         return Model(
             config,

@@ -11,6 +11,7 @@ are always of one export.
 A file from a stranger is data: standard operators, and no data outside of the file's folder.
 """
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from jaxtyping import UInt8
 from onnx import helper, numpy_helper
 
 import padim_jax
@@ -28,8 +30,8 @@ from padim_jax.config import settings as config_lib
 from padim_jax.config.backbones import NO_WEIGHTS
 from padim_jax.config.settings import Config
 from padim_jax.errors import UserError
-from padim_jax.models.weights import pretrained
-from padim_jax.models.weights.pretrained import WeightsIdentity
+from padim_jax.models.weights import identity as weights_identity
+from padim_jax.models.weights.identity import WeightsIdentity
 from padim_jax.store import validation
 from padim_jax.system import paths
 from padim_jax.system.paths import Path
@@ -66,7 +68,7 @@ class Model:
       config: configuration.
       weights: identity of the backbone's weights, which the file holds.
       fingerprint: fingerprint of the detector; see `detector.fingerprint`.
-      images: number of fitted images.
+      images: SHA-256 of each fitted file.
       half: whether the factors are rounded to float16.
       comparison: for the half-size form, metrics of both forms on the test set.
       calibration: thresholds from normal images; see `calibration_file.to_dict`.
@@ -77,7 +79,7 @@ class Model:
     config: Config
     weights: WeightsIdentity
     fingerprint: str
-    images: int
+    images: UInt8[np.ndarray, "s 32"]
     half: bool = False
     comparison: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
@@ -117,6 +119,7 @@ def save(
         "numbers": "float32",
         **dataclasses.asdict(model),
         "config": config_lib.to_stored(model.config),
+        "images": base64.b64encode(model.images.tobytes()).decode(),
     }
     inside = dict(constants)
     if sum(x.nbytes for x in constants.values()) > _MOST_INSIDE:
@@ -353,7 +356,9 @@ def _constants(path: Path, proto: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 def _model(described: Mapping[str, Any], config: Config) -> Model:
     fields = {field.name: described[field.name] for field in dataclasses.fields(Model)}
-    fields |= {"config": config, "weights": pretrained.identity(fields["weights"])}
+    digests = np.frombuffer(base64.b64decode(fields["images"], validate=True), np.uint8)
+    fields |= {"config": config, "weights": weights_identity.identity(fields["weights"])}
+    fields["images"] = digests.reshape(-1, 32)
     frame = fields["frame"]
     if frame is not None:
         fields["frame"] = frame = tuple(frame)
@@ -361,7 +366,6 @@ def _model(described: Mapping[str, Any], config: Config) -> Model:
             raise ValueError("its frame is no size")
     if (
         not isinstance(fields["fingerprint"], str)
-        or type(fields["images"]) is not int
         or type(fields["half"]) is not bool
         or not isinstance(fields["comparison"], dict | None)
         or not isinstance(fields["calibration"], dict | None)
@@ -379,8 +383,10 @@ def _require_interface(proto: onnx.ModelProto, model: Model) -> None:
         (_OUTPUTS[1], kinds.FLOAT, ["b"]),
     ]
     if model.calibration is not None:
-        inputs.append((_THRESHOLD, kinds.FLOAT, []))
-        outputs += [(_OUTPUTS[2], kinds.DOUBLE, ["b"]), (_OUTPUTS[3], kinds.BOOL, ["b"])]
+        outputs.append((_OUTPUTS[2], kinds.DOUBLE, ["b"]))
+        if model.config.decide == "score":
+            inputs.append((_THRESHOLD, kinds.FLOAT, []))
+            outputs.append((_OUTPUTS[3], kinds.BOOL, ["b"]))
     for values, expected in ((proto.graph.input, inputs), (proto.graph.output, outputs)):
         found = [
             (

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from padim_jax.core import image_score, scoring
+from padim_jax.core import combined_score, image_score, scoring
 
 GRID, SIZE = (12, 9), (48, 36)
 DISTANCES = np.random.default_rng(0).gamma(9, size=(5, GRID[0] * GRID[1])).astype(np.float32)
@@ -76,14 +76,14 @@ def test_unknown_kind():
 
 def test_combine_adds_squares_of_what_exceeds_the_mean():
     summaries = np.array([[3, 0, 5, 1], [1, 1, 1, 1]], np.float32)
-    found = image_score.combine(summaries, np.ones(4), np.array([1.0, 1, 2, 1]))
+    found = combined_score.combine(summaries, np.ones(4), np.array([1.0, 1, 2, 1]))
     np.testing.assert_allclose(found, [np.sqrt(2**2 + (4 / 2) ** 2), 0])
 
 
 def test_summaries_that_are_equal_in_all_normal_images():
     """Any more is far away, but finite."""
     summaries = np.array([[2.0, 0, 0, 0], [2.1, 0, 0, 0.1]], np.float32)
-    found = image_score.combine(summaries, np.array([2.0, 0, 0, 0]), np.zeros(4))
+    found = combined_score.combine(summaries, np.array([2.0, 0, 0, 0]), np.zeros(4))
     assert found[0] == 0
     assert 1e3 < found[1] < np.inf
 
@@ -95,10 +95,10 @@ def test_normal_images_are_measured_by_the_others(count: int, seed: int, grouped
     if grouped:
         groups = rng.permutation(np.r_[0, 1, 2, rng.integers(0, 4, 2 * count)])
     summaries = (10 + rng.gamma(4, size=(len(groups), 4))).astype(np.float32)
-    found = image_score.of_normal(summaries, groups if grouped else None)
+    found = combined_score.of_normal(summaries, groups if grouped else None)
     for i, group in enumerate(groups):
         others = summaries[groups != group].astype(float)
-        expected = image_score.combine(
+        expected = combined_score.combine(
             summaries[i : i + 1], others.mean(axis=0), others.std(axis=0, ddof=1)
         )
         # Squares of deviations of 1 to 5 in float64: no cancellation worth mentioning, but for
@@ -108,7 +108,7 @@ def test_normal_images_are_measured_by_the_others(count: int, seed: int, grouped
 
 def test_scores_of_one_summary_are_the_summary():
     summaries = np.array([[3.0], [1.0], [2.0]], np.float32)
-    np.testing.assert_array_equal(image_score.of_normal(summaries), [3, 1, 2])
+    np.testing.assert_array_equal(combined_score.of_normal(summaries), [3, 1, 2])
 
 
 @pytest.mark.parametrize("kind", ["max", "top", "band", "variation", "combined"])

@@ -725,7 +725,7 @@ BROKEN = {
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("name", [*BROKEN, "missing.png", "folder.png"])
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_what_cannot_be_read_is_named_out_of_grains_threads(tmp_path, name, batch_size):
+def test_what_cannot_be_read_is_named_out_of_threads(tmp_path, name, batch_size):
     good = save(tmp_path / "good.png", noise(30, 30))
     path = tmp_path / name
     if name in BROKEN:

@@ -22,6 +22,7 @@ from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.models import resnet
 from padim_jax.models.weights import pretrained
+from padim_jax.models.weights.identity import WeightsIdentity
 
 
 def make_config(**model: Any) -> Config:
@@ -210,7 +211,7 @@ def fitted() -> detector.Detector:
         SMALL,
         geometry.channel_index(SMALL.model),
         variables,
-        pretrained.WeightsIdentity("random", ""),
+        WeightsIdentity("random", ""),
         statistics_lib.finalize(statistics, SMALL.model.regularization),
         "",
         np.zeros((24, 32), np.uint8),
@@ -458,7 +459,7 @@ class TestFingerprint:
         values: Any = defaults.get_config()
         values.update_from_flattened_dict(settings)
         config = validate(values)
-        weights = pretrained.WeightsIdentity(origin, sha256)
+        weights = WeightsIdentity(origin, sha256)
         index = geometry.channel_index(config.model)
         fitted = Gaussian((), ())  # not looked at: the statistics' identity says it
         found = detector.Detector(config, index, {}, weights, fitted, identity, NONE)

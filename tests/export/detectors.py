@@ -1,9 +1,12 @@
 """Detectors of arbitrary numbers, which need no fit, and images to score."""
 
 import dataclasses
+import importlib.util
+import pathlib
 from typing import Any
 
 import numpy as np
+import pytest
 
 from padim_jax.config import defaults
 from padim_jax.config.settings import Config, validate
@@ -13,6 +16,8 @@ from padim_jax.detector import detector as detector_lib
 from padim_jax.detector import geometry, steps
 from padim_jax.detector.detector import Detector
 from padim_jax.devices import parallel
+from padim_jax.export import runtimes
+from padim_jax.export.runtimes import Runtime
 from padim_jax.models.weights import pretrained
 
 ONE = parallel.Devices(1)
@@ -20,6 +25,17 @@ IMAGES = 6  # of the low-rank form
 # Of images of 36x40 pixels, with edges within patches.
 ROI = "rle:36x40:210,14,26,14,26,14,26,16,24,17,23,9,31,9,981"
 assert sum(map(int, ROI.split(":")[2].split(","))) == 36 * 40
+
+
+def require(runtime: Runtime) -> pathlib.Path:
+    """Return the folder of a runtime's package, or skip the test.
+
+    It is not imported: OpenVINO's package would report its use, which `runtimes` prevents.
+    """
+    spec = importlib.util.find_spec(runtime)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"needs {runtimes.NAMES[runtime]} (extras onnx and openvino)")
+    return pathlib.Path(spec.origin).parent
 
 
 def make_config(**settings: Any) -> Config:

@@ -59,9 +59,8 @@ def test_python(detector: Detector, path: pathlib.Path, tmp_path: pathlib.Path):
 
 
 def test_c(detector: Detector, path: pathlib.Path, tmp_path: pathlib.Path):
-    openvino = pytest.importorskip("openvino", reason="needs OpenVINO: padim-jax[openvino]")
+    home = detectors.require("openvino")
     compiler = shutil.which("cc")
-    home = pathlib.Path(openvino.__file__).parent
     libraries = sorted((home / "libs").glob("libopenvino*.so*"))
     own = [x for x in libraries if x.name.startswith(("libopenvino.so", "libopenvino_c.so"))]
     if compiler is None or len(own) != 2 or sysconfig.get_platform() != "linux-x86_64":
@@ -85,7 +84,7 @@ def test_c(detector: Detector, path: pathlib.Path, tmp_path: pathlib.Path):
 
 
 def test_openvino_reports_to_nobody(path: pathlib.Path):
-    pytest.importorskip("openvino", reason="needs OpenVINO: padim-jax[openvino]")
+    detectors.require("openvino")
     code = """if True:
         import pathlib, sys
         from padim_jax.export import runtimes

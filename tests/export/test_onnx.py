@@ -58,7 +58,7 @@ def write(detector: Detector, path: pathlib.Path) -> None:
     export.export(detector, path, images=list(detectors.images(detector.config)))
 
 
-def agree(detector: Detector, path: pathlib.Path, runtime: Any = "onnx") -> None:
+def agree(detector: Detector, path: pathlib.Path, runtime: Any = "onnxruntime") -> None:
     """Check all outputs, for several numbers of images at once."""
     pixels = detectors.images(detector.config)
     expected = detector_lib.score_pixels(detector, pixels)
@@ -76,7 +76,7 @@ def agree(detector: Detector, path: pathlib.Path, runtime: Any = "onnx") -> None
         return
     rarity = detector.calibration.calibrated(scores)
     np.testing.assert_allclose(
-        found["rarity"], rarity, atol=1e-12 if runtime == "onnx" else 1e-6
+        found["rarity"], rarity, atol=1e-12 if runtime == "onnxruntime" else 1e-6
     )
     called = scores >= np.float32(detector.calibration.image_threshold)
     assert 0 < np.count_nonzero(called) < len(called)
@@ -97,7 +97,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"score.image": "combined", "map.upsample": "bicubic"},
         },
     ),
-    "low rank": ("samples", {"image.resize": (64, 96), "map.sigma": 0.0, "score.image": "top"}),
+    "low rank": (
+        "samples",
+        {"image.resize": (200, 250), "map.sigma": 0.0, "score.image": "top"},
+    ),
     "shift": ("moments", {"model.shift": 1, "score.image": "band"}),
     "shift, low rank": (
         "samples",
@@ -114,6 +117,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bilinear, bottleneck": (
         "moments",
         {
+            "image.resize": (192, 320),
             **{"model.upsample": "bilinear", "model.pooling": 3, "model.backbone": "resnet50"},
             "model.layers": ("layer1", "layer2"),
         },
@@ -128,7 +132,7 @@ def test_agrees_with_the_detector(case: str, tmp_path: pathlib.Path):
     write(detector, path)
     agree(detector, path)
     if case in ("no nested grids, combined", "shift, low rank"):
-        pytest.importorskip("openvino", reason="needs OpenVINO: padim-jax[openvino]")
+        detectors.require("openvino")
         agree(detector, path, "openvino")
 
 
@@ -155,6 +159,26 @@ def test_threshold_is_an_input(simple: Detector, written: pathlib.Path):
         given = {"images": pixels, "image_threshold": np.array(threshold)}
         (called,) = session.run(["is_anomalous"], given)
         assert np.count_nonzero(called) == expected
+
+
+@pytest.mark.parametrize("runtime", runtimes.NAMES)
+def test_number_of_images_does_not_matter(
+    runtime: Any, simple: Detector, written: pathlib.Path
+):
+    detectors.require(runtime)
+    pixels = np.tile(detectors.images(simple.config), (5, 1, 1, 1))[:32]
+    run = runtimes.open_file(written, runtime)
+    every = run(pixels)
+    np.testing.assert_allclose(
+        every["score"][:7], detector_lib.score_pixels(simple, pixels[:7]).scores, rtol=TOLERANCE
+    )
+    for count in (1, 7):
+        part = run(pixels[:count])
+        for name in ("anomaly_map", "score"):
+            scale = every[name].max()
+            np.testing.assert_allclose(
+                part[name], every[name][:count], rtol=0, atol=TOLERANCE * scale
+            )
 
 
 def test_description(simple: Detector, written: pathlib.Path):

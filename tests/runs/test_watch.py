@@ -513,7 +513,7 @@ class TestRun:
         place, name = {
             "read": (files.os, "open"),
             "memory": (watch.input_pipeline, "decode"),
-            "score": (watch.detector_lib, "score_pixels"),
+            "score": (watch.scores_lib, "score_pixels"),
             "draw": (predictions.figures, "overlay"),
         }[fault]
         function = getattr(place, name)
@@ -556,7 +556,7 @@ class TestRun:
     def test_an_image_without_a_finite_score(
         self, watching: Watching, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     ):
-        score, calls = watch.detector_lib.score_pixels, []
+        score, calls = watch.scores_lib.score_pixels, []
 
         def scored(*args: Any) -> Any:
             calls.append(1)
@@ -564,7 +564,7 @@ class TestRun:
                 raise UserError("not finite")
             return score(*args)
 
-        monkeypatch.setattr(watch.detector_lib, "score_pixels", scored)
+        monkeypatch.setattr(watch.scores_lib, "score_pixels", scored)
         for number in range(3):
             draw(tmp_path / "in" / f"{number}.png", number)
         with watching():

@@ -34,7 +34,7 @@ from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
 from padim_jax.models.weights import pretrained
-from padim_jax.models.weights.pretrained import WeightsIdentity
+from padim_jax.models.weights.identity import WeightsIdentity
 from padim_jax.runs import loading
 from padim_jax.store import checkpoint
 from padim_jax.store.checkpoint import Fitted, ocp

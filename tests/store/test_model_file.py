@@ -32,7 +32,7 @@ from padim_jax.detector import statistics as statistics_lib
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
-from padim_jax.models.weights.pretrained import WeightsIdentity
+from padim_jax.models.weights.identity import WeightsIdentity
 from padim_jax.runs import evaluate, export, fitting, loading
 from padim_jax.store import model_file, validation
 from padim_jax.store.model_file import Model

@@ -27,7 +27,7 @@ def proto(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
     )
     graph, constants = onnx_graph.build(detector)
     mark = detector_lib.fingerprint(detector)
-    model = onnx_file.Model(detector.config, detector.weights, mark, detector.count)
+    model = onnx_file.Model(detector.config, detector.weights, mark, detector.images)
     path = tmp_path_factory.mktemp("made") / "part.onnx"
     onnx_file.save(path, graph, constants, model, (17, 8), "", lambda written: None)
     onnx_file.load(path)
@@ -151,7 +151,8 @@ def test_data_elsewhere(location: str, proto: onnx.ModelProto, tmp_path: pathlib
         ({"config": []}, "a broken one"),
         ({"weights": {"origin": "a"}}, "does not say which weights"),
         ({"half": "yes"}, "of other types"),
-        ({"images": -1.5}, "of other types"),
+        ({"images": "AAAA"}, "a broken one"),
+        ({"images": 7}, "a broken one"),
         ({"frame": [1, "x"]}, "its frame is no size"),
         ({"calibration": 3}, "of other types"),
     ],
@@ -177,7 +178,7 @@ def test_changes_and_damage_are_noticed(proto: onnx.ModelProto, tmp_path: pathli
         refusal(path)
     made = onnx.ModelProto()
     made.CopyFrom(proto)
-    write(path, made, sign=False, images=7)
+    write(path, made, sign=False, images="")
     assert "its contents are not what was saved" in refusal(path)
 
 

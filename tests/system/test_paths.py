@@ -48,7 +48,7 @@ from padim_jax.data.records import Record
 from padim_jax.devices import parallel
 from padim_jax.devices.parallel import Devices
 from padim_jax.errors import UserError
-from padim_jax.models.weights.pretrained import WeightsIdentity
+from padim_jax.models.weights.identity import WeightsIdentity
 from padim_jax.output import predictions, results
 from padim_jax.output.results import Scored
 from padim_jax.runs import sweep, train
