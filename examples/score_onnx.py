@@ -11,25 +11,15 @@ import onnxruntime
 from PIL import Image
 
 options = onnxruntime.SessionOptions()
-options.log_severity_level = (
-    3  # no warning that a threshold which may be changed is no constant
-)
+options.log_severity_level = 3  # it warns that a threshold which may be changed is no constant
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-settings = json.loads(session.get_modelmeta().custom_metadata_map["padim_jax"])["config"][
-    "image"
-]
-(height, width), method = settings["resize"], settings["method"].upper()
+model = json.loads(session.get_modelmeta().custom_metadata_map["padim_jax"])
+size, crop, method = (model["config"]["image"][x] for x in ("resize", "crop", "method"))
 for path in sys.argv[2:]:
-    image = Image.open(path).convert("RGB").resize((width, height), Image.Resampling[method])
-    if settings["crop"]:
-        rows, columns = settings["crop"]
-        top, left = round((height - rows) / 2), round((width - columns) / 2)
-        image = image.crop((left, top, left + columns, top + rows))
-    outputs = session.run(None, {"images": np.asarray(image)[None]})
-    found = dict(zip([output.name for output in session.get_outputs()], outputs, strict=True))
-    print(
-        path,
-        found["score"][0],
-        found.get("rarity", [""])[0],
-        found.get("is_anomalous", [""])[0],
-    )
+    image = Image.open(path).convert("RGB")
+    image = image.resize(size[::-1], Image.Resampling[method.upper()])
+    if crop:
+        top, left = (round((a - b) / 2) for a, b in zip(size, crop, strict=True))
+        image = image.crop((left, top, left + crop[1], top + crop[0]))
+    names = [output.name for output in session.get_outputs()][1:]
+    print(path, *(x[0] for x in session.run(names, {"images": np.asarray(image)[None]})))

@@ -129,7 +129,7 @@ class Detector(Scoring, detector_lib.Detector):
             has no statistics.
         """
         with progress_lib.showing(lines=False, bars=progress):
-            devices, config = _one_process("forget"), _uncached(self.config)
+            devices, config = _one_process("forget"), scoring.uncached(self.config)
             source = copies.distinct(image_inputs.source(images), devices)
             fitted = _fitted(self)
             part = fitting.forgettable("the detector", fitted, source)
