@@ -112,6 +112,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "model.pooling": 3,
             "model.reduction": "semi_orthogonal",
             "model.backbone": "scattering",
+            "model.weights": "none",
         },
     ),
     "bilinear, bottleneck": (

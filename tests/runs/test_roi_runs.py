@@ -151,7 +151,7 @@ def test_other_regions_are_neither_extended_nor_merged(
         with pytest.raises(UserError, match=r"image\.roi=2808 of 96x96 pixels \(.*with"):
             fitting.merge([tmp_path / "a", tmp_path / name], tmp_path / "no")
     extended = fitting.update(tmp_path / "a", halves[1], config)
-    assert extended.added == 6
+    assert extended.changed == 6
     other = make_config(root, mask, **{"image.roi": (9, 9, 48, 80)})
     with pytest.raises(UserError, match=r"config\.image\.roi=2769 of 96x96 pixels \(.*with 28"):
         fitting.update(tmp_path / "a", halves[1], other)
