@@ -106,7 +106,7 @@ def main() -> None:
         measured = score(options.workdir / "checkpoint", options.seconds)
     else:
         measured = stages(configuration(options), options)
-    names = ("jax", "jaxlib", "flax", "numpy", "pillow", "grain", "orbax-checkpoint")
+    names = ("jax", "jaxlib", "flax", "numpy", "pillow", "orbax-checkpoint")
     measured["versions"] = {
         "python": platform.python_version(),
         "padim_jax": padim_jax.__version__,

@@ -174,7 +174,7 @@ LIGHT = [
     *("", "config.settings", "config.defaults", "errors", "main", "core.metrics"),
     "output.figures",
 ]
-HEAVY = ["flax", "grain", "jax", "matplotlib", "optax", "orbax", "tensorflow", "torch"]
+HEAVY = ["flax", "jax", "matplotlib", "optax", "orbax", "tensorflow", "torch"]
 
 
 def test_light_modules_do_not_bring_heavy_libraries():

@@ -171,7 +171,7 @@ class TestHelp:
         try:
             runpy.run_module("padim_jax.main", run_name="__main__", alter_sys=True)
         finally:
-            heavy = {"jax", "flax", "grain", "orbax", "tensorflow_datasets", "matplotlib"}
+            heavy = {"jax", "flax", "orbax", "tensorflow_datasets", "matplotlib"}
             heavy |= {"huggingface_hub", "scipy.ndimage"}
             print("imported:", *sorted(heavy & set(sys.modules)), file=sys.stderr)
     """

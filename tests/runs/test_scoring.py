@@ -149,7 +149,7 @@ WITHOUT_JAX = """if True:
     threading.Thread(target=stop, daemon=True).start()
     sys.argv += ["--watch", "--settle_seconds=0"]
     run(main)
-    heavy = ["jax", "jaxlib", "flax", "orbax", "grain"]
+    heavy = ["jax", "jaxlib", "flax", "orbax"]
     print(json.dumps([scores, auroc, [x for x in heavy if x in sys.modules]]))
 """
 
