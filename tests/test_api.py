@@ -457,7 +457,7 @@ class TestDetector:
     def test_repr_has_two_lines(self, arrays: np.ndarray, fitted: padim_jax.Detector):
         for shown in (repr(fitted), repr(fitted.score(arrays))):
             assert len(shown.splitlines()) == 2
-        assert "resnet18" in repr(fitted)
+        assert "scattering" in repr(fitted)
         assert "fitted to 8 images" in repr(fitted)
 
 

@@ -1147,7 +1147,7 @@ class TestPythonApi:
     def test_after_a_fork(self, run: Run, monkeypatch: pytest.MonkeyPatch):
         detector = padim_jax.load(run.workdir / "checkpoint")
         monkeypatch.setattr(os, "getpid", lambda: detector.process + 1)
-        with pytest.raises(UserError, match=r"forked, and JAX does not .*spawn"):
+        with pytest.raises(UserError, match=r"forked, and neither JAX .*spawn"):
             padim_jax.score(detector, [np.zeros((64, 64, 3), np.uint8)])
 
     def test_no_images(self, run: Run):

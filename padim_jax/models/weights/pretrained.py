@@ -24,7 +24,7 @@ from padim_jax.models.weights.folding import Variables
 from padim_jax.models.weights.identity import WeightsIdentity
 
 RANDOM_ORIGIN = "random (not ImageNet: for trying the program out)"
-FIXED_ORIGIN = "fixed filters (no training, not ImageNet)"
+FIXED_ORIGIN = "fixed filters of padim_jax (no training, not ImageNet)"
 
 
 def load(
