@@ -99,12 +99,12 @@ def remove(
 
     The moments are those of `merge` with a negative count and M2 of the part.
 
-    Rounding errors are those of all images' moments, and count for more beside the moments that
-    are left. With D the diagonal of M2 and u = 2^-24, sums of n terms have errors of about
-    sqrt(n) u D, and sqrt(n) u abs(m) sqrt(D) since means are rounded, m being the larger one.
-    The product of the means' difference, s = n n_part / n_left times, has sqrt(s) of the latter. By
-    Cauchy-Schwarz an entry (i, j) has no more than the geometric mean of i's and j's. Where
-    errors are as large as what is left, the estimate only says so.
+    Rounding errors are those of all images' moments, and count for more beside the moments
+    that are left. With D the diagonal of M2 and u = 2^-24, sums of n terms have errors of
+    about sqrt(n) u D, and sqrt(n) u abs(m) sqrt(D) since means are rounded, m being the
+    larger one. The product of the means' difference, s = n n_part / n_left times, has sqrt(s)
+    of the latter. By Cauchy-Schwarz an entry (i, j) has no more than the geometric mean of
+    i's and j's. Where errors are as large as what is left, the estimate only says so.
 
     Args:
       moments: moments of all images; donate them under jit.
