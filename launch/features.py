@@ -162,7 +162,8 @@ def _settings(name: str, folder: pathlib.Path) -> dict[str, Any]:
     """Return the settings of `padim_jax.fit` for a candidate, which is made available."""
     if name in FILTERS:
         _vary(**FILTERS[name])
-        return {"backbone": "scattering"}
+        few = {} if FILTERS[name].get("second", True) else {"channels": 0}  # 57, and not 100
+        return {"backbone": "scattering", **few}
     if name == "orthogonal":
         return {"weights": str(_orthogonal(folder))}
     return {"weights": name}
