@@ -59,7 +59,7 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What is known of the images before.
+    """Summary of the images before.
 
     Attributes:
       ranks: twice the number of reference scores above each of the last images below the cut,
@@ -75,7 +75,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-    """What the test says after each of n images.
+    """Results of the test after each of n images.
 
     Attributes:
       means: mean p-value of the last `WINDOW` images below the cut; NaN while there are fewer.

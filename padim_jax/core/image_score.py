@@ -38,7 +38,7 @@ FINE, COARSE = 1.0, 10.0  # standard deviations of the blurs of `band`, in patch
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inside:
-    """What a region of interest covers.
+    """Pixels and patches in a region of interest.
 
     Attributes:
       pixels: pixels of the maps.

@@ -80,7 +80,7 @@ class Measures:
 
 
 class Scorer(abc.ABC):
-    """What measures images: a detector in JAX, or an exported one in another runtime.
+    """A model that measures images: a detector in JAX, or an exported one elsewhere.
 
     Attributes:
       config: configuration in use.
